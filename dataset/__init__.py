@@ -1,0 +1,1 @@
+"""Files -> token tensors."""

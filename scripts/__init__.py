@@ -1,0 +1,1 @@
+"""Tools around the trainer: the demo, and more to come."""
