@@ -1,0 +1,139 @@
+"""Weights files that describe themselves: `<name>_<hidden>[_moe].pth`.
+
+    save_weights("out/pretrain_192.pth", model, tokenizer={"path": ..., "hash": ...}, lineage=[...])
+    checkpoint = load_weights(find_weights("pretrain", "out"))
+    model = checkpoint.build()
+
+One dictionary of tensors and plain values, nothing else: {"format", "model", "config", "tokenizer", "lineage"}. It is read
+with torch's restricted unpickler, so a file can hold numbers but no code. Also read: MiniMind's bare state dicts, and
+directories in Hugging Face's layout.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.interop.hf import load_hf
+from model.interop.minimind import config_from_state
+from model.transformer import CausalLM
+
+FORMAT = "sparrow-weights-1"
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    state: dict[str, Tensor]
+    config: ModelConfig
+    tokenizer: dict = field(default_factory=dict)  # {"path", "hash"}; empty where the file does not tell
+    lineage: list[dict] = field(default_factory=list)  # one entry for each stage the weights went through
+
+    def build(self, dtype: torch.dtype = torch.float32) -> CausalLM:
+        """The model with these weights, on the CPU."""
+        model = CausalLM(self.config)
+        load_state(model, self.state, self.path)
+        return model.to(dtype)
+
+
+def load_state(model: CausalLM, state: dict[str, Tensor], source: Path | str) -> None:
+    """Strictly: a missing, unknown or misshapen tensor is an error that says which."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(f"{source}: these weights do not fit the architecture: {problems}") from None
+
+
+@contextmanager
+def atomic(path: Path):
+    """A name to write to, which becomes `path` only once everything is on the disk: a kill or a full disk never leaves half
+    a file, and never costs the one that was there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def weights_name(name: str, config: ModelConfig) -> str:
+    return f"{name}_{config.hidden_size}{'_moe' if config.num_experts else ''}.pth"
+
+
+def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage: list[dict]) -> Path:
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]  # stored once
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    content = dict(format=FORMAT, model=state, config=model.config.to_dict(), tokenizer=tokenizer, lineage=lineage)
+    with atomic(Path(path)) as temporary:
+        torch.save(content, temporary)
+    return Path(path)
+
+
+def load_weights(path: Path | str) -> Checkpoint:
+    """A file or directory -> `Checkpoint`. Everything wrong with it is a `ValueError` that names it."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            config, state = load_hf(path)
+            return Checkpoint(path, state, config, {"path": str(path)} if (path / "tokenizer.json").is_file() else {})
+        path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if str(error) else "not a weights file"
+        raise ValueError(f"{path}: refused: it holds more than tensors and plain values, or is damaged ({reason})") from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: truncated or not a weights file ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: not a weights file (it holds a {type(content).__name__})")
+    if content.get("format") == FORMAT:
+        config = ModelConfig.from_dict(content["config"])
+        return Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
+    if "model.embed_tokens.weight" not in content:
+        names = ", ".join(map(str, list(content)[:4]))
+        raise ValueError(f"{path}: not weights of a language model (it begins with {names})")
+    return Checkpoint(path, content, config_from_state(content))
+
+
+def newest(paths, otherwise: str) -> Path:
+    paths = sorted(paths, key=lambda p: (p.stat().st_mtime, p.name))
+    if not paths:
+        raise ValueError(otherwise)
+    return paths[-1]
+
+
+def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = None, moe: bool | None = None) -> Path:
+    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one."""
+    if Path(weight).exists():
+        return Path(weight)
+    if Path(weight).name != weight or weight.endswith(".pth"):
+        raise ValueError(f"{weight}: no such file or directory")
+    size = "*" if hidden_size is None else str(hidden_size)
+    for folder in map(Path, folders):
+        found = [
+            path
+            for path in folder.glob(f"{weight}_{size}*.pth")
+            if path.stem[len(weight) + 1 :].removesuffix("_moe").isdigit()
+            and (moe is None or path.stem.endswith("_moe") == moe)
+        ]
+        if found:
+            return newest(found, "")
+    known = sorted({path.name for folder in map(Path, folders) for path in folder.glob("*.pth")})
+    raise ValueError(
+        f"no weights called {weight!r} ({weight}_{size}.pth) in {' or '.join(dict.fromkeys(map(str, folders)))}; "
+        + (f"there are {', '.join(known)}" if known else "train them first, or give a path")
+    )

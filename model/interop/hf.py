@@ -1,0 +1,74 @@
+"""Hugging Face's directories: `config.json` and `*.safetensors`. Tensor names need no translation, settings a few.
+
+    config, state = load_hf("path/to/Qwen3-0.6B")
+
+Both spellings are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from model.config import ModelConfig
+
+SAME = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
+    "max_position_embeddings rms_norm_eps tie_word_embeddings num_experts num_experts_per_tok moe_intermediate_size "
+    "norm_topk_prob router_aux_loss_coef"
+).split()
+# model_type -> what the family fixes without writing it into its file
+FAMILIES = {
+    "llama": {},
+    "qwen2": dict(attention_bias=True),
+    "qwen3": dict(qk_norm=True),
+    "qwen3_moe": dict(qk_norm=True),
+}
+
+
+def config_from_hf(values: dict) -> ModelConfig:
+    """From the content of a `config.json`."""
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+    plain = ("use_sliding_window", "mlp_bias", "mlp_only_layers", "attention_bias")  # must be off or absent
+    unsupported = [f"{key}={values[key]!r}" for key in plain if values.get(key)]
+    if values.get("hidden_act", "silu") != "silu":
+        unsupported.append(f"hidden_act={values['hidden_act']!r}")
+    if unsupported:
+        raise ValueError(f"config.json: not supported: {', '.join(unsupported)}")
+    rope = values.get("rope_parameters") or {}
+    scaling = {**(values.get("rope_scaling") or rope)}
+    theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    if kind == "yarn":
+        scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    return ModelConfig(
+        **{key: values[key] for key in SAME if values.get(key) is not None},
+        **FAMILIES[family],
+        rope_theta=theta,
+        rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling},
+    )
+
+
+def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """(architecture, state dict) of a directory written by `save_pretrained`."""
+    from safetensors.torch import load_file
+
+    directory = Path(directory)
+    try:
+        config = config_from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory}: no *.safetensors beside config.json")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state.update(load_file(file))
+        except Exception as error:  # safetensors has its own exception type
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    return config, state

@@ -1,0 +1,84 @@
+"""MiniMind's checkpoints: plain state dicts whose tensor names are ours already, and whose architecture lies beside them.
+
+Two generations differ: MiniMind2 (2025: shared experts, its own variant of YaRN) and MiniMind 3 (2026: Qwen3's layout).
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from model.config import ModelConfig
+
+HEADS = 8  # MiniMind2's files do not tell; it never used another number
+
+
+def config_from_minimind(values: dict) -> ModelConfig:
+    """From their config (a `config.json` or the attributes of their config class) to ours."""
+    third = "n_routed_experts" not in values  # MiniMind 3
+    moe = values.get("use_moe", False)
+    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    scaling = None
+    if values.get("inference_rope_scaling"):
+        defaults = dict(rope_type="yarn", factor=16, beta_fast=32, beta_slow=1, attention_factor=1.0) if third else dict(
+            rope_type="minimind2", factor=4, beta_fast=4, beta_slow=1
+        )  # fmt: skip
+        scaling = {**defaults, "original_max_position_embeddings": 2048}
+    return ModelConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=values["num_attention_heads"],
+        num_key_value_heads=values["num_key_value_heads"],
+        head_dim=head_dim,
+        intermediate_size=values.get("intermediate_size"),
+        max_position_embeddings=values.get("max_position_embeddings", 32768),
+        rms_norm_eps=values.get("rms_norm_eps", 1e-6 if third else 1e-5),
+        rope_theta=values.get("rope_theta", 1e6),
+        rope_scaling=scaling,
+        qk_norm=third,
+        tie_word_embeddings=values.get("tie_word_embeddings", True),
+        num_experts=(values["num_experts"] if third else values["n_routed_experts"]) if moe else 0,
+        num_experts_per_tok=values.get("num_experts_per_tok", 2) if moe else 2,
+        num_shared_experts=values.get("n_shared_experts", 0) if moe else 0,
+        moe_intermediate_size=values.get("moe_intermediate_size"),
+        norm_topk_prob=values.get("norm_topk_prob", True),
+        router_aux_loss_coef=values.get("router_aux_loss_coef", 5e-4) if third else values.get("aux_loss_alpha", 0.1),
+    )
+
+
+def config_from_state(state: dict[str, Tensor]) -> ModelConfig:
+    """The architecture as far as tensor shapes tell it; where they do not, MiniMind's constants.
+
+    The one thing that cannot be read off a file without q_norm is the number of heads.
+    """
+
+    def highest(pattern: str) -> int:  # 1 + the largest number in that place of a name
+        return 1 + max((int(m[1]) for m in (re.search(pattern, name) for name in state) if m), default=-1)
+
+    vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+    first = "model.layers.0."
+    third = first + "self_attn.q_norm.weight" in state
+    experts = highest(r"mlp\.experts\.(\d+)\.")
+    width = state[first + ("mlp.experts.0." if experts else "mlp.") + "gate_proj.weight"].shape[0]
+    query, key = (state[f"{first}self_attn.{x}_proj.weight"].shape[0] for x in "qk")
+    head_dim = state[first + "self_attn.q_norm.weight"].shape[0] if third else query // HEADS
+    head = state.get("lm_head.weight")
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=highest(r"model\.layers\.(\d+)\."),
+        num_attention_heads=query // head_dim,
+        num_key_value_heads=key // head_dim,
+        head_dim=head_dim,
+        intermediate_size=width,
+        rms_norm_eps=1e-6 if third else 1e-5,
+        attention_bias=first + "self_attn.q_proj.bias" in state,
+        qk_norm=third,
+        tie_word_embeddings=head is None or head.equal(state["model.embed_tokens.weight"]),
+        num_experts=experts,
+        num_experts_per_tok=1 if third else 2,
+        num_shared_experts=highest(r"mlp\.shared_experts\.(\d+)\."),
+        router_aux_loss_coef=5e-4 if third else 0.1,
+    )

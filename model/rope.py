@@ -1,0 +1,80 @@
+"""Rotary position embedding, and the ways to stretch it beyond the trained length.
+
+Each pair of numbers (i, i + D/2) of a query or key head is turned by the angle position * frequency_i, so that the product
+of a query and a key depends on the distance between them alone (RoFormer, arXiv:2104.09864, eq. 34). The pairs are laid
+out as in Hugging Face's Llama ("rotate half").
+
+>>> cos, sin = rope_table(torch.arange(4), inverse_frequencies(config)[0])          # (4, D/2) each
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """((D/2,) radians per position in fp32, factor that cos and sin are multiplied with)."""
+    dim = config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq, 1.0
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":  # positions are squeezed (arXiv:2306.15595)
+        return freq / factor, 1.0
+    if scaling["rope_type"] == "llama3":
+        return _llama3(freq, factor, scaling), 1.0
+    if scaling["rope_type"] == "minimind2":
+        return _minimind2(freq, factor, scaling, config.max_position_embeddings), 1.0
+    return _yarn(freq, factor, scaling, config)
+
+
+def _llama3(freq: Tensor, factor: float, scaling: dict) -> Tensor:
+    """Slow frequencies are divided, fast ones kept, those between blended (Llama 3.1's published rule)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # within the trained length
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return freq * (keep + (1 - keep) / factor)
+
+
+def _yarn(freq: Tensor, factor: float, scaling: dict, config: ModelConfig) -> tuple[Tensor, float]:
+    """YaRN's NTK-by-parts interpolation and attention temperature (arXiv:2309.00071, eqs. 17-22)."""
+    trained, half = scaling["original_max_position_embeddings"], len(freq)
+
+    def dimension(turns: float) -> float:  # whose wave turns so often within the trained length
+        return config.head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
+    high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), config.head_dim - 1)
+    squeeze = ((torch.arange(half, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    temperature = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+    return freq * (1 - squeeze + squeeze / factor), temperature
+
+
+def _minimind2(freq: Tensor, factor: float, scaling: dict, length: int) -> Tensor:
+    """What MiniMind of 2025 calls YaRN: fast frequencies are scaled a little too. Only so do its checkpoints behave as there."""
+    trained, half = scaling["original_max_position_embeddings"], len(freq)
+    if length <= trained:
+        return freq
+    slow = (2 * math.pi / freq > trained).nonzero()
+    first_slow = int(slow[0]) if len(slow) else half
+    index = torch.arange(half, dtype=torch.float32)
+    beta = scaling["beta_slow"] + (scaling["beta_fast"] - scaling["beta_slow"]) * index / max(half - 1, 1)
+    return freq * torch.where(index < first_slow, (beta * factor - beta + 1) / (beta * factor), 1 / factor)
+
+
+def rope_table(positions: Tensor, freq: Tensor, temperature: float = 1.0, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    """positions (..., T) -> cos and sin (..., T, 1, D/2), computed in fp32: large positions need the digits."""
+    angles = positions.float()[..., None, None] * freq
+    return (angles.cos() * temperature).to(dtype), (angles.sin() * temperature).to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, D) turned by the angles of (B or 1, T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

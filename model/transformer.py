@@ -1,0 +1,227 @@
+"""The decoder: token ids in, next-token logits (or losses) out. Read it from the bottom up, or from the top down.
+
+    model = CausalLM(ModelConfig.preset("nano"))
+    logits = model(torch.randint(6400, (1, 16))).logits                       # (1, 16, 6400)
+
+Letters: B rows, T positions, d hidden size, H query heads, K key/value heads, D head size, V vocabulary.
+Parameter names are those of Hugging Face's Llama / Qwen, so weights move between the two unchanged.
+
+Precision: weights may be fp32 masters while `compute_dtype` is bf16. Every Linear casts its weight to the dtype of what
+flows through, instead of torch's autocast: the cast is visible here, fused by torch.compile, and costs nothing where
+weights already have that dtype. Norms, routing and losses are computed in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Visibility, causal_attention, visibility
+from model.config import ModelConfig
+from model.moe import Experts, MoE
+from model.rope import apply_rope, inverse_frequencies, rope_table
+
+
+class Output(NamedTuple):
+    logits: Tensor | None  # (B, T, V), without targets
+    loss: Tensor | None  # (B, T) fp32 negative log-likelihood of each target, 0 where there is none
+    aux_loss: Tensor  # (B,) fp32 balancing loss of each row, summed over layers; 0 for dense models
+
+
+class Linear(nn.Linear):
+    """Computes in the dtype of its input, whatever dtype the weight is kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32 (arXiv:1910.07467, eq. 4)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (x32 * self.weight.float()).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """H query heads share K key/value heads (GQA, arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        H, K, D, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.layer, self.head_dim = layer, D
+        self.q_proj = Linear(d, H * D, bias=config.attention_bias)
+        self.k_proj = Linear(d, K * D, bias=config.attention_bias)
+        self.v_proj = Linear(d, K * D, bias=config.attention_bias)
+        self.o_proj = Linear(H * D, d, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sees: Visibility, cache=None) -> Tensor:
+        B, T, _ = x.shape
+        q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # (B, T, H, D)
+        k = apply_rope(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, S, K, D), perhaps in a wider dtype
+        y = causal_attention(q.to(k.dtype), k, v, sees).to(x.dtype)  # (B, T, H, D)
+        return self.o_proj(y.reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        sparse = config.num_experts > 0
+        self.mlp = MoE(config, FeedForward) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sees: Visibility, cache=None) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, d) -> the same shape, and the balancing loss (B,) of a mixture of experts."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, sees, cache)
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, aux_loss = y if isinstance(y, tuple) else (y, None)
+        return x + y, aux_loss
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and final norm: everything but the head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model. `compute_dtype` and `attention_kernel` are set from outside; None = the obvious one."""
+
+    compute_dtype: torch.dtype | None = None  # the weights' own
+    attention_kernel: str | None = None  # "blocked" on CPUs training in bf16, else "sdpa"
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        freq, self.rope_temperature = inverse_frequencies(config)
+        self.register_buffer("rope_frequencies", freq, persistent=False)
+        self.register_load_state_dict_pre_hook(_retie)
+        initialise(self)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        selected: Tensor | None = None,
+        cache=None,
+    ) -> Output:
+        """tokens (B, T) -> logits, or with `targets` (B, T) the loss of each of them (-100: none).
+
+        documents (B, T) numbers the documents packed into a row: attention stays within each.
+        positions (B, T) for RoPE; by default 0, 1, ..., restarting in each document, and after what `cache` holds.
+        selected (K,) flat indices b*T+t of the positions the head is applied to; every target outside must be -100.
+            Repeated indices must point at a target of -100. None: all positions.
+        cache     a `model.generate.KVCache`, which is filled and read.
+        """
+        B, T = tokens.shape
+        past = 0
+        if cache is not None:
+            past, documents, positions = cache.extend(tokens, documents)
+        elif positions is None:
+            positions = count_positions(documents) if documents is not None else torch.arange(T, device=tokens.device)[None]
+
+        x = self.model.embed_tokens(tokens)  # (B, T, d)
+        x = x.to(self.compute_dtype or x.dtype)
+        cos, sin = rope_table(positions, self.rope_frequencies, self.rope_temperature, x.dtype)
+        sees = visibility(T, past + T, documents, tokens.device, "sdpa" if cache is not None else self._kernel(x))
+        aux_loss = torch.zeros(B, device=tokens.device)
+        for block in self.model.layers:
+            x, aux = block(x, cos, sin, sees, cache)
+            aux_loss = aux_loss if aux is None else aux_loss + aux
+        x = self.model.norm(x)
+
+        if targets is None:
+            return Output(self.lm_head(x), None, aux_loss)
+        x, flat = x.view(B * T, -1), targets.reshape(B * T)
+        if selected is not None:
+            x, flat = x[selected], flat[selected]
+        loss = F.cross_entropy(self.lm_head(x).float(), flat, ignore_index=-100, reduction="none")
+        if selected is not None:
+            loss = torch.zeros(B * T, device=loss.device).index_add(0, selected, loss)
+        return Output(None, loss.view(B, T), aux_loss)
+
+    def _kernel(self, x: Tensor) -> str:
+        if self.attention_kernel:
+            return self.attention_kernel
+        return "blocked" if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled() else "sdpa"
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Tied weights count once. active: only the experts that one token passes through."""
+        total = sum(p.numel() for p in self.parameters())
+        if active and self.config.num_experts:
+            experts = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
+            total -= experts * (self.config.num_experts - self.config.num_experts_per_tok) // self.config.num_experts
+        return total
+
+
+def count_positions(documents: Tensor) -> Tensor:
+    """documents (B, T) -> 0, 1, 2, ... restarting where the document's number changes (B, T)."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def initialise(model: CausalLM) -> None:
+    """
+    embeddings, head, router, q k v, gate, up    N(0, 0.02)
+    o_proj, down_proj                            0: every block starts as the identity (arXiv:2203.03466, table 3)
+    norms                                        1
+    biases                                       0
+    """
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(parameter)
+        elif name.endswith("bias") or "o_proj" in name or "down_proj" in name:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=0.02)
+
+
+def _retie(model: CausalLM, state: dict, prefix: str, *_) -> None:
+    """Files of tied models hold the shared weight once or twice, under either name."""
+    if model.config.tie_word_embeddings:
+        names = (prefix + "model.embed_tokens.weight", prefix + "lm_head.weight")
+        for here, there in (names, names[::-1]):
+            if here not in state and there in state:
+                state[here] = state[there]

@@ -1,0 +1,98 @@
+"""Our logits against those of others: transformers' own models, and MiniMind's checkpoints of two generations."""
+
+import json
+
+import pytest
+import torch
+
+from model.checkpoint import load_weights
+from model.config import PRESETS, ModelConfig
+from model.interop.minimind import config_from_minimind
+from model.transformer import CausalLM
+
+TINY = dict(
+    vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+FAMILIES = {
+    "llama": ("Llama", dict(head_dim=10, rope_theta=10000.0)),
+    "llama untied": ("Llama", dict(tie_word_embeddings=False)),
+    "llama3 rope": ("Llama", dict(rope_parameters=dict(LLAMA3, rope_theta=5e5))),
+    "linear rope": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4))),
+    "yarn rope": ("Llama", dict(rope_parameters=dict(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4))),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen3 moe": ("Qwen3Moe", dict(
+        head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True)),
+    "qwen3 moe, plain weights": ("Qwen3Moe", dict(
+        head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    family, changes = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for parameter in theirs.parameters():  # biases and norms start at 0 and 1, which would hide a mistake in them
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    theirs.save_pretrained(tmp_path)
+    ours = load_weights(tmp_path).build()
+
+    tokens = torch.randint(1, TINY["vocab_size"], (2, 200))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [f"minimind{g}_{kind}" for g in (2, 3) for kind in ("dense", "moe", "yarn")])
+def test_logits_equal_minimind(name, shared):
+    from safetensors.torch import load_file
+
+    folder = shared / "fixtures"
+    config = config_from_minimind(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    checkpoint = load_weights(folder / f"{name}.pth")
+    checkpoint.config = config
+    expected = load_file(folder / f"{name}.logits.safetensors")
+    with torch.no_grad():
+        logits = checkpoint.build()(expected["input_ids"]).logits
+    if logits.shape != expected["logits"].shape:  # the long file keeps every 50th position
+        logits = logits[:, ::50]
+    torch.testing.assert_close(logits, expected["logits"].float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("generation", (2, 3))
+def test_architecture_is_read_off_a_bare_state_dict(generation, shared):
+    """MiniMind's files hold tensors only. All but the number of heads (without q_norm) stands in their shapes."""
+    for kind in ("dense", "moe"):
+        path = shared / "fixtures" / f"minimind{generation}_{kind}"
+        stated = config_from_minimind(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))).to_dict()
+        found = load_weights(path.with_suffix(".pth")).config.to_dict()
+        unknowable = {"max_position_embeddings"}
+        if generation == 2:
+            unknowable |= {"num_attention_heads", "num_key_value_heads", "head_dim"}
+        if kind == "dense":
+            unknowable |= {"num_experts_per_tok", "moe_intermediate_size"}
+        assert {k: v for k, v in found.items() if k not in unknowable} == {
+            k: v for k, v in stated.items() if k not in unknowable
+        }
+
+
+@pytest.mark.parametrize(
+    "preset, total, active",
+    [("small", 25_829_888, None), ("base", 104_030_976, None), ("moe", 145_029_760, 91_945_600)],
+)
+def test_presets_have_the_promised_sizes(preset, total, active):
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.preset(preset))
+    assert model.num_parameters() == total
+    assert model.num_parameters(active=True) == (active or total)
+
+
+def test_nano_is_about_three_million():
+    assert "nano" in PRESETS
+    with torch.device("meta"):
+        assert 2.5e6 < CausalLM(ModelConfig.preset("nano")).num_parameters() < 4e6
