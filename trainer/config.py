@@ -1,0 +1,173 @@
+"""What every training script shares: the options of a stage, and how a mistake is reported.
+
+A stage states what differs; everything else, help and aliases included, is inherited:
+
+    @dataclass(frozen=True)
+    class SFTConfig(StageConfig):
+        epochs: int = 2                                                              # only another default
+        noise: float = option(0.0, "noise on the embeddings", within="[0, inf)")     # an option of its own
+
+    def main():
+        config = parse(SFTConfig, description=__doc__)      # python trainer/train_full_sft.py --epochs 3
+
+    if __name__ == "__main__":
+        run(main)
+
+Neither this file nor trainer/options.py imports anything heavier than argparse, so that `--help` is instant.
+"""
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trainer.options import ROOT, Options, describe, option, parse
+
+__all__ = ["ROOT", "Options", "StageConfig", "describe", "explain", "option", "parse", "run"]
+
+LORA_ONLY = ("lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")
+LORA = (*LORA_ONLY, "use_lora", "lora_name", "load_in_4bit", "use_4bit", "load_in_8bit", "use_8bit")
+
+
+@dataclass(frozen=True)
+class StageConfig(Options):
+    """Options of every training stage"""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(LORA, "trainer/train_lora.py"),
+        **dict.fromkeys(("beta", "dpo_beta", "max_prompt_length"), "trainer/train_dpo.py")}
+    moot: ClassVar[dict[str, tuple[str, ...]]] = {"use_lora": LORA_ONLY}
+
+    # model and data
+    from_weight: str | None = option(
+        None, "weights to start from: a name in save_dir or out/, a file, a Hugging Face directory, a hub id",
+        aliases=("model_path", "model_name_or_path", "base_model_path", "base_model"))
+    tokenizer_path: str | None = option(None, "directory with a tokenizer.json (default: the weights' own)", path=True)
+    preset: str | None = option(None, "size of the model", choices=("nano", "small", "base", "moe"))
+    hidden_size: int | None = option(None, "width; after pretraining it only picks among weights", within="[1, inf)")
+    num_hidden_layers: int | None = option(None, "depth; as hidden_size", within="[1, inf)")
+    use_moe: bool | None = option(None, "mixture of experts; as hidden_size")
+    data_path: tuple[str, ...] = option(
+        (), "training files; FILE:3 repeats its rows three times, FILE:0.1 takes a tenth", path=True,
+        aliases=("data_file", "train_path", "task_data"))
+    val_path: tuple[str, ...] = option((), "validation files", path=True, aliases=("eval_data",))
+    val_fraction: float = option(0.0, "share of the training rows kept for validation", within="[0, 1)")
+    max_seq_len: int = option(512, "tokens in a row", aliases=("max_length", "cutoff_len"), within="[2, inf)")
+    data_limit: int = option(0, "use only the first N rows (0: all)", aliases=("max_samples",), within="[0, inf)")
+    on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
+    on_long: str = option("truncate", "a sample that is too long", choices=("truncate", "drop"))
+    show_labels: int = option(0, "print the first N rows, trained tokens coloured", within="[0, inf)")
+    num_workers: int = option(0, "processes that tokenise (0: one per core)", aliases=("dataloader_num_workers",),
+                              within="[0, inf)")
+    cache_dir: str | None = option(None, "where token caches go (default: beside the data)", path=True)
+    # optimisation
+    epochs: int = option(1, "passes over the data", aliases=("num_epochs", "num_train_epochs"), within="[1, inf)")
+    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within="[0, inf)")
+    batch_size: int = option(32, "examples at once on each device", aliases=("per_device_train_batch_size",),
+                             within="[1, inf)")
+    accumulation_steps: int = option(1, "batches summed into one optimiser step", within="[1, inf)",
+                                     aliases=("gradient_accumulation_steps",))
+    learning_rate: float = option(5e-4, "peak learning rate", within="(0, inf)")
+    optimizer: str = option("adamw", "update rule", choices=("adamw", "muon"))
+    weight_decay: float = option(0.1, "decay of the matrices", within="[0, inf)")
+    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "wsd", "constant"))
+    warmup_steps: float = option(0.03, "steps of warm-up; below 1: share of the run", aliases=("warmup_iters",),
+                                 within="[0, inf)")
+    min_lr_ratio: float = option(0.1, "last learning rate / peak", within="[0, 1]")
+    grad_clip: float = option(1.0, "largest gradient norm (0: no limit)", aliases=("max_grad_norm",), within="[0, inf)")
+    # saving and logs
+    save_dir: str = option(str(ROOT / "out"), "where everything is written", aliases=("out_dir", "output_dir"),
+                           path=True)
+    save_weight: str = option("", "name of the weights file")
+    save_interval: int = option(500, "save every N steps (0: at the end only)", aliases=("save_steps",),
+                                within="[0, inf)")
+    keep_last: int = option(2, "resume states kept", within="[1, inf)")
+    from_resume: str = option("0", "continue a killed run: 0, 1, auto or its path", aliases=("resume_from_checkpoint",),
+                              switch=("1", "0"))
+    val_interval: int = option(0, "validate every N steps (0: at every save)", within="[0, inf)")
+    log_interval: int = option(10, "log every N steps", aliases=("logging_steps",), within="[1, inf)")
+    use_wandb: bool = option(False, "log to Weights & Biases as well")
+    wandb_project: str = option("sparrow", "its project")
+    wandb_run_name: str | None = option(None, "its name for the run")
+    # machine
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, npu")
+    dtype: str = option("auto", "compute precision", choices=("auto", "float32", "bfloat16", "float16"),
+                        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
+    compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"), switch=("on", "off"),
+                          aliases=("use_compile",))
+    seed: int = option(42, "seed of everything random", within="[0, inf)")
+    local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.val_path and self.val_fraction:
+            found.append("--val_path and --val_fraction: both name the validation data; give one of them")
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            found.append(f"--warmup_steps {self.warmup_steps:g}: a whole number of steps, or a share below 1")
+        if not self.save_weight or Path(self.save_weight).name != self.save_weight:
+            found.append(f"--save_weight '{self.save_weight}': a plain name; --save_dir says where it is written")
+        return found
+
+
+def run(main: Callable[[], Any]) -> None:
+    """main(), with the user's mistakes in one line and ours with their traceback (everything: SPARROW_TRACEBACK=1)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that lacks a character is no reason to die
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `... | head`: the reader has left, so nothing more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except (ValueError, OSError) as error:
+        if os.environ.get("SPARROW_TRACEBACK", "0") != "0" or not _is_for_the_user(error):
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """A ValueError that a `raise` of ours made, or an OSError that we met through nothing but the standard library."""
+    import dis
+    import traceback
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if isinstance(error, OSError):
+        library = os.path.dirname(os.__file__)
+        frames = [(frame, line) for frame, line in frames if not _belongs(frame.f_code.co_filename, library)]
+        return bool(frames) and _belongs(frames[-1][0].f_code.co_filename, str(ROOT))
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    return _belongs(code.co_filename, str(ROOT)) and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _belongs(filename: str, folder: str) -> bool:
+    """Whether a source file is part of this folder, installed packages in it aside (.venv)."""
+    path = os.path.realpath(filename)
+    if filename.startswith("<frozen "):  # parts of the standard library
+        return folder != str(ROOT)
+    return path.startswith(os.path.realpath(folder) + os.sep) and "site-packages" not in Path(path).parts
+
+
+def explain(error: BaseException) -> str:
+    """The message of a ValueError; for what the operating system says, words that name the way out."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return where + {
+        errno.ENOSPC: "the disk is full; free some space, then continue with --from_resume auto",
+        errno.ENOENT: "no such file or directory",
+        errno.EACCES: "permission denied; choose another place or change its owner",
+        errno.EROFS: "the file system is read-only; choose another place",
+        errno.EISDIR: "is a directory, expected a file",
+        errno.EADDRINUSE: "the port is in use; choose another",
+    }.get(error.errno, error.strerror or str(error))
