@@ -26,7 +26,7 @@ from model.rope import apply_rope, inverse_frequencies, rope_table
 
 
 class Output(NamedTuple):
-    logits: Tensor | None  # (B, T, V), without targets
+    logits: Tensor | None  # (B, T, V), or (K, V) at the `selected` positions; None with targets
     loss: Tensor | None  # (B, T) fp32 negative log-likelihood of each target, 0 where there is none
     aux_loss: Tensor  # (B,) fp32 balancing loss of each row, summed over layers; 0 for dense models
 
@@ -149,8 +149,8 @@ class CausalLM(nn.Module):
 
         documents (B, T) numbers the documents packed into a row: attention stays within each.
         positions (B, T) for RoPE; by default 0, 1, ..., restarting in each document, and after what `cache` holds.
-        selected (K,) flat indices b*T+t of the positions the head is applied to; every target outside must be -100.
-            Repeated indices must point at a target of -100. None: all positions.
+        selected (K,) flat indices b*T+t of the positions the head is applied to; None: all. With targets, every target
+            outside must be -100, and an index may be repeated only where the target is -100.
         cache     a `model.generate.KVCache`, which is filled and read.
         """
         B, T = tokens.shape
@@ -170,11 +170,12 @@ class CausalLM(nn.Module):
             aux_loss = aux_loss if aux is None else aux_loss + aux
         x = self.model.norm(x)
 
+        if selected is not None:
+            x = x.reshape(B * T, -1)[selected]  # (K, d)
         if targets is None:
             return Output(self.lm_head(x), None, aux_loss)
-        x, flat = x.view(B * T, -1), targets.reshape(B * T)
-        if selected is not None:
-            x, flat = x[selected], flat[selected]
+        x, flat = x.reshape(-1, x.shape[-1]), targets.reshape(B * T)
+        flat = flat if selected is None else flat[selected]
         loss = F.cross_entropy(self.lm_head(x).float(), flat, ignore_index=-100, reduction="none")
         if selected is not None:
             loss = torch.zeros(B * T, device=loss.device).index_add(0, selected, loss)

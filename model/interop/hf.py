@@ -35,6 +35,7 @@ def config_from_hf(values: dict) -> ModelConfig:
         raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
     plain = ("use_sliding_window", "mlp_bias", "mlp_only_layers", "attention_bias")  # must be off or absent
     unsupported = [f"{key}={values[key]!r}" for key in plain if values.get(key)]
+    unsupported += [f"decoder_sparse_step={step}" for step in (values.get("decoder_sparse_step", 1),) if step != 1]
     if values.get("hidden_act", "silu") != "silu":
         unsupported.append(f"hidden_act={values['hidden_act']!r}")
     if unsupported:
@@ -45,6 +46,8 @@ def config_from_hf(values: dict) -> ModelConfig:
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     if kind == "yarn":
         scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    if "num_local_experts" in values:  # transformers 5 writes Mixtral's name
+        values = {**values, "num_experts": values["num_local_experts"]}
     return ModelConfig(
         **{key: values[key] for key in SAME if values.get(key) is not None},
         **FAMILIES[family],
