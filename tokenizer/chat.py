@@ -1,0 +1,262 @@
+"""Chat messages -> token ids and, made in the same pass, the mask of the ids that are trained on.
+
+    from tokenizer.chat import encode_chat, show_labels
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    ids, trained = encode_chat(tokenizer, messages)
+    print(show_labels(tokenizer, ids, trained))
+
+A conversation becomes segments: a control id, or plain text, each trained on or not. Neighbouring texts are joined
+and then encoded by a tokenizer that knows no control tokens. So what somebody wrote stays text, labels never depend
+on finding a pattern of ids, and for harmless text the ids are those of transformers' `apply_chat_template`.
+
+The format is ChatML, the same as chat_template.jinja. Trained on: an assistant's content and the <|im_end|> after it,
+not the newline that follows. A token that holds the end of a header and the beginning of a content counts as content.
+
+Markup in an assistant's turn: `reasoning_content`, or one <think>...</think> that the content begins with; after it,
+one <answer>...</answer> that the content ends with; `tool_calls`. Such words anywhere else are text. Newlines around
+the thinking are made uniform, nothing else is changed, left out or added: reasoning in earlier turns stays if the
+messages hold it, and a turn without reasoning has no think block.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizer.text import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+TEMPLATE = (Path(__file__).resolve().parent / "chat_template.jinja").read_text(encoding="utf-8")
+
+TOOLS_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+TOOLS_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+THINKING = re.compile(r"\n*<think>(.*?)</think>(.*)", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*)</answer>(\s*)", re.DOTALL)
+
+
+class Encoded(NamedTuple):
+    ids: list[int]
+    trained: list[bool]  # ids[i] is something the model should learn to say
+
+
+Conversation = tuple[list[dict], list[dict] | None]  # messages, tools
+Segment = tuple[int | str, bool]  # a control id or plain text; whether it is trained on
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    *,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
+) -> Encoded:
+    """One conversation. `enable_thinking` ends the generation prompt with <think> (True) or an empty block (False)."""
+    prompt = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
+    return encode_chats(tokenizer, [(messages, tools)], **prompt)[0]
+
+
+def encode_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation], **prompt) -> list[Encoded]:
+    """Many (messages, tools), with one call of the tokenizer. After a ValueError, encode_chat finds out whose it is."""
+    render = _chatml if tokenizer.chat_template in (None, TEMPLATE) else _foreign(tokenizer)
+    rows = []
+    for messages, tools in conversations:
+        check_messages(messages, tools)
+        rows.append(render(tokenizer, messages, tools, **prompt))
+    return _encode(tokenizer, rows)
+
+
+@functools.lru_cache(maxsize=4)
+def _foreign(tokenizer: Tokenizer):
+    from tokenizer.foreign import ForeignTemplate
+
+    return ForeignTemplate(tokenizer)
+
+
+def _encode(tokenizer: Tokenizer, rows: list[list[Segment]]) -> list[Encoded]:
+    plans: list[list[tuple]] = []
+    runs: dict[str, int] = {}  # each distinct text once: every turn but the first begins after the same "\n"
+    for segments in rows:
+        plan: list[tuple] = []
+        for is_text, group in groupby(segments, key=lambda segment: isinstance(segment[0], str)):
+            if is_text:
+                text, spans = _join(group)
+                runs.setdefault(text, len(runs))
+                plan.append((text, spans))
+            else:
+                plan += group
+        plans.append(plan)
+
+    encodings = tokenizer.encode_offsets(list(runs))
+    encoded = []
+    for plan in plans:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for piece, label in plan:
+            if isinstance(piece, str):
+                encoding = encodings[runs[piece]]
+                ids += encoding.ids
+                trained += _overlap(encoding, label, len(piece))
+            else:
+                ids.append(piece)
+                trained.append(label)
+        encoded.append(Encoded(ids, trained))
+    return encoded
+
+
+def _join(group: Iterator[Segment]) -> tuple[str, list[tuple[int, int]]]:
+    """Neighbouring texts as one, so that tokens form across them as for transformers; and the parts trained on."""
+    text, spans = "", []
+    for piece, trained in group:
+        if trained and piece:
+            spans.append((len(text), len(text) + len(piece)))
+        text += piece
+    return text, spans
+
+
+def _overlap(encoding, spans: list[tuple[int, int]], length: int) -> list[bool]:
+    """For each token: does any of its characters lie in one of the spans?"""
+    if not spans or spans == [(0, length)]:
+        return [bool(spans)] * len(encoding.ids)
+    return [any(begin < stop and end > start for start, stop in spans) for begin, end in encoding.offsets]
+
+
+# ---- ChatML
+
+
+def _chatml(
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
+) -> list[Segment]:
+    start, end = (tokenizer.im_start, False), (tokenizer.im_end, False)
+    tag = functools.partial(markup, tokenizer)
+    out: list[Segment] = []
+    if tools:
+        out += [start, ("system\n", False)]
+        if messages[0]["role"] == "system":
+            out.append((messages[0]["content"] + "\n\n", False))
+            messages = messages[1:]
+        out.append((TOOLS_BEFORE + "".join("\n" + dumps(tool) for tool in tools), False))
+        out += [(tag(piece), False) for piece in re.split("(</?tool_call>)", TOOLS_AFTER)]
+        out += [end, ("\n", False)]
+
+    for role, turns in groupby(messages, key=lambda message: message["role"]):
+        if role == "tool":  # results that follow one another share a turn
+            out += [start, ("user", False)]
+            for message in turns:
+                pieces = ("\n", tag("<tool_response>"), f"\n{message['content']}\n", tag("</tool_response>"))
+                out += [(piece, False) for piece in pieces]
+            out += [end, ("\n", False)]
+            continue
+        for message in turns:
+            out += [start, (role + "\n", False)]
+            if role == "assistant":
+                out += [(piece, True) for piece in _assistant(tag, message)]
+                out += [(tokenizer.im_end, True), ("\n", False)]
+            else:
+                out += [(message["content"], False), end, ("\n", False)]
+
+    if add_generation_prompt:
+        out += [start, ("assistant\n", False)]
+        if enable_thinking is not None:
+            out += [(tag("<think>"), False), ("\n" if enable_thinking else "\n\n", False)]
+        if enable_thinking is False:
+            out += [(tag("</think>"), False), ("\n\n", False)]
+    return out
+
+
+def markup(tokenizer: Tokenizer, text: str) -> int | str:
+    """The control id of a piece of markup; plain text in a tokenizer that has no such token, and text as it is."""
+    return tokenizer.control.get(text, text)
+
+
+def _assistant(tag, message: dict) -> Iterator[int | str]:
+    reasoning, content = split_reasoning(message)
+    if reasoning is not None:
+        content = content.lstrip("\n")
+        yield from (tag("<think>"), "\n" + reasoning.strip("\n") + "\n", tag("</think>"), "\n\n")
+    answer = ANSWER.fullmatch(content) if reasoning is not None else None
+    if answer:
+        yield from (tag("<answer>"), answer[1], tag("</answer>"), answer[2])
+    else:
+        yield content
+    for n, call in enumerate(message.get("tool_calls") or ()):
+        if content or n:
+            yield "\n"
+        body = f'\n{{"name": {dumps(call["name"])}, "arguments": {dumps(call["arguments"])}}}\n'
+        yield from (tag("<tool_call>"), body, tag("</tool_call>"))
+
+
+def split_reasoning(message: dict) -> tuple[str | None, str]:
+    """An assistant message's (reasoning, rest of the content); None where there is no reasoning."""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"], message["content"]
+    block = THINKING.fullmatch(message["content"])
+    return (block[1], block[2]) if block else (None, message["content"])
+
+
+def dumps(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+# ---- checks
+
+
+def check_messages(messages: list[dict], tools: list[dict] | None = None) -> None:
+    """ValueError for the first thing that is not a canonical conversation; whoever read it adds file and line."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages: expected a list of at least one message")
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise ValueError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, found {role!r}")
+        if not isinstance(message.get("content"), str):
+            found = "nothing" if message.get("content") is None else type(message["content"]).__name__
+            raise ValueError(f"messages[{i}] ({role}): content must be text, found {found}")
+        for key in ("reasoning_content", "tool_calls"):
+            if message.get(key) and role != "assistant":
+                raise ValueError(f"messages[{i}] ({role}): only an assistant can have {key}")
+        if not isinstance(message.get("reasoning_content") or "", str):
+            raise ValueError(f"messages[{i}] (assistant): reasoning_content must be text")
+        calls = message.get("tool_calls") or []
+        for call in calls if isinstance(calls, list) else [calls]:
+            well_formed = isinstance(call, dict) and isinstance(call.get("name"), str)
+            if not isinstance(calls, list) or not well_formed or not isinstance(call.get("arguments"), dict):
+                expected = 'a list of {"name": text, "arguments": object}'
+                raise ValueError(f"messages[{i}] (assistant): tool_calls must be {expected}, found {call!r:.80}")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("tools: expected a list of function schemas (objects)")
+
+
+# ---- for the eye
+
+DIM, GREEN, BOLD, RESET = "\x1b[2m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
+# a row must not be able to steer the terminal: C0 as the pictures Unicode has for them, C1 and DEL as U+FFFD
+VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+VISIBLE |= dict.fromkeys([0x7F, *range(0x80, 0xA0)], "\ufffd")
+
+
+def show_labels(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool]) -> str:
+    """The row as text for a terminal: trained on in green, the rest dim, control tokens bold."""
+    control = set(tokenizer.control.values())
+    kinds = [(bool(label), int(i) in control) for i, label in zip(ids, trained)]
+    shown = []
+    for (label, is_control), group in groupby(zip(ids, kinds), key=lambda pair: pair[1]):
+        text = tokenizer.decode([i for i, _ in group]).translate(VISIBLE)
+        shown.append((GREEN if label else DIM) + (BOLD if is_control else "") + text + RESET)
+    return "".join(shown)

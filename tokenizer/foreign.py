@@ -1,0 +1,141 @@
+"""Chat templates that other people's tokenizers bring along, run in Jinja's sandbox and read back as segments.
+
+    tokenizer = Tokenizer.load("path/to/Qwen3-0.6B")     # its chat_template is not ours, so
+    encode_chat(tokenizer, messages)                     # comes here
+
+A template is a program that prints one text; which parts of it are content and which are the template's own must
+survive that. So the template sees every text with a *guard* character after each letter that could begin a control
+token: what it prints then contains exactly its own control tokens. And it sees every message with a *mark* of that
+message's own at both ends. Guard and marks are private-use characters that occur nowhere in the row, and are taken
+out again.
+
+Trained on: from the end of the turn's header, which is what a generation prompt would have supplied, to the turn's end
+token. Blanks around a content count as the template's, which usually trims them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from datetime import datetime
+from itertools import pairwise
+
+from tokenizer.chat import Segment, dumps, markup, split_reasoning
+from tokenizer.text import Tokenizer
+
+
+class ForeignTemplate:
+    """Renders like tokenizer/chat.py's own ChatML: called with a conversation, returns its segments."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(reason: str):
+            raise jinja2.TemplateError(reason)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        self.failure = jinja2.TemplateError
+        try:
+            self.template = environment.from_string(tokenizer.chat_template)
+        except self.failure as error:
+            raise ValueError(f"{tokenizer.path}: chat template: {error}") from None
+        self.path = tokenizer.path
+        self.names = {name: tokenizer.special(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.splits_reasoning = "reasoning_content" in tokenizer.chat_template
+        longest_first = sorted(tokenizer.control, key=len, reverse=True)
+        self.controls = re.compile("|".join(map(re.escape, longest_first)))
+        self.first_letters = {name[0] for name in tokenizer.control}
+        self.header = self._header()
+
+    def _print(self, messages, tools=None, prompt=False, enable_thinking=None) -> str:
+        given = {"messages": messages, "tools": tools or None, "add_generation_prompt": prompt, **self.names}
+        if enable_thinking is not None:
+            given |= {"enable_thinking": enable_thinking, "open_thinking": enable_thinking}  # Qwen's name, MiniMind's
+        try:
+            return self.template.render(given)
+        except self.failure as error:
+            raise ValueError(f"{self.path}: the chat template refuses this conversation: {error}") from None
+
+    def _header(self) -> str:
+        """What every generation prompt begins with, whether the model is to think or not."""
+        question = [{"role": "user", "content": "?"}]
+        without = self._print(question)
+        prompts = [self._print(question, prompt=True, enable_thinking=thinking) for thinking in (True, False)]
+        return os.path.commonprefix(prompts).removeprefix(without)
+
+    def __call__(
+        self, tokenizer: Tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, enable_thinking=None
+    ) -> list[Segment]:
+        used = set(dumps([messages, tools]))
+        private = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        guard = next(private)
+        marks = [next(private) for _ in messages]
+        guarded = functools.partial(_map_text, {ord(letter): letter + guard for letter in self.first_letters})
+        shown = [self._marked(message, guarded, mark) for message, mark in zip(messages, marks)]
+        text = self._print(shown, guarded(tools), add_generation_prompt, enable_thinking)
+
+        trained = []  # [begin, end) in text
+        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant" and marks[i] in text]
+        for i in spoken:
+            first, last = text.find(marks[i]), text.rfind(marks[i]) + 1
+            before = max((text.rfind(mark) for mark in marks[:i]), default=-1) + 1
+            after = min((at for mark in marks[i + 1 :] if (at := text.find(mark)) >= 0), default=len(text))
+            header = text.rfind(self.header, before, first)
+            ends = list(self.controls.finditer(text, last, after))
+            end = next((match for match in ends if match[0] == self.names["eos_token"]), ends[0] if ends else None)
+            trained.append((header + len(self.header) if header >= 0 else first, end.end() if end else last))
+
+        edges = {0, len(text), *(edge for span in trained for edge in span)}
+        for match in self.controls.finditer(text):
+            edges |= {match.start(), match.end()}
+        erase = dict.fromkeys(map(ord, [guard, *marks]))
+        segments: list[Segment] = []
+        for begin, end in pairwise(sorted(edges)):
+            piece = markup(tokenizer, text[begin:end])
+            label = any(start <= begin and end <= stop for start, stop in trained)
+            segments.append((piece if isinstance(piece, int) else piece.translate(erase), label))
+        if spoken and spoken[-1] == len(messages) - 1 and not ends and not add_generation_prompt:
+            # GLM's turns are ended by the header of the next one; the last turn needs an end to learn as well
+            segments.append((tokenizer.end_of_text, True))
+        return [segment for segment in segments if segment[0] != ""]
+
+    def _marked(self, message: dict, guarded, mark: str) -> dict:
+        shown = guarded(message) | {"role": message["role"], "content": _wrap(guarded(message["content"]), mark)}
+        if message["role"] != "assistant":
+            return shown
+        reasoning, content = split_reasoning(message)
+        if reasoning is not None and self.splits_reasoning:
+            shown["reasoning_content"] = _wrap(guarded(reasoning.strip("\n")), mark)
+            shown["content"] = _wrap(guarded(content.lstrip("\n")), mark)
+        elif reasoning is not None:  # such templates print the content as it is: the block goes inside
+            if message.get("reasoning_content"):
+                reasoning, content = f"\n{reasoning.strip(chr(10))}\n", "\n\n" + content.lstrip("\n")
+            shown["content"] = _wrap(f"<think>{guarded(reasoning)}</think>{guarded(content)}", mark)
+        if message.get("tool_calls"):
+            calls = guarded(message["tool_calls"])
+            functions = [{"name": _wrap(call["name"], mark), "arguments": call["arguments"]} for call in calls]
+            shown["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+        return shown
+
+
+def _map_text(table: dict[int, str], value):
+    """str.translate on every text in a tree of lists and dicts."""
+    if isinstance(value, str):
+        return value.translate(table)
+    if isinstance(value, dict):
+        return {_map_text(table, key): _map_text(table, item) for key, item in value.items()}
+    return [_map_text(table, item) for item in value] if isinstance(value, list) else value
+
+
+def _wrap(text: str, mark: str) -> str:
+    """Marks inside the outer blanks, because templates trim."""
+    core = text.strip()
+    return text.replace(core, mark + core + mark, 1) if core else text

@@ -1,0 +1,230 @@
+"""Text <-> token ids: a byte-level BPE read from tokenizer.json, in which text can never become a control token.
+
+    from tokenizer.text import Tokenizer
+    tokenizer = Tokenizer.load()                         # the shipped one; or any directory with a tokenizer.json
+    ids = tokenizer.encode("你好 <|im_end|>")            # harmless pieces of text: none is the id of <|im_end|>
+    assert tokenizer.decode(ids) == "你好 <|im_end|>"
+
+HF `tokenizers` does the merging. It is handed a copy of the tokenizer *without any added token*, because its own switch
+(`encode_special_tokens`) only skips those flagged special, and `<think>` or `<tool_call>` usually are not. Control ids
+are put in by whoever builds a sequence (tokenizer/chat.py, the data sets), never found in text.
+
+Decoding goes through a table id -> bytes, so it is exact, also for tokens that hold a part of a character.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+SHIPPED = Path(__file__).resolve().parent
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+
+class Tokenizer:
+    """Made by `Tokenizer.load`; `control` and `token_bytes` are attributes, what may be missing is a property."""
+
+    def __init__(self, spec: dict, *, path: str, chat_template: str | None = None, config: dict | None = None):
+        self.path = path
+        self.chat_template = chat_template
+        self.config = config or {}  # tokenizer_config.json: foreign chat templates ask it for bos_token and the like
+        self.control: dict[str, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self.hash = _hash(spec, chat_template)
+        self._plain = _without_added_tokens(spec, path)
+        self._bytes, self._drops_first_space = _bytes_of_ids(spec)
+        self.vocab_size: int = max(self._bytes) + 1
+        self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
+        for i, piece in self._bytes.items():
+            self.token_bytes[i] = len(piece)
+        self.token_bytes[list(self.control.values())] = 0
+        self._control_ids = frozenset(self.control.values())
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Tokenizer:
+        """Read a directory with a tokenizer.json, or that file; None is the shipped tokenizer/."""
+        file = SHIPPED if path is None else Path(path)
+        if file.is_dir() or file.suffix != ".json":
+            file = file / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json")
+        try:
+            spec = json.loads(file.read_text(encoding="utf-8"))
+            kind = spec["model"]["type"]
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
+        if kind != "BPE":
+            raise ValueError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
+        config, template = _read_config(file.parent)
+        return cls(spec, path=str(file.parent), chat_template=template, config=config)
+
+    # ---- text -> ids
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts; much faster than one by one, and on all cores unless TOKENIZERS_PARALLELISM=false."""
+        return [encoding.ids for encoding in self.encode_offsets(texts)]
+
+    def encode_offsets(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """As encode_batch, with the characters behind each token (`Encoding.char_to_token`), for labels."""
+        try:
+            return self._plain.encode_batch(texts, add_special_tokens=False)
+        except TypeError:
+            raise _explain_not_text(texts) from None
+
+    # ---- ids -> text
+
+    def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
+        """The exact text; bytes that are no UTF-8 become U+FFFD, control tokens their names unless skipped."""
+        stream = self.stream(skip_control)
+        return stream.push_all(ids) + stream.flush()
+
+    def stream(self, skip_control: bool = False) -> StreamDecoder:
+        return StreamDecoder(self, skip_control)
+
+    # ---- tokens by name
+
+    @property
+    def end_of_text(self) -> int:
+        """Ends a document and fills rows: <|endoftext|>, or what takes its place in a foreign tokenizer."""
+        return self._named(END_OF_TEXT, "<|end_of_text|>", "</s>", self.special("eos_token"))
+
+    @property
+    def im_start(self) -> int:
+        return self._named(IM_START)
+
+    @property
+    def im_end(self) -> int:
+        return self._named(IM_END)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends an answer: the tokenizer's own end-of-turn token and <|endoftext|>."""
+        names = {END_OF_TEXT, IM_END, self.special("eos_token")}
+        return frozenset(self.control[name] for name in names if name in self.control)
+
+    def special(self, role: str) -> str:
+        """tokenizer_config.json's `bos_token`, `eos_token`, ... as text; empty if it names none."""
+        token = self.config.get(role) or ""
+        return token["content"] if isinstance(token, dict) else token
+
+    def _named(self, *names: str) -> int:
+        for name in names:
+            if name in self.control:
+                return self.control[name]
+        raise ValueError(f"{self.path}: the tokenizer has no {names[0]} token; take one that has, or the shipped one")
+
+
+class StreamDecoder:
+    """Text of tokens as they come. A character appears once its last byte has come, so nothing shown is taken back."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_control: bool = False):
+        self._bytes = tokenizer._bytes
+        self._hidden = tokenizer._control_ids if skip_control else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_space = tokenizer._drops_first_space
+
+    def push(self, id: int) -> str:
+        return self.push_all((id,))
+
+    def push_all(self, ids: Iterable[int]) -> str:
+        # rows added to a model's vocabulary beyond the tokenizer's (Qwen: 151,936 for 151,669) stand for nothing
+        text = self._utf8.decode(b"".join(self._bytes.get(i, b"") for i in map(int, ids) if i not in self._hidden))
+        if self._drop_space and text:
+            self._drop_space = False
+            text = text.removeprefix(" ")
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: nothing, or U+FFFD for a character that was cut off."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _read_config(directory: Path) -> tuple[dict, str | None]:
+    """tokenizer_config.json, and the chat template beside it or inside it."""
+    config: dict = {}
+    file = directory / "tokenizer_config.json"
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON ({error})") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones (Hermes, Command R): the default talks
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")  # universal newlines: the same template on Windows
+    return config, template
+
+
+def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
+    """The copy that encodes plain text: no added tokens, and none of them left as a word of the vocabulary either."""
+    added = {token["content"] for token in spec["added_tokens"]}
+    vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in added}
+    plain = dict(spec, added_tokens=[], post_processor=None, truncation=None, padding=None)
+    plain["model"] = dict(spec["model"], vocab=vocab)
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(plain))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path}: tokenizers cannot read this tokenizer.json ({error})") from None
+
+
+def _bytes_of_ids(spec: dict) -> tuple[dict[int, bytes], bool]:
+    """What each id stands for, and whether a leading space is an artefact (SentencePiece puts one before any text)."""
+    decoder = json.dumps(spec.get("decoder"))
+    to_bytes = _from_byte_level if "ByteLevel" in decoder else _from_sentencepiece
+    table = {i: to_bytes(token) for token, i in spec["model"]["vocab"].items()}
+    table.update((token["id"], token["content"].encode()) for token in spec["added_tokens"])
+    return table, "Strip" in decoder or "Metaspace" in decoder
+
+
+def _stand_ins() -> dict[str, int]:
+    """GPT-2's printable stand-in for every byte (`bytes_to_unicode` in openai/gpt-2, src/encoder.py), reversed."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE = _stand_ins()
+
+
+def _from_byte_level(token: str) -> bytes:
+    return bytes(map(_BYTE.__getitem__, token)) if all(c in _BYTE for c in token) else token.encode()
+
+
+def _from_sentencepiece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes.fromhex(token[3:5])
+    return token.replace("\u2581", " ").encode()
+
+
+def _hash(spec: dict, chat_template: str | None) -> str:
+    """Of what decides the ids and nothing else, so that other tools may reformat the file."""
+    defining = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer", "model")}
+    defining["added_tokens"] = sorted((token["id"], token["content"]) for token in spec["added_tokens"])
+    defining["chat_template"] = chat_template
+    return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()
+
+
+def _explain_not_text(texts: list[str]) -> Exception:
+    """tokenizers says only "must be str" of a str with a lone surrogate, the one kind that is not Unicode text."""
+    for text in texts:
+        if not isinstance(text, str):
+            return TypeError(f"only text can be encoded, not {type(text).__name__}: {text!r:.80}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"U+{ord(text[error.start]):04X}"
+            return ValueError(
+                f"the text holds a lone surrogate, {code} at character {error.start}: half of a character that was cut "
+                "apart, often by an unpaired \\u escape in JSON; remove it"
+            )
+    raise AssertionError("tokenizers refused text that is Unicode")
