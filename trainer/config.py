@@ -137,12 +137,15 @@ def run(main: Callable[[], Any]) -> None:
 def _is_for_the_user(error: Exception) -> bool:
     """A ValueError that a `raise` of ours made, or an OSError that we met through nothing but the standard library."""
     import dis
+    import re
     import traceback
     frames = list(traceback.walk_tb(error.__traceback__))
     if isinstance(error, OSError):
         library = os.path.dirname(os.__file__)
         frames = [(frame, line) for frame, line in frames if not _belongs(frame.f_code.co_filename, library)]
         return bool(frames) and _belongs(frames[-1][0].f_code.co_filename, str(ROOT))
+    if type(error.__cause__).__name__.endswith("RemoteTraceback"):  # from a worker process: only its text has come
+        return _belongs(re.findall(r'File "([^"]+)"', str(error.__cause__))[-1], str(ROOT))
     last = error.__traceback__
     while last.tb_next:
         last = last.tb_next
