@@ -1,0 +1,33 @@
+"""Best-fit decreasing: which examples share a row.
+
+    pack([5, 3, 4, 2, 4], capacity=8)        # [[0, 1], [2, 4], [3]]
+
+The longest example first, each into the row it fills best, a new row where none has room; nothing is split. Never more than
+11/9 of the fewest possible rows plus 6/9 (Dósa 2007, for first-fit decreasing, and best-fit decreasing is bounded alike).
+"""
+from collections.abc import Sequence
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of indices into `lengths`, whose lengths add up to at most `capacity` in each. O(n log n), deterministic."""
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # free space -> rows that have exactly that much
+    spaces = 0  # bit s is set if with_room[s] has a row: finds the least space that is enough in one operation
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = int(lengths[index])
+        if not 0 < length <= capacity:
+            raise ValueError(f"an example of {length} tokens in rows of {capacity}")
+        enough = spaces >> length
+        if enough:
+            space = length + (enough & -enough).bit_length() - 1
+            row = with_room[space].pop()
+            if not with_room[space]:
+                spaces ^= 1 << space
+        else:
+            space, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if left := space - length:
+            with_room.setdefault(left, []).append(row)
+            spaces |= 1 << left
+    return rows
