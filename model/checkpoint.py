@@ -11,6 +11,7 @@ directories in Hugging Face's layout.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from contextlib import contextmanager
@@ -35,6 +36,15 @@ class Checkpoint:
     config: ModelConfig
     tokenizer: dict = field(default_factory=dict)  # {"path", "hash"}; empty where the file does not tell
     lineage: list[dict] = field(default_factory=list)  # one entry for each stage the weights went through
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of names and numbers: the same for the same weights in whatever file."""
+        digest = hashlib.sha256()
+        for name in sorted(self.state):
+            digest.update(name.encode())
+            digest.update(self.state[name].contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def build(self, dtype: torch.dtype = torch.float32) -> CausalLM:
         """The model with these weights, on the CPU."""

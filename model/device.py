@@ -1,0 +1,50 @@
+"""Which device and which precision, in one place for training and for generation."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """auto: the accelerator if there is one, else the CPU. local_rank picks among several of them."""
+    if name == "npu":
+        importlib.import_module("torch_npu")  # registers the device; untested here
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        name = accelerator.type if accelerator else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:1, mps or npu") from None
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        found = accelerator.type if accelerator else "cpu"
+        raise ValueError(f"--device {name}: this machine or this build of torch has none; use --device {found}")
+    if device.type != "cpu" and device.index is None and device.type != "mps":
+        device = torch.device(device.type, local_rank)
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run on hardware: where they are emulated they are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # AVX512-BF16 or AMX
+        return any(
+            getattr(torch.cpu, check, bool)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    return device.type == "npu"
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(compute dtype, a line saying why it is not the one asked for, or "")."""
+    best = torch.bfloat16 if has_bf16(device) else torch.float16 if device.type == "cuda" else torch.float32
+    if name == "auto":
+        return best, ""
+    wanted = getattr(torch, name)
+    if wanted == torch.float16 and device.type == "cpu":
+        return best, f"--dtype float16 is for GPUs; computing in {str(best).removeprefix('torch.')} on this CPU"
+    if wanted == torch.bfloat16 and not has_bf16(device) and device.type == "cuda":
+        return best, f"--dtype bfloat16: this GPU has none; computing in {str(best).removeprefix('torch.')}"
+    return wanted, ""

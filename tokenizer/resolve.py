@@ -1,0 +1,36 @@
+"""Which tokenizer belongs to some weights. A wrong one turns every answer into noise, so it is refused by its hash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizer.text import SHIPPED, Tokenizer
+
+
+def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | None = None) -> Tokenizer:
+    """The tokenizer that `weights` were trained with.
+
+    recorded  {"path", "hash"} as the weights file has it; empty for files of other projects
+    path      where to look instead (--tokenizer_path); what is found there has to be the same tokenizer all the same
+    """
+    folder = weights if weights.is_dir() else weights.parent
+    if path is not None:
+        places = [Path(path)]
+    else:  # a path below the repository is recorded relative to it, so that a clone can be moved
+        places = [SHIPPED.parent / recorded["path"]] if recorded.get("path") else []
+        places += [folder, folder / "tokenizer"] + ([SHIPPED] if recorded else [])
+    found = []
+    for place in places:
+        if (place / "tokenizer.json").is_file() or place.suffix == ".json":
+            tokenizer = Tokenizer.load(place)
+            if recorded.get("hash") in (None, tokenizer.hash):
+                if tokenizer.vocab_size > vocab_size:
+                    raise ValueError(
+                        f"{weights}: has {vocab_size:,} token embeddings, but the tokenizer in {place} has "
+                        f"{tokenizer.vocab_size:,} tokens; give its own with --tokenizer_path"
+                    )
+                return tokenizer
+            found.append(f"{place} is another one ({tokenizer.hash[:12]})")
+    wanted = f"the tokenizer {recorded['hash'][:12]} it was trained with" if recorded.get("hash") else "its tokenizer"
+    looked = "; ".join(found) or f"none in {', '.join(map(str, places))}"
+    raise ValueError(f"{weights}: cannot find {wanted}: {looked}. Say where it is with --tokenizer_path")

@@ -1,0 +1,383 @@
+"""The training loop. Every stage runs this one.
+
+    job = Job(stage="pretrain", config=config, model=model, objective=NextToken(), tokenizer=tokenizer,
+              data=open_data(...), packing=False)
+    with start(config.device) as backend:
+        Engine(job, backend).run()
+
+One optimiser step: the loader gives this rank's micro-batches; their units (trained tokens, say) are counted and added up
+over all ranks; each micro-batch is backpropagated as `sum of losses * ranks / units`; gradients are clipped and judged;
+the optimisers move, unless something was not finite. Nothing in it waits for an accelerator except logging and saving.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.loader import Loader
+from model.checkpoint import Checkpoint, save_weights, weights_name
+from model.device import pick_dtype
+from model.transformer import CausalLM
+from tokenizer.text import Tokenizer
+from trainer import resume
+from trainer.backend import Backend, catch_signals
+from trainer.config import ROOT, StageConfig, describe
+from trainer.logger import RunLogger
+from trainer.objectives import Objective
+from trainer.optim import build_optimizers, clip_and_check, learning_rate
+from trainer.prepare import Data
+
+# What a continued run may not change, since it would no longer be the same run (the number of processes may).
+FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
+LOSS_SCALE = 2.0**14  # of fp16 gradients at the start; halved at every overflow, doubled after 2,000 good steps
+
+
+@dataclass
+class Job:
+    """What a stage hands to the engine."""
+
+    stage: str
+    config: StageConfig
+    model: CausalLM
+    objective: Objective
+    tokenizer: Tokenizer
+    data: Data
+    packing: bool  # whether batch_size counts examples, packed into rows, or rows
+    parent: Checkpoint | None = None
+    notes: list[str] = field(default_factory=list)  # lines printed when the run starts
+
+
+class Engine:
+    def __init__(self, job: Job, backend: Backend):
+        self.job, self.backend, config = job, backend, job.config
+        self.config = config
+        self.dtype, notice = pick_dtype(config.dtype, backend.device)
+        self.model = job.model.to(backend.device)
+        self.model.compute_dtype = self.dtype
+        self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.scale = LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        self.healthy_steps = 0
+        self.step, self.tokens, self.best = 0, 0, float("inf")
+        self.losses: dict[str, float] = {}  # the newest figures, for the lineage
+        self.name = weights_name(config.save_weight, self.model.config)
+        self.save_dir = Path(config.save_dir)
+        self.run_id = time.strftime("%Y%m%d-%H%M%S")
+
+        states = self.save_dir / "resume" / Path(self.name).stem
+        found = resume.find_state(states, config.from_resume, self._identity(), job.notes.append)
+        if found:
+            self.run_id = found.parent.name
+        self.states = states / self.run_id
+        self.loader = self._loader(job.data.train, self._accumulation(found), shuffle=True)
+        self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
+        self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
+        run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
+        self.logger = RunLogger.create(run_dir, config, enabled=backend.main)
+        self._announce(notice)
+        self.compiled = self._compile()
+        if found:
+            self._restore(found)
+        self.wrapped = backend.wrap(self.model)
+
+    def _loader(self, data, accumulation_steps: int, shuffle: bool) -> Loader:
+        return Loader(
+            data,
+            packing=self.job.packing,
+            batch_size=self.config.batch_size,
+            accumulation_steps=accumulation_steps,
+            max_seq_len=self.config.max_seq_len,
+            rank=self.backend.rank,
+            world=self.backend.world,
+            seed=self.config.seed,
+            shuffle=shuffle,
+            end_of_text=self.job.tokenizer.end_of_text,
+        )
+
+    def _accumulation(self, state: Path | None) -> int:
+        """batch_size x accumulation_steps x processes is what a run means by a step: a continued one keeps the product,
+        whatever the number of processes is now."""
+        c, world = self.config, self.backend.world
+        if state is None:
+            return c.accumulation_steps
+        examples = resume.read_values(state)["examples"]
+        if examples % (c.batch_size * world):
+            raise ValueError(
+                f"--batch_size {c.batch_size} x {world} processes does not divide the {examples} examples a step of {state}"
+            )
+        return examples // (c.batch_size * world)
+
+    def _announce(self, notice: str) -> None:
+        say, model = self.logger.print, self.model
+        say(describe(self.config))
+        active = f" ({model.num_parameters(active=True):,} active)" if model.config.num_experts else ""
+        trainable = sum(p.numel() for p in self.parameters)
+        say(f"model: {model.num_parameters():,} parameters{active}, {trainable:,} trained")
+        for line in (*self.job.notes, *self.job.data.notes, notice):
+            if line:
+                say(line)
+        dtype = str(self.dtype).removeprefix("torch.")
+        ranks = f", {self.backend.world} processes" if self.backend.world > 1 else ""
+        say(f"device: {self.backend.device}, {dtype}, {torch.get_num_threads()} threads{ranks}")
+        say(f"data: {self.loader.describe()}; {self.total:,} steps in all")
+
+    # ---- one run ----
+
+    def run(self) -> Path:
+        """Trains to the end -> path of the weights. A signal ends the process once everything is saved."""
+        config, logger = self.config, self.logger
+        every = lambda interval: bool(interval) and self.step % interval == 0 or self.step == self.total
+        logger.start(self.step, self.total)
+        self.model.train()
+        window, saved = Window(), self.step
+        with catch_signals() as received:
+            for step, batches in self.loader.prefetch(self.step, self.total):
+                own = [sum(map(self.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)]
+                units, tokens, stop = self.backend.sum(*own, bool(received))
+                if stop:
+                    break
+                rate = self._set_learning_rate()
+                metrics, norm, bad = self._update(batches, units)
+                self.step = step + 1
+                self.tokens += int(tokens)
+                window.add(metrics, units, tokens)
+                log, save, validate = map(every, (config.log_interval, config.save_interval, config.val_interval))
+                validate = validate or save and not config.val_interval
+                if log or save or validate or self.scale > 1 or self.backend.device.type == "cpu":
+                    self._stop_if(bad, norm)  # on an accelerator, reading the verdict waits for it
+                if log:
+                    figures = dict(window.read(self.backend), lr=rate, grad_norm=float(norm), tokens=self.tokens)
+                    if validate:
+                        figures |= self.validate()
+                    self._note(figures)
+                    window = Window()
+                elif validate:
+                    self._note(self.validate())
+                if save:
+                    self.save()
+                    saved = self.step
+                if save or validate:
+                    window.since = time.perf_counter()
+            if self.step < self.total:
+                self._leave(received, saved)
+        path = self.save_dir / self.name
+        logger.print(f"done: {path}" + "".join(f", {k} {v:.4f}" for k, v in self.losses.items()))
+        logger.close(dict(steps=self.step, tokens=self.tokens, weights=str(path), **self.losses))
+        return path
+
+    def _note(self, figures: dict[str, float]) -> None:
+        if figures:
+            self.losses |= {k: round(v, 6) for k, v in figures.items() if "loss" in k or "bpb" in k}
+            self.logger.log(self.step, **figures)
+
+    def _set_learning_rate(self) -> float:
+        c = self.config
+        rate = learning_rate(
+            self.step, self.total, peak=c.learning_rate, warmup=c.warmup_steps, schedule=c.schedule, floor=c.min_lr_ratio
+        )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        return rate
+
+    def _update(self, batches, units: float):
+        """One optimiser step -> (summed metrics of this rank, gradient norm, 1.0 where something was not finite)."""
+        sums: dict[str, torch.Tensor] = {}
+        for i, batch in enumerate(batches):
+            with self.backend.accumulate(self.wrapped, last=i == len(batches) - 1):
+                loss, metrics = self.job.objective(self.wrapped, batch.to(self.backend.device))
+                (loss * (self.scale * self.backend.world / units)).backward()
+            for name, value in metrics.items():
+                sums[name] = sums[name] + value if name in sums else value
+        norm, bad = clip_and_check(self.parameters, self.config.grad_clip, self.scale, torch.isfinite(sums["loss"]))
+        bad = self.backend.worst(bad)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = bad  # torch's fused optimisers, and our Muon, leave everything as it is where this is 1
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return sums, norm, bad
+
+    def _stop_if(self, bad: torch.Tensor, norm: torch.Tensor) -> None:
+        """fp16 answers an overflow with a smaller scale; anything else that is not finite ends the run, weights untouched."""
+        if not bad.item():
+            self.healthy_steps += 1
+            if self.scale > 1 and self.healthy_steps % 2000 == 0:
+                self.scale *= 2
+            return
+        if self.scale > 1:
+            self.scale /= 2
+            return
+        raise ValueError(
+            f"the loss or its gradient is not finite at step {self.step} (gradient norm {norm.item()}); the weights were "
+            "not changed by it and nothing was saved after it. Lower --learning_rate, or look at the data of this step"
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean loss of a validation token, and bits per byte of its text, which any tokenizer can be compared in."""
+        if self.val_loader is None:
+            return {}
+        self.model.eval()
+        loss, tokens, size = 0.0, 0, 0
+        for _, batches in self.val_loader.prefetch(0, self.val_loader.steps_per_epoch):
+            for batch in batches:
+                _, metrics = self.job.objective(self.model, batch.to(self.backend.device))
+                loss = loss + metrics["loss"].double()
+                tokens += self.job.objective.count(batch)
+                targets = batch.targets.numpy()
+                size += int(self.job.tokenizer.token_bytes[targets[targets >= 0]].sum())
+        self.model.train()
+        loss, tokens, size = self.backend.sum(float(loss), tokens, size)
+        loss /= max(tokens, 1)
+        if loss < self.best:
+            self.best = loss
+            self._write(self.save_dir / "best" / self.name)
+        return dict(val_loss=loss, val_bpb=loss * tokens / np.log(2) / max(size, 1))
+
+    # ---- what stays ----
+
+    def save(self) -> None:
+        """The weights, and the state to continue from. All ranks take part; the first one writes."""
+        random = torch.stack(self.backend.gather(torch.get_rng_state()))
+        self._write(self.save_dir / self.name)
+        if self.backend.main:
+            tensors = dict(
+                weights=dict(self.model.named_parameters()),
+                optimizer=resume.optimizer_tensors(self.model, self.optimizers),
+                random=dict(cpu=random),
+            )
+            resume.save_state(self.states, self.step, tensors, self._state(), self.config.keep_last)
+            self.logger.draw()
+        self.backend.barrier()
+
+    def _write(self, path: Path) -> None:
+        if self.backend.main:
+            lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
+            tokenizer = dict(path=_relative(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
+            save_weights(path, self.model, tokenizer=tokenizer, lineage=lineage)
+
+    def _lineage(self) -> dict:
+        parent = self.job.parent
+        return dict(
+            stage=self.job.stage,
+            data=self.job.data.train.fingerprint,
+            rows=len(self.job.data.train),
+            parent=parent.hash if parent else None,
+            steps=self.step,
+            tokens=self.tokens,
+            seed=self.config.seed,
+            losses=self.losses,
+            command=" ".join(sys.argv),
+        )
+
+    def _identity(self) -> dict:
+        """What has to be the same for a state to belong to this run."""
+        return dict(
+            architecture=self.model.config.to_dict(),
+            data=self.job.data.train.fingerprint,
+            tokenizer=self.job.tokenizer.hash,
+            parent=self.job.parent.hash if self.job.parent else None,
+            **{name: getattr(self.config, name) for name in FIXED},
+        )
+
+    def _state(self) -> dict:
+        machine = dict(torch=torch.__version__, threads=torch.get_num_threads(), world=self.backend.world)
+        machine |= dict(device=self.backend.device.type, dtype=str(self.dtype), compiled=self.compiled)
+        return dict(
+            step=self.step,
+            total=self.total,
+            tokens=self.tokens,
+            examples=self.loader.examples_per_step,
+            best=self.best if self.best < float("inf") else None,
+            scale=self.scale,
+            losses=self.losses,
+            identity=self._identity(),
+            machine=machine,
+            config=self.config.as_dict(),
+        )
+
+    def _restore(self, path: Path) -> None:
+        tensors, state = resume.read_state(path)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors["weights"][name])
+        resume.restore_optimizers(self.model, self.optimizers, tensors["optimizer"])
+        random = tensors["random"]["cpu"]
+        torch.set_rng_state(random[self.backend.rank % len(random)])
+        self.step, self.tokens, self.scale, self.losses = (state[k] for k in ("step", "tokens", "scale", "losses"))
+        self.best = float("inf") if state["best"] is None else state["best"]
+        say, now = self.logger.print, self._state()
+        say(f"resumed after step {self.step:,} of {self.total:,} from {path}")
+        for part in ("config", "machine"):
+            changed = [f"{k} {v} -> {now[part][k]}" for k, v in state[part].items() if str(now[part].get(k)) != str(v)]
+            if changed := [line for line in changed if not line.startswith("from_resume ")]:
+                say(f"changed since then: {', '.join(changed)}" + (
+                    "; so equal within 1e-5, not bit by bit" if part == "machine" else ""))  # fmt: skip
+
+    def _leave(self, received: list[int], saved: int) -> None:
+        """After a signal: save what there is and end with the status the signal stands for."""
+        if saved != self.step:
+            self.save()
+        number = received[0] if received else signal.SIGTERM  # another rank's
+        self.logger.print(f"stopped by {signal.Signals(number).name} after step {self.step:,}; everything is saved. "
+                          "Continue with --from_resume auto")  # fmt: skip
+        self.logger.close()
+        raise SystemExit(128 + number)
+
+    # ---- speed ----
+
+    def _compile(self) -> bool:
+        """torch.compile, block by block: one small graph serves all layers."""
+        mode = self.config.compile
+        if mode == "off" or (mode == "auto" and not self._compiling_pays()):
+            return False
+        torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows, and few of those
+        for block in self.model.model.layers:
+            block.compile(dynamic=False)
+        self.logger.print("compiling the blocks: the first step takes longer")
+        return True
+
+    def _compiling_pays(self) -> bool:
+        device = self.backend.device.type
+        if device == "cpu":
+            if not (shutil.which("g++") or shutil.which("clang++")):
+                return False
+            positions = self.total * self.config.batch_size * self.config.accumulation_steps * self.config.max_seq_len
+            seconds = positions * 6 * self.model.num_parameters(active=True) / 1e11  # at 100 GFLOP/s
+            return seconds > 300
+        return device == "cuda" and self.total >= 200
+
+
+@dataclass
+class Window:
+    """What has been summed up since the last log."""
+
+    since: float = field(default_factory=time.perf_counter)
+    units: float = 0.0
+    tokens: float = 0.0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, metrics: dict[str, torch.Tensor], units: float, tokens: float) -> None:
+        self.units, self.tokens = self.units + units, self.tokens + tokens
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in metrics.items()}
+
+    def read(self, backend: Backend) -> dict[str, float]:
+        """Means over all ranks' units, and trained tokens per second."""
+        totals = backend.sum(*map(float, self.sums.values()))
+        speed = self.tokens / max(time.perf_counter() - self.since, 1e-9)
+        return {name: total / self.units for name, total in zip(self.sums, totals)} | dict(tokens_per_second=speed)
+
+
+def _relative(path: str) -> str:
+    """Below the repository: relative to it, so that the weights can move with their clone."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+

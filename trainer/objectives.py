@@ -1,0 +1,37 @@
+"""What is minimised. An objective sums over its units; the engine counts the units of a whole optimiser step first and
+divides once, so that any split into micro-batches and ranks gives the same gradient."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dataset.loader import Batch
+
+
+class Objective(Protocol):
+    def count(self, batch: Batch) -> float:
+        """Units the loss is summed over (trained tokens, weights, pairs), from the loader's numbers alone."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is differentiated, and metrics (`loss` among them), all summed over those units."""
+
+
+class NextToken:
+    """Cross-entropy of every trained token: pretraining and SFT."""
+
+    def count(self, batch):
+        return batch.trained_tokens
+
+    def __call__(self, model, batch):
+        out = model(
+            batch.tokens,
+            targets=batch.targets,
+            documents=batch.documents,
+            positions=batch.positions,
+            selected=batch.selected,
+        )
+        loss = out.loss.sum()
+        units = (batch.targets != -100).sum(1)  # (B,): the balancing loss of a row counts as much as the row does
+        return loss + (out.aux_loss * units).sum(), {"loss": loss.detach()}

@@ -1,0 +1,87 @@
+"""What a stage needs before it can start: data, weights to start from, and the tokenizer of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset import tiny_world
+from dataset.lm_dataset import TokenDataset
+from model.checkpoint import Checkpoint, find_weights, load_weights
+from model.config import PRESETS
+from tokenizer.chat import show_labels
+from tokenizer.resolve import tokenizer_of
+from tokenizer.text import Tokenizer
+from trainer.config import ROOT, StageConfig
+
+# The files of MiniMind's data set, best first, as people keep them in dataset/
+WELL_KNOWN = {
+    "pretrain": ("pretrain_hq", "pretrain"),
+    "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
+}
+SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/datasets/gongjy/minimind_dataset"
+
+
+class Data(NamedTuple):
+    train: TokenDataset
+    val: TokenDataset | None
+    builtin: bool  # the tiny world, for want of anything else
+    notes: list[str]  # lines to print
+
+
+def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool, str]:
+    """(files, whether built in, a line that says why these): what was typed, a well-known file, else the tiny world."""
+    if config.data_path:
+        return config.data_path, False, f"data: {', '.join(config.data_path)}"
+    for name in WELL_KNOWN[kind]:
+        path = ROOT / "dataset" / f"{name}.jsonl"
+        if path.is_file():
+            return (str(path),), False, f"data: {path} (--data_path names another)"
+    path = tiny_world.generate(ROOT / "out" / "tiny_world", files=(kind,))[kind]
+    note = f"data: the built-in tiny world ({path}), enough to see everything work. Real data: {SOURCE}, put into dataset/"
+    return (str(path),), True, note
+
+
+def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **options) -> Data:
+    """Reads (or finds in the cache) what the stage trains on and validates with. kind: a key of WELL_KNOWN."""
+    paths, builtin, note = choose_files(config, kind)
+    options |= dict(
+        max_seq_len=config.max_seq_len,
+        cache_dir=config.cache_dir,
+        num_workers=config.num_workers or None,
+        on_bad_row=config.on_bad_row,
+        seed=config.seed,
+    )
+    train: TokenDataset = dataset(paths, tokenizer, data_limit=config.data_limit, **options)
+    notes, val = [note, f"      {train.summary}"], None
+    if config.val_path:
+        val = dataset(config.val_path, tokenizer, **options)
+        notes.append(f"validation: {', '.join(config.val_path)}: {val.summary}")
+    elif config.val_fraction:
+        train, val = train.split(config.val_fraction, config.seed)
+        notes.append(f"validation: {len(val):,} of these, {len(train):,} left to train on")
+    for i in range(min(config.show_labels, len(train))):
+        trained = train.trained(i)
+        tokens = train.tokens(i)
+        print(f"--- {train.source(i)}\n{show_labels(tokenizer, tokens, [True] * len(tokens) if trained is None else trained)}")
+    return Data(train, val, builtin, notes)
+
+
+def open_weights(config: StageConfig, name: str) -> tuple[Checkpoint, Tokenizer, str]:
+    """The weights to start from (--from_weight, by default the stage before), their tokenizer, and a line to print."""
+    path = find_weights(
+        config.from_weight or name, config.save_dir, ROOT / "out", hidden_size=config.hidden_size, moe=config.use_moe
+    )
+    checkpoint = load_weights(path)
+    shape = checkpoint.config
+    stated = dict(hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers)
+    if config.preset:
+        stated |= PRESETS[config.preset]
+    wrong = [f"--{k} {v} (it has {getattr(shape, k)})" for k, v in stated.items() if v not in (None, getattr(shape, k))]
+    if config.use_moe is not None and config.use_moe != bool(shape.num_experts):
+        wrong.append(f"--use_moe {config.use_moe} (it has {shape.num_experts} experts)")
+    if wrong:
+        raise ValueError(f"{path}: these flags contradict the weights: {', '.join(wrong)}; leave them out")
+    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), shape.vocab_size, config.tokenizer_path)
+    stages = " -> ".join(entry["stage"] for entry in checkpoint.lineage)
+    return checkpoint, tokenizer, f"from: {checkpoint.path}" + (f" ({stages})" if stages else "")

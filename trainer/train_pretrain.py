@@ -1,0 +1,85 @@
+"""Pretraining: a model learns to continue text. Writes out/pretrain_<hidden>[_moe].pth.
+
+    python trainer/train_pretrain.py                                       # the built-in tiny world, some minutes on a CPU
+    python trainer/train_pretrain.py --data_path dataset/pretrain_hq.jsonl --preset small
+    torchrun --nproc_per_node 2 trainer/train_pretrain.py --preset base
+
+Data: {"text": ...} rows in .jsonl, or plain .txt files. The architecture is stated here, once; later stages read it from the
+weights.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dataclasses import dataclass
+
+from trainer.config import StageConfig, option, parse, run
+
+
+@dataclass(frozen=True)
+class PretrainConfig(StageConfig):
+    """Options of pretraining"""
+
+    save_weight: str = "pretrain"
+    num_attention_heads: int | None = option(None, "query heads", within="[1, inf)")
+    num_key_value_heads: int | None = option(None, "key and value heads, each shared by some query heads", within="[1, inf)")
+    max_position_embeddings: int | None = option(None, "longest text it will be used on", within="[1, inf)")
+
+
+def architecture(config: PretrainConfig, tokenizer, builtin: bool):
+    """A preset, changed by the flags that are given."""
+    from model.config import ModelConfig
+
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    changes = {name: value for name in names if (value := getattr(config, name)) is not None}
+    if config.use_moe and config.preset != "moe":
+        changes |= dict(num_experts=4, num_shared_experts=1)
+    preset = config.preset or ("nano" if builtin else "small")
+    return ModelConfig.preset(preset, vocab_size=tokenizer.vocab_size, **changes)
+
+
+def main():
+    config = parse(PretrainConfig, description=__doc__)
+
+    import torch
+
+    from dataset.lm_dataset import PretrainDataset
+    from model.transformer import CausalLM
+    from tokenizer.text import Tokenizer
+    from trainer.backend import start
+    from trainer.engine import Engine, Job
+    from trainer.objectives import NextToken
+    from trainer.prepare import open_data, open_weights
+
+    torch.manual_seed(config.seed)
+    parent, origin = None, ""
+    if config.from_weight:
+        parent, tokenizer, origin = open_weights(config, config.from_weight)
+        model = parent.build()
+    else:
+        tokenizer = Tokenizer.load(config.tokenizer_path)
+    data = open_data(PretrainDataset, config, "pretrain", tokenizer)
+    if not parent:
+        model = CausalLM(architecture(config, tokenizer, data.builtin))
+    with start(config.device) as backend:
+        Engine(
+            Job(
+                stage="pretrain",
+                config=config,
+                model=model,
+                objective=NextToken(),
+                tokenizer=tokenizer,
+                data=data,
+                packing=False,
+                parent=parent,
+                notes=[origin],
+            ),
+            backend,
+        ).run()
+
+
+if __name__ == "__main__":
+    run(main)
