@@ -124,7 +124,7 @@ def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, 
 
     stated = _settle(_from_file(seen.config, cls, problems), problems) if seen.config is not None else {}
     stated |= _settle([(f"--{spelling}", known[name], spelling, text) for name, spelling, text in seen.given], problems)
-    _refuse([(f"--{name}", name, value) for name, value in _flags(unknown)], cls, problems)
+    _refuse(list(_flags(unknown)), cls, problems)
 
     config = cls(**stated)
     problems += config.problems()
@@ -147,14 +147,14 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def _flags(words: list[str]) -> Iterator[tuple[str, str]]:
-    """What argparse did not know -> (flag, value); a stray word counts as a flag."""
+def _flags(words: list[str]) -> Iterator[tuple[str, str, str]]:
+    """What argparse did not know -> (as typed, key, value); a word that follows no such flag stands alone."""
     while words:
-        name, equals, value = words[0].removeprefix("--").partition("=")
+        typed, equals, value = words[0].partition("=")
         words = words[1:]
-        while not equals and words and not words[0].startswith("--"):
+        while typed.startswith("--") and not equals and words and not words[0].startswith("--"):
             value, words = words[0], words[1:]
-        yield name, value
+        yield typed, typed.removeprefix("--"), value
 
 
 def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple[str, Spec, str, Any]]:
