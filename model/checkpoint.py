@@ -12,8 +12,10 @@ directories in Hugging Face's layout.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +89,9 @@ def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage:
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]  # stored once
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    content = dict(format=FORMAT, model=state, config=model.config.to_dict(), tokenizer=tokenizer, lineage=lineage)
+    values = dict(config=model.config.to_dict(), tokenizer=tokenizer, lineage=lineage)
+    values = json.loads(json.dumps(values))  # a number of numpy's, say, would be a pickled class that nobody could load
+    content = dict(format=FORMAT, model=state, **values)
     with atomic(Path(path)) as temporary:
         torch.save(content, temporary)
     return Path(path)
@@ -104,8 +108,9 @@ def load_weights(path: Path | str) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "not a weights file"
-        raise ValueError(f"{path}: refused: it holds more than tensors and plain values, or is damaged ({reason})") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds code ({code[1]}), which was not run" if code else "it is damaged or not a weights file"
+        raise ValueError(f"{path}: refused: {reason}; weights are tensors and plain values only") from None
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: truncated or not a weights file ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict) or not content:
@@ -132,18 +137,17 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         return Path(weight)
     if Path(weight).name != weight or weight.endswith(".pth"):
         raise ValueError(f"{weight}: no such file or directory")
-    size = "*" if hidden_size is None else str(hidden_size)
     for folder in map(Path, folders):
-        found = [
-            path
-            for path in folder.glob(f"{weight}_{size}*.pth")
-            if path.stem[len(weight) + 1 :].removesuffix("_moe").isdigit()
-            and (moe is None or path.stem.endswith("_moe") == moe)
-        ]
+        found = []
+        for path in folder.glob(f"{weight}_*.pth"):
+            size, _, suffix = path.stem[len(weight) + 1 :].partition("_")
+            fits = size.isdigit() and hidden_size in (None, int(size)) and suffix in ("", "moe")
+            if fits and moe in (None, suffix == "moe"):
+                found.append(path)
         if found:
             return newest(found, "")
     known = sorted({path.name for folder in map(Path, folders) for path in folder.glob("*.pth")})
     raise ValueError(
-        f"no weights called {weight!r} ({weight}_{size}.pth) in {' or '.join(dict.fromkeys(map(str, folders)))}; "
+        f"no weights called {weight!r} ({weight}_{hidden_size or '<hidden>'}.pth) in {' or '.join(dict.fromkeys(map(str, folders)))}; "
         + (f"there are {', '.join(known)}" if known else "train them first, or give a path")
     )

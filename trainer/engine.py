@@ -12,6 +12,7 @@ the optimisers move, unless something was not finite. Nothing in it waits for an
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -19,7 +20,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dataset.loader import Loader
@@ -99,7 +99,6 @@ class Engine:
             world=self.backend.world,
             seed=self.config.seed,
             shuffle=shuffle,
-            end_of_text=self.job.tokenizer.end_of_text,
         )
 
     def _accumulation(self, state: Path | None) -> int:
@@ -240,7 +239,7 @@ class Engine:
         if loss < self.best:
             self.best = loss
             self._write(self.save_dir / "best" / self.name)
-        return dict(val_loss=loss, val_bpb=loss * tokens / np.log(2) / max(size, 1))
+        return dict(val_loss=loss, val_bpb=loss * tokens / math.log(2) / max(size, 1))
 
     # ---- what stays ----
 
