@@ -2,9 +2,10 @@
 
     directory, facts = entry(cache_root(data_file), "pretrain.jsonl-tokens-1f2e", build)
 
-An entry is a directory that is complete as soon as it has its name: it is filled under a temporary name, synced, renamed. A
-killed build leaves no half entry, and of several processes that want the same one, one builds and the others wait. The big
-arrays are read through `Mapped`, which keeps a file of any size at a few MiB of this process's memory.
+An entry is a directory that is complete as soon as it has its name: it is filled under a temporary name, synced,
+renamed. A killed build leaves no half entry, and of several processes that want the same one, one builds and the
+others wait. The big arrays are read through `Mapped`, which keeps a file of any size at a few MiB of this process's
+memory.
 """
 import json
 import mmap
@@ -72,7 +73,7 @@ def entry(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[Path, d
             for file in temporary.iterdir():
                 _sync(file)
             os.rename(temporary, path)
-            with suppress(OSError):  # whoever still waits for it finds the entry; Windows keeps a file that is open elsewhere
+            with suppress(OSError):  # whoever waits for it will find the entry; Windows keeps it while it is open there
                 lock.unlink()
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -140,8 +141,8 @@ def _wait_for_lock(handle) -> None:
 class Mapped:
     """A file as an array that is read in slices: `Mapped(path, np.uint16)[10:20]`, a view into the page cache.
 
-    Pages that were read count as this process's memory until they are handed back, which is done every `KEEP` bytes. The
-    system's page cache keeps them, and a view that is still in use reads them again by itself.
+    Pages that were read count as this process's memory until they are handed back, which is done every `KEEP` bytes.
+    The system's page cache keeps them, and a view that is still in use reads them again by itself.
     """
 
     KEEP = 32 << 20

@@ -1,12 +1,12 @@
 """The layouts people keep their rows in -> one canonical row.
 
-    to_text({"text": "Once upon a time"})                                 # pretraining: the text
+    to_text({"text": "Once upon a time"})
     to_conversation({"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
 
-A canonical conversation is (messages, tools or None), as tokenizer/chat.py takes and checks it: a message has "role" and
-"content", an assistant's also "reasoning_content" and "tool_calls" ([{"name", "arguments": {...}}]) where it has them.
-Here only layouts are translated. A ValueError gives the reason, its caller knows the place. To read another layout add a
-function to CONVERSATIONS: the first that returns something other than None has read the row.
+A canonical conversation is (messages, tools or None), as tokenizer/chat.py takes and checks it: a message has "role"
+and "content", an assistant's also "reasoning_content" and "tool_calls" ([{"name", "arguments": {}}]) where it has them.
+Here layouts are translated, no more. A ValueError gives the reason, its caller knows the place. To read another layout
+add a function to CONVERSATIONS: the first that returns something other than None has read the row.
 """
 import json
 
@@ -61,7 +61,7 @@ def _message(turn: object, where: str) -> dict:
 
 
 def _call(call: object, where: str) -> dict:
-    """{"name", "arguments"}, bare or in OpenAI's {"type": "function", "function": ...}; arguments may be a JSON string."""
+    """{"name", "arguments"}, bare or in OpenAI's {"type", "function": ...}; the arguments may be a JSON string."""
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise ValueError(f'{where}: a call must be {{"name", "arguments"}}, this is {_short(call)}')

@@ -4,10 +4,10 @@
     rows[41]          # the 42nd object, parsed now; nothing else was read
     rows.where(41)    # 'dataset/sft_mini_512.jsonl:42'
 
-The file is mapped and an index tells where each row starts (int64, numpy finds the newlines), kept in the cache and tied to
-the file's size, time and a hash of its ends: ten gigabytes open at once from the second time on. Blank lines are no rows. A
-file that holds one JSON array, as `.json` files do, is rewritten into the cache as JSONL once. UTF-8 only, a byte order mark
-may stand at the start.
+The file is mapped and an index tells where each row starts (int64, numpy finds the newlines), kept in the cache and
+tied to the file's size, time and a hash of its ends: ten gigabytes open at once from the second time on. Blank lines
+are no rows. A file that holds one JSON array, as `.json` files do, is rewritten into the cache as JSONL once. UTF-8
+only; a byte order mark may stand at the start.
 """
 import difflib
 import hashlib
@@ -120,7 +120,7 @@ def existing(path: str | Path) -> Path:
 
 
 def entry_name(path: Path, kind: str, state: str) -> str:
-    key = hashlib.sha256(f"{path.resolve()} {state}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(state.encode()).hexdigest()[:16]
     return f"{path.name[:48]}-{kind}-{key}"  # a file name may have 255 bytes, a Chinese character takes 3
 
 
@@ -152,7 +152,7 @@ def index_lines(file) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def array_to_jsonl(path: Path, target: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Rewrites a JSON array as JSONL, one element in memory at a time; returns what `index_lines` does, less the hash."""
+    """Rewrites a JSON array as JSONL, one element in memory at a time; gives starts and lines as `index_lines` does."""
     starts, lines = [0], []
     with open(path, encoding="utf-8-sig") as source, open(target, "wb") as rows:
         reader = _ArrayReader(path, source)
@@ -187,9 +187,10 @@ class _ArrayReader:
     def more(self) -> None:
         self.first_line, rest = self.line(), self.text[self.at:]
         try:
-            read = self.source.read(max(1 << 20, len(rest)))  # doubling: a huge element is scanned a few times, not often
+            read = self.source.read(max(1 << 20, len(rest)))  # doubling: a huge element is scanned a few times only
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}:{self.first_line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+            where = f"{self.path}:{self.first_line}"
+            raise ValueError(f"{where}: not UTF-8 here or below ({error.reason}); {_likely(error.object)}") from None
         self.text, self.at, self.ended = rest + read, 0, not read
 
     def skip(self, characters: str) -> str:
@@ -241,7 +242,8 @@ def decode(raw: bytes) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start + 1}; {_likely(raw)}") from None
     if "\0" in text:
-        raise ValueError(f"a NUL character at column {text.index(chr(0)) + 1}; was the file cut off while being written?")
+        column = text.index("\0") + 1
+        raise ValueError(f"a NUL character at column {column}; was the file cut off while it was written?")
     return text
 
 
@@ -259,8 +261,8 @@ def _likely(raw: bytes) -> str:
 class RowErrors:
     """What to do with bad rows: stop at the first (`error`), or set them aside, up to 1 % of the rows (`skip`).
 
-    Under `skip` one bad row always passes, however small the file. They go to `<file>.rejects.jsonl`, beside the file or, where
-    that is read-only, in the cache: {"line", "reason", "row"}.
+    Under `skip` one bad row always passes, however small the file. They go to `<file>.rejects.jsonl`, beside the file
+    or, where that is read-only, in the cache: {"line", "reason", "row"}.
     """
 
     def __init__(self, path: Path, cache: Path, rows: int, on_bad_row: str):
@@ -280,7 +282,7 @@ class RowErrors:
         if self.on_bad_row != "skip":
             raise ValueError(f"{self.first[0]} (--on_bad_row skip leaves such rows out)")
         if self.count > self.allowed:
-            raise ValueError(f"{'; '.join(self.first)}; ... more than {self.allowed} bad rows (1 %) are too many to skip")
+            raise ValueError(f"{'; '.join(self.first)} ...: more than {self.allowed} bad rows (1 %), too many to skip")
         if self.file is None:
             self.file = open(self.target.with_suffix(".tmp"), "w", encoding="utf-8")
         reject = {"line": line, "reason": reason, "row": raw.decode("utf-8", "replace")}
@@ -306,8 +308,11 @@ class TextFile:
         self.size = self.path.stat().st_size
         if not self.size:
             raise ValueError(f"{self.path}:1: the file is empty")
+        digest = hashlib.sha256()
         with open(self.path, "rb") as file:
-            self.content = hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(BLOCK):
+                digest.update(block)
+        self.content = digest.hexdigest()
 
     def __len__(self) -> int:
         return 1

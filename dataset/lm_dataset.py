@@ -4,11 +4,11 @@
     ds.tokens(7), ds.trained(7), ds.source(7)      # ids, which of them are trained on, 'dataset/sft.jsonl:8'
     train, val = ds.split(0.01, seed=42)
 
-An example of n ids is n - 1 positions: its ids but the last are the inputs, its ids but the first are the targets. So with
-rows of T positions, an example has at most T + 1 ids.
+An example of n ids is n - 1 positions: its ids but the last are the inputs, its ids but the first are the targets. So
+with rows of T positions, an example has at most T + 1 ids.
 
-`paths` is one or several files. `file:3` repeats its examples three times an epoch, `file:0.5` takes a seeded half of them,
-`file:2.5` does both. Repeats and views are an order over the examples; tokens are stored once.
+`paths` is one or several files. `file:3` repeats its examples three times an epoch, `file:0.5` takes a seeded half of
+them, `file:2.5` does both. Repeats and views are an order over the examples; tokens are stored once.
 """
 import copy
 import hashlib
@@ -25,10 +25,10 @@ SPLIT, PART = 1 << 62, 1 << 61  # streams of `shuffled`; the loader's are the ep
 
 
 def shuffled(n: int, seed: int, stream: int) -> np.ndarray:
-    """A permutation of n, the same on every machine and with every numpy: sorts n keys from Philox, a counter-based RNG.
+    """A permutation of n, the same on every machine and with every numpy: n keys of Philox, a counter-based RNG, sorted.
 
-    Generator.permutation may change between numpy versions (NEP 19), the raw Philox stream may not. An index in the low bits
-    of each key makes keys unique, so how ties are sorted never shows.
+    Generator.permutation may change between numpy versions (NEP 19), the raw Philox stream may not. An index in the low
+    bits makes the keys unique, so how ties are sorted never shows.
     """
     bits = max(n - 1, 1).bit_length()
     keys = np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(n)
@@ -107,9 +107,9 @@ class TokenDataset:
 class PretrainDataset(TokenDataset):
     """One continuous stream, cut into rows.
 
-    Documents d1 d2 ... become E d1 E d2 ... E, where E is <|endoftext|>. As an input E belongs to the document it opens, as a
-    target it ends the one before, so that every token is a target once. Row r is stream[r T : (r + 1) T + 1]: T inputs and the
-    target of the last. Only the last row of the stream may be shorter. Files with the same weight share a stream.
+    Documents d1 d2 ... become E d1 E d2 ... E, where E is <|endoftext|>. As an input E belongs to the document it
+    opens, as a target it ends the one before, so that every token is a target once. Row r is stream[rT : (r + 1)T + 1],
+    T inputs and the target of the last. Only the stream's last row may be shorter. Files of one weight share a stream.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class PretrainDataset(TokenDataset):
         self.lengths = np.concatenate(lengths)[self.order]
         self.fingerprint = _fingerprint(caches, tokenizer, "pretrain", max_seq_len, seed)
         documents, tokens = (sum(cache.facts[key] for cache, _ in caches) for key in ("documents", "tokens"))
-        self.summary = f"{documents:,} documents, {tokens:,} tokens -> {len(self):,} rows of {max_seq_len}{_left_out(caches)}"
+        self.summary = f"{documents:,} documents, {tokens:,} tokens{_left_out(caches)}"
 
     def _tokens(self, row: int) -> np.ndarray:
         stream, start = self._place(row)
@@ -179,9 +179,9 @@ class _Stream:
 class SFTDataset(TokenDataset):
     """One conversation an example, with its trained positions.
 
-    A conversation of more than T + 1 ids is cut from the left (`on_long` "truncate") or left out ("drop"). An answer is trained
-    on whole or not at all: one that lost its beginning is context only, and where the last answer does not fit with at least
-    one token before it, the conversation is left out. Both are counted in `summary`.
+    A conversation of more than T + 1 ids is cut from the left (`on_long` "truncate") or left out ("drop"). An answer is
+    trained on whole or not at all: one that lost its beginning is context only, and where the last answer does not fit
+    with at least one token before it, the conversation is left out. `summary` counts both.
     """
 
     def __init__(
@@ -206,12 +206,13 @@ class SFTDataset(TokenDataset):
             left_out += int((~keep).sum())
         rows = [len(k) for k in kept]
         if not sum(rows):
-            raise ValueError(f"--max_seq_len {max_seq_len}: no example fits in it, the longest has {longest - 1:,} tokens")
+            raise ValueError(f"--max_seq_len {max_seq_len}: no example fits, the longest has {longest - 1:,} tokens")
         self._kept, self._first = kept, np.cumsum([0, *rows])
         self.order = _order(rows, [weight for _, weight in caches], seed)
         self.lengths = np.concatenate(lengths)[self.order]
         self.fingerprint = _fingerprint(caches, tokenizer, f"sft {on_long}", max_seq_len, seed)
-        long = f"; too long: {cut:,} cut, {left_out:,} left out (the longest has {longest - 1:,} tokens)" if cut + left_out else ""
+        long = f"; too long: {cut:,} cut, {left_out:,} left out (the longest has {longest - 1:,} tokens)"
+        long = long if cut or left_out else ""
         self.summary = f"{len(self):,} examples, {int(self.lengths.sum()):,} tokens{long}{_left_out(caches)}"
 
     def _place(self, example: int) -> tuple[TokenCache, int, int, int]:

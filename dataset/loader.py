@@ -7,10 +7,10 @@
 
 An epoch is a seeded permutation, so a step's examples are a slice of it. Two ways to fill rows:
     packing=False   an example is a row (pretraining): batch_size x accumulation_steps x world rows a step
-    packing=True    the same number of *examples* a step, packed best-fit into as few rows as hold them; then the rows of a
-                    rank go in batches of batch_size, the rest in powers of two (5 rows = 4 + 1), so that only a few shapes
+    packing=True    the same number of *examples* a step, packed best-fit into as few rows as hold them; a rank's rows
+                    go in batches of batch_size, the rest in powers of two (5 rows = 4 + 1), so that only a few shapes
                     occur and compiled code is reused
-The rows are dealt to the ranks in turn. Which examples a step holds depends on their number alone, not on how it is divided.
+The rows are dealt to the ranks in turn. Which examples a step holds depends on the product alone.
 
 B = rows of a batch, T = max_seq_len, N = rows of a rank's step, K = selected positions
 """
@@ -39,7 +39,7 @@ class Batch:
     targets: torch.Tensor  # (B, T) int64, -100 = not trained on
     documents: torch.Tensor  # (B, T) int32, numbered from 1 in each row; 0 = filling, a document of its own
     positions: torch.Tensor  # (B, T) int64, from 0 in each document
-    selected: torch.Tensor | None  # (K,) int64, b * T + t of the positions with a target, and filling without; None = all
+    selected: torch.Tensor | None  # (K,) int64, b * T + t of the positions with a target, then filling; None = all
     trained_tokens: int
     examples: tuple[int, ...]
 
@@ -128,8 +128,8 @@ class Loader:
         positions = sum(int((self.dataset.lengths[self.examples(step)] - 1).sum()) for step in asked)
         about = "" if steps == len(asked) else "about "
         return (
-            f"{len(self.dataset):,} examples -> {about}{round(rows * steps / len(asked)):,} rows of {self.max_seq_len} -> "
-            f"{steps:,} steps an epoch (fill {positions / (rows * self.max_seq_len):.0%})"
+            f"{len(self.dataset):,} examples -> {about}{round(rows * steps / len(asked)):,} rows of {self.max_seq_len} "
+            f"-> {steps:,} steps an epoch (fill {positions / (rows * self.max_seq_len):.0%})"
         )
 
     def _batch(self, rows: list[list[int]]) -> Batch:
@@ -165,7 +165,7 @@ class Loader:
         )
 
     def _documents_of_stream(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A row of the stream holds several documents: each <|endoftext|> among its inputs opens one. filled: 1, then 0."""
+        """A row of the stream holds several documents: each <|endoftext|> it has as input opens one. filled: 1, then 0."""
         opens = tokens == self.dataset.end_of_text
         opens[:, 0] = True
         opens &= filled > 0
@@ -184,7 +184,7 @@ def batch_sizes(rows: int, most: int) -> list[int]:
 def select(targets: np.ndarray) -> torch.Tensor | None:
     """Where the head is needed: positions with a target, filled up to a multiple with one that has none.
 
-    Filling must not count, so it cannot point at a trained position. Where there is no other, all positions are used (None).
+    Filling must not count, so it cannot point at a trained position. Where there is no other: None, all positions.
     """
     flat = targets.ravel()
     trained = np.flatnonzero(flat != IGNORED)

@@ -2,8 +2,9 @@
 
     pack([5, 3, 4, 2, 4], capacity=8)        # [[0, 1], [2, 4], [3]]
 
-The longest example first, each into the row it fills best, a new row where none has room; nothing is split. Never more than
-11/9 of the fewest possible rows plus 6/9 (Dósa 2007, for first-fit decreasing, and best-fit decreasing is bounded alike).
+The longest example first, each into the row it fills best, a new row where none has room; nothing is split. That
+takes at most 11/9 of the fewest possible rows, plus a constant (Johnson et al. 1974, "Worst-case performance bounds
+for simple one-dimensional packing algorithms"); usually none more.
 """
 from collections.abc import Sequence
 

@@ -1,12 +1,12 @@
 """A data file's tokens, worked out once: rows are tokenised in parallel into flat files that are mapped ever after.
 
     cache = token_cache("dataset/pretrain.jsonl", tokenizer, "text")
-    cache.tokens[cache.offsets[7]:cache.offsets[8]]     # the eighth entry, uint16 (uint32 from a vocabulary of 65,537 on)
+    cache.tokens[cache.offsets[7]:cache.offsets[8]]     # the eighth entry, uint16 (uint32 from 65,537 ids on)
 
-An entry is a document with <|endoftext|> in front ("text"), or a conversation with the mask of its trained tokens ("chat").
-The key is made of the data's content, the tokenizer's hash (which covers its chat template) and the options; nothing about
-rows or batches goes in, so another --max_seq_len or --batch_size reads the same cache. A text longer than PIECE is tokenised
-in pieces cut at line ends, which bounds memory; a plain .txt file is one document.
+An entry is a document with <|endoftext|> in front ("text"), or a conversation with the mask of its trained tokens
+("chat"). The key is made of the data's content, the tokenizer's hash (which covers its chat template) and the options;
+nothing about rows or batches goes in, so another --max_seq_len or --batch_size reads the same cache. A text longer than
+PIECE is tokenised in pieces cut at line ends, which bounds memory; a plain .txt file is one document.
 """
 import json
 import os
@@ -14,10 +14,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 
 import numpy as np
@@ -106,13 +108,14 @@ class _Builder:
         try:
             if self.kind == "plain":
                 self.write(open_document(self.tokenizer))
-            for chunk, block in blocks(self.source, self.tokenizer, self.kind, rows, num_workers):
-                for line, reason, raw in block.bad:
-                    if self.kind == "plain":  # half a document is none
-                        raise ValueError(f"{self.source.path}:{line}: {reason}")
-                    errors.add(line, reason, raw)
-                self.write(block)
-                progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
+            with closing(blocks(self.source, self.tokenizer, self.kind, rows, num_workers)) as found:
+                for chunk, block in found:
+                    for line, reason, raw in block.bad:
+                        if self.kind == "plain":  # half a document is none
+                            raise ValueError(f"{self.source.path}:{line}: {reason}")
+                        errors.add(line, reason, raw)
+                    self.write(block)
+                    progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
         finally:
             progress.close()
             for file in (*self.files.values(), self.offsets):
@@ -122,7 +125,8 @@ class _Builder:
         return {
             "source": str(self.source.path.resolve()), "content": self.source.content, "kind": self.kind,
             "tokenizer": self.tokenizer.hash, "dtype": token_dtype(self.tokenizer).name, "rows": rows,
-            "entries": self.entries, "documents": documents, "tokens": self.total, "empty": self.empty, "first_empty": self.first_empty,
+            "entries": self.entries, "documents": documents, "tokens": self.total,
+            "empty": self.empty, "first_empty": self.first_empty,
             "bad": errors.count, "first_bad": errors.first, "rejects": str(errors.target),
         }  # fmt: skip
 
@@ -258,21 +262,36 @@ def blocks(
     """Every chunk with its block, in order. Small data stays in this process: `tokenizers` has threads of its own."""
     chunks = source.chunks(CHUNK, rows)
     workers = num_workers or cores()
-    if workers == 1 or source.size < PROCESSES_FROM:
-        yield from ((chunk, encode(chunk, tokenizer, kind)) for chunk in chunks)
-        return
+    if workers > 1 and source.size >= PROCESSES_FROM:
+        yield from _blocks_from_processes(chunks, tokenizer, kind, workers)
+    for chunk in chunks:  # all of them, or what is left
+        yield chunk, encode(chunk, tokenizer, kind)
+
+
+def _blocks_from_processes(chunks: Iterator[Chunk], tokenizer: Tokenizer, kind: str, workers: int):
+    """Ends before the last chunk if the processes die, and leaves the rest to the caller."""
+    if getattr(current_process(), "_inheriting", False):  # a child, made to run its parent's script while it starts
+        raise RuntimeError("this script runs when it is imported; put its code under `if __name__ == '__main__':`")
     # spawned, not forked: a fork would inherit locks held by torch's threads
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_start_worker, initargs=(type(tokenizer), tokenizer.path, kind)
-    ) as pool:
-        waiting: deque = deque()
+    )
+    waiting: deque[tuple[Chunk, Future]] = deque()
+    try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
-            if len(waiting) > 3 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for chunk, future in waiting:
-            yield chunk, future.result()
+            while len(waiting) > 3 * workers:
+                yield waiting[0][0], waiting[0][1].result()
+                waiting.popleft()
+        while waiting:
+            yield waiting[0][0], waiting[0][1].result()
+            waiting.popleft()
+    except BrokenProcessPool:
+        print("tokenising: a process died (out of memory?), going on in this one", file=sys.stderr, flush=True)
+        for chunk, _ in waiting:
+            yield chunk, encode(chunk, tokenizer, kind)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def cores() -> int:
