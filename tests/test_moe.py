@@ -1,0 +1,93 @@
+"""Mixture of experts against a loop over tokens, its balancing loss by hand, and the router's gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import ModelConfig
+from model.moe import MoE
+from model.transformer import CausalLM, FeedForward
+
+BASE = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=24, num_experts=4, router_aux_loss_coef=0.5)  # fmt: skip
+
+
+def build(**changes) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(ModelConfig(**{**BASE, **changes}), FeedForward)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return moe
+
+
+@pytest.mark.parametrize("k, normalise, shared", [(1, True, 0), (2, True, 1), (3, False, 2)])
+def test_equals_a_loop_over_tokens(k, normalise, shared):
+    moe = build(num_experts_per_tok=k, norm_topk_prob=normalise, num_shared_experts=shared)
+    x = torch.randn(2, 7, 16)
+    y, _ = moe(x)
+    experts = moe.experts
+    for token, got in zip(x.view(-1, 16), y.view(-1, 16)):
+        p = (moe.gate.weight @ token).softmax(0)
+        best = p.topk(k)
+        weights = best.values / best.values.sum() if normalise else best.values
+        expected = sum(expert(token[None])[0] for expert in getattr(moe, "shared_experts", []))
+        for weight, e in zip(weights, best.indices.tolist()):
+            hidden = F.silu(experts.gate_proj[e] @ token) * (experts.up_proj[e] @ token)
+            expected = expected + weight * (experts.down_proj[e] @ hidden)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", (1, 2, 4))
+def test_the_router_learns_from_the_language_model(k):
+    """MiniMind 3 divides the single top-1 weight by itself: always 1, so its router learns from the balancing loss only
+    (a gradient of 8e-10 was measured). Ours must feel the loss for every k below the number of experts."""
+    moe = build(num_experts_per_tok=k, router_aux_loss_coef=0.0)
+    y, _ = moe(torch.randn(2, 9, 16))
+    y.square().sum().backward()
+    assert moe.gate.weight.grad.abs().max() > 1e-2
+
+
+def test_top_1_weighs_exactly_one():
+    moe = build(num_experts_per_tok=1)
+    x = torch.randn(1, 1, 16)
+    e = int((moe.gate.weight @ x[0, 0]).argmax())
+    experts = moe.experts
+    hidden = F.silu(experts.gate_proj[e] @ x[0, 0]) * (experts.up_proj[e] @ x[0, 0])
+    torch.testing.assert_close(moe(x)[0][0, 0], experts.down_proj[e] @ hidden)
+
+
+def test_balancing_loss_by_hand():
+    """4 experts, top-1, one row of 2 tokens, both sent to expert 0 with p = (0.7, 0.1, 0.1, 0.1).
+    share = count * E / (T k) = (4, 0, 0, 0); mean p = 0.7 for expert 0; sum = 2.8; times the coefficient 0.5 = 1.4."""
+    moe = build(num_experts_per_tok=1)
+    p = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    x = torch.zeros(1, 2, 16)
+    x[..., 0] = 1
+    with torch.no_grad():
+        moe.gate.weight.zero_()
+        moe.gate.weight[:, 0] = p.log()
+    torch.testing.assert_close(moe(x)[1], torch.tensor([1.4]))
+
+
+def test_balancing_loss_belongs_to_its_row():
+    moe = build(num_experts_per_tok=2)
+    rows = torch.randn(3, 5, 16)
+    together = moe(rows)[1]
+    alone = torch.cat([moe(row[None])[1] for row in rows])
+    torch.testing.assert_close(together, alone)
+
+
+def test_files_hold_experts_one_by_one():
+    """Hugging Face's names, so that a Qwen3-MoE file loads and ours can be read elsewhere."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(**BASE))
+    state = model.state_dict()
+    assert state["model.layers.1.mlp.experts.3.down_proj.weight"].shape == (16, 24)
+    assert not any(".experts.gate_proj" in name for name in state)
+    other = CausalLM(ModelConfig(**BASE))
+    other.load_state_dict(state)
+    tokens = torch.randint(61, (1, 8))
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
+    del state["model.layers.1.mlp.experts.3.down_proj.weight"]
+    with pytest.raises(RuntimeError, match="experts"):
+        other.load_state_dict(state)
