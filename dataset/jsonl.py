@@ -318,13 +318,16 @@ class TextFile:
         return 1
 
     def chunks(self, size: int, limit: int | None = None) -> Iterator[Chunk]:
-        line, rest = 1, b""
+        line = 1
         with open(self.path, "rb") as file:
-            while block := file.read(size):
-                block = rest + (block.removeprefix(BOM) if line == 1 and not rest else block)
-                # a line longer than a chunk is cut before the last character, which may be incomplete
-                cut = block.rfind(b"\n") + 1 or max(i for i in range(-4, 0) if block[i] & 0xC0 != 0x80) + len(block)
-                yield Chunk([block[:cut]], np.array([line]))
-                line, rest = line + block.count(b"\n", 0, cut), block[cut:]
-        if rest:
-            yield Chunk([rest], np.array([line]))
+            text = file.read(len(BOM)).removeprefix(BOM)
+            while more := file.read(size):
+                text += more
+                cut = len(text)
+                if len(more) == size:  # not the end: cut at a line end or, in a long line, between two characters
+                    last = next((i for i in range(cut - 1, max(cut - 4, 0), -1) if text[i] & 0xC0 != 0x80), cut)
+                    cut = text.rfind(b"\n") + 1 or last
+                yield Chunk([text[:cut]], np.array([line]))
+                line, text = line + text.count(b"\n", 0, cut), text[cut:]
+        if text:
+            yield Chunk([text], np.array([line]))

@@ -25,7 +25,7 @@ SPLIT, PART = 1 << 62, 1 << 61  # streams of `shuffled`; the loader's are the ep
 
 
 def shuffled(n: int, seed: int, stream: int) -> np.ndarray:
-    """A permutation of n, the same on every machine and with every numpy: n keys of Philox, a counter-based RNG, sorted.
+    """A permutation of n, the same on every machine and with every numpy: n sorted keys of Philox, a counter RNG.
 
     Generator.permutation may change between numpy versions (NEP 19), the raw Philox stream may not. An index in the low
     bits makes the keys unique, so how ties are sorted never shows.
@@ -206,12 +206,12 @@ class SFTDataset(TokenDataset):
             left_out += int((~keep).sum())
         rows = [len(k) for k in kept]
         if not sum(rows):
-            raise ValueError(f"--max_seq_len {max_seq_len}: no example fits, the longest has {longest - 1:,} tokens")
+            raise ValueError(f"--max_seq_len {max_seq_len}: no example fits, the longest needs {longest - 1}")
         self._kept, self._first = kept, np.cumsum([0, *rows])
         self.order = _order(rows, [weight for _, weight in caches], seed)
         self.lengths = np.concatenate(lengths)[self.order]
         self.fingerprint = _fingerprint(caches, tokenizer, f"sft {on_long}", max_seq_len, seed)
-        long = f"; too long: {cut:,} cut, {left_out:,} left out (the longest has {longest - 1:,} tokens)"
+        long = f"; too long: {cut:,} cut, {left_out:,} left out (the longest needs --max_seq_len {longest - 1})"
         long = long if cut or left_out else ""
         self.summary = f"{len(self):,} examples, {int(self.lengths.sum()):,} tokens{long}{_left_out(caches)}"
 

@@ -165,7 +165,7 @@ class Loader:
         )
 
     def _documents_of_stream(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A row of the stream holds several documents: each <|endoftext|> it has as input opens one. filled: 1, then 0."""
+        """A row of the stream holds several documents: each <|endoftext|> that is an input opens one. filled: 1, 0."""
         opens = tokens == self.dataset.end_of_text
         opens[:, 0] = True
         opens &= filled > 0

@@ -142,7 +142,7 @@ class _Builder:
     def refuse_empty(self, rows: int) -> None:
         if self.entries and self.empty <= max(1, EMPTY_ALLOWED * rows):
             return
-        what = "an assistant's turn to train on" if self.kind == "chat" else "text in them"
+        what = "assistant's turn to train on" if self.kind == "chat" else "text in them"
         where = ", ".join(self.first_empty) or self.source.path
         raise ValueError(f"{where}: {self.empty:,} of {rows:,} rows have no {what}; is this the right file?")
 
