@@ -1,4 +1,4 @@
-"""Steps -> batches, spelled out on tiny data; they depend on no number of ranks and on nothing that was asked before."""
+"""Steps -> batches, spelled out on tiny data; they depend on no number of ranks and nothing that was asked before."""
 import threading
 import time
 
@@ -237,3 +237,37 @@ def test_an_abandoned_prefetch_leaves_no_thread():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+# ---- with a model
+
+
+def test_packing_changes_the_speed_and_not_the_mathematics():
+    """The losses of packed rows add up to those of each conversation alone, to 1e-5, and so do the gradients."""
+    from model.config import ModelConfig
+    from model.transformer import CausalLM
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=130)
+    model = CausalLM(ModelConfig(**shape))
+    ds = many()
+    alone = [Loader(ds, packing=False, batch_size=1, accumulation_steps=1, max_seq_len=9, shuffle=False)]
+    packed = [loader(ds, batch_size=4, accumulation_steps=3, max_seq_len=40, rank=rank, world=2) for rank in range(2)]
+    results = []
+    for loaders in (alone, packed):
+        model.zero_grad()
+        batches = [b for ld in loaders for step in range(ld.steps_per_epoch) for b in ld.batches(step)]
+        if loaders is packed:
+            assert len(batches) < len(ds) and max(len(b.examples) for b in batches) > 4
+        total = 0.0
+        for b in batches:
+            inputs = dict(targets=b.targets, documents=b.documents, positions=b.positions, selected=b.selected)
+            loss = model(b.tokens, **inputs).loss.sum()
+            loss.backward()
+            total += loss.item()
+        results.append((total, sum(b.trained_tokens for b in batches), [p.grad.clone() for p in model.parameters()]))
+    (one, count_one, grads_one), (two, count_two, grads_two) = results
+    assert count_one == count_two > 0
+    assert two == pytest.approx(one, rel=1e-5)
+    for a, b in zip(grads_one, grads_two):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
