@@ -16,7 +16,8 @@ import pytest
 
 from trainer.config import ROOT, Options, StageConfig, describe, explain, option, parse, run
 
-SCRIPTS = sorted((ROOT / "trainer").glob("train_*.py"))
+STAGES = sorted((ROOT / "trainer").glob("train_*.py"))
+SCRIPTS = [path for path in STAGES if "__main__" in path.read_text(encoding="utf-8")]
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ def test_two_spellings_that_disagree_are_a_contradiction_that_names_both(words, 
 
 def test_an_abbreviation_is_not_guessed(complaints):
     assert complaints("--epoch", "3") == ["--epoch: unknown option; did you mean epochs?"]
+
+
+def test_validation_data_comes_from_one_place(complaints):
+    (line,) = complaints("--val_path", "v.jsonl", "--val_fraction", "0.1")
+    assert line.startswith("--val_path and --val_fraction: both")
 
 
 def test_only_the_first_rank_complains(complaints, monkeypatch):

@@ -52,7 +52,7 @@ class RunLogger(NoLogger):
     def __init__(self, run_dir: Path, config: Options):
         self.run_dir, self.config = run_dir, config
         self.metrics = run_dir / "metrics.jsonl"
-        self.sinks: dict[str, Callable[[int, dict], Any]] = {}  # name -> takes (step, numbers); removed when it fails
+        self.sinks: dict[str, Callable[[int, dict], Any]] = {}  # name -> takes (step, numbers)
         self.closers: dict[str, Callable[[], Any]] = {}
         self.failed: set[str] = set()
         self.bar: Any = None
@@ -82,7 +82,7 @@ class RunLogger(NoLogger):
         numbers["seconds"] = round(now - self.began, 2)
         if memory := peak_memory():
             numbers["memory_gib"] = round(memory, 3)
-        for name, sink in list(self.sinks.items()):
+        for name, sink in self.sinks.items():
             self._try(name, sink, step, numbers)
 
         line = self._line(step, numbers)
@@ -116,7 +116,6 @@ class RunLogger(NoLogger):
             action(*arguments)
         except Exception as error:  # whatever it is, the training is worth more
             self.failed.add(name)
-            self.sinks.pop(name, None)
             hint = f" (pip install {error.name})" if isinstance(error, ModuleNotFoundError) else ""
             self.print(f"warning: {name} is off for the rest of this run: {type(error).__name__}: {error}{hint}")
 
