@@ -1,0 +1,68 @@
+"""The tiny world's exam, answered by a model.
+
+    result = run_benchmark(model, tokenizer)             # or: python eval_model.py --benchmark tiny_world
+    print(result["table"])
+
+Any weights and any tokenizer with a chat format can sit it. Answers are greedy, so the same weights score the same.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataset import tiny_world
+from model.generate import Sampling, generate
+from model.transformer import CausalLM
+from tokenizer.chat import encode_chat
+from tokenizer.text import Tokenizer
+
+WORLD = Path(__file__).resolve().parents[1] / "out/tiny_world"  # where the stages put it too
+ROWS = 64  # questions answered at once
+LONGEST = 64  # tokens; no right answer is nearly as long
+
+
+def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0) -> dict:
+    """Plain values: score, scores[who]["<kind> <language>"] with the baselines, table (to print), answers."""
+    questions, start = tiny_world.exam(question_seed=question_seed), time.perf_counter()
+    replies = answer(model, tokenizer, [question.prompt for question in questions])
+    seconds = round(time.perf_counter() - start, 2)
+    sft = tiny_world.generate(WORLD)["sft"]
+    scores = {
+        "model": tiny_world.scores(questions, replies),
+        "nearest row": tiny_world.nearest_row_baseline(questions, sft),
+        "most frequent": tiny_world.most_frequent_baseline(questions),
+    }
+    answers = [dict(vars(q), reply=reply, right=tiny_world.grade(q, reply)) for q, reply in zip(questions, replies)]
+    return {
+        "benchmark": "tiny_world",
+        "question_seed": question_seed,
+        "score": sum(row["right"] for row in answers) / len(answers),
+        "scores": {who: {" ".join(group): share for group, share in of.items()} for who, of in scores.items()},
+        "seconds": seconds,
+        "table": tiny_world.report(questions, replies, sft),
+        "answers": answers,
+    }
+
+
+def answer(model: CausalLM, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
+    ask = lambda prompt: encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
+    ids, replies = [ask(prompt) for prompt in prompts], [""] * len(prompts)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # a batch is padded to its longest prompt
+    options = dict(max_new_tokens=LONGEST, stop=tokenizer.stop_ids)
+    with tqdm(total=len(ids), desc="exam", unit=" questions", leave=False, disable=None) as bar:
+        for batch in (order[i : i + ROWS] for i in range(0, len(order), ROWS)):
+            said = generate(model, [ids[i] for i in batch], Sampling(temperature=0), **options)
+            for i, reply in zip(batch, said):
+                replies[i] = without_thoughts(tokenizer, reply)
+            bar.update(len(batch))
+    return replies
+
+
+def without_thoughts(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What a reply comes to: the text after its last </think>, without control tokens."""
+    closes = tokenizer.control.get("</think>")
+    after = next((i + 1 for i in reversed(range(len(ids))) if ids[i] == closes), 0)
+    return tokenizer.decode(ids[after:], skip_control=True).strip()

@@ -1,0 +1,350 @@
+"""Talk to a model, let it answer a list of prompts, or measure it. A weights file says itself what it is.
+
+    python eval_model.py --model_mode 1                            # chat with the newest full_sft_*.pth in out/
+    python eval_model.py --model_mode 0 --prompt "Once upon"       # one answer: how the pretrained model goes on
+    python eval_model.py --weight out/reason_512.pth < prompts.txt # a prompt a line
+    python eval_model.py --benchmark tiny_world                    # the built-in exam: 600 questions, seconds on a CPU
+
+Only answers go to standard output; what else there is to say goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from trainer.config import ROOT, Options, option, parse, run
+
+if TYPE_CHECKING:  # torch is imported once the command line is known to be right: --help is instant
+    from model.checkpoint import Checkpoint
+    from model.generate import Sampling
+    from model.session import Session
+    from model.transformer import CausalLM
+    from tokenizer.text import Tokenizer
+
+MODES = ("pretrain", "full_sft", "rlhf", "reason")
+COMMANDS = {
+    "/reset": "forget the conversation",
+    "/system": "/system <text> sets the system prompt, /system alone removes it",
+    "/help": "this list; Ctrl-C stops an answer, Ctrl-D leaves",
+    "/exit": "leave",
+}
+# What a model writes must not steer the terminal: no C0 but tab and newline, no DEL and C1, no switch of direction.
+STEERING = (range(9), range(11, 32), range(0x7F, 0xA0), range(0x202A, 0x202F), range(0x2066, 0x206A))
+HARMLESS = {code: None for codes in STEERING for code in codes}
+
+
+@dataclass(frozen=True)
+class EvalConfig(Options):
+    """Options of this script"""
+
+    model_mode: int | None = option(None, "0 pretrain completes text; 1 full_sft, 2 rlhf, 3 reason chat (default: 1 or "
+                                    "what the named weights were trained for)", within="[0, 3]")
+    weight: str | None = option(None, "a name in save_dir or out/, a file or a directory (default: the mode's name)",
+                                aliases=("model_path", "from_weight"))
+    save_dir: str = option(str(ROOT / "out"), "where names are looked up", aliases=("out_dir",), path=True)
+    hidden_size: int | None = option(None, "only picks among weights, which know their architecture", within="[1, inf)")
+    num_hidden_layers: int | None = option(None, "as hidden_size", within="[1, inf)")
+    use_moe: bool | None = option(None, "as hidden_size")
+    tokenizer_path: str | None = option(None, "directory of the tokenizer (default: the weights know)", path=True)
+    prompt: str = option("", "answer this and exit")
+    prompts_file: str | None = option(None, "answer a prompt a line, or the \"prompt\" of each line of a .jsonl",
+                                      path=True)
+    benchmark: str | None = option(None, "score the model on an exam", choices=("tiny_world",))
+    question_seed: int = option(0, "another one draws other exam questions", within="[0, inf)")
+    json: str | None = option(None, "write the benchmark's figures and replies to this file", path=True)
+    system: str = option("", "system prompt")
+    enable_thinking: bool | None = option(None, "let the model think first, or keep it from it")
+    max_new_tokens: int = option(1024, "longest answer", aliases=("max_length", "max_seq_len"), within="[1, inf)")
+    temperature: float = option(0.85, "0 always takes the likeliest token", within="[0, inf)")
+    top_p: float = option(0.85, "draw from the likeliest tokens with this total probability", within="(0, 1]")
+    top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, inf)")
+    repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
+    seed: int | None = option(None, "makes answers repeatable", within="[0, inf)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = option("auto", "precision of the weights", choices=("auto", "float32", "bfloat16", "float16"),
+                        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        tasks = [f"--{name}" for name in ("prompt", "prompts_file", "benchmark") if getattr(self, name)]
+        if len(tasks) > 1:
+            found.append(f"{' and '.join(tasks)}: each is a task of its own; give one of them")
+        if self.benchmark is None and (self.json or self.question_seed):
+            found.append(f"--{'json' if self.json else 'question_seed'}: only --benchmark takes it")
+        return found
+
+
+# ---- weights and their tokenizer
+
+
+def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Checkpoint]:
+    from model.checkpoint import find_weights, load_weights
+    from model.device import pick_device, pick_dtype
+
+    name = config.weight or MODES[1 if config.model_mode is None else config.model_mode]
+    path = find_weights(name, config.save_dir, ROOT / "out", hidden_size=config.hidden_size, moe=config.use_moe)
+    checkpoint = load_weights(path)
+    check_stated(config, checkpoint)
+    tokenizer = find_tokenizer(checkpoint, config.tokenizer_path)
+    device = pick_device(config.device)
+    dtype, remark = pick_dtype(config.dtype, device)
+    model = checkpoint.build(dtype).to(device).eval()
+    screen.note("\n".join(filter(None, (describe(checkpoint, model), remark))))
+    return model, tokenizer, checkpoint
+
+
+def check_stated(config: EvalConfig, checkpoint: Checkpoint) -> None:
+    """Flags of the architecture only pick among weights; the weights decide."""
+    shape = checkpoint.config
+    has = dict(hidden_size=shape.hidden_size, num_hidden_layers=shape.num_hidden_layers, use_moe=shape.num_experts > 0)
+    stated = {key: getattr(config, key) for key in has}
+    if wrong := [f"--{key} {stated[key]} (it has {has[key]})" for key in has if stated[key] not in (None, has[key])]:
+        raise ValueError(f"{checkpoint.path}: {', '.join(wrong)} contradicts the weights; leave it out, or name others")
+
+
+def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
+    from tokenizer.resolve import tokenizer_of
+
+    rows = checkpoint.config.vocab_size
+    tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, rows, path)
+    # Without a hash only the size can tell; embeddings are padded a little (Qwen: 151,936 rows for 151,669 tokens).
+    if "hash" not in checkpoint.tokenizer and tokenizer.vocab_size < 0.99 * rows:
+        raise ValueError(
+            f"{checkpoint.path}: has {rows:,} token embeddings, but the tokenizer in {tokenizer.path} only "
+            f"{tokenizer.vocab_size:,} tokens; give its own with --tokenizer_path"
+        )
+    return tokenizer
+
+
+def describe(checkpoint: Checkpoint, model: CausalLM) -> str:
+    shape, weight = checkpoint.config, model.model.embed_tokens.weight
+    stages = " -> ".join(entry.get("stage", "?") for entry in checkpoint.lineage) or "of unknown training"
+    experts = f", {shape.num_experts} experts" if shape.num_experts else ""
+    return (
+        f"{checkpoint.path}: {model.num_parameters() / 1e6:.1f}M parameters ({shape.num_hidden_layers} layers of "
+        f"{shape.hidden_size}{experts}); {stages}; {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+    )
+
+
+# ---- a conversation
+
+
+@dataclass
+class Conversation:
+    """What was said, and how it becomes a prompt. `session` (model/session.py) computes the answers."""
+
+    session: Session
+    tokenizer: Tokenizer
+    sampling: Sampling
+    max_new_tokens: int = 1024
+    completes: bool = False  # goes on with a text instead of answering a message
+    system: str = ""
+    enable_thinking: bool | None = None
+    turns: list[dict] = field(default_factory=list)
+
+    def answer(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yields (piece of text, whether it is a thought). However it ends, what was said stays in the history."""
+        limit = self.session.model.config.max_position_embeddings
+        while len(ids := self.encode(text)) > limit - min(self.max_new_tokens, limit // 4) and self.turns:
+            del self.turns[:2]  # forget the oldest question and its answer
+        if len(ids) >= limit:
+            raise ValueError(f"a prompt of {len(ids)} tokens fills the model's {limit} positions: shorten it")
+        return self._stream(text, ids, min(self.max_new_tokens, limit - len(ids)))
+
+    def encode(self, text: str) -> list[int]:
+        if self.completes:  # in pretraining every document follows the end of another
+            return [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
+        from tokenizer.chat import encode_chat
+
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*system, *self.turns, {"role": "user", "content": text}]
+        prompt = dict(add_generation_prompt=True, enable_thinking=self.enable_thinking)
+        return encode_chat(self.tokenizer, messages, **prompt).ids
+
+    def _stream(self, text: str, ids: list[int], room: int) -> Iterator[tuple[str, bool]]:
+        opens, closes = (self.tokenizer.control.get(tag) for tag in ("<think>", "</think>"))
+        begun = thinking = next((token == opens for token in reversed(ids) if token in (opens, closes)), False)
+        stream, said = self.tokenizer.stream(), []
+        reply = self.session.reply(ids, self.sampling, max_new_tokens=room, stop=self.tokenizer.stop_ids)
+        try:
+            for token in reply:
+                said.append(token)
+                thought = thinking or token == opens
+                thinking = thought and token != closes
+                yield stream.push(token), thought
+            yield stream.flush(), thinking
+        finally:
+            if said and not self.completes:
+                content = ("<think>\n" if begun else "") + self.tokenizer.decode(said)
+                self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The one place where this script prints: answers to `out`, remarks to `notes`."""
+
+    out: TextIO
+    notes: TextIO
+
+    def write(self, text: str, dim: bool = False) -> None:
+        self._print(text, dim, self.out)
+
+    def note(self, text: str) -> None:
+        self._print(text, True, self.notes)
+        self._print("\n", False, self.notes)
+
+    @staticmethod
+    def _print(text: str, dim: bool, out: TextIO) -> None:
+        text = text.translate(HARMLESS)
+        dim = dim and text and out.isatty() and not os.environ.get("NO_COLOR")
+        out.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
+        out.flush()
+
+
+def show(talk: Conversation, text: str, screen: Screen) -> None:
+    """One answer, streamed. An interrupt goes on to the caller once the history is in order."""
+    with closing(talk.answer(text)) as pieces:
+        for piece, thought in pieces:
+            screen.write(piece, dim=thought)
+
+
+def chat(talk: Conversation, lines: Iterable[str], screen: Screen) -> None:
+    """Answers line after line; Ctrl-C stops an answer and not the conversation."""
+    for line in map(str.strip, lines):
+        word, _, rest = line.partition(" ")
+        if word == "/exit":
+            return
+        if word in COMMANDS or re.fullmatch(r"/[a-z]+", line):
+            screen.note(obey(talk, word, rest.strip()))
+        elif line:
+            ended = ""
+            try:
+                show(talk, line, screen)
+            except KeyboardInterrupt:
+                ended = "(stopped) "
+            except ValueError as error:  # a text that cannot be encoded, or is too long
+                screen.note(f"error: {error}")
+                continue
+            screen.write("\n")
+            screen.note(ended + talk.session.speed)
+
+
+def obey(talk: Conversation, word: str, rest: str) -> str:
+    """Carries out a /command -> what to say about it."""
+    if word == "/reset":
+        talk.turns.clear()
+        return "the conversation begins anew"
+    if word == "/system":
+        talk.system = rest
+        return f"system prompt: {rest}" if rest else "no system prompt"
+    unknown = "" if word == "/help" else f"there is no {word}\n"
+    return unknown + "\n".join(f"{name:<9}{meaning}" for name, meaning in COMMANDS.items())
+
+
+def typed() -> Iterator[str]:
+    """What a person types, until Ctrl-D or Ctrl-C at the prompt."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (input() then has arrow keys and a history)
+    while True:
+        try:
+            yield input(">>> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+# ---- without a terminal
+
+
+def read_prompts(file: Iterable[str], name: str) -> Iterator[str]:
+    number = 0
+    try:
+        for number, line in enumerate(file, 1):
+            if line := line.strip():
+                yield _prompt_of(line, f"{name}:{number}") if name.endswith(".jsonl") else line
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: not UTF-8 after line {number}; save it as UTF-8") from None
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{where}: expected {{"prompt": "..."}}, found {line:.60}')
+    return row["prompt"]
+
+
+def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> None:
+    """Each prompt starts afresh. Nothing here waits for a person."""
+    answered = False
+    for prompt in prompts:
+        talk.turns.clear()
+        screen.write(f"> {prompt}\n")
+        show(talk, prompt, screen)
+        screen.write("\n\n")
+        answered = True
+    if not answered:
+        raise ValueError("there is no prompt to answer; give --prompt or --prompts_file, or run it in a terminal")
+
+
+# ---- main
+
+
+def measure(model: CausalLM, tokenizer: Tokenizer, checkpoint: Checkpoint, config: EvalConfig, screen: Screen) -> None:
+    from dataset.benchmark import run_benchmark
+
+    result = run_benchmark(model, tokenizer, config.question_seed)
+    screen.write(f"{result['table']}\n{result['score']:.1%} of all questions, answered in {result['seconds']} s\n")
+    if config.json:
+        from model.checkpoint import atomic
+
+        with atomic(Path(config.json)) as temporary:
+            content = {"weights": str(checkpoint.path), "lineage": checkpoint.lineage, **result}
+            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(EvalConfig, argv, description=__doc__)
+    by_hand = sys.stdin is not None and sys.stdin.isatty()
+    for stream in (sys.stdin, sys.stdout):  # a pipe carries UTF-8, whatever the console's code page
+        if hasattr(stream, "reconfigure"):  # a key that is no character must not end a conversation either
+            stream.reconfigure(**{"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"})
+    screen, prompts = Screen(sys.stdout, sys.stderr), None
+    if config.prompts_file:  # read now: a mistake in it should not have to wait for the model
+        with open(config.prompts_file, encoding="utf-8-sig") as file:
+            prompts = list(read_prompts(file, config.prompts_file))
+    elif not by_hand:
+        prompts = read_prompts(sys.stdin or (), "standard input")
+    model, tokenizer, checkpoint = load(config, screen)
+    if config.benchmark:
+        return measure(model, tokenizer, checkpoint, config, screen)
+    from model.generate import Sampling
+    from model.session import Session
+
+    stages = [entry.get("stage") for entry in checkpoint.lineage]
+    completes = config.model_mode == 0 or config.model_mode is None and stages[-1:] == ["pretrain"]
+    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed)
+    said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
+    talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens, **said)
+    if config.prompt:
+        show(talk, config.prompt, screen)
+        screen.write("\n")
+    elif prompts is not None:
+        answer_all(talk, prompts, screen)
+    else:
+        screen.note(("each line is continued; " if completes else "") + "/help lists the commands, Ctrl-D leaves")
+        chat(talk, typed(), screen)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,422 @@
+"""eval_model.py as people and scripts use it: nothing blocks, nothing is lost, no model text steers the terminal."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval_model
+from dataset import benchmark, tiny_world
+from eval_model import Conversation, Screen, chat
+from model.checkpoint import save_weights
+from model.config import ModelConfig
+from model.generate import Sampling, generate
+from model.session import Session
+from model.transformer import CausalLM
+from tokenizer.chat import encode_chat
+from tokenizer.text import Tokenizer
+from trainer.config import run
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = CausalLM(config)
+    for parameter in model.parameters():  # zero-initialised projections would make every block the identity
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, model, tokenizer):
+    """A save_dir as training leaves it."""
+    folder = tmp_path_factory.mktemp("out")
+    known = dict(path="tokenizer", hash=tokenizer.hash)
+    pretrained = [dict(stage="pretrain")]
+    save_weights(folder / "pretrain_32.pth", model, tokenizer=known, lineage=pretrained)
+    save_weights(folder / "full_sft_32.pth", model, tokenizer=known, lineage=[*pretrained, dict(stage="full_sft")])
+    return folder
+
+
+@pytest.fixture
+def say(out, capsys, monkeypatch):
+    """Runs the script in this process: say("--prompt", "hi") -> (exit status, standard output, standard error)."""
+
+    def say(*argv, stdin=None):
+        flags = [*"--temperature 0 --max_new_tokens 8 --dtype float32 --save_dir".split(), str(out), *map(str, argv)]
+        piped = io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii") if isinstance(stdin, bytes) else None
+        monkeypatch.setattr(sys, "stdin", piped)
+        status = 0
+        try:
+            run(lambda: eval_model.main(flags))
+        except SystemExit as leaving:
+            status = leaving.code
+        return status, *capsys.readouterr()
+
+    return say
+
+
+def expected(model, tokenizer, prompt, mode=1):
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    if mode:
+        messages = [{"role": "user", "content": prompt}]
+        ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
+    (reply,) = generate(model, [ids], GREEDY, max_new_tokens=8, stop=tokenizer.stop_ids)
+    return tokenizer.decode(reply).translate(eval_model.HARMLESS)
+
+
+# ---- without a terminal: MiniMind's eval_model.py called input(), so every script and CI job that ran it hung
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_one_prompt_one_answer_on_standard_output(say, model, tokenizer, mode):
+    status, answer, remarks = say("--model_mode", mode, "--prompt", "你好")
+    assert (status, answer) == (0, expected(model, tokenizer, "你好", mode) + "\n")
+    assert f"{('pretrain', 'full_sft')[mode]}_32.pth" in remarks and "2 layers of 32" in remarks
+    assert "pretrain -> full_sft" in remarks or mode == 0
+
+
+def test_a_list_on_standard_input(say, model, tokenizer):
+    status, answers, _ = say(stdin="你好\r\n\n  how are you \n".encode())  # the console's code page was ascii
+    both = [f"> {prompt}\n{expected(model, tokenizer, prompt)}\n\n" for prompt in ("你好", "how are you")]
+    assert (status, answers) == (0, "".join(both))
+
+
+@pytest.mark.parametrize("stdin", [None, b"", b"\n \n"])
+def test_nothing_to_answer_ends_at_once(say, stdin):
+    status, answers, remarks = say(stdin=stdin)
+    assert (status, answers) == (2, "") and "error: there is no prompt to answer; give --prompt" in remarks
+
+
+def test_prompts_from_a_file(say, tmp_path, model, tokenizer):
+    (tmp_path / "list.txt").write_text("\ufeff你好\nHow?\n", encoding="utf-8")
+    rows = [{"prompt": "你好"}, {"prompt": "two\nlines", "id": 7}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for name, prompts in (("list.txt", ["你好", "How?"]), ("list.jsonl", ["你好", "two\nlines"])):
+        status, answers, _ = say("--prompts_file", tmp_path / name)
+        assert (status, answers) == (0, "".join(f"> {p}\n{expected(model, tokenizer, p)}\n\n" for p in prompts))
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b'{"prompt": "a"}\n{"prompt" "b"}\n', "list.jsonl:2: not JSON"),
+    (b'{"question": "a"}\n', 'list.jsonl:1: expected {"prompt": "..."}, found {"question": "a"}'),
+    ("早上好\n".encode("gbk"), "list.jsonl: not UTF-8 after line 0"),
+])  # fmt: skip
+def test_a_bad_prompts_file_is_named_with_its_line(say, tmp_path, content, complaint):
+    (tmp_path / "list.jsonl").write_bytes(content)
+    status, answers, remarks = say("--prompts_file", tmp_path / "list.jsonl")
+    assert (status, answers) == (2, "") and complaint in remarks and remarks.count("\n") == 1
+
+
+def test_sampling_repeats_with_its_seed_only(say):
+    hot = ("--temperature", "2", "--top_p", "1", "--prompt", "a")
+    first, again, other = (say(*hot, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_help_does_not_wait_for_torch(root):
+    script = "import sys, eval_model\ntry: eval_model.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout.endswith("False\n") and "--max_new_tokens" in done.stdout
+
+
+def test_as_a_program_from_another_folder(root, out, model, tokenizer):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}  # as bare as a container's
+    flags = "--temperature 0 --max_new_tokens 8 --dtype float32 --weight full_sft_32.pth".split()
+    done = subprocess.run([sys.executable, root / "eval_model.py", *flags], cwd=out, env=environment,
+                          input="你好\n".encode(), capture_output=True, timeout=60)  # fmt: skip
+    assert done.stdout.decode() == f"> 你好\n{expected(model, tokenizer, '你好')}\n\n" and done.returncode == 0
+
+
+# ---- weights and their tokenizer
+
+
+def test_the_mode_follows_the_weights(say, model, tokenizer):
+    """Named without a mode, weights do what they were trained for last."""
+    assert say("--weight", "pretrain", "--prompt", "a")[1] == expected(model, tokenizer, "a", mode=0) + "\n"
+    assert say("--weight", "pretrain", "--prompt", "a", "--model_mode", 1)[1] == expected(model, tokenizer, "a") + "\n"
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["--weight", "nosuch"], "no weights called 'nosuch' (nosuch_"),
+    (["--weight", "there/full_sft_32.pth"], "no such file or directory"),
+    (["--hidden_size", "512"], "full_sft_512.pth"),
+    (["--weight", "OUT/full_sft_32.pth", "--hidden_size", "64"], "full_sft_32.pth: --hidden_size 64 (it has 32)"),
+    (["--weight", "OUT/full_sft_32.pth", "--use_moe"], "--use_moe True (it has False)"),
+    (["--tempratur", "1"], "did you mean temperature?"),
+    (["--temperature", "-1"], "--temperature -1: must be at least 0"),
+    (["--prompt", "a", "--benchmark", "tiny_world"], "give one of them"),
+    (["--json", "x.json"], "--json: only --benchmark takes it"),
+    (["--device", "warp"], "--device warp"),
+    (["--prompt", "a " * 40_000], "fills the model's 32768 positions"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_status_2(say, out, argv, complaint):
+    argv = [word.replace("OUT", str(out)) for word in argv]
+    status, answers, remarks = say(*argv, *(() if "--prompt" in argv else ("--prompt", "a")))
+    assert (status, answers) == (2, "")
+    assert complaint in remarks and sum("error: " in line for line in remarks.splitlines()) == 1
+
+
+def test_a_wrong_tokenizer_is_refused_with_both_named(say, model, tokenizer, tmp_path):
+    """MiniMind loads whatever lies in ./model: with another tokenizer of the same size every answer is noise."""
+    save_weights(tmp_path / "full_sft_32.pth", model, tokenizer=dict(path="gone", hash="0123456789abcdef"), lineage=[])
+    for flags in ([], ["--tokenizer_path", tokenizer.path]):
+        status, _, remarks = say("--weight", tmp_path / "full_sft_32.pth", "--prompt", "a", *flags)
+        assert status == 2 and "0123456789ab" in remarks and tokenizer.hash[:12] in remarks
+
+
+def test_a_bare_state_dict_needs_a_tokenizer_of_its_size(say, model, tokenizer, tmp_path):
+    file = tmp_path / "full_sft_32.pth"
+    torch.save(model.state_dict(), file)
+    status, _, remarks = say("--weight", file, "--prompt", "a")
+    assert status == 2 and "--tokenizer_path" in remarks
+    assert say("--weight", file, "--prompt", "a", "--tokenizer_path", tokenizer.path)[0] == 0
+    for rows in (6000, 7000):
+        torch.save(CausalLM(ModelConfig(vocab_size=rows, hidden_size=32, num_hidden_layers=1)).state_dict(), file)
+        status, _, remarks = say("--weight", file, "--prompt", "a", "--tokenizer_path", tokenizer.path)
+        assert status == 2 and f"{rows:,} token embeddings" in remarks and "6,400" in remarks
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("ran_from_a_weights_file",)
+
+
+def test_a_damaged_or_malicious_file_is_refused(say, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = (out / "full_sft_32.pth").read_bytes()
+    for size in (1, 100, len(whole) // 2):
+        (tmp_path / "cut_32.pth").write_bytes(whole[:size])
+        status, _, remarks = say("--weight", "cut_32.pth", "--prompt", "a")
+        assert status == 2 and "cut_32.pth" in remarks and remarks.count("\n") == 1
+    torch.save({"model.embed_tokens.weight": Malice()}, tmp_path / "bad_32.pth")
+    status, _, remarks = say("--weight", "bad_32.pth", "--prompt", "a")
+    assert status == 2 and "refused" in remarks and not (tmp_path / "ran_from_a_weights_file").exists()
+
+
+# ---- the conversation: lines from an iterator, a screen into a string
+
+
+class Scripted:
+    """A session whose model says what it is told to."""
+
+    def __init__(self, *replies, limit=1000):
+        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=limit))
+        self.replies, self.prompts, self.speed = list(replies), [], "speed"
+
+    def reply(self, ids, *_, **__):
+        self.prompts.append(ids)
+        try:
+            yield from self.replies.pop(0)
+        finally:
+            self.left = True
+
+
+class Window(io.StringIO):
+    """Takes what is written; `interrupt`: Ctrl-C is pressed once this text is seen."""
+
+    def __init__(self, interrupt=None, terminal=False):
+        super().__init__()
+        self.interrupt, self.terminal = interrupt, terminal
+
+    def isatty(self):
+        return self.terminal
+
+    def write(self, text):
+        super().write(text)
+        if self.interrupt and self.interrupt in self.getvalue():
+            self.interrupt = None
+            raise KeyboardInterrupt
+
+
+def talk_with(tokenizer, session, lines, window=None, **options):
+    talk, window = Conversation(session, tokenizer, GREEDY, **options), window or Window()
+    chat(talk, iter(lines), Screen(window, window))
+    return talk, window.getvalue()
+
+
+def test_the_history_and_the_commands(tokenizer):
+    session = Scripted(*map(tokenizer.encode, ["one", "two", "three", "four"]))
+    lines = ["a", "/system be brief", "b", "", "/system", "c", "/reset", "d", "/rest", "/help", "/exit", "never asked"]
+    talk, text = talk_with(tokenizer, session, lines)
+    prompts = [tokenizer.decode(ids) for ids in session.prompts]
+    user, said = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n"
+    begin = "<|im_start|>assistant\n"
+    a, b = user.format("a") + said.format("one"), user.format("b") + said.format("two")
+    assert prompts == [
+        user.format("a") + begin,
+        "<|im_start|>system\nbe brief<|im_end|>\n" + a + user.format("b") + begin,
+        a + b + user.format("c") + begin,
+        user.format("d") + begin,
+    ]
+    assert [turn["content"] for turn in talk.turns] == ["d", "four"]
+    assert "there is no /rest\n" in text and "/system <text>" in text and "never asked" not in text
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(tokenizer):
+    session = Scripted(tokenizer.encode("one two three four"), tokenizer.encode("fine"))
+    talk, text = talk_with(tokenizer, session, ["count", "go on"], Window(interrupt="two"))
+    assert [turn["content"] for turn in talk.turns] == ["count", "one two", "go on", "fine"]
+    assert "(stopped) speed" in text and "three" not in text and text.endswith("fine\nspeed\n")
+
+
+def test_ctrl_c_before_the_first_token_leaves_no_trace(tokenizer):
+    class Slow(Scripted):
+        def reply(self, ids, *_, **__):
+            raise KeyboardInterrupt
+            yield
+
+    talk, text = talk_with(tokenizer, Slow(), ["count"])
+    assert talk.turns == [] and "(stopped)" in text
+
+
+def test_an_interrupted_answer_is_in_the_history_before_anybody_sees_the_interrupt(tokenizer):
+    """Whoever holds the exception holds the generators' frames: they are closed, not left to the garbage collector."""
+    talk, window = Conversation(Scripted(tokenizer.encode("one two three")), tokenizer, GREEDY), Window(interrupt="two")
+    with pytest.raises(KeyboardInterrupt) as held:
+        eval_model.show(talk, "count", Screen(window, window))
+    assert held.tb and talk.session.left and talk.turns[1]["content"] == "one two"
+
+
+@pytest.mark.parametrize("leaving", [EOFError, KeyboardInterrupt])
+def test_ctrl_c_and_ctrl_d_at_the_prompt_leave(monkeypatch, leaving):
+    def pressed(_):
+        raise leaving
+
+    monkeypatch.setattr("builtins.input", pressed)
+    assert list(eval_model.typed()) == []
+
+
+def test_what_cannot_be_asked_is_said_and_the_conversation_goes_on(tokenizer):
+    talk, text = talk_with(tokenizer, Scripted(tokenizer.encode("fine")), ["half \ud83d", "hello"])
+    assert "error: the text holds a lone surrogate" in text and text.endswith("fine\nspeed\n")
+
+
+def test_the_oldest_turns_are_forgotten_when_the_positions_end(tokenizer):
+    replies = [tokenizer.encode(f"reply {i}") for i in range(12)]
+    talk, _ = talk_with(tokenizer, session := Scripted(*replies, limit=100), [f"question {i}" for i in range(12)])
+    assert all(len(ids) <= 75 for ids in session.prompts)
+    kept = [turn["content"] for turn in talk.turns]
+    assert kept[-2:] == ["question 11", "reply 11"] and kept[0].startswith("question") and 4 <= len(kept) < 24
+
+
+def test_a_model_cannot_steer_the_terminal(tokenizer):
+    """Title changes, colours, clipboard writes and reversed text: FastChat's terminal obeyed them (issue 88)."""
+    evil = "\x1b]0;title\x07\x1b[31mred\x1b[0m\r\x9b2J\u202etxt.exe\u202c\tgood\n好"
+    _, text = talk_with(tokenizer, Scripted(tokenizer.encode(evil)), ["hi"])
+    assert text == "]0;title[31mred[0m2Jtxt.exe\tgood\n好\nspeed\n"
+
+
+def test_thoughts_are_dim_on_a_terminal_and_plain_in_a_file(tokenizer):
+    tag = tokenizer.control
+    reply = [tag["<think>"], *tokenizer.encode("hm"), tag["</think>"], *tokenizer.encode("42")]
+    dim = lambda text: f"\x1b[2m{text}\x1b[0m"
+    for terminal in (True, False):
+        _, text = talk_with(tokenizer, Scripted(list(reply)), ["q"], Window(terminal=terminal))
+        pieces = [tokenizer.decode([i]) for i in reply]
+        thought = "".join(map(dim if terminal else str, pieces[: pieces.index("</think>") + 1]))
+        assert text == thought + "42\n" + (dim("speed") if terminal else "speed") + "\n"
+    # The template may open the thought itself; the history then still has a whole think block.
+    talk, text = talk_with(tokenizer, Scripted(reply[1:]), ["q"], Window(terminal=True), enable_thinking=True)
+    assert text.startswith(dim("h")) and dim("</think>") + "42" in text
+    assert talk.turns[1]["content"] == "<think>\nhm</think>42"
+
+
+def test_the_stream_joined_is_the_decoded_reply(tokenizer):
+    """Characters of two to four bytes, a family of joined emoji, and a broken byte at the end."""
+    ids = tokenizer.encode("naïve 麻雀 🐦 👩‍👩‍👧 𝒳") + tokenizer.encode("🐦")[:-1]
+    talk = Conversation(Scripted(ids), tokenizer, GREEDY)
+    pieces = [piece for piece, _ in talk.answer("q")]
+    assert "".join(pieces) == tokenizer.decode(ids) and all("\ufffd" not in piece for piece in pieces[:-1])
+
+
+# ---- the cache of a conversation
+
+
+def answers(session, tokenizer, prompt):
+    return list(session.reply(prompt, GREEDY, max_new_tokens=8, stop=tokenizer.stop_ids))
+
+
+def test_answers_from_the_kept_cache_are_those_of_a_fresh_one(model, tokenizer):
+    session, text = Session(model), "user: "
+    first = tokenizer.encode(text + "你好")
+    reply = answers(session, tokenizer, first)
+    longer = first + reply + tokenizer.encode("and then? " * 20)  # outgrows nothing: the cache doubles when it is made
+    other = first[:2] + tokenizer.encode("something else")
+    for prompt in (longer, other, other, first, tokenizer.encode("no word in common " * 40)):
+        assert answers(session, tokenizer, prompt) == generate(model, [prompt], GREEDY, max_new_tokens=8)[0]
+    answers(session, tokenizer, first)
+    answers(session, tokenizer, first + reply + [5])
+    assert f"read 2 tokens ({len(first) + len(reply) - 1} from the cache)" in session.speed
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 6])
+def test_an_interrupt_between_two_layers_does_not_spoil_the_cache(model, tokenizer, monkeypatch, call):
+    """cache.length alone cannot decide what is kept: in mid-token the second layer's keys are still of older text."""
+    session, calls = Session(model), []
+    prompt = tokenizer.encode("an old text that fills the cache " * 4)
+    answers(session, tokenizer, prompt)
+    second = model.model.layers[1]
+
+    def pressed(*args, original=second.forward):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(second, "forward", pressed)
+    prompt, said = tokenizer.encode("hello there"), []
+    with pytest.raises(KeyboardInterrupt):
+        for token in session.reply(prompt, GREEDY, max_new_tokens=8, stop=set()):
+            said.append(token)
+    assert len(said) == call - 1
+    more = prompt + said + generate(model, [prompt + said], GREEDY, max_new_tokens=1)[0] + tokenizer.encode("go on")
+    assert answers(session, tokenizer, more) == generate(model, [more], GREEDY, max_new_tokens=8)[0]
+
+
+# ---- the exam
+
+
+def test_exam_answers_come_back_in_their_order(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROWS", 3)
+    monkeypatch.setattr(benchmark, "LONGEST", 8)
+    prompts = [question.prompt for question in tiny_world.exam()[::75]]
+    together = benchmark.answer(model, tokenizer, prompts)
+    for prompt, reply in zip(prompts, together):
+        assert reply.translate(eval_model.HARMLESS) == expected(model, tokenizer, prompt).strip()
+
+
+def test_a_thought_is_not_part_of_the_answer(tokenizer):
+    tag, text = tokenizer.control, tokenizer.encode
+    thought = [tag["<think>"], *text("2+2 is 5?"), tag["</think>"], *text("\n\n")]
+    answer = [tag["<answer>"], *text("2+2=4"), tag["</answer>"]]
+    assert benchmark.without_thoughts(tokenizer, thought + answer) == "2+2=4"
+    assert benchmark.without_thoughts(tokenizer, text("2+2=4 ")) == "2+2=4"
+
+
+def test_the_exam_report(say, monkeypatch, tmp_path):
+    """Right answers to everything about sums and nothing else: 2 x 40 of 600 questions."""
+    questions = tiny_world.exam(question_seed=5)
+    known = {q.prompt: q.answer for q in questions if q.kind == "sum"}
+    monkeypatch.setattr(benchmark, "answer", lambda model, tokenizer, prompts: [known.get(p, "?") for p in prompts])
+    monkeypatch.setattr(tiny_world, "nearest_row_baseline", lambda asked, _: tiny_world.scores(asked, ["?"] * 600))
+    monkeypatch.setattr(tiny_world, "generate", lambda _: {"sft": None})
+    status, table, _ = say("--benchmark", "tiny_world", "--question_seed", 5, "--json", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert status == 0 and "13.3% of all questions" in table and "most frequent" in table
+    assert figures["score"] == 80 / 600 and figures["question_seed"] == 5 and len(figures["answers"]) == 600
+    assert figures["scores"]["model"]["sum zh"] == 1 and figures["scores"]["model"]["fact en"] == 0
+    assert figures["lineage"][-1]["stage"] == "full_sft"
