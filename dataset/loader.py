@@ -122,14 +122,17 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def describe(self) -> str:
+        """Examples -> rows -> steps; of a long epoch 64 steps are looked at."""
         steps = self.steps_per_epoch
         asked = range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
+        examples = np.concatenate([self.examples(step) for step in asked])
         rows = sum(sum(map(bool, self.rows(step))) for step in asked)
-        positions = sum(int((self.dataset.lengths[self.examples(step)] - 1).sum()) for step in asked)
-        about = "" if steps == len(asked) else "about "
+        fill = int((self.dataset.lengths[examples] - 1).sum()) / (rows * self.max_seq_len)
+        about = "about " if self.packing and len(examples) < len(self.dataset) else ""
+        in_all = round(rows * len(self.dataset) / len(examples))
         return (
-            f"{len(self.dataset):,} examples -> {about}{round(rows * steps / len(asked)):,} rows of {self.max_seq_len} "
-            f"-> {steps:,} steps an epoch (fill {positions / (rows * self.max_seq_len):.0%})"
+            f"{len(self.dataset):,} examples -> {about}{in_all:,} rows of {self.max_seq_len} "
+            f"-> {steps:,} steps an epoch (fill {fill:.0%})"
         )
 
     def _batch(self, rows: list[list[int]]) -> Batch:

@@ -195,6 +195,10 @@ def test_rows_too_short_for_the_data_are_refused():
 def test_describe_counts():
     ds = chat(*["abcdE"] * 7)  # 4 positions each: two fill a row of 8
     assert loader(ds, batch_size=4).describe() == "7 examples -> 4 rows of 8 -> 2 steps an epoch (fill 88%)"
+    assert loader(many(1000), packing=False, max_seq_len=9).describe().startswith("1,000 examples -> 1,000 rows of 9")
+    ld = loader(many(1000), max_seq_len=9, batch_size=4)
+    assert ld.describe() == "1,000 examples -> about 629 rows of 9 -> 250 steps an epoch (fill 78%)"
+    assert sum(len(ld.rows(step)) for step in range(250)) == pytest.approx(629, rel=0.02)
 
 
 # ---- prefetch
@@ -228,9 +232,15 @@ def test_an_error_while_preparing_surfaces_at_its_step():
 
 def test_an_abandoned_prefetch_leaves_no_thread():
     before = threading.active_count()
-    steps = loader(many(), max_seq_len=9).prefetch(0, 10_000)
+    ds, prepared = many(), []
+    tokens = ds._tokens
+    ds._tokens = lambda i: time.sleep(0.01) or prepared.append(i) or tokens(i)
+    steps = loader(ds, max_seq_len=9).prefetch(0, 10_000)
     next(steps)
     steps.close()
+    done = len(prepared)
+    time.sleep(0.1)
+    assert len(prepared) == done, "once it is closed nothing is prepared any more"
     for _ in loader(many(), max_seq_len=9).prefetch(0, 10_000):
         break
     deadline = time.monotonic() + 5
