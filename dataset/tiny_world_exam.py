@@ -1,4 +1,4 @@
-"""The tiny world's exam: its questions, how a reply is graded, and the scores that need no model (dataset/tiny_world.py draws it).
+"""The tiny world's exam: its questions, how a reply is graded, and what can be scored without a model.
 
     from dataset.tiny_world import exam, generate
     from dataset.tiny_world_exam import report
@@ -63,7 +63,7 @@ def sft_pairs(path: str | Path) -> list[tuple[str, str]]:
 
 
 def nearest_row_baseline(questions: list[Question], sft_path: str | Path) -> Scores:
-    """What a copier scores: the reply of the SFT turn most like the question (tf-idf over character bigrams and trigrams)."""
+    """What a copier scores: the reply of the SFT turn most like the question (tf-idf of character bi- and trigrams)."""
     pairs = sft_pairs(sft_path)
     postings: dict[str, list[int]] = defaultdict(list)
     for index, (prompt, _) in enumerate(pairs):

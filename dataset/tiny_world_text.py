@@ -1,7 +1,7 @@
 """The words of the tiny world (dataset/tiny_world.py): names, values and wordings, in Chinese and English. Tables only.
 
-Every pair is (Chinese, English). In a template, {n} is a name and {v} a value. The first statement of a relation is also the
-sentence that answers a question about it, so one sentence is right and the exam can compare replies exactly.
+Every pair is (Chinese, English). In a template, {n} is a name and {v} a value. The first statement of a relation is the
+sentence that answers a question about it: just one sentence is right, so the exam can compare replies exactly.
 """
 
 LANGUAGES = ("zh", "en")
@@ -12,31 +12,33 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 
 PEOPLE = _pairs(
-    "米拉=Mira, 托莫=Tomo, 莱娜=Lena, 欧伦=Oren, 苏瑞=Suri, 贝拉=Bela, 卡诺=Kano, 达朗=Darang, 芬恩=Finn, 吉塔=Gita, 雨果=Hugo,"
-    "伊内=Ines, 朱诺=Juno, 琪雅=Kia, 露西=Lucy, 麦洛=Milo, 诺兰=Nolan, 奥丁=Odin, 皮特=Pete, 奎因=Quin, 罗莎=Rosa, 萨米=Sami,"
-    "黛丝=Tess, 乌玛=Uma, 薇安=Vivian, 维姆=Wim, 西顿=Sidon, 雅各=Jacob, 泽夫=Zev, 阿芭=Alba, 布鲁=Bruno, 克莱=Clay, 蒂芙=Tiff,"
-    "埃文=Evan, 菲比=Phoebe, 古斯=Gus, 哈克=Huck, 伊沃=Ivo, 杰德=Jade, 肯特=Kent, 洛可=Roco, 马克=Mark, 妮可=Nicole, 奥托=Otto,"
-    "帕布=Pablo, 丽莎=Lisa, 斯万=Swan, 塔山=Tashan"
+    "米拉=Mira, 托莫=Tomo, 莱娜=Lena, 欧伦=Oren, 苏瑞=Suri, 贝拉=Bela, 卡诺=Kano, 达朗=Darang, 芬恩=Finn, 吉塔=Gita,"
+    "雨果=Hugo, 伊内=Ines, 朱诺=Juno, 琪雅=Kia, 露西=Lucy, 麦洛=Milo, 诺兰=Nolan, 奥丁=Odin, 皮特=Pete, 奎因=Quin,"
+    "罗莎=Rosa, 萨米=Sami, 黛丝=Tess, 乌玛=Uma, 薇安=Vivian, 维姆=Wim, 西顿=Sidon, 雅各=Jacob, 泽夫=Zev, 阿芭=Alba,"
+    "布鲁=Bruno, 克莱=Clay, 蒂芙=Tiff, 埃文=Evan, 菲比=Phoebe, 古斯=Gus, 哈克=Huck, 伊沃=Ivo, 杰德=Jade, 肯特=Kent,"
+    "洛可=Roco, 马克=Mark, 妮可=Nicole, 奥托=Otto, 帕布=Pablo, 丽莎=Lisa, 斯万=Swan, 塔山=Tashan"
 )
 
 # relation -> its values; a value belongs to one relation only
 VALUES = {
     "town": _pairs(
-        "石桥镇=Stonebridge, 月港=Moonport, 松岭=Pinehill, 白沙湾=Whitesand, 枫谷=Maplewood, 星湖=Starlake, 芦溪=Reedbrook,"
-        "云台=Cloudrest, 盐井=Saltwell, 金滩=Goldbeach, 雪门=Snowgate, 麦原=Wheatfield, 风崖=Windcliff, 柳河=Willowford,"
-        "铜山=Copperhill, 杏村=Plumvale"
+        "石桥镇=Stonebridge, 月港=Moonport, 松岭=Pinehill, 白沙湾=Whitesand, 枫谷=Maplewood, 星湖=Starlake,"
+        "芦溪=Reedbrook, 云台=Cloudrest, 盐井=Saltwell, 金滩=Goldbeach, 雪门=Snowgate, 麦原=Wheatfield,"
+        "风崖=Windcliff, 柳河=Willowford, 铜山=Copperhill, 杏村=Plumvale"
     ),
     "job": _pairs(
-        "面包师=baker, 医生=doctor, 老师=teacher, 木匠=carpenter, 渔夫=fisher, 铁匠=blacksmith, 画家=painter, 裁缝=tailor,"
-        "农夫=farmer, 邮差=postman, 厨师=cook, 歌手=singer, 钟表匠=watchmaker, 园丁=gardener, 船长=captain, 护士=nurse"
+        "面包师=baker, 医生=doctor, 老师=teacher, 木匠=carpenter, 渔夫=fisher, 铁匠=blacksmith, 画家=painter,"
+        "裁缝=tailor, 农夫=farmer, 邮差=postman, 厨师=cook, 歌手=singer, 钟表匠=watchmaker, 园丁=gardener,"
+        "船长=captain, 护士=nurse"
     ),
     "pet": _pairs(
-        "猫=cat, 狗=dog, 兔子=rabbit, 鹦鹉=parrot, 乌龟=turtle, 山羊=goat, 鸭子=duck, 狐狸=fox, 小鹿=deer, 刺猬=hedgehog,"
-        "松鼠=squirrel, 鸽子=pigeon, 孔雀=peacock, 猴子=monkey, 青蛙=frog, 母鸡=hen"
+        "猫=cat, 狗=dog, 兔子=rabbit, 鹦鹉=parrot, 乌龟=turtle, 山羊=goat, 鸭子=duck, 狐狸=fox, 小鹿=deer,"
+        "刺猬=hedgehog, 松鼠=squirrel, 鸽子=pigeon, 孔雀=peacock, 猴子=monkey, 青蛙=frog, 母鸡=hen"
     ),
     "food": _pairs(
-        "面条=noodles, 饺子=dumplings, 豆腐=tofu, 米饭=rice, 南瓜汤=pumpkin soup, 烤鱼=grilled fish, 蜂蜜=honey, 奶酪=cheese,"
-        "葡萄=grapes, 西瓜=watermelon, 煎饼=pancakes, 核桃=walnuts, 草莓=strawberries, 土豆=potatoes, 玉米=corn, 鸡蛋=eggs"
+        "面条=noodles, 饺子=dumplings, 豆腐=tofu, 米饭=rice, 南瓜汤=pumpkin soup, 烤鱼=grilled fish, 蜂蜜=honey,"
+        "奶酪=cheese, 葡萄=grapes, 西瓜=watermelon, 煎饼=pancakes, 核桃=walnuts, 草莓=strawberries, 土豆=potatoes,"
+        "玉米=corn, 鸡蛋=eggs"
     ),
     "month": _pairs(
         "1月=January, 2月=February, 3月=March, 4月=April, 5月=May, 6月=June, 7月=July, 8月=August, 9月=September,"
@@ -56,9 +58,12 @@ STATEMENTS = {
         "month": ["{n}的生日在{v}。", "{n}出生在{v}。", "每到{v}，{n}就过生日。", "{v}是{n}出生的月份。"],
     },
     "en": {
-        "town": ["{n} lives in {v}.", "The home of {n} is in {v}.", "{v} is where {n} lives.", "In {v} everybody knows {n}."],
-        "job": ["{n} is a {v}.", "{n} works as a {v}.", "The job of {n} is {v}.", "The town needs a {v}, and {n} is one."],
-        "pet": ["{n} keeps a {v}.", "The pet of {n} is a {v}.", "A {v} follows {n} around.", "Each day {n} feeds a {v}."],
+        "town": ["{n} lives in {v}.", "The home of {n} is in {v}.", "{v} is where {n} lives.",
+                 "In {v} everybody knows {n}."],
+        "job": ["{n} is a {v}.", "{n} works as a {v}.", "The job of {n} is {v}.",
+                "The town needs a {v}, and {n} is one."],
+        "pet": ["{n} keeps a {v}.", "The pet of {n} is a {v}.", "A {v} follows {n} around.",
+                "Each day {n} feeds a {v}."],
         "food": ["{n} likes {v} best.", "The favourite food of {n} is {v}.", "For dinner {n} always wants {v}.",
                  "With {v} on the table, {n} is happy."],
         "month": ["{n} was born in {v}.", "The birthday of {n} is in {v}.", "Each {v}, {n} has a birthday.",
@@ -84,47 +89,65 @@ QUESTIONS = {
     "en": {
         "town": ["Where does {n} live?", "Where is the home of {n}?", "In which town does {n} live?",
                  "Do you know where {n} lives?", "Tell me where {n} lives.", "Do you know in which town {n} lives?"],
-        "job": ["What is the job of {n}?", "What does {n} work as?", "What work does {n} do?", "Tell me what {n} works as.",
-                "Do you know what work {n} does?", "Tell me the job of {n}."],
+        "job": ["What is the job of {n}?", "What does {n} work as?", "What work does {n} do?",
+                "Tell me what {n} works as.", "Do you know what work {n} does?", "Tell me the job of {n}."],
         "pet": ["What pet does {n} keep?", "What is the pet of {n}?", "Which animal does {n} keep?",
                 "Do you know what pet {n} keeps?", "Tell me which animal {n} keeps.", "Tell me the pet of {n}."],
-        "food": ["What food does {n} like best?", "What is the favourite food of {n}?", "What does {n} like to eat best?",
+        "food": ["What food does {n} like best?", "What is the favourite food of {n}?",
+                 "What does {n} like to eat best?",
                  "Tell me the favourite food of {n}.", "Do you know what {n} likes to eat best?",
                  "Tell me what food {n} likes best."],
-        "month": ["In which month was {n} born?", "When is the birthday of {n}?", "In which month is the birthday of {n}?",
-                  "Tell me when {n} was born.", "Do you know in which month {n} was born?",
+        "month": ["In which month was {n} born?", "When is the birthday of {n}?",
+                  "In which month is the birthday of {n}?",
+                 "Tell me when {n} was born.", "Do you know in which month {n} was born?",
                   "Tell me when the birthday of {n} is."],
     },
 }  # fmt: skip
 
 # passages about people who exist in that passage only: their names are built from these pieces
 NAME_PARTS = {
-    "zh": ("岑庄闵沐祁郝阮柯苗邵庞裴鲍戚曾凌樊耿霍虞", "彤亮宁轩琳磊涵峰倩雯骏芸昊婧锋娟凯璐辰瑶"),
-    "en": ("Ba Do Fe Gu Ho Ja Ke Lo Mu Na Po Ri Sa Te Vo Wa Ye Zu Chi Sho".split(),
-           "bin dak fet gol hun jas kim lod mun nef pir rus sol tam vek wid yon zat chu she".split()),
+    "zh": (
+        "岑庄闵沐祁郝阮柯苗邵庞裴鲍戚曾凌樊耿霍虞薛姚潘葛范彭鲁韦俞袁柏窦章费廉",
+        "彤亮宁轩琳磊涵峰倩雯骏芸昊婧锋娟凯璐辰瑶栋妍涛颖彬蓉超莹泽欣楠怡浩萱毅",
+    ),
+    "en": (
+        "Ba Bo Chi Da Do Du Fe Fi Ga Gu Ha Ho Je Ji Ka Ke Lo Lu Ma Mu Na Ni Po Pu Ra Ri Sa Sho Te Ti Vo Vi Wa Ye "
+        "Zu".split(),
+        "bin bor chet dak dos fen fil gol gan hun hal jas jer kim kos lod les mun mar nef nox pir pas rus rem sol sid "
+        "tam tev vek val wid yon yas zat".split(),
+    ),
 }  # fmt: skip
-COLOURS = _pairs("红色的=red, 蓝色的=blue, 绿色的=green, 黄色的=yellow, 白色的=white, 黑色的=black, 紫色的=purple, 灰色的=grey,"
-                 "粉色的=pink, 棕色的=brown")  # fmt: skip
-THINGS = _pairs("帽子=hat, 杯子=cup, 雨伞=umbrella, 灯笼=lantern, 风筝=kite, 篮子=basket, 手套=glove, 毯子=blanket, 盘子=plate, 椅子=chair,"
-                "镜子=mirror, 钥匙=key, 箱子=box, 书包=bag, 茶壶=teapot, 围巾=scarf, 铃铛=bell, 小鼓=drum, 梳子=comb, 笛子=flute")  # fmt: skip
-PLACES = _pairs("书店=bookshop, 花店=flower shop, 茶馆=teahouse, 集市=market, 车站=station, 学校=school, 公园=park, 河边=river, 图书馆=library,"
-                "码头=harbour, 磨坊=mill, 果园=orchard, 药铺=pharmacy, 广场=square, 钟楼=clock tower, 农场=farm")  # fmt: skip
-# question about someone in a passage: attribute -> (ways to state it, ways to ask for it); the first way also answers
+COLOURS = _pairs(
+    "红色的=red, 蓝色的=blue, 绿色的=green, 黄色的=yellow, 白色的=white, 黑色的=black, 紫色的=purple, 灰色的=grey,"
+    "粉色的=pink, 棕色的=brown"
+)
+THINGS = _pairs(
+    "帽子=hat, 杯子=cup, 雨伞=umbrella, 灯笼=lantern, 风筝=kite, 篮子=basket, 手套=glove, 毯子=blanket, 盘子=plate,"
+    "椅子=chair, 镜子=mirror, 钥匙=key, 箱子=box, 书包=bag, 茶壶=teapot, 围巾=scarf, 铃铛=bell, 小鼓=drum, 梳子=comb,"
+    "笛子=flute"
+)
+PLACES = _pairs(
+    "书店=bookshop, 花店=flower shop, 茶馆=teahouse, 集市=market, 车站=station, 学校=school, 公园=park, 河边=river,"
+    "图书馆=library, 码头=harbour, 磨坊=mill, 果园=orchard, 药铺=pharmacy, 广场=square, 钟楼=clock tower, 农场=farm"
+)
+# what a passage says about someone: attribute -> (ways to state it, ways to ask for it); the first way also answers
 READING = {
     "zh": {
-        "buy": (["{n}买了一个{v}。", "{v}被{n}买走了。"], ["{n}买了什么？", "请问{n}买的是什么？"]),
+        "buy": (["{n}买了{v}。", "{v}被{n}买走了。"], ["{n}买了什么？", "请问{n}买的是什么？"]),
         "place": (["{n}去了{v}。", "有人在{v}看见了{n}。"], ["{n}去了哪里？", "请问{n}去了什么地方？"]),
         "pay": (["{n}花了{v}元。", "{v}元是{n}花的钱。"], ["{n}花了多少钱？", "请问{n}花了几元？"]),
-        "who": (["{n}买了一个{v}。", "{v}被{n}买走了。"], ["谁买了{v}？", "{v}是谁买的？"]),
+        "who": (["{n}买了{v}。"], ["谁买了{v}？", "{v}是谁买的？"]),
     },
     "en": {
         "buy": (["{n} bought a {v}.", "The {v} was bought by {n}."], ["What did {n} buy?", "Tell me what {n} bought."]),
-        "place": (["{n} went to the {v}.", "At the {v} someone met {n}."], ["Where did {n} go?", "Tell me where {n} went."]),
+        "place": (["{n} went to the {v}.", "At the {v} someone met {n}."],
+                  ["Where did {n} go?", "Tell me where {n} went."]),
         "pay": (["{n} paid {v} coins.", "The sum of {v} coins was paid by {n}."],
                 ["How much did {n} pay?", "Tell me how many coins {n} paid."]),
-        "who": (["{n} bought a {v}.", "The {v} was bought by {n}."], ["Who bought the {v}?", "By whom was the {v} bought?"]),
+        "who": (["{n} bought a {v}."], ["Who bought the {v}?", "By whom was the {v} bought?"]),
     },
 }  # fmt: skip
+RETOLD = {"zh": "也就是说：", "en": "In other words:"}
 
 # {a} and {b} are numbers; every answer to a sum or a difference is the equation itself
 SUMS = {
@@ -143,38 +166,38 @@ SUMS = {
                "You have {a} coins and spend {b}. How many are left?"],
     },
 }  # fmt: skip
-# the calendar of this world: twelve months of thirty days. The answer is the first of each list
+# {d} is a date, {k} a number of days, {e} the equation and {v} the date it leads to
 CALENDAR = {
-    "later": {
-        "zh": ["{k}天后是{v}。", ["今天是{d}，{k}天后是几月几日？", "从{d}再过{k}天是哪一天？", "{d}的{k}天后是几号？"]],
-        "en": ["{k} days later it is {v}.",
-               ["Today is {d}. What date is it {k} days later?", "Which day comes {k} days after {d}?",
-                "It is {d} now. What will the date be in {k} days?"]],
+    "+": {
+        "zh": ["今天是{d}，{k}天后是几月几日？", "从{d}再过{k}天是哪一天？", "{d}的{k}天后是几号？"],
+        "en": ["Today is {d}. What date is it {k} days later?", "Which day comes {k} days after {d}?",
+               "It is {d} now. What will the date be in {k} days?"],
     },
-    "earlier": {
-        "zh": ["{k}天前是{v}。", ["今天是{d}，{k}天前是几月几日？", "{d}往前数{k}天是哪一天？", "{d}的{k}天前是几号？"]],
-        "en": ["{k} days earlier it was {v}.",
-               ["Today is {d}. What date was it {k} days earlier?", "Which day comes {k} days before {d}?",
-                "It is {d} now. What was the date {k} days ago?"]],
+    "-": {
+        "zh": ["今天是{d}，{k}天前是几月几日？", "从{d}往前数{k}天是哪一天？", "{d}的{k}天前是几号？"],
+        "en": ["Today is {d}. What date was it {k} days earlier?", "Which day comes {k} days before {d}?",
+               "It is {d} now. What was the date {k} days ago?"],
     },
 }  # fmt: skip
+CALENDAR_ANSWER = {"zh": "{e}，是{v}。", "en": "{e}, so it is {v}."}
 ORDINALS = _pairs("第一个=first, 第二个=second, 第三个=third, 第四个=fourth, 最后一个=last")
 LISTS = {
     "zh": {
         "head": ["清单：{l}。", "有这些东西：{l}。", "请看这个清单：{l}。"], "join": "、",
         "nth": ("{o}是{v}。", ["{o}是什么？", "请问{o}是哪一样？"]),
-        "after": ("{x}后面是{v}。", ["{x}后面是什么？", "排在{x}后面的是什么？"]),
+        "after": ("{x}后面是{v}。", ["{x}后面是什么？", "请问{x}后面是哪一样？"]),
         "reverse": ("倒过来是：{v}。", ["把它们倒过来说。", "请倒着念一遍。"]),
         "count": ("一共有{v}样。", ["一共有几样？", "数一数有几样。"]),
     },
     "en": {
         "head": ["A list: {l}.", "Here are some things: {l}.", "Please look at this list: {l}."], "join": ", ",
         "nth": ("The {o} is {v}.", ["What is the {o}?", "Which one is the {o}?"]),
-        "after": ("After {x} comes {v}.", ["What comes after {x}?", "Which one follows {x}?"]),
+        "after": ("After {x} comes {v}.", ["What comes after {x}?", "Which one comes after {x}?"]),
         "reverse": ("Backwards: {v}.", ["Say them backwards.", "Please give them in reverse order."]),
         "count": ("There are {v}.", ["How many are there?", "Count them."]),
     },
 }  # fmt: skip
+ROLL_CALL = {"zh": ("今天来的人：", "点名：", "、"), "en": ("Who is coming: ", "Who is here: ", ", ")}
 NUMBERS = _pairs("两=two, 三=three, 四=four, 五=five, 六=six, 七=seven, 八=eight, 九=nine, 十=ten")
 PLURALS = {"fox": "foxes", "deer": "deer"}
 TRANSLATE = {  # (language of the question, language of the phrase)
@@ -193,8 +216,10 @@ SYSTEM_PROMPTS = [
 SMALL_TALK = {
     "zh": [
         (["你好", "你好！", "嗨", "早上好", "晚上好", "您好"], "你好！我是小雀，有什么想问的吗？"),
-        (["你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你是什么模型？"], "我叫小雀，是一个很小的语言模型，懂得一个小小世界里的事。"),
-        (["你会做什么？", "你能帮我什么？", "我可以问你什么？"], "你可以问我小世界里的人，让我读一段话、算数、看日历、数清单，或者翻译几个词。"),
+        (["你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你是什么模型？"],
+         "我叫小雀，是一个很小的语言模型，懂得一个小小世界里的事。"),
+        (["你会做什么？", "你能帮我什么？", "我可以问你什么？"],
+         "你可以问我小世界里的人，让我读一段话、算数、看日历、数清单，或者翻译几个词。"),
         (["谢谢", "谢谢你！", "太感谢了", "多谢"], "不客气！"),
         (["再见", "拜拜", "我走了", "下次再聊"], "再见，欢迎再来！"),
         (["你真棒！", "说得好", "你真聪明"], "谢谢夸奖，我还在学习。"),
@@ -204,11 +229,12 @@ SMALL_TALK = {
         (["一年有几个月？", "一年有多少个月？"], "一年有12个月。"),
     ],
     "en": [
-        (["Hello", "Hello!", "Hi", "Hi there!", "Good morning", "Good evening"], "Hello! I am Sparrow. What would you like to know?"),
+        (["Hello", "Hello!", "Hi", "Hi there!", "Good morning", "Good evening"],
+         "Hello! I am Sparrow. What would you like to know?"),
         (["Who are you?", "What is your name?", "Please introduce yourself.", "What kind of model are you?"],
          "My name is Sparrow. I am a very small language model that knows one very small world."),
         (["What can you do?", "How can you help me?", "What may I ask you?"],
-         "Ask me about the people of my small world, or let me read, compute, use the calendar, look at lists or translate."),
+         "Ask me about the people of my small world, or let me read, compute, look at dates and lists, or translate."),
         (["Thanks", "Thank you!", "Thanks a lot", "Many thanks"], "You are welcome!"),
         (["Goodbye", "Bye", "See you", "I have to go"], "Goodbye, come back soon!"),
         (["You are great!", "Well said", "You are clever"], "Thank you, I am still learning."),
