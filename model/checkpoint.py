@@ -112,7 +112,8 @@ def load_weights(path: Path | str) -> Checkpoint:
         reason = f"it holds code ({code[1]}), which was not run" if code else "it is damaged or not a weights file"
         raise ValueError(f"{path}: refused: {reason}; weights are tensors and plain values only") from None
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: truncated or not a weights file ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise ValueError(f"{path}: truncated or not a weights file ({reason})") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: not a weights file (it holds a {type(content).__name__})")
     if content.get("format") == FORMAT:

@@ -1,0 +1,42 @@
+# make demo     trains a small model from nothing and shows what it learned (set-up included)
+# make chat     talks to it
+# make test     the quick tests        make soak   the long ones       make bench   the benchmarks       make lint
+#
+# A machine without a GPU does not need the CUDA build of torch:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+ifeq ($(OS),Windows_NT)
+RUN = .venv/Scripts/python
+else
+RUN = .venv/bin/python
+endif
+
+.PHONY: demo chat test soak bench lint
+demo: .venv/ready
+	$(RUN) scripts/demo.py
+
+chat: .venv/ready
+	$(RUN) eval_model.py --model_mode 1
+
+test: .venv/ready-dev
+	$(RUN) -m pytest -m "not soak"
+
+soak: .venv/ready-dev
+	$(RUN) -m pytest -m soak
+
+bench: .venv/ready-dev
+	for script in benchmarks/[a-z]*.py; do case $$script in */common.py) ;; *) echo "== $$script"; $(RUN) $$script || exit 1;; esac; done
+
+lint: .venv/ready-dev
+	$(RUN) -m ruff check .
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q $(PIP_FLAGS) -r requirements.txt
+	touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(RUN) -m pip install -q $(PIP_FLAGS) -r requirements-dev.txt
+	touch $@

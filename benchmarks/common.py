@@ -1,0 +1,79 @@
+"""What the benchmarks share: sides measured in turn within one run, medians with their spread, the machine's own limit.
+
+Machines are shared and noisy, so a figure alone says little. Every comparison here runs both sides in the same process or
+one after the other, round by round (A B A B ...), and reports ratios of medians.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from dataset.lm_dataset import TokenDataset
+
+
+def machine() -> str:
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads{load}"
+
+
+def seconds(work: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begin
+
+
+def spread(values: list[float]) -> str:
+    """Median and, in brackets, the least and the greatest."""
+    return f"{statistics.median(values):.4g} [{min(values):.4g} .. {max(values):.4g}]"
+
+
+def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:
+    """The best FLOP/s that F.linear reaches at any of these (rows, in, out)."""
+    best = 0.0
+    for rows, inner, outer in shapes:
+        x, w = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
+        F.linear(x, w)
+        best = max(best, *(2 * rows * inner * outer / seconds(lambda: F.linear(x, w)) for _ in range(repeats)))
+    return best
+
+
+class RandomRows(TokenDataset):
+    """Rows of random tokens for the engine, where only the time matters. fill: share of a row's positions with an example."""
+
+    fingerprint, summary, end_of_text = "random", "random rows", 0
+
+    def __init__(self, rows: int, max_seq_len: int, vocab_size: int):
+        import numpy as np
+
+        self.max_seq_len = max_seq_len
+        self.order = np.arange(rows)
+        self.lengths = np.full(rows, max_seq_len + 1, np.int32)
+        self._ids = np.random.default_rng(0).integers(16, vocab_size, (rows, max_seq_len + 1)).astype(np.uint16)
+
+    def _tokens(self, i):
+        return self._ids[i]
+
+    def _trained(self, i):
+        return None
+
+    def _source(self, i):
+        return f"random:{i}"
+
+
+def step_flops(config, positions: int, length: int) -> float:
+    """Of forward and backward: 6 per weight of a matrix and position, and causal attention's exact share."""
+    d, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
+    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
+    experts = (config.num_experts_per_tok + config.num_shared_experts) if config.num_experts else 1
+    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+    weights = L * (2 * d * q + 2 * d * kv + 3 * d * width * experts + d * config.num_experts) + config.vocab_size * d
+    return positions * (6 * weights + 6 * L * q * length)

@@ -1,0 +1,135 @@
+"""One optimiser step of the 26M model against transformers' LlamaForCausalLM of the same size and the same weights.
+
+    python benchmarks/train_step.py                          # small, 4 x 512 tokens, the CPU's best precision
+    python benchmarks/train_step.py --rounds 3 --steps 2     # quicker
+
+Both sides: bf16 compute, fp32 master weights, fused AdamW, gradient clipping, the same batches. Theirs: bf16 autocast and SDPA, as the
+usual trainer calls it. The losses of the first steps are compared before any time is taken.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from benchmarks.common import RandomRows, gemm_rate, machine, seconds, spread, step_flops
+from model.config import ModelConfig
+from model.transformer import CausalLM
+from tokenizer.text import Tokenizer
+from trainer.backend import Backend
+from trainer.config import parse
+from trainer.engine import Engine, Job
+from trainer.objectives import NextToken
+from trainer.prepare import Data
+from trainer.train_pretrain import PretrainConfig
+
+
+def our_engine(args, shape: ModelConfig, folder: str) -> Engine:
+    flags = [f"--save_dir={folder}", f"--batch_size={args.rows}", f"--max_seq_len={args.length}", "--max_steps=100000",
+             "--device=cpu", f"--compile={args.compile}", "--schedule=constant", "--warmup_steps=0", f"--dtype={args.dtype}"]  # fmt: skip
+    torch.manual_seed(0)
+    model = CausalLM(shape)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    data = Data(RandomRows(4096, args.length, shape.vocab_size), None, False, [])
+    job = Job("pretrain", parse(PretrainConfig, flags), model, NextToken(), Tokenizer.load(), data, packing=False)
+    return Engine(job, Backend(torch.device("cpu")))
+
+
+def their_step(engine: Engine, bf16: bool):
+    """A plain training loop around transformers, from the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = engine.model.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, pad_token_id=0,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, tie_word_embeddings=True,
+        num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_theta,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).train()
+    model.load_state_dict(engine.model.state_dict())
+    lr = engine.config.learning_rate
+    groups = [
+        dict(params=[p for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n], weight_decay=0.1),
+        dict(params=[p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n], weight_decay=0.0),
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+    def step(batch) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=batch.tokens).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="of each side in a round")
+    parser.add_argument("--compile", default="on")
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args()
+
+    shape = ModelConfig.preset(args.preset)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = our_engine(args, shape, folder)
+        engine.model.train()
+        bf16 = engine.dtype == torch.bfloat16
+        theirs = their_step(engine, bf16)
+
+        def ours(batch) -> float:
+            engine._set_learning_rate()
+            metrics, _, _ = engine._update([batch], batch.trained_tokens)
+            engine.step += 1
+            return float(metrics["loss"]) / batch.trained_tokens
+
+        batches = iter([engine.loader.batches(step)[0] for step in range(3 + args.rounds * args.steps)])
+        print("step  our loss  their loss")
+        for step in range(3):  # also warms both up
+            batch = next(batches)
+            a, b = ours(batch), theirs(batch)
+            print(f"{step:4}  {a:8.4f}  {b:8.4f}")
+            if abs(a - b) > 0.01:
+                sys.exit("the losses differ: no speed is compared")
+
+        positions = args.rows * args.length
+        d, width = shape.hidden_size, shape.intermediate_size
+        shapes = [(4096, 4096, 4096), (positions, d, width), (positions, width, d), (positions, d, d), (positions, d, shape.vocab_size)]
+        times, rates = {"ours": [], "theirs": []}, []
+        for _ in range(args.rounds):
+            rates.append(gemm_rate(shapes, engine.dtype))
+            mine = [next(batches) for _ in range(args.steps)]
+            times["ours"].append(seconds(lambda: [ours(batch) for batch in mine]) / args.steps)
+            times["theirs"].append(seconds(lambda: [theirs(batch) for batch in mine]) / args.steps)
+            rates.append(gemm_rate(shapes, engine.dtype))
+
+        flops = step_flops(shape, positions, args.length)
+        print(f"\n{machine()}; {args.preset}, {args.rows} x {args.length}, {str(engine.dtype).removeprefix('torch.')}, compile {args.compile}")
+        for name, values in times.items():
+            shares = [flops / t / max(rates[2 * i], rates[2 * i + 1]) for i, t in enumerate(values)]
+            print(f"{name:7} {spread(values)} s a step, {positions / statistics.median(values):,.0f} tokens/s, "
+                  f"share of the GEMM rate {spread(shares)}")  # fmt: skip
+        print(f"GEMM rate {spread([rate / 1e9 for rate in rates])} GFLOP/s")
+        ratios = [b / a for a, b in zip(times["ours"], times["theirs"])]
+        print(f"ours is {spread(ratios)} times as fast" + ("" if bf16 else " (no bf16 on this CPU: reported, not judged)"))
+
+
+if __name__ == "__main__":
+    main()
