@@ -53,7 +53,7 @@ class EveryFourthByte:
 def generate(path: Path, size: int) -> None:
     """About `size` bytes of rows of about 1 kB, Chinese and English, no two the same."""
     random.seed(0)
-    words = "the a small sparrow river letter seven green old walks sings because 麻雀 虽小 五脏俱全 今天 我们 学习".split()
+    words = "the a small sparrow river letter seven green old walks because 麻雀 虽小 五脏俱全 今天 我们 学习".split()
     pool = [" ".join(random.choices(words, k=random.randint(20, 250))) for _ in range(2000)]
     with open(path, "w", encoding="utf-8") as file:
         row = 0

@@ -198,7 +198,7 @@ def test_describe_counts():
     assert loader(many(1000), packing=False, max_seq_len=9).describe().startswith("1,000 examples -> 1,000 rows of 9")
     ld = loader(many(1000), max_seq_len=9, batch_size=4)
     assert ld.describe() == "1,000 examples -> about 629 rows of 9 -> 250 steps an epoch (fill 78%)"
-    assert sum(len(ld.rows(step)) for step in range(250)) == pytest.approx(629, rel=0.02)
+    assert sum(len(ld.rows(step)) for step in range(250)) == pytest.approx(629, rel=0.05)
 
 
 # ---- prefetch

@@ -13,8 +13,8 @@ def test_by_hand():
 
 
 def test_the_fullest_row_with_room_is_taken_not_the_first():
-    # 6 leaves 4, 7 leaves 3 and comes first; the 3 fits both and fills the row of the 7
-    assert pack([6, 7, 3, 4], capacity=10) == [[1, 2], [0, 3]]
+    # 8 leaves 2, 7 leaves 3, 6 leaves 4; the 3 fits the last two and fills the row of the 7, though the 6 came first
+    assert pack([6, 7, 8, 3], capacity=10) == [[2], [1, 3], [0]]
 
 
 def test_equal_lengths_keep_their_order():
