@@ -207,9 +207,8 @@ class _ArrayReader:
             try:
                 self.at = re.compile(r"\s*").match(self.text, self.at).end()
                 row, end = self.decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # else "12" may be the beginning of "123"
-                    line, self.at = self.line(), end
-                    return line, row
+                line, self.at = self.line(), end
+                return line, row
             except json.JSONDecodeError as error:
                 if self.ended:
                     self.at = min(error.pos, len(self.text))

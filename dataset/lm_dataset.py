@@ -130,7 +130,7 @@ class PretrainDataset(TokenDataset):
             own[-1] = stream.length - (n - 1) * max_seq_len
         self.order = _order(rows, list(by_weight), seed)
         self.lengths = np.concatenate(lengths)[self.order]
-        self.fingerprint = _fingerprint(caches, tokenizer, "pretrain", max_seq_len, seed)
+        self.fingerprint = _fingerprint(caches, tokenizer, seed, "pretrain", max_seq_len)
         documents, tokens = (sum(cache.facts[key] for cache, _ in caches) for key in ("documents", "tokens"))
         self.summary = f"{documents:,} documents, {tokens:,} tokens{_left_out(caches)}"
 
@@ -210,7 +210,7 @@ class SFTDataset(TokenDataset):
         self._kept, self._first = kept, np.cumsum([0, *rows])
         self.order = _order(rows, [weight for _, weight in caches], seed)
         self.lengths = np.concatenate(lengths)[self.order]
-        self.fingerprint = _fingerprint(caches, tokenizer, f"sft {on_long}", max_seq_len, seed)
+        self.fingerprint = _fingerprint(caches, tokenizer, seed, "sft", on_long, max_seq_len)
         long = f"; too long: {cut:,} cut, {left_out:,} left out (the longest needs --max_seq_len {longest - 1})"
         long = long if cut or left_out else ""
         self.summary = f"{len(self):,} examples, {int(self.lengths.sum()):,} tokens{long}{_left_out(caches)}"
@@ -267,9 +267,10 @@ def _order(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
     return order.astype(np.int32 if first < 1 << 31 else np.int64)
 
 
-def _fingerprint(caches: list[tuple[TokenCache, float]], tokenizer: Tokenizer, *options: object) -> str:
+def _fingerprint(caches: list[tuple[TokenCache, float]], tokenizer: Tokenizer, seed: int, *options: object) -> str:
     data = [[cache.facts["content"], cache.facts["rows"], cache.facts["bad"], weight] for cache, weight in caches]
-    return _hash(json.dumps(data), tokenizer.hash, *options)
+    chosen = seed if any(weight % 1 for _, weight in caches) else ""  # else the seed has no say in what the data is
+    return _hash(json.dumps(data), tokenizer.hash, *options, chosen)
 
 
 def _hash(*parts: object) -> str:

@@ -73,6 +73,8 @@ def token_cache(
     num_workers: int | None = None, on_bad_row: str = "error", limit: int = 0,
 ) -> TokenCache:  # fmt: skip
     """The cache of one file (its first `limit` rows, 0 = all), made now if it is not there. kind: "text" or "chat"."""
+    if getattr(current_process(), "_inheriting", False):  # one of our workers, made to run its parent's script
+        raise RuntimeError("this script runs when it is imported; put its code under `if __name__ == '__main__':`")
     if Path(path).suffix.lower() == ".txt":
         if kind != "text":
             raise ValueError(f"{path}: plain text is for pretraining; this stage needs JSONL with conversations")
@@ -270,8 +272,6 @@ def blocks(
 
 def _blocks_from_processes(chunks: Iterator[Chunk], tokenizer: Tokenizer, kind: str, workers: int):
     """Ends before the last chunk if the processes die, and leaves the rest to the caller."""
-    if getattr(current_process(), "_inheriting", False):  # a child, made to run its parent's script while it starts
-        raise RuntimeError("this script runs when it is imported; put its code under `if __name__ == '__main__':`")
     # spawned, not forked: a fork would inherit locks held by torch's threads
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_start_worker, initargs=(type(tokenizer), tokenizer.path, kind)
@@ -287,7 +287,7 @@ def _blocks_from_processes(chunks: Iterator[Chunk], tokenizer: Tokenizer, kind: 
             yield waiting[0][0], waiting[0][1].result()
             waiting.popleft()
     except BrokenProcessPool:
-        print("tokenising: a process died (out of memory?), going on in this one", file=sys.stderr, flush=True)
+        print("tokenising: a process died (out of memory, or as it says above), going on in this one", file=sys.stderr, flush=True)
         for chunk, _ in waiting:
             yield chunk, encode(chunk, tokenizer, kind)
     finally:

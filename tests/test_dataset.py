@@ -2,6 +2,9 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from dataset import token_cache as tc
 from dataset.formats import to_conversation, to_text
 from dataset.lm_dataset import PretrainDataset, SFTDataset, weighted
+from tokenizer.chat import Encoded
 
 E, START, STOP = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
 
@@ -236,6 +240,13 @@ def test_rows_without_an_answer_are_left_out_counted_and_named(tmp_path):
     assert len(ds) == 40 and f"; 2 rows with nothing to train on left out ({file}:41, {file}:42)" in ds.summary
 
 
+def test_a_conversation_of_which_only_the_first_token_is_trained_on_teaches_nothing(monkeypatch):
+    """The first token is never predicted. (A foreign template may mark it.)"""
+    monkeypatch.setattr(tc, "encode_chats", lambda *_: [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])])
+    block = tc.encode_conversations([(1, None), (2, None)], [], ByteTokenizer())
+    assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2], [5, 6])
+
+
 def test_empty_texts_are_left_out_and_a_file_of_them_is_refused(tmp_path):
     ds = pretrain(jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": " \n"}))
     assert text(ds.tokens(0)) == "EaE" and "1 rows with nothing to train on left out" in ds.summary
@@ -336,6 +347,22 @@ def test_when_the_processes_die_this_one_goes_on(tmp_path, monkeypatch, capfd):
     assert "a process died" in capfd.readouterr().err
 
 
+def test_a_script_without_a_main_guard_is_told_so_and_served(tmp_path):
+    """Its processes run the script again as they start: there they must not wait for the cache that is being built."""
+    file = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(30)])
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        "from test_dataset import ByteTokenizer, pretrain, tc\n"
+        "tc.PROCESSES_FROM, tc.CHUNK = 0, 20\n"
+        f"print(pretrain({str(file)!r}, num_workers=2).summary)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "30 documents, 230 tokens\n", done.stderr
+    assert "put its code under `if __name__ == '__main__':`" in done.stderr
+
+
 # ---- which examples
 
 
@@ -356,6 +383,8 @@ def test_a_number_after_a_path_repeats_its_rows_or_takes_a_part(tmp_path):
     assert said == [text(ds.tokens(i)[ds.trained(i)])[:-1] for i in range(len(ds))]
     assert ds.order.tolist() == sft([f"{a}:2.3", f"{b}:0.5"]).order.tolist(), "seeded"
     assert ds.order.tolist() != sft([f"{a}:2.3", f"{b}:0.5"], seed=1).order.tolist()
+    prints = {sft(p, seed=s).fingerprint for p in (a, f"{a}:2", f"{a}:0.5") for s in (1, 2)}
+    assert len(prints) == 4, "a seed changes the data only where it chooses some"
     answers = [t for t in tokenizer.texts if t.startswith("assistant")]
     assert answers == [f"assistant\n{n}{i}" for n in "ab" for i in range(10)], "each tokenised once"
 
