@@ -287,7 +287,8 @@ def _blocks_from_processes(chunks: Iterator[Chunk], tokenizer: Tokenizer, kind: 
             yield waiting[0][0], waiting[0][1].result()
             waiting.popleft()
     except BrokenProcessPool:
-        print("tokenising: a process died (out of memory, or as it says above), going on in this one", file=sys.stderr, flush=True)
+        message = "tokenising: a process died (out of memory, or as it says above), going on in this one"
+        print(message, file=sys.stderr, flush=True)
         for chunk, _ in waiting:
             yield chunk, encode(chunk, tokenizer, kind)
     finally:
