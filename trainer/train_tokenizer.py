@@ -1,0 +1,209 @@
+"""Train a byte-level BPE tokenizer on files of rows or text, and measure how many characters its tokens hold.
+
+    python trainer/train_tokenizer.py --vocab_size 2000                  # on the tiny world: half a minute on a CPU
+    python trainer/train_tokenizer.py --data_path dataset/pretrain_hq.jsonl dataset/sft_mini_512.jsonl:4 --holdout 10
+
+Every text in a row counts, whatever the row's layout. FILE:3 counts a file three times, FILE:0.1 takes a tenth of its
+rows. `--holdout 10` leaves every tenth row (by its hash) out of training, and takes the figures on those rows alone. The shipped tokenizer/ was made by this script; docs/tokenizer.md has the command and explains the choices.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trainer.config import ROOT, Options, option, parse, run
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
+MARKUP = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/"))
+SPARE = tuple(f"<|spare_{n}|>" for n in range(5))  # for what comes later, without a new vocabulary
+SMALLEST = len(SPECIAL + MARKUP + SPARE) + 256
+
+# Qwen2's (huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json), which llama.cpp knows as "qwen2": digits one by one
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+UNSPACED = r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}\p{{Thai}}]{{1,{}}}"
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+NO_CONTENT = ("role", "from", "type", "id")  # keys whose values are words of the file format
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(Options):
+    data_path: tuple[str, ...] = option(
+        (), "training files, .jsonl .json .txt; FILE:3 counts one three times (default: the tiny world)", path=True,
+        aliases=("data_file", "train_path"))  # fmt: skip
+    save_dir: str = option(str(ROOT / "out" / "tokenizer"), "where it is written", aliases=("output_dir",), path=True)
+    vocab_size: int = option(6400, "entries, control tokens and the 256 bytes included", within=f"[{SMALLEST}, inf)")
+    holdout: int = option(0, "keep every Nth row out of training, to measure on (0: none)", within="[0, inf)")
+    chinese_weight: float = option(1.0, "count rows in Chinese so many times more", within="(0, inf)")
+    sample_mb: float = option(64.0, "train on a sample of about this size; memory grows with it", within="(0, inf)")
+    longest_run: int = option(16, "cut text without spaces into runs of so many characters", within="[2, inf)")
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, longest_run: int = 16):
+    """A `tokenizers.Tokenizer`, the same for the same texts. Encodes with the control tokens, unlike tokenizer/text.py.
+
+    The trainer keeps every distinct word. To WORDS a clause of Chinese is one word, and hardly one occurs twice, which
+    takes 100 GB for 1.5 GB of text (huggingface/tokenizers#1795); so in training they are cut into runs. A mark before
+    a clause stays with it, because "，我" is worth a token.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    runs = pre_tokenizers.Split(Regex(UNSPACED.format(longest_run)), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, runs, to_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL + MARKUP + SPARE),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    spec = json.loads(tokenizer.to_str())
+    for token in spec["added_tokens"]:  # not "special", as in Qwen3: other libraries hide those when they decode
+        token["special"] = token["content"] not in MARKUP
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def save(tokenizer, directory: str | Path) -> None:
+    """tokenizer.json with the shipped chat template and configuration beside it, so that there is only one format."""
+    from tokenizer.text import SHIPPED
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f"tokenizer.json.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(tokenizer.to_str(pretty=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, directory / "tokenizer.json")
+    if directory.resolve() != SHIPPED:
+        for name in ("chat_template.jinja", "tokenizer_config.json"):
+            shutil.copyfile(SHIPPED / name, directory / name)
+
+
+class Corpus:
+    """Rows of weighted files. A row's hash decides its fate, so that order, other rows and threads do not matter."""
+
+    def __init__(self, config: TokenizerConfig):
+        from dataset import tiny_world
+        from dataset.jsonl import Jsonl, TextFile
+        from dataset.lm_dataset import weighted
+
+        specs = config.data_path or tiny_world.generate(ROOT / "out" / "tiny_world").values()
+        pairs = [weighted(spec) for spec in specs]
+        self.config = config
+        self.files = [((TextFile if path.suffix == ".txt" else Jsonl)(path), weight) for path, weight in pairs]
+        size = sum(file.size * weight for file, weight in self.files)
+        self.share = min(1.0, config.sample_mb * 1e6 / size)
+        self.used: Counter[str] = Counter()
+
+    def training_texts(self) -> Iterator[str]:
+        for file, weight in self.files:
+            for texts, number in self._rows(file):
+                if self._held_out(number):
+                    continue
+                language = language_of(texts)
+                times = weight * self.share * (self.config.chinese_weight if language == "zh" else 1)
+                for _ in range(int(times + (number >> 32) / 2**32)):  # 2.3: three times for three rows in ten
+                    for text, _ in texts:
+                        self.used[language] += len(text)
+                        yield text
+
+    def measured_texts(self) -> Iterator[tuple[str, str, str, str]]:
+        """(file, "answers" or "all text", language, text) of the rows held out; of every tenth row if none are."""
+        for file, _ in self.files:
+            for texts, number in self._rows(file):
+                if self._held_out(number) or not self.config.holdout and number % 10 == 0:
+                    language = language_of(texts)
+                    name = "/".join(file.path.parts[-2:])
+                    for text, is_answer in texts:
+                        yield name, "all text", language, text
+                        if is_answer:
+                            yield name, "answers", language, text
+
+    def _held_out(self, number: int) -> bool:
+        return bool(self.config.holdout) and number % 2**32 % self.config.holdout == 0
+
+    def _rows(self, file) -> Iterator[tuple[list[tuple[str, bool]], int]]:
+        from dataset.jsonl import Jsonl, decode, parse_row
+
+        for chunk in file.chunks(1 << 16):
+            for raw, line in zip(chunk.rows, chunk.lines):
+                digest = hashlib.sha256(raw).digest()
+                number = int.from_bytes(digest[4:8] + digest[:4], "big")  # low half: held out? high half: how often
+                try:
+                    texts = list(contents(parse_row(raw))) if isinstance(file, Jsonl) else [(decode(raw), False)]
+                except ValueError as error:
+                    raise ValueError(f"{file.path}:{line}: {error}") from None
+                yield texts, number
+
+
+def contents(value, is_answer: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every text of a row, and whether an assistant says it."""
+    if isinstance(value, str):
+        yield value, is_answer
+    elif isinstance(value, dict):
+        speaks = "assistant" in (value.get("role"), value.get("from")) or value.get("from") == "gpt"
+        for key, item in value.items():
+            if key not in NO_CONTENT:
+                yield from contents(item, is_answer or speaks)
+    elif isinstance(value, list):
+        for item in value:
+            yield from contents(item, is_answer)
+
+
+def language_of(texts: list[tuple[str, bool]]) -> str:
+    """By script: zh where a fifth of the characters are Chinese."""
+    row = "".join(text for text, _ in texts)
+    return "zh" if len(HAN.findall(row)) * 5 >= max(len(row), 1) else "en"
+
+
+def report(corpus: Corpus, directory: str | Path) -> str:
+    """Characters and bytes per token, by file and language; every text is decoded again on the way."""
+    from tokenizer.text import Tokenizer
+
+    tokenizer, sums = Tokenizer.load(directory), Counter()
+    rows = corpus.measured_texts()
+    while batch := [row for row, _ in zip(rows, range(1000))]:
+        for (*place, text), ids in zip(batch, tokenizer.encode_batch([row[-1] for row in batch])):
+            assert tokenizer.decode(ids) == text
+            counts = {"characters": len(text), "bytes": len(text.encode()), "tokens": len(ids)}
+            sums.update({(" ".join(place), unit): count for unit, count in counts.items()})
+    lines = [f"{'':46}characters/token  bytes/token     tokens"]
+    for place in sorted({place for place, _ in sums}):
+        characters, size, tokens = (sums[place, unit] for unit in ("characters", "bytes", "tokens"))
+        if tokens:
+            lines.append(f"{place:46.46}{characters / tokens:16.3f}{size / tokens:13.3f}{tokens:11,}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = parse(TokenizerConfig, description=__doc__)
+    corpus = Corpus(config)
+    print(f"{len(corpus.files)} files, {'everything' if corpus.share == 1 else f'{corpus.share:.1%} of the rows'}")
+    save(train_bpe(corpus.training_texts(), config.vocab_size, config.longest_run), config.save_dir)
+    print(f"trained on {sum(corpus.used.values()):,} characters ({corpus.used['zh']:,} of them in rows in Chinese)")
+    print(report(corpus, config.save_dir))
+    print(f"saved to {config.save_dir}")
+
+
+if __name__ == "__main__":
+    run(main)
