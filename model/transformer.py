@@ -163,7 +163,7 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = rope_table(positions, self.rope_frequencies, self.rope_temperature, x.dtype)
-        sees = visibility(T, past + T, documents, tokens.device, "sdpa" if cache is not None else self._kernel(x))
+        sees = visibility(T, past + T, documents, x, "sdpa" if cache is not None else self._kernel(x))
         aux_loss = torch.zeros(B, device=tokens.device)
         for block in self.model.layers:
             x, aux = block(x, cos, sin, sees, cache)
@@ -176,10 +176,14 @@ class CausalLM(nn.Module):
             return Output(self.lm_head(x), None, aux_loss)
         x, flat = x.reshape(-1, x.shape[-1]), targets.reshape(B * T)
         flat = flat if selected is None else flat[selected]
-        loss = F.cross_entropy(self.lm_head(x).float(), flat, ignore_index=-100, reduction="none")
+        loss = self.token_loss(x, flat)
         if selected is not None:
             loss = torch.zeros(B * T, device=loss.device).index_add(0, selected, loss)
         return Output(None, loss.view(B, T), aux_loss)
+
+    def token_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x (N, d), targets (N,) -> (N,) fp32. A function of its own, so that it can be compiled."""
+        return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-100, reduction="none")
 
     def _kernel(self, x: Tensor) -> str:
         if self.attention_kernel:

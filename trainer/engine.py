@@ -334,13 +334,14 @@ class Engine:
     # ---- speed ----
 
     def _compile(self) -> bool:
-        """torch.compile, block by block: one small graph serves all layers."""
+        """torch.compile, block by block (one small graph serves all layers), and the head with its loss."""
         mode = self.config.compile
         if mode == "off" or (mode == "auto" and not self._compiling_pays()):
             return False
         torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows, and few of those
         for block in self.model.model.layers:
             block.compile(dynamic=False)
+        self.model.token_loss = torch.compile(self.model.token_loss)  # whose number of rows soon becomes dynamic
         self.logger.print("compiling the blocks: the first step takes longer")
         return True
 
