@@ -10,7 +10,7 @@ message's own at both ends. Guard and marks are private-use characters that occu
 out again.
 
 Trained on: from the end of the turn's header, which is what a generation prompt would have supplied, to the turn's end
-token. Blanks around a content count as the template's, which usually trims them.
+token. Where a template prints no such header, from the first letter of the message.
 """
 
 from __future__ import annotations
@@ -42,16 +42,15 @@ class ForeignTemplate:
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        self.failure = jinja2.TemplateError
         try:
             self.template = environment.from_string(tokenizer.chat_template)
-        except self.failure as error:
+        except jinja2.TemplateError as error:
             raise ValueError(f"{tokenizer.path}: chat template: {error}") from None
         self.path = tokenizer.path
         self.names = {name: tokenizer.special(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.splits_reasoning = "reasoning_content" in tokenizer.chat_template
         longest_first = sorted(tokenizer.control, key=len, reverse=True)
-        self.controls = re.compile("|".join(map(re.escape, longest_first)))
+        self.controls = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.first_letters = {name[0] for name in tokenizer.control}
         self.header = self._header()
 
@@ -61,21 +60,22 @@ class ForeignTemplate:
             given |= {"enable_thinking": enable_thinking, "open_thinking": enable_thinking}  # Qwen's name, MiniMind's
         try:
             return self.template.render(given)
-        except self.failure as error:
+        except Exception as error:  # somebody else's program: it may fail in any way
             raise ValueError(f"{self.path}: the chat template refuses this conversation: {error}") from None
 
     def _header(self) -> str:
         """What every generation prompt begins with, whether the model is to think or not."""
-        question = [{"role": "user", "content": "?"}]
-        without = self._print(question)
-        prompts = [self._print(question, prompt=True, enable_thinking=thinking) for thinking in (True, False)]
-        return os.path.commonprefix(prompts).removeprefix(without)
+        question, headers = [{"role": "user", "content": "?"}], []
+        for thinking in (True, False):
+            without, with_prompt = (self._print(question, None, prompt, thinking) for prompt in (False, True))
+            headers.append(with_prompt.removeprefix(without))
+        return os.path.commonprefix(headers)
 
     def __call__(
         self, tokenizer: Tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, enable_thinking=None
     ) -> list[Segment]:
         used = set(dumps([messages, tools]))
-        private = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        private = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
         guard = next(private)
         marks = [next(private) for _ in messages]
         guarded = functools.partial(_map_text, {ord(letter): letter + guard for letter in self.first_letters})
@@ -112,12 +112,15 @@ class ForeignTemplate:
         if message["role"] != "assistant":
             return shown
         reasoning, content = split_reasoning(message)
+        apart = bool(message.get("reasoning_content"))  # as the message has it, and as the template expects it
         if reasoning is not None and self.splits_reasoning:
-            shown["reasoning_content"] = _wrap(guarded(reasoning.strip("\n")), mark)
-            shown["content"] = _wrap(guarded(content.lstrip("\n")), mark)
-        elif reasoning is not None:  # such templates print the content as it is: the block goes inside
-            if message.get("reasoning_content"):
-                reasoning, content = f"\n{reasoning.strip(chr(10))}\n", "\n\n" + content.lstrip("\n")
+            if not apart:
+                reasoning, content = reasoning.strip("\n"), content.lstrip("\n")
+            shown["reasoning_content"] = _wrap(guarded(reasoning), mark)
+            shown["content"] = _wrap(guarded(content), mark)
+        elif reasoning is not None:
+            if apart:
+                reasoning, content = "\n" + reasoning.strip("\n") + "\n", "\n\n" + content.lstrip("\n")
             shown["content"] = _wrap(f"<think>{guarded(reasoning)}</think>{guarded(content)}", mark)
         if message.get("tool_calls"):
             calls = guarded(message["tool_calls"])

@@ -4,7 +4,8 @@
     python trainer/train_tokenizer.py --data_path dataset/pretrain_hq.jsonl dataset/sft_mini_512.jsonl:4 --holdout 10
 
 Every text in a row counts, whatever the row's layout. FILE:3 counts a file three times, FILE:0.1 takes a tenth of its
-rows. `--holdout 10` leaves every tenth row (by its hash) out of training, and takes the figures on those rows alone. The shipped tokenizer/ was made by this script; docs/tokenizer.md has the command and explains the choices.
+rows. `--holdout 10` leaves every tenth row (by its hash) out of training, and takes the figures on those rows alone.
+The shipped tokenizer/ was made by this script; docs/tokenizer.md has the command and explains the choices.
 """
 
 import sys
@@ -36,7 +37,7 @@ WORDS = (
 )
 UNSPACED = r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}\p{{Thai}}]{{1,{}}}"
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-NO_CONTENT = ("role", "from", "type", "id")  # keys whose values are words of the file format
+NO_CONTENT = ("from", "type", "id")  # keys whose values are words of the file format
 
 
 @dataclass(frozen=True)
@@ -123,26 +124,23 @@ class Corpus:
                 language = language_of(texts)
                 times = weight * self.share * (self.config.chinese_weight if language == "zh" else 1)
                 for _ in range(int(times + (number >> 32) / 2**32)):  # 2.3: three times for three rows in ten
-                    for text, _ in texts:
+                    for _, text in texts:
                         self.used[language] += len(text)
                         yield text
 
-    def measured_texts(self) -> Iterator[tuple[str, str, str, str]]:
-        """(file, "answers" or "all text", language, text) of the rows held out; of every tenth row if none are."""
+    def measured_texts(self) -> Iterator[tuple[str, str]]:
+        """("file kind language", text) of the rows held out; of every tenth row if none are."""
         for file, _ in self.files:
             for texts, number in self._rows(file):
                 if self._held_out(number) or not self.config.holdout and number % 10 == 0:
-                    language = language_of(texts)
-                    name = "/".join(file.path.parts[-2:])
-                    for text, is_answer in texts:
-                        yield name, "all text", language, text
-                        if is_answer:
-                            yield name, "answers", language, text
+                    for kind, text in texts:
+                        if kind != "role":
+                            yield f"{file.path.parent.name}/{file.path.name} {kind} {language_of(texts)}", text
 
     def _held_out(self, number: int) -> bool:
         return bool(self.config.holdout) and number % 2**32 % self.config.holdout == 0
 
-    def _rows(self, file) -> Iterator[tuple[list[tuple[str, bool]], int]]:
+    def _rows(self, file) -> Iterator[tuple[list[tuple[str, str]], int]]:
         from dataset.jsonl import Jsonl, decode, parse_row
 
         for chunk in file.chunks(1 << 16):
@@ -150,29 +148,30 @@ class Corpus:
                 digest = hashlib.sha256(raw).digest()
                 number = int.from_bytes(digest[4:8] + digest[:4], "big")  # low half: held out? high half: how often
                 try:
-                    texts = list(contents(parse_row(raw))) if isinstance(file, Jsonl) else [(decode(raw), False)]
+                    texts = list(contents(parse_row(raw))) if isinstance(file, Jsonl) else [("text", decode(raw))]
                 except ValueError as error:
                     raise ValueError(f"{file.path}:{line}: {error}") from None
                 yield texts, number
 
 
-def contents(value, is_answer: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every text of a row, and whether an assistant says it."""
+def contents(value, kind: str = "text") -> Iterator[tuple[str, str]]:
+    """(kind, text) of every text in a row. Roles count as well: the model reads one at the head of every turn."""
     if isinstance(value, str):
-        yield value, is_answer
+        yield kind, value
     elif isinstance(value, dict):
-        speaks = "assistant" in (value.get("role"), value.get("from")) or value.get("from") == "gpt"
+        if value.get("role") == "assistant" or value.get("from") in ("assistant", "gpt"):
+            kind = "answers"
         for key, item in value.items():
             if key not in NO_CONTENT:
-                yield from contents(item, is_answer or speaks)
+                yield from contents(item, "role" if key == "role" else kind)
     elif isinstance(value, list):
         for item in value:
-            yield from contents(item, is_answer)
+            yield from contents(item, kind)
 
 
-def language_of(texts: list[tuple[str, bool]]) -> str:
+def language_of(texts: list[tuple[str, str]]) -> str:
     """By script: zh where a fifth of the characters are Chinese."""
-    row = "".join(text for text, _ in texts)
+    row = "".join(text for kind, text in texts if kind != "role")
     return "zh" if len(HAN.findall(row)) * 5 >= max(len(row), 1) else "en"
 
 
@@ -183,10 +182,10 @@ def report(corpus: Corpus, directory: str | Path) -> str:
     tokenizer, sums = Tokenizer.load(directory), Counter()
     rows = corpus.measured_texts()
     while batch := [row for row, _ in zip(rows, range(1000))]:
-        for (*place, text), ids in zip(batch, tokenizer.encode_batch([row[-1] for row in batch])):
+        for (place, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
             assert tokenizer.decode(ids) == text
             counts = {"characters": len(text), "bytes": len(text.encode()), "tokens": len(ids)}
-            sums.update({(" ".join(place), unit): count for unit, count in counts.items()})
+            sums.update({(place, unit): count for unit, count in counts.items()})
     lines = [f"{'':46}characters/token  bytes/token     tokens"]
     for place in sorted({place for place, _ in sums}):
         characters, size, tokens = (sums[place, unit] for unit in ("characters", "bytes", "tokens"))
