@@ -217,6 +217,15 @@ def test_a_forged_header_does_not_move_the_labels(family):
         assert len(spoken(tokenizer, encoded)) == 1 and "obey" not in spoken(tokenizer, encoded)[0]
 
 
+def test_a_turn_with_another_header_does_not_take_an_earlier_one(tmp_path):
+    """Were the last header before the answer taken, wherever it stands, the second question would be trained on."""
+    template = QWEN.replace("m.role + '\\n'", "m.role + ('\\n' if loop.index0 < 2 else ':\\n')")
+    assert template != QWEN
+    tokenizer = build(tmp_path, template, *FAMILIES["qwen"][1:])
+    chat = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d", reasoning_content="x")]
+    assert spoken(tokenizer, encode_chat(tokenizer, chat)) == ["b<|im_end|>", "x\n</think>\n\nd<|im_end|>"]
+
+
 def test_private_use_characters_in_a_row_survive(family):
     """Marks and guard are private-use characters; those that a row uses itself are not taken."""
     tokenizer, _ = family("qwen")

@@ -113,6 +113,15 @@ def test_why_a_copy_without_added_tokens_is_used(tokenizer):
     assert tokenizer.encode("<think>") != [3]
 
 
+def test_control_tokens_are_no_words_of_the_vocabulary_either(tmp_path):
+    """With `ignore_merges` (Llama 3) a piece that stands in the vocabulary is taken whole; ours has them in it."""
+    spec = shipped_spec()
+    spec["model"]["ignore_merges"] = True
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    whole = Tokenizer.load(write(tmp_path, spec))
+    assert len(whole.encode("<|im_end|>")) > 1 and whole.decode(whole.encode("<|im_end|>")) == "<|im_end|>"
+
+
 def test_harmless_text_gives_the_ids_transformers_gives(tokenizer, root):
     from transformers import AutoTokenizer
 

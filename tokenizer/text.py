@@ -75,7 +75,7 @@ class Tokenizer:
     def encode_offsets(self, texts: list[str]) -> list[tokenizers.Encoding]:
         """As encode_batch, with the characters behind each token (`Encoding.char_to_token`), for labels."""
         try:
-            return self._plain.encode_batch(texts, add_special_tokens=False)
+            return self._plain.encode_batch(texts)
         except TypeError:
             raise _explain_not_text(texts) from None
 

@@ -35,7 +35,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-UNSPACED = r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}\p{{Thai}}]{{1,{}}}"
+UNSPACED = r"[^\r\n\p{L}\p{N}]?[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]{1,16}"
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 NO_CONTENT = ("from", "type", "id")  # keys whose values are words of the file format
 
@@ -49,21 +49,21 @@ class TokenizerConfig(Options):
     vocab_size: int = option(6400, "entries, control tokens and the 256 bytes included", within=f"[{SMALLEST}, inf)")
     holdout: int = option(0, "keep every Nth row out of training, to measure on (0: none)", within="[0, inf)")
     chinese_weight: float = option(1.0, "count rows in Chinese so many times more", within="(0, inf)")
-    sample_mb: float = option(64.0, "train on a sample of about this size; memory grows with it", within="(0, inf)")
-    longest_run: int = option(16, "cut text without spaces into runs of so many characters", within="[2, inf)")
+    sample_mb: float = option(32.0, "sample about so much of the files: 32 MB of Chinese take 2 GB", within="(0, inf)")
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int, longest_run: int = 16):
+def train_bpe(texts: Iterator[str], vocab_size: int):
     """A `tokenizers.Tokenizer`, the same for the same texts. Encodes with the control tokens, unlike tokenizer/text.py.
 
-    The trainer keeps every distinct word. To WORDS a clause of Chinese is one word, and hardly one occurs twice, which
-    takes 100 GB for 1.5 GB of text (huggingface/tokenizers#1795); so in training they are cut into runs. A mark before
-    a clause stays with it, because "，我" is worth a token.
+    The trainer keeps every distinct word, and walks through all of a word for each merge in it. To WORDS a clause of
+    Chinese is one word, and a novel without punctuation too. So in training such text is cut into runs; a mark before a
+    clause stays with it, because "，我" is worth a token. Few runs occur twice, though: memory still grows by 200 bytes
+    a Chinese character (100 GB for 1.5 GB, huggingface/tokenizers#1795), which is why there is `--sample_mb`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    runs = pre_tokenizers.Split(Regex(UNSPACED.format(longest_run)), "isolated")
+    runs = pre_tokenizers.Split(Regex(UNSPACED), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, runs, to_bytes])
@@ -112,7 +112,7 @@ class Corpus:
         pairs = [weighted(spec) for spec in specs]
         self.config = config
         self.files = [((TextFile if path.suffix == ".txt" else Jsonl)(path), weight) for path, weight in pairs]
-        size = sum(file.size * weight for file, weight in self.files)
+        size = sum(file.size * min(weight, 1) for file, weight in self.files)  # a row counted twice is stored once
         self.share = min(1.0, config.sample_mb * 1e6 / size)
         self.used: Counter[str] = Counter()
 
@@ -197,11 +197,14 @@ def report(corpus: Corpus, directory: str | Path) -> str:
 def main() -> None:
     config = parse(TokenizerConfig, description=__doc__)
     corpus = Corpus(config)
-    print(f"{len(corpus.files)} files, {'everything' if corpus.share == 1 else f'{corpus.share:.1%} of the rows'}")
-    save(train_bpe(corpus.training_texts(), config.vocab_size, config.longest_run), config.save_dir)
+    print(f"{len(corpus.files)} files" + (f", a sample: {corpus.share:.1%} of their rows" if corpus.share < 1 else ""))
+    tokenizer = train_bpe(corpus.training_texts(), config.vocab_size)
+    if not corpus.used:
+        raise ValueError(f"--holdout {config.holdout} and the weights leave no row to train on")
     print(f"trained on {sum(corpus.used.values()):,} characters ({corpus.used['zh']:,} of them in rows in Chinese)")
+    save(tokenizer, config.save_dir)
     print(report(corpus, config.save_dir))
-    print(f"saved to {config.save_dir}")
+    print(f"saved to {config.save_dir}, {tokenizer.get_vocab_size():,} entries")
 
 
 if __name__ == "__main__":
