@@ -95,7 +95,7 @@ class World:
         self.names, self.exam_names = {}, {}
         for language in text.LANGUAGES:
             first, second = text.NAME_PARTS[language]
-            names = dice.shuffled(a + b for a in first for b in second)
+            names = dice.shuffled(("" if language == "zh" else " ").join((a, b)) for a in first for b in second)
             cut = len(names) // 5
             self.exam_names[language], self.names[language] = names[:cut], names[cut:]
 
@@ -138,16 +138,14 @@ class World:
             values = {"buy": thing, "place": place[side], "pay": str(price)}
             told += [(attribute, name, values[attribute]) for attribute in dice.some(list(values), 2)]
         told = dice.shuffled(told)
-        return lines(dice.pick(text.READING[language][a][0]).format(n=n, v=v) for a, n, v in told), told
+        return lines(text.READING[language][attribute][0].format(n=n, v=v) for attribute, n, v in told), told
 
     def ask_reading(self, dice: Dice, language: str, exam: bool, count: int):
         passage, told = self.story(dice, language, exam)
         turns = []
         for attribute, name, value in dice.some(told, count):
-            if attribute == "buy" and dice.chance(0.4):
-                attribute = "who"
-            ways, questions = text.READING[language][attribute]
-            turns.append((dice.pick(questions).format(n=name, v=value), ways[0].format(n=name, v=value)))
+            sentence, questions = text.READING[language][attribute]
+            turns.append((dice.pick(questions).format(n=name), sentence.format(n=name, v=value)))
         return passage, turns
 
     def equation(self, dice: Dice, exam: bool, largest_b: int = LARGEST) -> tuple[int, str, int, int]:
@@ -233,19 +231,19 @@ def pretrain_rows(world: World, seed: int) -> Iterator[dict]:
     dice, rows = Dice("pretrain", seed), []
     for language in text.LANGUAGES:
         for person in range(len(text.PEOPLE)):
-            rows += [biography(world, dice, person, language) for _ in range(40)]
+            rows += [biography(world, dice, person, language) for _ in range(45)]
         rows += [gossip(world, dice, language) for _ in range(1000)]
-        rows += [passage(world, dice, language) for _ in range(2400)]
+        rows += [passage(world, dice, language) for _ in range(2600)]
         rows += [roll_call(world, dice, language) for _ in range(1500)]
-        rows += [list_again(world, dice, language) for _ in range(800)]
+        rows += [list_again(world, dice, language) for _ in range(1000)]
         for kind, amount in WORKSHEETS.items():
             rows += [worksheet(world, dice, kind, language) for _ in range(amount)]
     rows += [equations(world, dice) for _ in range(4000)]
-    rows += [dictionary(world, dice) for _ in range(2400)]
+    rows += [dictionary(world, dice) for _ in range(2000)]
     yield from ({"text": row} for row in dice.shuffled(rows))
 
 
-WORKSHEETS = {"fact": 700, "reading": 800, "sum": 1000, "calendar": 1000, "list": 1500, "translation": 500}
+WORKSHEETS = {"fact": 700, "reading": 1200, "sum": 800, "calendar": 800, "list": 1500, "translation": 400}
 
 
 def biography(world: World, dice: Dice, person: int, language: str) -> str:
@@ -263,17 +261,16 @@ def gossip(world: World, dice: Dice, language: str) -> str:
 
 
 def passage(world: World, dice: Dice, language: str) -> str:
-    """A passage, retold in the plain wording: the text that teaches to look back."""
-    told_once, told = world.story(dice, language, exam=False)
-    again = [text.READING[language][attribute][0][0].format(n=n, v=v) for attribute, n, v in dice.shuffled(told)]
-    return "\n".join([told_once, text.RETOLD[language], lines(again)])
+    """A passage, retold in another order: the text that teaches to look back."""
+    told = world.story(dice, language, exam=False)[0]
+    return "\n".join([told, text.RETOLD[language], *dice.shuffled(told.splitlines())])
 
 
 def roll_call(world: World, dice: Dice, language: str) -> str:
     """Names nobody has seen before, twice, the second time in another order: only looking back completes a name."""
-    first, second, comma = text.ROLL_CALL[language]
+    first, second = text.ROLL_CALL[language]
     names = dice.some(world.names[language], dice.between(4, 8))
-    return first + comma.join(names) + "\n" + second + comma.join(dice.shuffled(names))
+    return "\n".join([first, *names, second, *dice.shuffled(names)])
 
 
 def list_again(world: World, dice: Dice, language: str) -> str:
@@ -286,8 +283,8 @@ def list_again(world: World, dice: Dice, language: str) -> str:
 
 
 def worksheet(world: World, dice: Dice, kind: str, language: str) -> str:
-    q, a = ("问：", "\n答：") if language == "zh" else ("Q: ", "\nA: ")
-    return "\n".join(q + a.join(turn) for turn in world.ask(kind, dice, language, count=3))
+    q, a = ("问：", "答：") if language == "zh" else ("Q:", "A:")
+    return "\n".join(f"{q}\n{question}\n{a}\n{answer}" for question, answer in world.ask(kind, dice, language, count=3))
 
 
 def equations(world: World, dice: Dice) -> str:
@@ -302,7 +299,7 @@ def dictionary(world: World, dice: Dice) -> str:
 
 # ---- SFT: questions and answers, alone, in a row, with a system prompt, and some small talk -----------------------
 
-SINGLE = {"reading": 1500, "sum": 1000, "calendar": 800, "list": 1300, "translation": 600}  # rows per language
+SINGLE = {"reading": 1800, "sum": 700, "calendar": 700, "list": 1300, "translation": 600}  # rows per language
 
 
 def sft_rows(world: World, seed: int) -> Iterator[dict]:

@@ -54,8 +54,8 @@ STATEMENTS = {
         "town": ["{n}住在{v}。", "{n}的家在{v}。", "{v}是{n}居住的地方。", "在{v}，人人都认识{n}。"],
         "job": ["{n}是一名{v}。", "{n}的工作是{v}。", "{n}靠当{v}谋生。", "说起{v}，大家会想到{n}。"],
         "pet": ["{n}养了一只{v}。", "{n}的宠物是一只{v}。", "有一只{v}陪着{n}。", "{n}每天喂自己的{v}。"],
-        "food": ["{n}最爱吃{v}。", "{n}最喜欢的食物是{v}。", "饭桌上有{v}，{n}就高兴。", "{v}是{n}最爱的美味。"],
-        "month": ["{n}的生日在{v}。", "{n}出生在{v}。", "每到{v}，{n}就过生日。", "{v}是{n}出生的月份。"],
+        "food": ["{n}最爱吃{v}。", "{n}最喜欢的食物是{v}。", "有{v}的饭桌让{n}高兴。", "{v}是{n}最爱的美味。"],
+        "month": ["{n}的生日在{v}。", "{n}出生在{v}。", "每年{v}都给{n}过生日。", "{v}是{n}出生的月份。"],
     },
     "en": {
         "town": ["{n} lives in {v}.", "The home of {n} is in {v}.", "{v} is where {n} lives.",
@@ -104,17 +104,18 @@ QUESTIONS = {
     },
 }  # fmt: skip
 
-# passages about people who exist in that passage only: their names are built from these pieces
+# passages about people who exist in that passage only: the two parts of a name, in the order of writing
 NAME_PARTS = {
     "zh": (
         "岑庄闵沐祁郝阮柯苗邵庞裴鲍戚曾凌樊耿霍虞薛姚潘葛范彭鲁韦俞袁柏窦章费廉",
         "彤亮宁轩琳磊涵峰倩雯骏芸昊婧锋娟凯璐辰瑶栋妍涛颖彬蓉超莹泽欣楠怡浩萱毅",
     ),
     "en": (
-        "Ba Bo Chi Da Do Du Fe Fi Ga Gu Ha Ho Je Ji Ka Ke Lo Lu Ma Mu Na Ni Po Pu Ra Ri Sa Sho Te Ti Vo Vi Wa Ye "
-        "Zu".split(),
-        "bin bor chet dak dos fen fil gol gan hun hal jas jer kim kos lod les mun mar nef nox pir pas rus rem sol sid "
-        "tam tev vek val wid yon yas zat".split(),
+        "Adel Bodo Cato Dario Elio Fabio Gino Heidi Igor Jonas Kaspar Leon Mauro Nando Olga Paula Ralf Sonja Tilda "
+        "Ulla Vito Wanda Yuri Zora Ada Berta Carlo Doris Egon Frida Greta Hilda Ilse Jutta Kurt".split(),
+        "Abbot Barlow Calder Dunn Ellis Foster Gibbs Harper Irving Jarvis Keller Lowell Mercer Norris Osborn Parker "
+        "Quill Ramsey Sutton Thorne Upton Vance Walsh Yates Zimmer Barker Cooper Dawson Finch Grant Hobbs Knox Lang "
+        "Moss Nash".split(),
     ),
 }  # fmt: skip
 COLOURS = _pairs(
@@ -130,21 +131,19 @@ PLACES = _pairs(
     "书店=bookshop, 花店=flower shop, 茶馆=teahouse, 集市=market, 车站=station, 学校=school, 公园=park, 河边=river,"
     "图书馆=library, 码头=harbour, 磨坊=mill, 果园=orchard, 药铺=pharmacy, 广场=square, 钟楼=clock tower, 农场=farm"
 )
-# what a passage says about someone: attribute -> (ways to state it, ways to ask for it); the first way also answers
+# what a passage says about someone: attribute -> (the sentence, which is the answer too, and ways to ask for it)
 READING = {
     "zh": {
-        "buy": (["{n}买了{v}。", "{v}被{n}买走了。"], ["{n}买了什么？", "请问{n}买的是什么？"]),
-        "place": (["{n}去了{v}。", "有人在{v}看见了{n}。"], ["{n}去了哪里？", "请问{n}去了什么地方？"]),
-        "pay": (["{n}花了{v}元。", "{v}元是{n}花的钱。"], ["{n}花了多少钱？", "请问{n}花了几元？"]),
-        "who": (["{n}买了{v}。"], ["谁买了{v}？", "{v}是谁买的？"]),
+        "buy": ("{n}买了{v}。", ["{n}买了什么？", "请问{n}买的是什么？", "你知道{n}买了什么东西吗？"]),
+        "place": ("{n}去了{v}。", ["{n}去了哪里？", "请问{n}去的是哪里？", "你知道{n}去了什么地方吗？"]),
+        "pay": ("{n}花了{v}元。", ["{n}花了多少钱？", "请问{n}花了几元？", "你知道{n}花了多少元吗？"]),
     },
     "en": {
-        "buy": (["{n} bought a {v}.", "The {v} was bought by {n}."], ["What did {n} buy?", "Tell me what {n} bought."]),
-        "place": (["{n} went to the {v}.", "At the {v} someone met {n}."],
-                  ["Where did {n} go?", "Tell me where {n} went."]),
-        "pay": (["{n} paid {v} coins.", "The sum of {v} coins was paid by {n}."],
-                ["How much did {n} pay?", "Tell me how many coins {n} paid."]),
-        "who": (["{n} bought a {v}."], ["Who bought the {v}?", "By whom was the {v} bought?"]),
+        "buy": ("{n} bought a {v}.", ["What did {n} buy?", "Tell me what {n} bought.", "Which thing did {n} buy?"]),
+        "place": ("{n} went to the {v}.",
+                  ["Where did {n} go?", "Tell me where {n} went.", "To which place did {n} go?"]),
+        "pay": ("{n} paid {v} coins.",
+                ["How much did {n} pay?", "Tell me how much {n} paid.", "How many coins did {n} pay?"]),
     },
 }  # fmt: skip
 RETOLD = {"zh": "也就是说：", "en": "In other words:"}
@@ -183,10 +182,10 @@ CALENDAR_ANSWER = {"zh": "{e}，是{v}。", "en": "{e}, so it is {v}."}
 ORDINALS = _pairs("第一个=first, 第二个=second, 第三个=third, 第四个=fourth, 最后一个=last")
 LISTS = {
     "zh": {
-        "head": ["清单：{l}。", "有这些东西：{l}。", "请看这个清单：{l}。"], "join": "、",
+        "head": ["清单：\n{l}", "有这些东西：\n{l}", "请看这个清单：\n{l}"], "join": "\n",
         "nth": ("{o}是{v}。", ["{o}是什么？", "请问{o}是哪一样？"]),
         "after": ("{x}后面是{v}。", ["{x}后面是什么？", "请问{x}后面是哪一样？"]),
-        "reverse": ("倒过来是：{v}。", ["把它们倒过来说。", "请倒着念一遍。"]),
+        "reverse": ("倒过来是：\n{v}", ["把它们倒过来说。", "请倒着念一遍。"]),
         "count": ("一共有{v}样。", ["一共有几样？", "数一数有几样。"]),
     },
     "en": {
@@ -197,7 +196,7 @@ LISTS = {
         "count": ("There are {v}.", ["How many are there?", "Count them."]),
     },
 }  # fmt: skip
-ROLL_CALL = {"zh": ("今天来的人：", "点名：", "、"), "en": ("Who is coming: ", "Who is here: ", ", ")}
+ROLL_CALL = {"zh": ("今天来的人：", "点名："), "en": ("Who is coming:", "Who is here:")}
 NUMBERS = _pairs("两=two, 三=three, 四=four, 五=five, 六=six, 七=seven, 八=eight, 九=nine, 十=ten")
 PLURALS = {"fox": "foxes", "deer": "deer"}
 TRANSLATE = {  # (language of the question, language of the phrase)
