@@ -107,11 +107,13 @@ def load_weights(path: Path | str) -> Checkpoint:
         path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds code ({code[1]}), which was not run" if code else "it is damaged or not a weights file"
+        reason = f"it holds code ({code[1]}), which was not run" if code else "it is damaged, or a pickle of another kind"
         raise ValueError(f"{path}: refused: {reason}; weights are tensors and plain values only") from None
-    except (RuntimeError, EOFError) as error:
+    except Exception as error:  # broken bytes make the reader fail in many ways
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise ValueError(f"{path}: truncated or not a weights file ({reason})") from None
     if not isinstance(content, dict) or not content:
