@@ -130,6 +130,8 @@ def _overlap(encoding, spans: list[tuple[int, int]], length: int) -> list[bool]:
     """For each token: does any of its characters lie in one of the spans?"""
     if not spans or spans == [(0, length)]:
         return [bool(spans)] * len(encoding.ids)
+    if len(spans) == 1 and spans[0][1] == length:  # a header, then a content: nearly always, so it should be quick
+        return [end > spans[0][0] for _, end in encoding.offsets]
     return [any(begin < stop and end > start for start, stop in spans) for begin, end in encoding.offsets]
 
 
