@@ -214,10 +214,12 @@ def test_added_tokens_outside_of_the_vocabulary(tmp_path):
         "special_tokens": {names[0]: {"id": names[0], "ids": [6384], "tokens": [names[0]]}},
     }
     config = {"eos_token": {"content": "<|eot_id|>"}, "chat_template": "x"}
-    llama = Tokenizer.load(write(tmp_path / "llama", spec, config))
+    write(tmp_path / "llama", spec, config)
+    (tmp_path / "llama" / "generation_config.json").write_text('{"eos_token_id": [6385, 6386]}', encoding="utf-8")
+    llama = Tokenizer.load(tmp_path / "llama")
     ids = llama.encode("hi <|eot_id|>")
     assert max(ids) < 6384 and llama.decode(ids) == "hi <|eot_id|>", "no BOS, no control token"
-    assert (llama.vocab_size, llama.end_of_text, llama.stop_ids) == (6387, 6385, {6386})
+    assert (llama.vocab_size, llama.end_of_text, llama.stop_ids) == (6387, 6385, {6385, 6386})
     assert llama.chat_template == "x"
     with pytest.raises(ValueError, match=r"llama: the tokenizer has no <\|im_start\|> token; take one that has"):
         llama.im_start  # noqa: B018 - asked for only by the ChatML format

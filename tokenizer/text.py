@@ -106,9 +106,12 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """What ends an answer: the tokenizer's own end-of-turn token and <|endoftext|>."""
+        """What ends an answer: <|im_end|>, <|endoftext|>, and what the tokenizer's own files name."""
         names = {END_OF_TEXT, IM_END, self.special("eos_token")}
-        return frozenset(self.control[name] for name in names if name in self.control)
+        more = self.config.get("eos_token_id") or []
+        return frozenset(self.control[name] for name in names if name in self.control).union(
+            more if isinstance(more, list) else [more]
+        )
 
     def special(self, role: str) -> str:
         """tokenizer_config.json's `bos_token`, `eos_token`, ... as text; empty if it names none."""
@@ -148,14 +151,9 @@ class StreamDecoder:
 
 
 def _read_config(directory: Path) -> tuple[dict, str | None]:
-    """tokenizer_config.json, and the chat template beside it or inside it."""
-    config: dict = {}
-    file = directory / "tokenizer_config.json"
-    if file.is_file():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON ({error})") from None
+    """tokenizer_config.json, with generation_config.json's stop ids; and the chat template beside it or inside it."""
+    config = _read_json(directory / "tokenizer_config.json")
+    config["eos_token_id"] = _read_json(directory / "generation_config.json").get("eos_token_id")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones (Hermes, Command R): the default talks
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
@@ -163,6 +161,13 @@ def _read_config(directory: Path) -> tuple[dict, str | None]:
     if file.is_file():
         template = file.read_text(encoding="utf-8")  # universal newlines: the same template on Windows
     return config, template
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
 
 
 def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
