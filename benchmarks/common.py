@@ -1,7 +1,7 @@
 """What the benchmarks share: sides measured in turn within one run, medians with their spread, the machine's own limit.
 
-Machines are shared and noisy, so a figure alone says little. Every comparison here runs both sides in the same process or
-one after the other, round by round (A B A B ...), and reports ratios of medians.
+Machines are shared and noisy, so a figure alone says little. Every comparison here runs both sides in the same process
+or one after the other, round by round (A B A B ...), and reports ratios of medians.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from dataset.lm_dataset import TokenDataset
 
 def machine() -> str:
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads{load}"
+    return f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads{load}"
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -41,13 +42,14 @@ def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: i
     best = 0.0
     for rows, inner, outer in shapes:
         x, w = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
-        F.linear(x, w)
-        best = max(best, *(2 * rows * inner * outer / seconds(lambda: F.linear(x, w)) for _ in range(repeats)))
+        product = partial(F.linear, x, w)
+        product()
+        best = max(best, *(2 * rows * inner * outer / seconds(product) for _ in range(repeats)))
     return best
 
 
 class RandomRows(TokenDataset):
-    """Rows of random tokens for the engine, where only the time matters. fill: share of a row's positions with an example."""
+    """Rows of random tokens for the engine, where only the time matters."""
 
     fingerprint, summary, end_of_text = "random", "random rows", 0
 

@@ -3,8 +3,8 @@
     python benchmarks/train_step.py                          # small, 4 x 512 tokens, the CPU's best precision
     python benchmarks/train_step.py --rounds 3 --steps 2     # quicker
 
-Both sides: bf16 compute, fp32 master weights, fused AdamW, gradient clipping, the same batches. Theirs: bf16 autocast and SDPA, as the
-usual trainer calls it. The losses of the first steps are compared before any time is taken.
+Both sides: bf16 compute, fp32 master weights, fused AdamW, gradient clipping, the same batches. Theirs: bf16 autocast
+and SDPA, as the usual trainer calls it. The losses of the first steps are compared before any time is taken.
 """
 
 import argparse
@@ -31,8 +31,11 @@ from trainer.train_pretrain import PretrainConfig
 
 
 def our_engine(args, shape: ModelConfig, folder: str) -> Engine:
-    flags = [f"--save_dir={folder}", f"--batch_size={args.rows}", f"--max_seq_len={args.length}", "--max_steps=100000",
-             "--device=cpu", f"--compile={args.compile}", "--schedule=constant", "--warmup_steps=0", f"--dtype={args.dtype}"]  # fmt: skip
+    flags = [
+        *("--save_dir", folder, "--batch_size", str(args.rows), "--max_seq_len", str(args.length), "--device", "cpu"),
+        *("--compile", args.compile, "--dtype", args.dtype, "--schedule", "constant", "--warmup_steps", "0"),
+        *("--max_steps", "100000"),
+    ]
     torch.manual_seed(0)
     model = CausalLM(shape)
     for parameter in model.parameters():
@@ -111,24 +114,33 @@ def main():
 
         positions = args.rows * args.length
         d, width = shape.hidden_size, shape.intermediate_size
-        shapes = [(4096, 4096, 4096), (positions, d, width), (positions, width, d), (positions, d, d), (positions, d, shape.vocab_size)]
+        shapes = [
+            (4096, 4096, 4096),
+            (positions, d, width),
+            (positions, width, d),
+            (positions, d, d),
+            (positions, d, shape.vocab_size),
+        ]
         times, rates = {"ours": [], "theirs": []}, []
         for _ in range(args.rounds):
             rates.append(gemm_rate(shapes, engine.dtype))
             mine = [next(batches) for _ in range(args.steps)]
-            times["ours"].append(seconds(lambda: [ours(batch) for batch in mine]) / args.steps)
-            times["theirs"].append(seconds(lambda: [theirs(batch) for batch in mine]) / args.steps)
+            for name, side in (("ours", ours), ("theirs", theirs)):
+                times[name].append(seconds(lambda: [side(batch) for batch in mine]) / args.steps)  # noqa: B023
             rates.append(gemm_rate(shapes, engine.dtype))
 
         flops = step_flops(shape, positions, args.length)
-        print(f"\n{machine()}; {args.preset}, {args.rows} x {args.length}, {str(engine.dtype).removeprefix('torch.')}, compile {args.compile}")
+        precision = str(engine.dtype).removeprefix("torch.")
+        print(f"\n{machine()}; {args.preset}, {args.rows} x {args.length}, {precision}, compile {args.compile}")
         for name, values in times.items():
             shares = [flops / t / max(rates[2 * i], rates[2 * i + 1]) for i, t in enumerate(values)]
             print(f"{name:7} {spread(values)} s a step, {positions / statistics.median(values):,.0f} tokens/s, "
                   f"share of the GEMM rate {spread(shares)}")  # fmt: skip
         print(f"GEMM rate {spread([rate / 1e9 for rate in rates])} GFLOP/s")
         ratios = [b / a for a, b in zip(times["ours"], times["theirs"])]
-        print(f"ours is {spread(ratios)} times as fast" + ("" if bf16 else " (no bf16 on this CPU: reported, not judged)"))
+        print(
+            f"ours is {spread(ratios)} times as fast" + ("" if bf16 else " (no bf16 on this CPU: reported, not judged)")
+        )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     checkpoint = load_weights(find_weights("pretrain", "out"))
     model = checkpoint.build()
 
-One dictionary of tensors and plain values, nothing else: {"format", "model", "config", "tokenizer", "lineage"}. It is read
-with torch's restricted unpickler, so a file can hold numbers but no code. Also read: MiniMind's bare state dicts, and
-directories in Hugging Face's layout.
+One dictionary of tensors and plain values, nothing else: {"format", "model", "config", "tokenizer", "lineage"}. It is
+read with torch's restricted unpickler, so a file can hold numbers but no code. Also read: MiniMind's bare state dicts,
+and directories in Hugging Face's layout.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def load_state(model: CausalLM, state: dict[str, Tensor], source: Path | str) ->
 
 @contextmanager
 def atomic(path: Path):
-    """A name to write to, which becomes `path` only once everything is on the disk: a kill or a full disk never leaves half
-    a file, and never costs the one that was there."""
+    """A name to write to, which becomes `path` only once everything is on the disk: a kill or a full disk never leaves
+    half a file, and never costs the one that was there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -111,7 +111,9 @@ def load_weights(path: Path | str) -> Checkpoint:
         raise
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds code ({code[1]}), which was not run" if code else "it is damaged, or a pickle of another kind"
+        reason = (
+            f"it holds code ({code[1]}), which was not run" if code else "it is damaged, or a pickle of another kind"
+        )
         raise ValueError(f"{path}: refused: {reason}; weights are tensors and plain values only") from None
     except Exception as error:  # broken bytes make the reader fail in many ways
         reason = (str(error).splitlines() or ["it is empty"])[0]
@@ -150,7 +152,7 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         if found:
             return newest(found, "")
     known = sorted({path.name for folder in map(Path, folders) for path in folder.glob("*.pth")})
-    raise ValueError(
-        f"no weights called {weight!r} ({weight}_{hidden_size or '<hidden>'}.pth) in {' or '.join(dict.fromkeys(map(str, folders)))}; "
-        + (f"there are {', '.join(known)}" if known else "train them first, or give a path")
-    )
+    wanted = f"{weight}_{hidden_size or '<hidden>'}.pth"
+    searched = " or ".join(dict.fromkeys(map(str, folders)))
+    advice = f"there are {', '.join(known)}" if known else "train them first, or give a path"
+    raise ValueError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")

@@ -33,7 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a `CausalLM`. `None` in head_dim, intermediate_size, moe_intermediate_size means: by the usual rule."""
+    """Architecture of a `CausalLM`. `None` in head_dim, intermediate_size, moe_intermediate_size means: by the usual
+    rule."""
 
     vocab_size: int = 6400
     hidden_size: int = 512
@@ -84,7 +85,9 @@ class ModelConfig:
         if self.head_dim % 2:
             found.append(f"head_dim {self.head_dim} must be even (rotary embedding turns pairs)")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            found.append(f"num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts {self.num_experts}")
+            found.append(
+                f"num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts {self.num_experts}"
+            )
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("rope_type")
             if kind not in ROPE_SCALINGS:

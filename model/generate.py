@@ -25,11 +25,13 @@ CHUNK = 1024  # prompt positions computed at once: bounds the memory that a long
 class KVCache:
     """Keys and values of all past positions, in memory taken once.
 
-    Rows of different length are padded on the left; the padding is a document of its own (number 0), so nothing sees it.
-    On CPUs the cache is fp32: attention of one query over bf16 keys is several times slower there.
+    Rows of different length are padded on the left; the padding is a document of its own (number 0), so nothing sees
+    it. On CPUs the cache is fp32: attention of one query over bf16 keys is several times slower there.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ):
         if torch.device(device).type == "cpu":
             dtype = torch.float32
         shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
@@ -43,7 +45,8 @@ class KVCache:
         return self.keys.shape[2]
 
     def extend(self, tokens: Tensor, documents: Tensor | None) -> tuple[int, Tensor | None, Tensor]:
-        """Makes room for tokens (B, T) -> (number cached before, documents (B, S) of all or None, positions (B or 1, T))."""
+        """Makes room for tokens (B, T) -> (number cached before, documents (B, S) of all or None, positions (B or 1,
+        T))."""
         past, T = self.length, tokens.shape[1]
         if past + T > self.capacity:
             raise ValueError(f"{past + T} tokens do not fit into a cache of {self.capacity}")

@@ -1,10 +1,11 @@
-"""Mixture of experts: a router sends each token to the best k of E feed-forward networks; shared experts see every token.
+"""Mixture of experts: a router sends each token to the best k of E feed-forward networks; shared experts see every
+token.
 
 Letters: N = B*T tokens, d hidden size, I expert size, E experts, k experts per token.
 
-All experts are multiplied at once: tokens are sorted by expert and `grouped_mm` walks through the groups, so the time does
-not grow with E and nothing waits for the device. A row's balancing loss goes up with the row alone (Switch Transformer,
-arXiv:2101.03961, eqs. 4-6, per sequence as in DeepSeek-V2, arXiv:2405.04434, eqs. 12-14).
+All experts are multiplied at once: tokens are sorted by expert and `grouped_mm` walks through the groups, so the time
+does not grow with E and nothing waits for the device. A row's balancing loss goes up with the row alone (Switch
+Transformer, arXiv:2101.03961, eqs. 4-6, per sequence as in DeepSeek-V2, arXiv:2405.04434, eqs. 12-14).
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class MoE(nn.Module):
 
         chosen = chosen.view(B * T * self.k)
         order = chosen.argsort(stable=True)
-        picked = chosen.view(B, T * self.k, 1) == torch.arange(E, device=x.device)  # not bincount: it would wait for the GPU
+        picked = chosen.view(B, T * self.k, 1) == torch.arange(
+            E, device=x.device
+        )  # not bincount: it would wait for the GPU
         picked = picked.sum(1)  # (B, E): how often each row chose each expert
         ends = picked.sum(0).cumsum(0).to(torch.int32)
         y = self.experts(x.view(B * T, d)[order // self.k], ends)  # (N*k, d), by expert

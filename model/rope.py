@@ -1,8 +1,8 @@
 """Rotary position embedding, and the ways to stretch it beyond the trained length.
 
-Each pair of numbers (i, i + D/2) of a query or key head is turned by the angle position * frequency_i, so that the product
-of a query and a key depends on the distance between them alone (RoFormer, arXiv:2104.09864, eq. 34). The pairs are laid
-out as in Hugging Face's Llama ("rotate half").
+Each pair of numbers (i, i + D/2) of a query or key head is turned by the angle position * frequency_i, so that the
+product of a query and a key depends on the distance between them alone (RoFormer, arXiv:2104.09864, eq. 34). The pairs
+are laid out as in Hugging Face's Llama ("rotate half").
 
 >>> cos, sin = rope_table(torch.arange(4), inverse_frequencies(config)[0])          # (4, D/2) each
 """
@@ -57,7 +57,8 @@ def _yarn(freq: Tensor, factor: float, scaling: dict, config: ModelConfig) -> tu
 
 
 def _minimind2(freq: Tensor, factor: float, scaling: dict, length: int) -> Tensor:
-    """What MiniMind of 2025 calls YaRN: fast frequencies are scaled a little too. Only so do its checkpoints behave as there."""
+    """What MiniMind of 2025 calls YaRN: fast frequencies are scaled a little too. Only so do its checkpoints behave as
+    there."""
     trained, half = scaling["original_max_position_embeddings"], len(freq)
     if length <= trained:
         return freq

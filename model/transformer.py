@@ -99,7 +99,9 @@ class Block(nn.Module):
         sparse = config.num_experts > 0
         self.mlp = MoE(config, FeedForward) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sees: Visibility, cache=None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, sees: Visibility, cache=None
+    ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, d) -> the same shape, and the balancing loss (B,) of a mixture of experts."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, sees, cache)
         y = self.mlp(self.post_attention_layernorm(x))
@@ -118,7 +120,8 @@ class Transformer(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder-only language model. `compute_dtype` and `attention_kernel` are set from outside; None = the obvious one."""
+    """A decoder-only language model. `compute_dtype` and `attention_kernel` are set from outside; None = the obvious
+    one."""
 
     compute_dtype: torch.dtype | None = None  # the weights' own
     attention_kernel: str | None = None  # "blocked" on CPUs training in bf16, else "sdpa"
@@ -158,7 +161,9 @@ class CausalLM(nn.Module):
         if cache is not None:
             past, documents, positions = cache.extend(tokens, documents)
         elif positions is None:
-            positions = count_positions(documents) if documents is not None else torch.arange(T, device=tokens.device)[None]
+            positions = (
+                count_positions(documents) if documents is not None else torch.arange(T, device=tokens.device)[None]
+            )
 
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)

@@ -1,4 +1,5 @@
-"""Everything once, at the smallest size: a world is invented, a tokenizer trained, a model pretrained and fine-tuned, examined.
+"""Everything once, at the smallest size: a world is invented, a tokenizer trained, a model pretrained and fine-tuned,
+examined.
 
     make demo                                   # or: python scripts/demo.py
     python scripts/demo.py --skip_training      # only the exam and the conversation, on what is there
@@ -53,8 +54,34 @@ def train(save_dir: Path) -> None:
          "--data_path", world / "sft.jsonl", *SFT, *common)  # fmt: skip
 
 
-PRETRAIN = ["--epochs", 2, "--batch_size", 16, "--max_seq_len", 256, "--optimizer", "muon", "--schedule", "wsd", "--learning_rate", 4e-3]
-SFT = ["--epochs", 2, "--batch_size", 64, "--max_seq_len", 256, "--optimizer", "muon", "--schedule", "wsd", "--learning_rate", 2e-3]
+PRETRAIN = [
+    "--epochs",
+    2,
+    "--batch_size",
+    16,
+    "--max_seq_len",
+    256,
+    "--optimizer",
+    "muon",
+    "--schedule",
+    "wsd",
+    "--learning_rate",
+    4e-3,
+]
+SFT = [
+    "--epochs",
+    2,
+    "--batch_size",
+    64,
+    "--max_seq_len",
+    256,
+    "--optimizer",
+    "muon",
+    "--schedule",
+    "wsd",
+    "--learning_rate",
+    2e-3,
+]
 
 
 def examine(save_dir: Path, question_seed: int) -> None:
@@ -85,7 +112,9 @@ def main():
     if not config.skip_training:
         train(save_dir)
     examine(save_dir, config.question_seed)
-    print(f"That took {(time.monotonic() - begin) / 60:.1f} minutes. Talk to it: make chat (python eval_model.py --model_mode 1)")
+    print(
+        f"That took {(time.monotonic() - begin) / 60:.1f} minutes. Talk to it: make chat (python eval_model.py --model_mode 1)"
+    )
 
 
 if __name__ == "__main__":

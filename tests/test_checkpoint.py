@@ -21,7 +21,9 @@ def build(**changes) -> CausalLM:
 
 
 def save(path, **changes):
-    return save_weights(path, build(**changes), tokenizer={"path": "tokenizer", "hash": "1f"}, lineage=[{"stage": "pretrain"}])
+    return save_weights(
+        path, build(**changes), tokenizer={"path": "tokenizer", "hash": "1f"}, lineage=[{"stage": "pretrain"}]
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_experts": 3}])
@@ -38,7 +40,9 @@ def test_tied_weights_are_stored_once_and_found_under_either_name(tmp_path):
     state = load_weights(save(tmp_path / "a.pth")).state
     assert "lm_head.weight" not in state
     state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
-    torch.save({**state, "model.embed_tokens.weight": state["lm_head.weight"]}, tmp_path / "both.pth")  # as MiniMind does
+    torch.save(
+        {**state, "model.embed_tokens.weight": state["lm_head.weight"]}, tmp_path / "both.pth"
+    )  # as MiniMind does
     assert load_weights(tmp_path / "both.pth").config.tie_word_embeddings
     build().load_state_dict(state)
 
@@ -52,7 +56,9 @@ def test_the_hash_belongs_to_the_numbers(tmp_path):
 
 def test_a_name_means_the_newest_file_of_the_first_folder(tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
-    for age, path in enumerate([out / "sft_16.pth", out / "sft_32_moe.pth", out / "sft_long_64.pth", other / "sft_64.pth"]):
+    for age, path in enumerate(
+        [out / "sft_16.pth", out / "sft_32_moe.pth", out / "sft_long_64.pth", other / "sft_64.pth"]
+    ):
         os.utime(save(path), (1000 + age, 1000 + age))
     assert find_weights("sft", out, other).name == "sft_32_moe.pth"
     assert find_weights("sft", out, other, moe=False).name == "sft_16.pth"
@@ -80,7 +86,11 @@ def test_a_file_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     torch.save({"model.embed_tokens.weight": torch.zeros(2), "x": Code()}, tmp_path / "torch.pth")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"x": Code()}))
     (tmp_path / "old.pth").write_bytes(pickle.dumps({"x": Code()}, protocol=2))
-    for name, reason in (("torch", "it holds code .*mkdir"), ("old", "it holds code .*mkdir"), ("pickle", "it is damaged, or")):
+    for name, reason in (
+        ("torch", "it holds code .*mkdir"),
+        ("old", "it holds code .*mkdir"),
+        ("pickle", "it is damaged, or"),
+    ):
         with pytest.raises(ValueError, match=f"{name}.pth: refused: {reason}"):
             load_weights(tmp_path / f"{name}.pth")
     assert not (tmp_path / "it-was-run").exists()

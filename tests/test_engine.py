@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-
 from small_run import FLAGS, ROOT, SHAPE, first_gradients, run_stage, sft_engine, write_pretrain, write_sft
+
 from trainer import engine as engine_module
 from trainer.optim import Muon, build_optimizers, clip_and_check, learning_rate, orthogonalise
 
@@ -33,7 +33,8 @@ def assert_same_gradients(a, b, tolerance):
 
 
 def test_accumulation_gives_the_same_gradient(tmp_path):
-    """16 examples of 1 to 12 trained words, as 16, 4 x 4, 8 x 2 and 1 x 16, on a mixture of experts with its balancing loss."""
+    """16 examples of 1 to 12 trained words, as 16, 4 x 4, 8 x 2 and 1 x 16, on a mixture of experts with its balancing
+    loss."""
     write_sft(tmp_path / "sft.jsonl")
     expected = first_gradients(sft_engine(tmp_path, 16, 1))
     for batch_size, accumulation_steps in ((4, 4), (8, 2), (1, 16)):
@@ -42,9 +43,19 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
 
 
 def torchrun(*arguments: str, cwd=ROOT, processes: int = 2, check=True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--standalone",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -60,10 +71,18 @@ def test_one_process_and_torchrun_train_the_same_model(tmp_path):
     """`cd trainer && torchrun ... train_full_sft.py` after `python trainer/train_pretrain.py`, against one process."""
     write_pretrain(tmp_path / "text.jsonl")
     write_sft(tmp_path / "sft.jsonl")
-    run_stage("pretrain", f"--data_path={tmp_path / 'text.jsonl'}", f"--save_dir={tmp_path}", "--max_steps=3", "--batch_size=4")
+    run_stage(
+        "pretrain",
+        f"--data_path={tmp_path / 'text.jsonl'}",
+        f"--save_dir={tmp_path}",
+        "--max_steps=3",
+        "--batch_size=4",
+    )
     common = [f"--data_path={tmp_path / 'sft.jsonl'}", f"--from_weight={tmp_path / 'pretrain_32.pth'}", "--max_steps=4"]
     run_stage("full_sft", *common, f"--save_dir={tmp_path / 'one'}", "--batch_size=8")
-    done = torchrun("train_full_sft.py", *FLAGS, *common, f"--save_dir={tmp_path / 'two'}", "--batch_size=4", cwd=ROOT / "trainer")
+    done = torchrun(
+        "train_full_sft.py", *FLAGS, *common, f"--save_dir={tmp_path / 'two'}", "--batch_size=4", cwd=ROOT / "trainer"
+    )
     assert done.stdout.count("done:") == 1  # only the first rank speaks
     one, two = (state_of(tmp_path / folder / "full_sft_32.pth") for folder in ("one", "two"))
     for name in one:
@@ -112,8 +131,8 @@ def train_twice(stage, tmp_path, stop_at, stops, *flags):
 @pytest.mark.parametrize("stage, optimizer", [("pretrain", "muon"), ("pretrain", "adamw"), ("full_sft", "adamw")])
 def test_a_stopped_run_continues_bit_for_bit(stage, optimizer, tmp_path, stop_at):
     data = tmp_path / "data.jsonl"
-    flags = [f"--data_path={data}", "--max_steps=8", "--batch_size=4", "--accumulation_steps=2", f"--optimizer={optimizer}",
-             "--val_fraction=0.1", "--save_interval=3"]  # fmt: skip
+    flags = [f"--data_path={data}", "--max_steps=8", "--batch_size=4", "--accumulation_steps=2"]
+    flags += [f"--optimizer={optimizer}", "--val_fraction=0.1", "--save_interval=3"]
     if stage == "pretrain":
         write_pretrain(data)
     else:
@@ -180,7 +199,9 @@ def test_signals_end_a_plain_run_with_their_status(number, status, tmp_path):
     write_pretrain(tmp_path / "data.jsonl")
     command = [sys.executable, "-u", ROOT / "trainer" / "train_pretrain.py", *FLAGS, *SHAPE, "--max_steps=100000",
                f"--data_path={tmp_path / 'data.jsonl'}", f"--save_dir={tmp_path}"]  # fmt: skip
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     for line in process.stdout:
         if line.startswith("step 4/"):
             process.send_signal(number)
@@ -228,11 +249,9 @@ def test_a_bad_step_changes_nothing(where, optimizer, tmp_path, monkeypatch):
 
 
 def test_learning_rate_by_hand():
-    """10 steps, 2 of warm-up, peak 1, floor 0.1. wsd falls over the last 40 %: steps 6..9 are at 1 - 0.9 * (1, 2, 3, 4)/4.
-    cosine: after step 5 half of the fall is done (4 of 8), 0.1 + 0.9 * 0.5."""
-    rates = lambda schedule: [
-        learning_rate(s, 10, peak=1, warmup=2, schedule=schedule, floor=0.1) for s in range(10)
-    ]
+    """10 steps, 2 of warm-up, peak 1, floor 0.1. wsd falls over the last 40 %: steps 6..9 are at 1 - 0.9 * (1, 2, 3,
+    4)/4. cosine: after step 5 half of the fall is done (4 of 8), 0.1 + 0.9 * 0.5."""
+    rates = lambda schedule: [learning_rate(s, 10, peak=1, warmup=2, schedule=schedule, floor=0.1) for s in range(10)]
     assert rates("wsd") == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325, 0.1])
     assert rates("constant") == [0.5] + [1] * 9
     cosine = rates("cosine")
@@ -285,7 +304,8 @@ def test_what_decays_and_what_muon_moves():
 
 
 def test_clipping_by_hand():
-    """Gradients (3, 0) and (0, 4), scaled by 2: the norm is 5 after unscaling to (1.5, 2) ... 2.5; limit 1 leaves 0.6, 0.8."""
+    """Gradients (3, 0) and (0, 4), scaled by 2: the norm is 5 after unscaling to (1.5, 2) ... 2.5; limit 1 leaves 0.6,
+    0.8."""
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     norm, bad = clip_and_check(parameters, 1.0, 2.0, torch.tensor(True))

@@ -23,7 +23,8 @@ def model(request):
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 12], [19, 1]])
 def test_cached_logits_equal_the_full_pass(model, chunks):
-    """MiniMind's chunked prefill was wrong by 1.77: is_causal aligns to the top left when there are more keys than queries."""
+    """MiniMind's chunked prefill was wrong by 1.77: is_causal aligns to the top left when there are more keys than
+    queries."""
     tokens = torch.randint(97, (2, 20))
     expected = model(tokens).logits
     cache = KVCache(CONFIG, rows=2, capacity=20, dtype=torch.float32)

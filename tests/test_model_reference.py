@@ -14,7 +14,9 @@ TINY = dict(
     vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
     num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
 )  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 FAMILIES = {
     "llama": ("Llama", dict(head_dim=10, rope_theta=10000.0)),
     "llama untied": ("Llama", dict(tie_word_embeddings=False)),

@@ -3,8 +3,8 @@
     python train_x.py                           one process; everything here does nothing
     torchrun --nproc_per_node 2 train_x.py      one process a device, gradients averaged by DistributedDataParallel
 
-Numbers that steer the loop (how many tokens a step has, whether somebody pressed Ctrl-C) are exchanged between the hosts'
-processors, by gloo, so that no GPU is waited for.
+Numbers that steer the loop (how many tokens a step has, whether somebody pressed Ctrl-C) are exchanged between the
+hosts' processors, by gloo, so that no GPU is waited for.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@
     with start(config.device) as backend:
         Engine(job, backend).run()
 
-One optimiser step: the loader gives this rank's micro-batches; their units (trained tokens, say) are counted and added up
-over all ranks; each micro-batch is backpropagated as `sum of losses * ranks / units`; gradients are clipped and judged;
-the optimisers move, unless something was not finite. Nothing in it waits for an accelerator except logging and saving.
+One optimiser step: the loader gives this rank's micro-batches; their units (trained tokens, say) are counted and added
+up over all ranks; each micro-batch is backpropagated as `sum of losses * ranks / units`; gradients are clipped and
+judged; the optimisers move, unless something was not finite. Nothing in it waits for an accelerator except logging and
+saving.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class Engine:
         examples = resume.read_values(state)["examples"]
         if examples % (c.batch_size * world):
             raise ValueError(
-                f"--batch_size {c.batch_size} x {world} processes does not divide the {examples} examples a step of {state}"
+                f"--batch_size {c.batch_size} x {world} processes does not divide the {examples} examples of a step "
+                f"in {state}"
             )
         return examples // (c.batch_size * world)
 
@@ -180,7 +182,12 @@ class Engine:
     def _set_learning_rate(self) -> float:
         c = self.config
         rate = learning_rate(
-            self.step, self.total, peak=c.learning_rate, warmup=c.warmup_steps, schedule=c.schedule, floor=c.min_lr_ratio
+            self.step,
+            self.total,
+            peak=c.learning_rate,
+            warmup=c.warmup_steps,
+            schedule=c.schedule,
+            floor=c.min_lr_ratio,
         )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -199,13 +206,16 @@ class Engine:
         norm, bad = clip_and_check(self.parameters, self.config.grad_clip, self.scale, torch.isfinite(sums["loss"]))
         bad = self.backend.worst(bad)
         for optimizer in self.optimizers:
-            optimizer.found_inf = bad  # torch's fused optimisers, and our Muon, leave everything as it is where this is 1
+            optimizer.found_inf = (
+                bad  # torch's fused optimisers, and our Muon, leave everything as it is where this is 1
+            )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return sums, norm, bad
 
     def _stop_if(self, bad: torch.Tensor, norm: torch.Tensor) -> None:
-        """fp16 answers an overflow with a smaller scale; anything else that is not finite ends the run, weights untouched."""
+        """fp16 answers an overflow with a smaller scale; anything else that is not finite ends the run, weights
+        untouched."""
         if not bad.item():
             self.healthy_steps += 1
             if self.scale > 1 and self.healthy_steps % 2000 == 0:
@@ -215,8 +225,8 @@ class Engine:
             self.scale /= 2
             return
         raise ValueError(
-            f"the loss or its gradient is not finite at step {self.step} (gradient norm {norm.item()}); the weights were "
-            "not changed by it and nothing was saved after it. Lower --learning_rate, or look at the data of this step"
+            f"the loss or its gradient is not finite at step {self.step} (gradient norm {norm.item()}); the weights "
+            "were not changed by it and nothing was saved after it. Lower --learning_rate, or look at this step's data"
         )
 
     @torch.no_grad()
@@ -381,4 +391,3 @@ def _relative(path: str) -> str:
     """Below the repository: relative to it, so that the weights can move with their clone."""
     path = Path(path).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
-

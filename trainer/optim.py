@@ -52,8 +52,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: all its directions get the same length (Jordan et al., 2024,
     https://kellerjordan.github.io/posts/muon), scaled to the size of AdamW's updates (arXiv:2502.16982, eq. 4).
 
-    Matrices of one shape are treated as one batch; a stack of experts is a batch already. Like torch's fused optimisers it
-    reads `found_inf`, a tensor on the device: where that is 1, nothing moves.
+    Matrices of one shape are treated as one batch; a stack of experts is a batch already. Like torch's fused
+    optimisers it reads `found_inf`, a tensor on the device: where that is 1, nothing moves.
     """
 
     def __init__(self, params, weight_decay: float = 0.1, momentum: float = 0.95):

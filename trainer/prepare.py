@@ -38,7 +38,9 @@ def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool,
         if path.is_file():
             return (str(path),), False, f"data: {path} (--data_path names another)"
     path = tiny_world.generate(ROOT / "out" / "tiny_world", files=(kind,))[kind]
-    note = f"data: the built-in tiny world ({path}), enough to see everything work. Real data: {SOURCE}, put into dataset/"
+    note = (
+        f"data: the built-in tiny world ({path}), enough to see everything work. Real data: {SOURCE}, put into dataset/"
+    )
     return (str(path),), True, note
 
 
@@ -61,9 +63,9 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
         train, val = train.split(config.val_fraction, config.seed)
         notes.append(f"validation: {len(val):,} of these, {len(train):,} left to train on")
     for i in range(min(config.show_labels, len(train))):
-        trained = train.trained(i)
-        tokens = train.tokens(i)
-        print(f"--- {train.source(i)}\n{show_labels(tokenizer, tokens, [True] * len(tokens) if trained is None else trained)}")
+        tokens, trained = train.tokens(i), train.trained(i)
+        trained = [True] * len(tokens) if trained is None else trained
+        notes.append(f"--- {train.source(i)}\n{show_labels(tokenizer, tokens, trained)}")
     return Data(train, val, builtin, notes)
 
 

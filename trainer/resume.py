@@ -3,9 +3,9 @@
     <save_dir>/resume/<name>_<hidden>[_moe]/<run_id>/step_00000500/
         weights.safetensors  optimizer.safetensors  random.safetensors  state.json  manifest.json
 
-Tensors are full, fp32 and filed by parameter name. Everything is written into a hidden directory beside, fsynced, the manifest
-(sizes and SHA-256 of the other files) last, and then renamed: a state exists whole or not at all. On reading, the newest
-that its manifest confirms is taken. No pickle anywhere.
+Tensors are full, fp32 and filed by parameter name. Everything is written into a hidden directory beside, fsynced, the
+manifest (sizes and SHA-256 of the other files) last, and then renamed: a state exists whole or not at all. On reading,
+the newest that its manifest confirms is taken. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -85,12 +85,16 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
         path = Path(wanted)
         state = path if path.name.startswith("step_") and _problem(path) is None else newest_state(path, say)
         if state is None:
-            raise ValueError(f"--from_resume {wanted}: no whole state there; give the directory of a run or of a step_*")
+            raise ValueError(
+                f"--from_resume {wanted}: no whole state there; give the directory of a run or of a step_*"
+            )
         candidates = [state]
     reasons = []
     for path in candidates:
         theirs = read_values(path)["identity"]
-        different = [f"{k} was {_short(theirs.get(k))}, is {_short(v)}" for k, v in identity.items() if theirs.get(k) != v]
+        different = [
+            f"{k} was {_short(theirs.get(k))}, is {_short(v)}" for k, v in identity.items() if theirs.get(k) != v
+        ]
         if not different:
             return path
         reasons.append(f"{path}: {', '.join(different)}")

@@ -1,11 +1,11 @@
 """Pretraining: a model learns to continue text. Writes out/pretrain_<hidden>[_moe].pth.
 
-    python trainer/train_pretrain.py                                       # the built-in tiny world, some minutes on a CPU
-    python trainer/train_pretrain.py --data_path dataset/pretrain_hq.jsonl --preset small
-    torchrun --nproc_per_node 2 trainer/train_pretrain.py --preset base
+    python trainer/train_pretrain.py                                       # the built-in tiny world, some minutes on a
+    CPU python trainer/train_pretrain.py --data_path dataset/pretrain_hq.jsonl --preset small torchrun --nproc_per_node
+    2 trainer/train_pretrain.py --preset base
 
-Data: {"text": ...} rows in .jsonl, or plain .txt files. The architecture is stated here, once; later stages read it from the
-weights.
+Data: {"text": ...} rows in .jsonl, or plain .txt files. The architecture is stated here, once; later stages read it
+from the weights.
 """
 
 import sys
@@ -25,7 +25,9 @@ class PretrainConfig(StageConfig):
 
     save_weight: str = "pretrain"
     num_attention_heads: int | None = option(None, "query heads", within="[1, inf)")
-    num_key_value_heads: int | None = option(None, "key and value heads, each shared by some query heads", within="[1, inf)")
+    num_key_value_heads: int | None = option(
+        None, "key and value heads, each shared by some query heads", within="[1, inf)"
+    )
     max_position_embeddings: int | None = option(None, "longest text it will be used on", within="[1, inf)")
 
 
@@ -33,7 +35,13 @@ def architecture(config: PretrainConfig, tokenizer, builtin: bool):
     """A preset, changed by the flags that are given."""
     from model.config import ModelConfig
 
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+    )
     changes = {name: value for name in names if (value := getattr(config, name)) is not None}
     if config.use_moe and config.preset != "moe":
         changes |= dict(num_experts=4, num_shared_experts=1)

@@ -1,4 +1,5 @@
-"""MiniMind's checkpoints: plain state dicts whose tensor names are ours already, and whose architecture lies beside them.
+"""MiniMind's checkpoints: plain state dicts whose tensor names are ours already, and whose architecture lies beside
+them.
 
 Two generations differ: MiniMind2 (2025: shared experts, its own variant of YaRN) and MiniMind 3 (2026: Qwen3's layout).
 """
@@ -21,9 +22,8 @@ def config_from_minimind(values: dict) -> ModelConfig:
     head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     scaling = None
     if values.get("inference_rope_scaling"):
-        defaults = dict(rope_type="yarn", factor=16, beta_fast=32, beta_slow=1, attention_factor=1.0) if third else dict(
-            rope_type="minimind2", factor=4, beta_fast=4, beta_slow=1
-        )  # fmt: skip
+        plain = dict(rope_type="yarn", factor=16, beta_fast=32, beta_slow=1, attention_factor=1.0)
+        defaults = plain if third else dict(rope_type="minimind2", factor=4, beta_fast=4, beta_slow=1)
         scaling = {**defaults, "original_max_position_embeddings": 2048}
     return ModelConfig(
         vocab_size=values["vocab_size"],

@@ -1,0 +1,121 @@
+"""Useful (trained) tokens per second of fine-tuning, against the usual small trainer's way with the same model.
+
+    python benchmarks/sft.py --data_path my_chats.jsonl           # small, 16 examples a step
+    python benchmarks/sft.py --data_path my_chats.jsonl --rounds 3 --steps 2
+
+Ours: the engine as the stage runs it, packed rows, the CPU's best precision, the head on trained positions. Theirs:
+every example padded to 512, fp32, logits everywhere. Both see the same 16 examples, and first losses of both are
+compared.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import machine, seconds, spread
+from dataset.lm_dataset import SFTDataset
+from model.config import ModelConfig
+from model.transformer import CausalLM
+from tokenizer.text import Tokenizer
+from trainer.backend import Backend
+from trainer.config import parse
+from trainer.engine import Engine, Job
+from trainer.objectives import NextToken
+from trainer.prepare import open_data
+from trainer.train_full_sft import SFTConfig
+
+
+def padded(dataset, examples, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One example a row: tokens and targets (B, length)."""
+    tokens, targets = np.zeros((2, len(examples), length), np.int64)
+    targets -= 100
+    for row, example in enumerate(examples):
+        ids, trained = dataset.tokens(example), dataset.trained(example)
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = np.where(trained[1:], ids[1:], -100)
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="of each side in a round")
+    parser.add_argument("--compile", default="on")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [
+            *("--data_path", args.data_path, "--save_dir", folder, "--cache_dir", folder, "--device", "cpu"),
+            *("--batch_size", str(args.batch_size), "--max_seq_len", str(args.length), "--compile", args.compile),
+            *("--schedule", "constant", "--warmup_steps", "0"),
+        ]
+        config, tokenizer = parse(SFTConfig, flags), Tokenizer.load()
+        torch.manual_seed(0)
+        model = CausalLM(ModelConfig.preset(args.preset))
+        data = open_data(SFTDataset, config, "sft", tokenizer, on_long="truncate")
+        job = Job("full_sft", config, model, NextToken(), tokenizer, data, packing=True)
+        other = CausalLM(model.config)
+        other.load_state_dict(model.state_dict())
+        other.attention_kernel = "sdpa"
+        engine = Engine(job, Backend(torch.device("cpu")))
+        engine.model.train()
+        optimizer = torch.optim.AdamW(other.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+        def ours(step: int) -> float:
+            engine._set_learning_rate()
+            batches = engine.loader.batches(step)
+            units = sum(batch.trained_tokens for batch in batches)
+            metrics, _, _ = engine._update(batches, units)
+            return float(metrics["loss"]) / units
+
+        def theirs(step: int) -> float:
+            tokens, targets = padded(data.train, engine.loader.examples(step).tolist(), args.length)
+            logits = other(tokens).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        print("step  our loss  their loss")
+        for step in range(2):
+            a, b = ours(step), theirs(step)
+            print(f"{step:4}  {a:8.4f}  {b:8.4f}")
+            if abs(a - b) > 0.02:
+                sys.exit("the losses differ: no speed is compared")
+        for step in range(2, 12):  # every number of rows once, so that nothing is compiled while time is taken
+            ours(step)
+
+        rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+        step, trained, positions = 12, 0, 0
+        for _ in range(args.rounds):
+            steps = range(step, step + args.steps)
+            step += args.steps
+            units = [sum(batch.trained_tokens for batch in engine.loader.batches(s)) for s in steps]
+            trained, positions = trained + sum(units), positions + len(units) * args.batch_size * args.length
+            rates["ours"].append(sum(units) / seconds(lambda: [ours(s) for s in steps]))  # noqa: B023
+            rates["theirs"].append(sum(units) / seconds(lambda: [theirs(s) for s in steps]))  # noqa: B023
+        share = f"{trained / positions:.0%} of the padded positions are trained on"
+        print(f"\n{machine()}; {args.preset}, {args.batch_size} examples a step, {share}")
+        for name, values in rates.items():
+            print(f"{name:7} {spread(values)} trained tokens/s")
+        ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"])]
+        print(f"ours is {spread(ratios)} times as fast (median of ratios {statistics.median(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
