@@ -23,7 +23,9 @@ ROPE_SCALINGS = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # for CPUs: about 3M parameters, trained in minutes
-    "nano": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2),
+    "nano": dict(
+        hidden_size=192, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, qk_norm=True, rope_theta=1e4
+    ),
     # the three sizes of MiniMind2: 25,829,888, 104,030,976 and 145,029,760 (91,945,600 active) parameters
     "small": dict(hidden_size=512, num_hidden_layers=8),
     "base": dict(hidden_size=768, num_hidden_layers=16),

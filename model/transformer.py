@@ -214,7 +214,9 @@ def count_positions(documents: Tensor) -> Tensor:
 
 def initialise(model: CausalLM) -> None:
     """
-    embeddings, head, router, q k v, gate, up    N(0, 0.02)
+    embeddings (and with them a tied head)       N(0, 1/d): vectors of length 1. At 0.02 the first updates of the blocks
+                                                 drown the token itself, and copying from the context is learned late
+    untied head, router, q k v, gate, up         N(0, 0.02)
     o_proj, down_proj                            0: every block starts as the identity (arXiv:2203.03466, table 3)
     norms                                        1
     biases                                       0
@@ -225,7 +227,7 @@ def initialise(model: CausalLM) -> None:
         elif name.endswith("bias") or "o_proj" in name or "down_proj" in name:
             nn.init.zeros_(parameter)
         else:
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=model.config.hidden_size**-0.5 if "embed_tokens" in name else 0.02)
 
 
 def _retie(model: CausalLM, state: dict, prefix: str, *_) -> None:
