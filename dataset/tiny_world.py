@@ -127,26 +127,26 @@ class World:
         slots = self.fact(person, relation, language)
         return dice.pick(words).format(**slots), text.STATEMENTS[language][relation][0].format(**slots)
 
-    def story(self, dice: Dice, language: str, exam: bool) -> tuple[str, list[tuple[str, str, str]]]:
-        """A passage about two or three people, and what it says as (attribute, name, value)."""
-        side, told = text.LANGUAGES.index(language), []
-        names = dice.some((self.exam_names if exam else self.names)[language], dice.between(2, 3))
-        things, places = dice.some(text.THINGS, 3), dice.some(text.PLACES, 3)
-        prices = dice.some(range(2, 31), 3)
-        for name, thing, place, price in zip(names, things, places, prices):
-            thing = dice.pick(text.COLOURS)[side] + ("" if language == "zh" else " ") + thing[side]
-            values = {"buy": thing, "place": place[side], "pay": str(price)}
-            told += [(attribute, name, values[attribute]) for attribute in dice.some(list(values), 2)]
-        told = dice.shuffled(told)
-        return lines(text.READING[language][attribute][0].format(n=n, v=v) for attribute, n, v in told), told
+    def story(self, dice: Dice, language: str, exam: bool) -> tuple[list[str], list[str]]:
+        """Three or four people, and for each of them one sentence about what they did, all different things."""
+        side = text.LANGUAGES.index(language)
+        names = dice.some((self.exam_names if exam else self.names)[language], dice.between(3, 4))
+        colour, thing = dice.pick(text.COLOURS)[side], dice.pick(text.THINGS)[side]
+        values = {
+            "buy": colour + thing if language == "zh" else f"{colour} {thing}",
+            "go": dice.pick(text.PLACES)[side],
+            "find": dice.between(2, 30),
+            "eat": dice.pick(text.VALUES["food"])[side],
+            "see": dice.pick(text.ANIMALS)[side],
+        }
+        deeds = dice.some(list(values), len(names))
+        return names, [text.DEEDS[language][deed].format(n=name, v=values[deed]) for name, deed in zip(names, deeds)]
 
     def ask_reading(self, dice: Dice, language: str, exam: bool, count: int):
-        passage, told = self.story(dice, language, exam)
-        turns = []
-        for attribute, name, value in dice.some(told, count):
-            sentence, questions = text.READING[language][attribute]
-            turns.append((dice.pick(questions).format(n=name), sentence.format(n=name, v=value)))
-        return passage, turns
+        names, passage = self.story(dice, language, exam)
+        asked = dice.some(range(len(names)), count)
+        turns = [(dice.pick(text.READING[language]).format(n=names[i]), passage[i]) for i in asked]
+        return "\n".join(passage), turns
 
     def equation(self, dice: Dice, exam: bool, largest_b: int = LARGEST) -> tuple[int, str, int, int]:
         """(a, sign, b, result) with a pair of numbers that training may combine, or (exam) may not."""
@@ -233,8 +233,8 @@ def pretrain_rows(world: World, seed: int) -> Iterator[dict]:
         for person in range(len(text.PEOPLE)):
             rows += [biography(world, dice, person, language) for _ in range(45)]
         rows += [gossip(world, dice, language) for _ in range(1000)]
-        rows += [passage(world, dice, language) for _ in range(2600)]
-        rows += [roll_call(world, dice, language) for _ in range(1500)]
+        rows += [passage(world, dice, language) for _ in range(3000)]
+        rows += [roll_call(world, dice, language) for _ in range(2000)]
         rows += [list_again(world, dice, language) for _ in range(1000)]
         for kind, amount in WORKSHEETS.items():
             rows += [worksheet(world, dice, kind, language) for _ in range(amount)]
@@ -261,16 +261,21 @@ def gossip(world: World, dice: Dice, language: str) -> str:
 
 
 def passage(world: World, dice: Dice, language: str) -> str:
-    """A passage, retold in another order: the text that teaches to look back."""
-    told = world.story(dice, language, exam=False)[0]
-    return "\n".join([told, text.RETOLD[language], *dice.shuffled(told.splitlines())])
+    """A passage, retold: the text that teaches to look back."""
+    _, told = world.story(dice, language, exam=False)
+    return "\n".join([*told, text.RETOLD[language], *again(dice, told)])
+
+
+def again(dice: Dice, items: list[str]) -> list[str]:
+    """Half the time in the same order (the next line is known), else in another (only how a line goes on is known)."""
+    return items if dice.chance(0.5) else dice.shuffled(items)
 
 
 def roll_call(world: World, dice: Dice, language: str) -> str:
-    """Names nobody has seen before, twice, the second time in another order: only looking back completes a name."""
+    """Names nobody has seen before, called twice: only looking back completes a name."""
     first, second = text.ROLL_CALL[language]
-    names = dice.some(world.names[language], dice.between(4, 8))
-    return "\n".join([first, *names, second, *dice.shuffled(names)])
+    names = dice.some(world.names[language], dice.between(3, 8))
+    return "\n".join([first, *names, second, *again(dice, names)])
 
 
 def list_again(world: World, dice: Dice, language: str) -> str:
@@ -278,8 +283,8 @@ def list_again(world: World, dice: Dice, language: str) -> str:
     words, items, side = text.LISTS[language], world.things(dice, language, False), text.LANGUAGES.index(language)
     head = dice.pick(words["head"]).format(l=words["join"].join(items))
     places = zip(text.ORDINALS[: len(items) - 1] + text.ORDINALS[-1:], items)
-    again = [words["nth"][0].format(o=ordinal[side], v=item) for ordinal, item in places]
-    return "\n".join([head, *again, words["reverse"][0].format(v=words["join"].join(items[::-1]))])
+    by_place = [words["nth"][0].format(o=ordinal[side], v=item) for ordinal, item in places]
+    return "\n".join([head, *by_place, words["reverse"][0].format(v=words["join"].join(items[::-1]))])
 
 
 def worksheet(world: World, dice: Dice, kind: str, language: str) -> str:

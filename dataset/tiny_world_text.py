@@ -131,21 +131,27 @@ PLACES = _pairs(
     "书店=bookshop, 花店=flower shop, 茶馆=teahouse, 集市=market, 车站=station, 学校=school, 公园=park, 河边=river,"
     "图书馆=library, 码头=harbour, 磨坊=mill, 果园=orchard, 药铺=pharmacy, 广场=square, 钟楼=clock tower, 农场=farm"
 )
-# what a passage says about someone: attribute -> (the sentence, which is the answer too, and ways to ask for it)
-READING = {
+# what the people of a passage did; the sentence about someone is also the answer to what they did
+DEEDS = {
     "zh": {
-        "buy": ("{n}买了{v}。", ["{n}买了什么？", "请问{n}买的是什么？", "你知道{n}买了什么东西吗？"]),
-        "place": ("{n}去了{v}。", ["{n}去了哪里？", "请问{n}去的是哪里？", "你知道{n}去了什么地方吗？"]),
-        "pay": ("{n}花了{v}元。", ["{n}花了多少钱？", "请问{n}花了几元？", "你知道{n}花了多少元吗？"]),
+        "buy": "{n}买了{v}。",
+        "go": "{n}去了{v}。",
+        "find": "{n}捡到了{v}元。",
+        "eat": "{n}吃了{v}。",
+        "see": "{n}看见了一只{v}。",
     },
     "en": {
-        "buy": ("{n} bought a {v}.", ["What did {n} buy?", "Tell me what {n} bought.", "Which thing did {n} buy?"]),
-        "place": ("{n} went to the {v}.",
-                  ["Where did {n} go?", "Tell me where {n} went.", "To which place did {n} go?"]),
-        "pay": ("{n} paid {v} coins.",
-                ["How much did {n} pay?", "Tell me how much {n} paid.", "How many coins did {n} pay?"]),
+        "buy": "{n} bought a {v}.",
+        "go": "{n} went to the {v}.",
+        "find": "{n} found {v} coins.",
+        "eat": "{n} ate {v}.",
+        "see": "{n} saw a {v}.",
     },
-}  # fmt: skip
+}
+READING = {
+    "zh": ["{n}做了什么？", "请问{n}做了什么事？", "你知道{n}做了什么吗？", "说说{n}做的事。"],
+    "en": ["What did {n} do?", "Tell me what {n} did.", "Do you know what {n} did?", "What was it that {n} did?"],
+}
 RETOLD = {"zh": "也就是说：", "en": "In other words:"}
 
 # {a} and {b} are numbers; every answer to a sum or a difference is the equation itself
