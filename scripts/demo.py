@@ -43,7 +43,7 @@ def step(title: str, *command: object) -> None:
 
 
 # What the two trainings are called with: about two thirds of the demo's time goes into the first.
-PRETRAIN = "--preset nano --epochs 2 --batch_size 8 --max_seq_len 256 --optimizer muon --learning_rate 4e-3".split()
+PRETRAIN = "--preset nano --batch_size 8 --max_seq_len 256 --optimizer muon --learning_rate 4e-3".split()
 SFT = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 2e-3".split()
 COMMON = "--schedule wsd --min_lr_ratio 0.05 --log_interval 100 --compile off".split()
 

@@ -58,7 +58,7 @@ def questions() -> list[Question]:
 def test_files_are_the_same_byte_for_byte_everywhere(paths):
     """A change of these hashes is a new world: raise VERSION with it, or old files will be taken for the new ones."""
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
-    assert found == {"pretrain": "7aac22923a8a9409", "sft": "62d0f081af01be82"}
+    assert found == {"pretrain": "fab26f814044fff6", "sft": "62d0f081af01be82"}
     drawn = hashlib.sha256(repr(exam(seed=0)).encode()).hexdigest()[:16]
     assert drawn == "e2ad44b59062a1ac"
 
