@@ -64,7 +64,7 @@ def test_packed_logits_equal_unpacked_ones(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_leaks_into_another_document(kernel):
-    """Change every token of one document: the others must not move by a single bit, nor must their gradients reach it."""
+    """Change every token of one document: the others must not move, nor must their gradients reach it."""
     model = build(kernel)
     tokens, documents = packed_row()
     other = tokens.clone()

@@ -1,4 +1,4 @@
-"""The loop: the same gradient however a step is divided, the same weights after a stop, nothing harmed by a bad step."""
+"""The loop: the same gradient however a step is divided, the same weights after a stop, no harm from a bad step."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def stop_at(monkeypatch):
 
 
 def train_twice(stage, tmp_path, stop_at, stops, *flags):
-    """-> (weights, optimiser state) of an undisturbed run and of one that was stopped and resumed at each of `stops`."""
+    """-> (weights, optimiser state) of an undisturbed run and of one that was stopped and resumed at `stops`."""
     results = []
     for folder, numbers in ((tmp_path / "whole", []), (tmp_path / "parts", stops)):
         arguments = [*flags, f"--save_dir={folder}"]
