@@ -159,11 +159,9 @@ def array_to_jsonl(path: Path, target: Path) -> tuple[np.ndarray, np.ndarray]:
         reader.skip("[")
         end = reader.skip("]")
         while not end:
-            line, row = reader.element()
+            line, text = reader.element()
             lines.append(line)
-            # a lone surrogate passes here and is reported as a bad row later
-            text = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            starts.append(starts[-1] + rows.write(text + b"\n"))
+            starts.append(starts[-1] + rows.write(text.encode() + b"\n"))
             separator = reader.skip(",]")
             if not separator:
                 reader.fail("expected ',' or ']' after an element")
@@ -202,13 +200,14 @@ class _ArrayReader:
                 return found[1]
             self.more()
 
-    def element(self) -> tuple[int, object]:
+    def element(self) -> tuple[int, str]:
+        """Its line, and its text on one line: JSON has line ends between its words only, never inside of one."""
         while True:
             try:
                 self.at = re.compile(r"\s*").match(self.text, self.at).end()
-                row, end = self.decode(self.text, self.at)
-                line, self.at = self.line(), end
-                return line, row
+                _, end = self.decode(self.text, self.at)
+                line, text, self.at = self.line(), self.text[self.at:end], end
+                return line, re.sub(r"\s*[\r\n]\s*", " ", text)
             except json.JSONDecodeError as error:
                 if self.ended:
                     self.at = min(error.pos, len(self.text))
@@ -220,7 +219,7 @@ def parse_row(raw: bytes) -> dict:
     """One row's object; a ValueError gives the reason, without the place, when it is none."""
     text = decode(raw)
     try:
-        row = json.loads(text)
+        row = _decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
     except RecursionError:
@@ -233,6 +232,17 @@ def parse_row(raw: bytes) -> dict:
         except UnicodeEncodeError as error:
             raise ValueError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
     return row
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):  # JSON would keep the last one, in silence
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'the key "{next(key for key in keys if keys.count(key) > 1)}" stands twice in one object')
+    return found
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_unique).decode
 
 
 def decode(raw: bytes) -> str:

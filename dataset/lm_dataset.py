@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.reader import Mapping
 from dataset.token_cache import TokenCache, token_cache
 from tokenizer.text import Tokenizer
 
@@ -115,9 +116,10 @@ class PretrainDataset(TokenDataset):
     def __init__(
         self, paths: Sequence[str | Path] | str | Path, tokenizer: Tokenizer, *, max_seq_len: int, cache_dir=None,
         num_workers: int | None = None, on_bad_row: str = "error", data_limit: int = 0, seed: int = 42,
+        mapping: Mapping | None = None,
     ):  # fmt: skip
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
-        options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row)
+        options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
         caches = _open(paths, tokenizer, "text", data_limit, options)
         by_weight: dict[float, list[TokenCache]] = {}
         for cache, weight in caches:
@@ -187,10 +189,10 @@ class SFTDataset(TokenDataset):
     def __init__(
         self, paths: Sequence[str | Path] | str | Path, tokenizer: Tokenizer, *, max_seq_len: int, cache_dir=None,
         num_workers: int | None = None, on_bad_row: str = "error", data_limit: int = 0, seed: int = 42,
-        on_long: str = "truncate",
+        on_long: str = "truncate", mapping: Mapping | None = None,
     ):  # fmt: skip
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
-        options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row)
+        options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
         caches = _open(paths, tokenizer, "chat", data_limit, options)
         self._caches = [cache for cache, _ in caches]
         most = max_seq_len + 1

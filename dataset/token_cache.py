@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from dataset.cache import Mapped, entry
-from dataset.formats import to_conversation, to_text
-from dataset.jsonl import Chunk, Jsonl, RowErrors, TextFile, decode, entry_name, parse_row
-from tokenizer.chat import Conversation, check_messages, encode_chat, encode_chats
+from dataset.jsonl import Chunk, Jsonl, RowErrors, TextFile, entry_name
+from dataset.reader import Mapping, Reader, find_reader
+from tokenizer.chat import encode_chat, encode_chats
 from tokenizer.text import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 1 << 20  # bytes of rows that are tokenised together
 PIECE = 1 << 18  # characters of one text that are tokenised together
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays
@@ -70,7 +70,7 @@ class TokenCache:
 
 def token_cache(
     path: str | Path, tokenizer: Tokenizer, kind: str, *, cache_dir: str | Path | None = None,
-    num_workers: int | None = None, on_bad_row: str = "error", limit: int = 0,
+    num_workers: int | None = None, on_bad_row: str = "error", limit: int = 0, mapping: Mapping | None = None,
 ) -> TokenCache:  # fmt: skip
     """The cache of one file (its first `limit` rows, 0 = all), made now if it is not there. kind: "text" or "chat"."""
     if getattr(current_process(), "_inheriting", False):  # one of our workers, made to run its parent's script
@@ -82,11 +82,13 @@ def token_cache(
     else:
         source = Jsonl(path, cache_dir=cache_dir)
     rows, limit = (limit, limit) if 0 < limit < len(source) else (len(source), 0)
-    state = f"{FORMAT} {source.content} {tokenizer.hash} {kind} {limit}"
+    columns = mapping and replace(mapping, path="")
+    state = f"{FORMAT} {source.content} {tokenizer.hash} {kind} {limit}" + (f" {columns}" if columns else "")
 
     def build(folder: Path) -> dict:
+        reader = Reader(kind) if kind == "plain" else find_reader(source, kind, mapping)
         with RowErrors(source.path, source.cache, rows, on_bad_row) as errors:
-            return _Builder(folder, source, tokenizer, kind).build(rows, num_workers, errors)
+            return _Builder(folder, source, tokenizer, reader).build(rows, num_workers, errors)
 
     folder, facts = entry(source.cache, entry_name(source.path, kind, state), build)
     if facts["bad"] and on_bad_row != "skip":  # it was made under `skip`
@@ -97,9 +99,9 @@ def token_cache(
 class _Builder:
     """Writes the flat files as the blocks come, in order, so that memory stays bounded."""
 
-    def __init__(self, folder: Path, source: Jsonl | TextFile, tokenizer: Tokenizer, kind: str):
-        self.source, self.tokenizer, self.kind = source, tokenizer, kind
-        names = ("tokens", "lines") + (("trained", "counts", "answers") if kind == "chat" else ())
+    def __init__(self, folder: Path, source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader):
+        self.source, self.tokenizer, self.reader, self.kind = source, tokenizer, reader, reader.kind
+        names = ("tokens", "lines") + (("trained", "counts", "answers") if self.kind == "chat" else ())
         self.files = {name: open(folder / name, "wb") for name in names}
         self.offsets = open(folder / "offsets", "wb")
         self.total, self.entries, self.empty, self.first_empty = 0, 0, 0, []
@@ -110,7 +112,7 @@ class _Builder:
         try:
             if self.kind == "plain":
                 self.write(open_document(self.tokenizer))
-            with closing(blocks(self.source, self.tokenizer, self.kind, rows, num_workers)) as found:
+            with closing(blocks(self.source, self.tokenizer, self.reader, rows, num_workers)) as found:
                 for chunk, block in found:
                     for line, reason, raw in block.bad:
                         if self.kind == "plain":  # half a document is none
@@ -152,33 +154,21 @@ class _Builder:
 # ---- tokenising: the same function here and in the worker processes
 
 
-def encode(chunk: Chunk, tokenizer: Tokenizer, kind: str) -> Block:
-    rows, bad = [], []  # (line, text or conversation), (line, reason, row)
+def encode(chunk: Chunk, tokenizer: Tokenizer, reader: Reader) -> Block:
+    rows, bad = [], []  # (line, canonical row), (line, reason, row)
     for raw, line in zip(chunk.rows, chunk.lines.tolist()):
         try:
-            rows.append((line, READERS[kind](raw)))
+            rows.append((line, reader(raw)))
         except ValueError as error:
             bad.append((line, str(error), raw))
-    if kind == "chat":
+    if reader.kind == "chat":
         return encode_conversations(rows, bad, tokenizer)
-    return encode_texts(rows, bad, tokenizer, opens=kind == "text")
+    return encode_texts(rows, bad, tokenizer, opens=reader.kind == "text")
 
 
-def _conversation(raw: bytes) -> Conversation:
-    messages, tools = to_conversation(parse_row(raw))
-    check_messages(messages, tools)
-    return messages, tools
-
-
-READERS: dict[str, Callable] = {
-    "text": lambda raw: to_text(parse_row(raw)),
-    "plain": lambda raw: decode(raw).replace("\r\n", "\n"),
-    "chat": _conversation,
-}
-
-
-def encode_texts(rows: list[tuple[int, str]], bad: list, tokenizer: Tokenizer, opens: bool) -> Block:
+def encode_texts(rows: list[tuple[int, dict]], bad: list, tokenizer: Tokenizer, opens: bool) -> Block:
     """Each text's ids; `opens`: <|endoftext|> in front of each."""
+    rows = [(line, row["text"]) for line, row in rows]
     empty = [line for line, text in rows if not text.strip()] if opens else []
     rows = [(line, text) for line, text in rows if text.strip()] if opens else rows
     cut = [pieces(text) for _, text in rows]
@@ -205,19 +195,18 @@ def pieces(text: str) -> list[str]:
     return [*parts, text]
 
 
-def encode_conversations(rows: list[tuple[int, Conversation]], bad: list, tokenizer: Tokenizer) -> Block:
+def encode_conversations(rows: list[tuple[int, dict]], bad: list, tokenizer: Tokenizer) -> Block:
     """Each conversation's ids up to the last one that is trained on: what follows can teach nothing."""
     try:
-        found = encode_chats(tokenizer, [row for _, row in rows])
+        found = encode_chats(tokenizer, [(row["messages"], row.get("tools")) for _, row in rows])
     except ValueError:
         found = []
-        for line, (messages, tools) in rows:
+        for line, row in rows:
             try:
-                found.append(encode_chat(tokenizer, messages, tools))
+                found.append(encode_chat(tokenizer, row["messages"], row.get("tools")))
             except ValueError as error:
                 found.append(None)
-                raw = json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False).encode()
-                bad.append((line, str(error), raw))
+                bad.append((line, str(error), json.dumps(row, ensure_ascii=False).encode()))
     empty, kept, ids, masks, answers = [], [], [], [], []
     for row, encoded in zip(rows, found):
         if encoded is None:
@@ -259,22 +248,22 @@ def _lines(rows: list[tuple[int, object]]) -> np.ndarray:
 
 
 def blocks(
-    source: Jsonl | TextFile, tokenizer: Tokenizer, kind: str, rows: int, num_workers: int | None
+    source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader, rows: int, num_workers: int | None
 ) -> Iterator[tuple[Chunk, Block]]:
     """Every chunk with its block, in order. Small data stays in this process: `tokenizers` has threads of its own."""
     chunks = source.chunks(CHUNK, rows)
     workers = num_workers or cores()
     if workers > 1 and source.size >= PROCESSES_FROM:
-        yield from _blocks_from_processes(chunks, tokenizer, kind, workers)
+        yield from _blocks_from_processes(chunks, tokenizer, reader, workers)
     for chunk in chunks:  # all of them, or what is left
-        yield chunk, encode(chunk, tokenizer, kind)
+        yield chunk, encode(chunk, tokenizer, reader)
 
 
-def _blocks_from_processes(chunks: Iterator[Chunk], tokenizer: Tokenizer, kind: str, workers: int):
+def _blocks_from_processes(chunks: Iterator[Chunk], tokenizer: Tokenizer, reader: Reader, workers: int):
     """Ends before the last chunk if the processes die, and leaves the rest to the caller."""
     # spawned, not forked: a fork would inherit locks held by torch's threads
     pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start_worker, initargs=(type(tokenizer), tokenizer.path, kind)
+        workers, get_context("spawn"), initializer=_start_worker, initargs=(type(tokenizer), tokenizer.path, reader)
     )
     waiting: deque[tuple[Chunk, Future]] = deque()
     try:
@@ -290,7 +279,7 @@ def _blocks_from_processes(chunks: Iterator[Chunk], tokenizer: Tokenizer, kind: 
         message = "tokenising: a process died (out of memory, or as it says above), going on in this one"
         print(message, file=sys.stderr, flush=True)
         for chunk, _ in waiting:
-            yield chunk, encode(chunk, tokenizer, kind)
+            yield chunk, encode(chunk, tokenizer, reader)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -299,13 +288,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_worker: tuple[Tokenizer, str]
+_worker: tuple[Tokenizer, Reader]
 
 
-def _start_worker(loader: type[Tokenizer], path: str, kind: str) -> None:
+def _start_worker(loader: type[Tokenizer], path: str, reader: Reader) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    _worker = (loader.load(path), kind)
+    _worker = (loader.load(path), reader)
 
 
 def _encode_in_worker(chunk: Chunk) -> Block:

@@ -149,11 +149,11 @@ def test_layouts_give_the_same_conversation():
 
 
 @pytest.mark.parametrize("row, reason", [
-    ({"conversation": []}, 'no "conversations" or "messages" in this row, it has "conversation"'),
+    ({"talk": []}, 'no conversation ("conversations", "messages", "instruction", ...) in this row, it has "talk"'),
     ({"messages": []}, '"messages" must be a list of messages, this is list []'),
     ({"messages": "hi"}, '"messages" must be a list of messages, this is str'),
-    ({"messages": ["hi"]}, 'messages[0] must be {"role", "content"}, this is str'),
-    ({"conversations": [{"from": "human", "value": "hi"}]}, 'conversations[0] must be {"role", "content"}'),
+    ({"messages": ["hi"]}, 'messages[0] must be {"role", "content"} or {"from", "value"}, this is str'),
+    ({"conversations": [{"speaker": "human", "text": "hi"}]}, 'conversations[0] must be {"role", "content"}'),
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0]: role must be one of system, user"),
     ({"messages": [{"role": "user", "content": 7}]}, "messages[0] (user): content must be text, found int"),
     ({"messages": [{"role": "user"}]}, "messages[0] (user): content must be text, found nothing"),
@@ -163,7 +163,8 @@ def test_layouts_give_the_same_conversation():
     ({"messages": [{"role": "user", "content": "hi"}], "tools": {"a": 1}}, '"tools" must be a list'),
 ])  # fmt: skip
 def test_a_bad_conversation_is_named_with_file_line_and_reason(tmp_path, row, reason):
-    file = jsonl(tmp_path / "a.jsonl", chat("hi", "yo"), "", row)
+    good = chat("hi", "yo")["conversations"]
+    file = jsonl(tmp_path / "a.jsonl", {"messages" if "messages" in row else "conversations": good}, "", row)
     with pytest.raises(ValueError) as error:
         sft(file)
     assert str(error.value).startswith(f"{file}:3: ") and reason in str(error.value)
@@ -243,7 +244,7 @@ def test_rows_without_an_answer_are_left_out_counted_and_named(tmp_path):
 def test_a_conversation_of_which_only_the_first_token_is_trained_on_teaches_nothing(monkeypatch):
     """The first token is never predicted. (A foreign template may mark it.)"""
     monkeypatch.setattr(tc, "encode_chats", lambda *_: [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])])
-    block = tc.encode_conversations([(1, None), (2, None)], [], ByteTokenizer())
+    block = tc.encode_conversations([(1, {"messages": []}), (2, {"messages": []})], [], ByteTokenizer())
     assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2], [5, 6])
 
 

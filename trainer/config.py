@@ -56,6 +56,7 @@ class StageConfig(Options):
         (), "training files; FILE:3 repeats its rows three times, FILE:0.1 takes a tenth", path=True,
         aliases=("data_file", "train_path", "task_data"))
     val_path: tuple[str, ...] = option((), "validation files", path=True, aliases=("eval_data",))
+    data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     val_fraction: float = option(0.0, "share of the training rows kept for validation", within="[0, 1)")
     max_seq_len: int = option(512, "tokens in a row", aliases=("max_length", "cutoff_len"), within="[2, inf)")
     data_limit: int = option(0, "use only the first N rows (0: all)", aliases=("max_samples",), within="[0, inf)")

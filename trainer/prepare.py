@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dataset import tiny_world
 from dataset.lm_dataset import TokenDataset
+from dataset.reader import read_mapping
 from model.checkpoint import Checkpoint, find_weights, load_weights
 from model.config import PRESETS
 from tokenizer.chat import show_labels
@@ -53,6 +54,7 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
         num_workers=config.num_workers or None,
         on_bad_row=config.on_bad_row,
         seed=config.seed,
+        mapping=read_mapping(config.data_mapping),
     )
     train: TokenDataset = dataset(paths, tokenizer, data_limit=config.data_limit, **options)
     notes, val = [note, f"      {train.summary}"], None
