@@ -171,13 +171,15 @@ def _with_tools(row: dict, messages: list[dict]) -> dict:
 
 def _tools(row: dict) -> list | None:
     """Beside the turns or, MiniMind, in the first of them; bare functions get the wrapping that OpenAI's have."""
-    turns = next((row[key] for key in (*DIALOGUES, "chosen") if isinstance(row.get(key), list) and row[key]), [{}])
-    for place in (row, turns[0]):
-        if tools := isinstance(place, dict) and (place.get("tools") or place.get("functions")):
-            bare = lambda tool: isinstance(tool, dict) and "name" in tool and "function" not in tool
-            tools = _listed(tools, '"tools"')
-            return [{"type": "function", "function": tool} if bare(tool) else tool for tool in tools]
-    return None
+    tools = row.get("tools") or row.get("functions")
+    if not tools:
+        turns = row.get("conversations") or row.get("messages") or row.get("chosen")
+        first = turns[0] if isinstance(turns, list) and turns else None
+        tools = isinstance(first, dict) and (first.get("tools") or first.get("functions"))
+    if not tools:
+        return None
+    bare = lambda tool: isinstance(tool, dict) and "name" in tool and "function" not in tool
+    return [{"type": "function", "function": tool} if bare(tool) else tool for tool in _listed(tools, '"tools"')]
 
 
 def _past(pair: object, where: str) -> list[dict]:

@@ -1,0 +1,95 @@
+"""Converts files in any layout to ours, joins them, by ratio if wished, and sets a validation part aside.
+
+    python scripts/prepare_data.py --data_path alpaca.json --save_path train.jsonl
+    python scripts/prepare_data.py --task_data a.jsonl b.json --identity_data me.jsonl --ratio 3 --merged_data all.jsonl
+    python scripts/prepare_data.py --data_path all.jsonl --val_fraction 0.01 --output_dir data     # train, val .jsonl
+    python scripts/prepare_data.py --data_path dpo.jsonl --to chat        # the chosen answers, for fine-tuning
+    python scripts/prepare_data.py --data_path mine.jsonl --data_mapping columns.yaml --max_seq_len 1024
+
+--ratio R repeats the identity rows until task : identity is R : 1; without it the files follow one another.
+docs/data.md shows the layouts.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dataclasses import dataclass
+
+from trainer.config import ROOT, Options, option, parse, run
+
+
+@dataclass(frozen=True)
+class PrepareConfig(Options):
+    """Options of preparing data"""
+
+    data_path: tuple[str, ...] = option((), "files to convert and join: .jsonl or .json arrays, any layout", path=True,
+                                        aliases=("task_data", "data_file", "train_path", "dataset_name"))
+    identity_data: tuple[str, ...] = option((), "files that are repeated by --ratio: who the model is", path=True)
+    ratio: float = option(0.0, "task rows for each identity row (0: no repeating)", within="[0, inf)")
+    save_path: str = option(str(ROOT / "dataset" / "merged_training_data.jsonl"),
+                            "file to write, or a folder for train.jsonl (and val.jsonl)", path=True,
+                            aliases=("merged_data", "output_dir", "save_dir"))
+    val_fraction: float = option(0.0, "share of the rows set aside in <name>.val.jsonl", within="[0, 1)")
+    data_limit: int = option(0, "use only the first N task rows (0: all)", aliases=("max_samples",), within="[0, inf)")
+    to: str | None = option(None, "kind of rows to make; chat keeps the better answers of other kinds",
+                            choices=("text", "chat", "preference", "rated"))
+    data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
+    on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
+    max_seq_len: int = option(0, "also tokenise, and say what would be cut at this length", within="[0, inf)",
+                              aliases=("max_length", "cutoff_len"))
+    tokenizer_path: str | None = option(None, "for that: directory with a tokenizer.json", path=True,
+                                        aliases=("tokenizer_name",))
+    seed: int = option(42, "seed of the validation part", within="[0, inf)")
+    cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
+
+
+def main():
+    config = parse(PrepareConfig, description=__doc__)
+
+    from dataset.mix import prepare
+    from dataset.reader import read_mapping
+
+    target = Path(config.save_path)
+    if target.suffix not in (".jsonl", ".json"):
+        target = target / "train.jsonl"
+    val_target = target.with_name("val.jsonl" if target.name == "train.jsonl" else f"{target.stem}.val.jsonl")
+    report = prepare(
+        config.data_path, config.identity_data, target=target, val_target=val_target, ratio=config.ratio,
+        val_fraction=config.val_fraction, data_limit=config.data_limit, to=config.to,
+        mapping=read_mapping(config.data_mapping), on_bad_row=config.on_bad_row, seed=config.seed,
+        cache_dir=config.cache_dir,
+    )  # fmt: skip
+    for path, layout in report.layouts.items():
+        print(f"read: {path} ({layout})")
+    print(f"task data: {report.task:,} rows")
+    if config.identity_data:
+        times = f", written {report.repeated:,} times in all (ratio {config.ratio:g}:1)" if config.ratio else ""
+        print(f"identity data: {report.identity:,} rows{times}")
+    if report.bad:
+        print(f"left out: {report.bad:,} bad rows, see <file>.rejects.jsonl beside each file")
+    if report.left_out:
+        print(f"left out: {report.left_out:,} answers that were labelled bad")
+    print(f"written: {report.written:,} rows to {target}")
+    if config.val_fraction:
+        print(f"written: {report.held_out:,} rows to {val_target}")
+    if config.max_seq_len:
+        tokenise(target, report.kind, config)
+
+
+def tokenise(path: Path, kind: str, config: PrepareConfig) -> None:
+    """Builds the token cache that training will find, and prints what fits."""
+    from dataset.lm_dataset import PretrainDataset, SFTDataset
+    from tokenizer.text import Tokenizer
+
+    if kind not in ("text", "chat"):
+        raise ValueError(f"--max_seq_len: {kind} rows are tokenised by their own stage; leave it out")
+    dataset = {"text": PretrainDataset, "chat": SFTDataset}[kind]
+    tokenizer = Tokenizer.load(config.tokenizer_path)
+    print(f"tokenised: {dataset(path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir).summary}")
+
+
+if __name__ == "__main__":
+    run(main)
