@@ -3,6 +3,7 @@
     python eval_model.py --model_mode 1                            # chat with the newest full_sft_*.pth in out/
     python eval_model.py --model_mode 0 --prompt "Once upon"       # one answer: how the pretrained model goes on
     python eval_model.py --weight out/reason_512.pth < prompts.txt # a prompt a line
+    python eval_model.py --lora_name lora_medical                  # with an adapter, on the weights it belongs to
     python eval_model.py --benchmark tiny_world                    # the built-in exam: 600 questions, seconds on a CPU
 
 Only answers go to standard output; what else there is to say goes to standard error.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, TextIO
 from trainer.config import ROOT, Options, option, parse, run
 
 if TYPE_CHECKING:  # torch is imported once the command line is known to be right: --help is instant
+    from model.adapter import AdapterFile
     from model.checkpoint import Checkpoint
     from model.generate import Sampling
     from model.session import Session
@@ -49,6 +51,9 @@ class EvalConfig(Options):
                                     "what the named weights were trained for)", within="[0, 3]")
     weight: str | None = option(None, "a name in save_dir or out/, a file or a directory (default: the mode's name)",
                                 aliases=("model_path", "from_weight"))
+    lora_name: str | None = option(None, "an adapter in lora/ there, on the weights it was trained on")
+    lora_path: str | None = option(None, "an adapter's file, or peft's directory", path=True)
+    merge_lora: bool = option(False, "add the adapter to the weights first: faster")
     save_dir: str = option(str(ROOT / "out"), "where names are looked up", aliases=("out_dir",), path=True)
     hidden_size: int | None = option(None, "only picks among weights, which know their architecture", within="[1, inf)")
     num_hidden_layers: int | None = option(None, "as hidden_size", within="[1, inf)")
@@ -77,6 +82,10 @@ class EvalConfig(Options):
         tasks = [f"--{name}" for name in ("prompt", "prompts_file", "benchmark") if getattr(self, name)]
         if len(tasks) > 1:
             found.append(f"{' and '.join(tasks)}: each is a task of its own; give one of them")
+        if self.lora_name and self.lora_path:
+            found.append("--lora_name and --lora_path: both name an adapter; give one of them")
+        if self.merge_lora and not (self.lora_name or self.lora_path):
+            found.append("--merge_lora: needs --lora_name or --lora_path")
         if self.benchmark is None and (self.json or self.question_seed):
             found.append(f"--{'json' if self.json else 'question_seed'}: only --benchmark takes it")
         return found
@@ -86,28 +95,56 @@ class EvalConfig(Options):
 
 
 def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Checkpoint]:
-    from model.checkpoint import find_weights, load_weights
+    from model.checkpoint import check_stated, load_weights
     from model.device import pick_device, pick_dtype
 
-    name = config.weight or MODES[1 if config.model_mode is None else config.model_mode]
-    path = find_weights(name, config.save_dir, ROOT / "out", hidden_size=config.hidden_size, moe=config.use_moe)
-    checkpoint = load_weights(path)
-    check_stated(config, checkpoint)
+    adapter = find_adapter(config)
+    checkpoint = find_base_of(adapter, config) if adapter else load_weights(find_named(config))
+    check_stated(checkpoint, **{k: getattr(config, k) for k in ("hidden_size", "num_hidden_layers", "use_moe")})
     tokenizer = find_tokenizer(checkpoint, config.tokenizer_path)
     device = pick_device(config.device)
     dtype, remark = pick_dtype(config.dtype, device)
-    model = checkpoint.build(dtype).to(device).eval()
+    if adapter:
+        from model.lora import merge
+
+        model = adapter.apply(checkpoint.build())
+        if config.merge_lora:
+            merge(model)  # before rounding to the compute dtype
+        merged = ", merged" if config.merge_lora else ""
+        screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}")
+        checkpoint.lineage = adapter.lineage or checkpoint.lineage
+        model = model.to(dtype)
+    else:
+        model = checkpoint.build(dtype)
+    model = model.to(device).eval()
     screen.note("\n".join(filter(None, (describe(checkpoint, model), remark))))
     return model, tokenizer, checkpoint
 
 
-def check_stated(config: EvalConfig, checkpoint: Checkpoint) -> None:
-    """Flags of the architecture only pick among weights; the weights decide."""
-    shape = checkpoint.config
-    has = dict(hidden_size=shape.hidden_size, num_hidden_layers=shape.num_hidden_layers, use_moe=shape.num_experts > 0)
-    stated = {key: getattr(config, key) for key in has}
-    if wrong := [f"--{key} {stated[key]} (it has {has[key]})" for key in has if stated[key] not in (None, has[key])]:
-        raise ValueError(f"{checkpoint.path}: {', '.join(wrong)} contradicts the weights; leave it out, or name others")
+def find_named(config: EvalConfig) -> Path:
+    from model.checkpoint import find_weights
+
+    name = config.weight or MODES[1 if config.model_mode is None else config.model_mode]
+    return find_weights(name, config.save_dir, ROOT / "out", hidden_size=config.hidden_size, moe=config.use_moe)
+
+
+def find_adapter(config: EvalConfig) -> AdapterFile | None:
+    if not (config.lora_name or config.lora_path):
+        return None
+    from model.adapter import load_adapter
+    from model.checkpoint import find_weights
+
+    folders = (Path(config.save_dir) / "lora", ROOT / "out" / "lora")
+    only = dict(hidden_size=config.hidden_size, moe=config.use_moe)
+    return load_adapter(config.lora_path or find_weights(config.lora_name, *folders, **only))
+
+
+def find_base_of(adapter: AdapterFile, config: EvalConfig) -> Checkpoint:
+    """--weight if it is given and right; else the weights the adapter was trained on, whatever --model_mode says."""
+    from model.adapter import find_base
+
+    named = find_named(config) if config.weight or not adapter.knows_base else None
+    return find_base(adapter, named, config.save_dir, ROOT / "out")
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:

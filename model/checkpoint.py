@@ -105,6 +105,20 @@ def load_weights(path: Path | str) -> Checkpoint:
             config, state = load_hf(path)
             return Checkpoint(path, state, config, {"path": str(path)} if (path / "tokenizer.json").is_file() else {})
         path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside")
+    content = read_plain(path)
+    if content.get("format") == FORMAT:
+        config = ModelConfig.from_dict(content["config"])
+        return Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
+    if "model.embed_tokens.weight" not in content:
+        if "lora" in content or any(".lora." in str(name) for name in content):
+            raise ValueError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
+        names = ", ".join(map(str, list(content)[:4]))
+        raise ValueError(f"{path}: not weights of a language model (it begins with {names})")
+    return Checkpoint(path, content, config_from_state(content))
+
+
+def read_plain(path: Path) -> dict:
+    """The dictionary in a .pth file, read without running any code that may be in it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
@@ -120,13 +134,17 @@ def load_weights(path: Path | str) -> Checkpoint:
         raise ValueError(f"{path}: truncated or not a weights file ({reason})") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: not a weights file (it holds a {type(content).__name__})")
-    if content.get("format") == FORMAT:
-        config = ModelConfig.from_dict(content["config"])
-        return Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
-    if "model.embed_tokens.weight" not in content:
-        names = ", ".join(map(str, list(content)[:4]))
-        raise ValueError(f"{path}: not weights of a language model (it begins with {names})")
-    return Checkpoint(path, content, config_from_state(content))
+    return content
+
+
+def check_stated(checkpoint: Checkpoint, **stated) -> None:
+    """Flags of the architecture only choose among weights: one that contradicts the chosen ones is an error. None: not
+    said."""
+    shape = checkpoint.config.to_dict() | dict(use_moe=checkpoint.config.num_experts > 0)
+    if wrong := [f"--{k} {v} (it has {shape[k]})" for k, v in stated.items() if v not in (None, shape[k])]:
+        raise ValueError(
+            f"{checkpoint.path}: {', '.join(wrong)} contradicts the weights; leave it out, or name other weights"
+        )
 
 
 def newest(paths, otherwise: str) -> Path:

@@ -82,8 +82,9 @@ class StageConfig(Options):
     min_lr_ratio: float = option(0.1, "last learning rate / peak", within="[0, 1]")
     grad_clip: float = option(1.0, "largest gradient norm (0: no limit)", aliases=("max_grad_norm",), within="[0, inf)")
     # saving and logs
-    save_dir: str = option(str(ROOT / "out"), "where everything is written", aliases=("out_dir", "output_dir"),
-                           path=True)
+    save_dir: str = option(str(ROOT / "out"), "where everything is written", aliases=("out_dir",), path=True)
+    output_dir: str | None = option(None, "as save_dir, and the result in Hugging Face's layout beside it: "
+                                    "final_model/ or lora_model/", path=True)
     save_weight: str = option("", "name of the weights file")
     save_interval: int = option(500, "save every N steps (0: at the end only)", aliases=("save_steps",),
                                 within="[0, inf)")
@@ -104,8 +105,14 @@ class StageConfig(Options):
     seed: int = option(42, "seed of everything random", within="[0, inf)")
     local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N
 
+    def __post_init__(self):
+        if self.output_dir and self.save_dir == StageConfig.save_dir:
+            object.__setattr__(self, "save_dir", self.output_dir)
+
     def problems(self) -> list[str]:
         found = super().problems()
+        if self.output_dir and self.output_dir != self.save_dir:
+            found.append("--save_dir and --output_dir: both say where results go; give one of them")
         if self.val_path and self.val_fraction:
             found.append("--val_path and --val_fraction: both name the validation data; give one of them")
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):

@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 from dataset.loader import Loader
-from model.checkpoint import Checkpoint, save_weights, weights_name
+from model.checkpoint import Checkpoint, weights_name
 from model.device import pick_dtype
+from model.lora import lower_frozen
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer import resume
@@ -34,7 +35,9 @@ from trainer.config import ROOT, StageConfig, describe
 from trainer.logger import RunLogger
 from trainer.objectives import Objective
 from trainer.optim import build_optimizers, clip_and_check, learning_rate
+from trainer.outputs import Weights
 from trainer.prepare import Data
+from trainer.window import Window
 
 # What a continued run may not change, since it would no longer be the same run (the number of processes may).
 FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
@@ -54,6 +57,7 @@ class Job:
     packing: bool  # whether batch_size counts examples, packed into rows, or rows
     parent: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)  # lines printed when the run starts
+    output: Weights = field(default_factory=Weights)  # what is written; trainer/outputs.py
 
 
 class Engine:
@@ -63,6 +67,7 @@ class Engine:
         self.dtype, notice = pick_dtype(config.dtype, backend.device)
         self.model = job.model.to(backend.device)
         self.model.compute_dtype = self.dtype
+        lower_frozen(self.model, self.dtype)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.scale = LOSS_SCALE if self.dtype == torch.float16 else 1.0
@@ -71,6 +76,7 @@ class Engine:
         self.losses: dict[str, float] = {}  # the newest figures, for the lineage
         self.name = weights_name(config.save_weight, self.model.config)
         self.save_dir = Path(config.save_dir)
+        self.folder = self.save_dir / job.output.folder
         self.run_id = time.strftime("%Y%m%d-%H%M%S")
 
         states = self.save_dir / "resume" / Path(self.name).stem
@@ -121,7 +127,8 @@ class Engine:
         say(describe(self.config))
         active = f" ({model.num_parameters(active=True):,} active)" if model.config.num_experts else ""
         trainable = sum(p.numel() for p in self.parameters)
-        say(f"model: {model.num_parameters():,} parameters{active}, {trainable:,} trained")
+        total = model.num_parameters()
+        say(f"model: {total:,} parameters{active}, {trainable:,} trained ({trainable / total:.2%})")
         for line in (*self.job.notes, *self.job.data.notes, notice):
             if line:
                 say(line)
@@ -169,7 +176,11 @@ class Engine:
                     window.since = time.perf_counter()
             if self.step < self.total:
                 self._leave(received, saved)
-        path = self.save_dir / self.name
+        path = self.folder / self.name
+        if self.backend.main:
+            for line in self.job.output.finish(path, config, self.job.tokenizer):
+                logger.print(line)
+        self.backend.barrier()
         logger.print(f"done: {path}" + "".join(f", {k} {v:.4f}" for k, v in self.losses.items()))
         logger.close(dict(steps=self.step, tokens=self.tokens, weights=str(path), **self.losses))
         return path
@@ -248,7 +259,7 @@ class Engine:
         loss /= max(tokens, 1)
         if loss < self.best:
             self.best = loss
-            self._write(self.save_dir / "best" / self.name)
+            self._write(self.folder / "best" / self.name)
         return dict(val_loss=loss, val_bpb=loss * tokens / math.log(2) / max(size, 1))
 
     # ---- what stays ----
@@ -256,10 +267,10 @@ class Engine:
     def save(self) -> None:
         """The weights, and the state to continue from. All ranks take part; the first one writes."""
         random = torch.stack(self.backend.gather(torch.get_rng_state()))
-        self._write(self.save_dir / self.name)
+        self._write(self.folder / self.name)
         if self.backend.main:
             tensors = dict(
-                weights=dict(self.model.named_parameters()),
+                weights=self._trained(),
                 optimizer=resume.optimizer_tensors(self.model, self.optimizers),
                 random=dict(cpu=random),
             )
@@ -271,7 +282,11 @@ class Engine:
         if self.backend.main:
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
             tokenizer = dict(path=_relative(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
-            save_weights(path, self.model, tokenizer=tokenizer, lineage=lineage)
+            self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage)
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """What is frozen is not saved: `parent` in the identity says what it has to be."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _lineage(self) -> dict:
         parent = self.job.parent
@@ -294,6 +309,7 @@ class Engine:
             data=self.job.data.train.fingerprint,
             tokenizer=self.job.tokenizer.hash,
             parent=self.job.parent.hash if self.job.parent else None,
+            **self.job.output.identity,
             **{name: getattr(self.config, name) for name in FIXED},
         )
 
@@ -316,7 +332,7 @@ class Engine:
     def _restore(self, path: Path) -> None:
         tensors, state = resume.read_state(path)
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self._trained().items():
                 parameter.copy_(tensors["weights"][name])
         resume.restore_optimizers(self.model, self.optimizers, tensors["optimizer"])
         random = tensors["random"]["cpu"]
@@ -365,26 +381,6 @@ class Engine:
             seconds = positions * 6 * self.model.num_parameters(active=True) / 1e11  # at 100 GFLOP/s
             return seconds > 900  # it saves a quarter to a third, and costs half a minute for each number of rows
         return device == "cuda" and self.total >= 200
-
-
-@dataclass
-class Window:
-    """What has been summed up since the last log."""
-
-    since: float = field(default_factory=time.perf_counter)
-    units: float = 0.0
-    tokens: float = 0.0
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, metrics: dict[str, torch.Tensor], units: float, tokens: float) -> None:
-        self.units, self.tokens = self.units + units, self.tokens + tokens
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in metrics.items()}
-
-    def read(self, backend: Backend) -> dict[str, float]:
-        """Means over all ranks' units, and trained tokens per second."""
-        totals = backend.sum(*map(float, self.sums.values()))
-        speed = self.tokens / max(time.perf_counter() - self.since, 1e-9)
-        return {name: total / self.units for name, total in zip(self.sums, totals)} | dict(tokens_per_second=speed)
 
 
 def _relative(path: str) -> str:

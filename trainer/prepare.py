@@ -8,14 +8,14 @@ from typing import NamedTuple
 from dataset import tiny_world
 from dataset.lm_dataset import TokenDataset
 from dataset.reader import read_mapping
-from model.checkpoint import Checkpoint, find_weights, load_weights
+from model.checkpoint import Checkpoint, check_stated, find_weights, load_weights
 from model.config import PRESETS
 from tokenizer.chat import show_labels
 from tokenizer.resolve import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.config import ROOT, StageConfig
 
-# The files of MiniMind's data set, best first, as people keep them in dataset/
+# The files of MiniMind's data set, best first, as people keep them in dataset/; others are called as what they are for
 WELL_KNOWN = {
     "pretrain": ("pretrain_hq", "pretrain"),
     "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
@@ -34,10 +34,12 @@ def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool,
     """(files, whether built in, a line that says why these): what was typed, a well-known file, else the tiny world."""
     if config.data_path:
         return config.data_path, False, f"data: {', '.join(config.data_path)}"
-    for name in WELL_KNOWN[kind]:
+    for name in WELL_KNOWN.get(kind, (kind,)):
         path = ROOT / "dataset" / f"{name}.jsonl"
         if path.is_file():
             return (str(path),), False, f"data: {path} (--data_path names another)"
+    if kind not in tiny_world.FILES:
+        raise ValueError(f"--data_path is needed: there is no dataset/{kind}.jsonl, and the tiny world has no {kind}")
     path = tiny_world.generate(ROOT / "out" / "tiny_world", files=(kind,))[kind]
     note = (
         f"data: the built-in tiny world ({path}), enough to see everything work. Real data: {SOURCE}, put into dataset/"
@@ -46,7 +48,8 @@ def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool,
 
 
 def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **options) -> Data:
-    """Reads (or finds in the cache) what the stage trains on and validates with. kind: a key of WELL_KNOWN."""
+    """Reads (or finds in the cache) what the stage trains on and validates with. kind: a key of WELL_KNOWN, or
+    the name of a file in dataset/."""
     paths, builtin, note = choose_files(config, kind)
     options |= dict(
         max_seq_len=config.max_seq_len,
@@ -77,15 +80,14 @@ def open_weights(config: StageConfig, name: str) -> tuple[Checkpoint, Tokenizer,
         config.from_weight or name, config.save_dir, ROOT / "out", hidden_size=config.hidden_size, moe=config.use_moe
     )
     checkpoint = load_weights(path)
-    shape = checkpoint.config
-    stated = dict(hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers)
-    if config.preset:
-        stated |= PRESETS[config.preset]
-    wrong = [f"--{k} {v} (it has {getattr(shape, k)})" for k, v in stated.items() if v not in (None, getattr(shape, k))]
-    if config.use_moe is not None and config.use_moe != bool(shape.num_experts):
-        wrong.append(f"--use_moe {config.use_moe} (it has {shape.num_experts} experts)")
-    if wrong:
-        raise ValueError(f"{path}: these flags contradict the weights: {', '.join(wrong)}; leave them out")
-    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), shape.vocab_size, config.tokenizer_path)
+    stated = dict(PRESETS[config.preset]) if config.preset else {}
+    stated |= {
+        name: value
+        for name in ("hidden_size", "num_hidden_layers", "use_moe")
+        if (value := getattr(config, name)) is not None
+    }
+    check_stated(checkpoint, **stated)
+    rows = checkpoint.config.vocab_size
+    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), rows, config.tokenizer_path)
     stages = " -> ".join(entry["stage"] for entry in checkpoint.lineage)
     return checkpoint, tokenizer, f"from: {checkpoint.path}" + (f" ({stages})" if stages else "")

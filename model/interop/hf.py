@@ -75,3 +75,36 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         except Exception as error:  # safetensors has its own exception type
             raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
     return config, state
+
+
+def config_to_hf(config: ModelConfig) -> dict:
+    """The content of a `config.json`, for the family of transformers that computes the same."""
+    plain = not config.attention_bias and not config.qk_norm
+    if config.num_experts:
+        family, name = "qwen3_moe", "Qwen3MoeForCausalLM"
+    elif config.qk_norm:
+        family, name = "qwen3", "Qwen3ForCausalLM"
+    else:
+        family, name = ("llama", "LlamaForCausalLM") if plain else ("qwen2", "Qwen2ForCausalLM")
+    scaling = config.rope_scaling
+    strange = {
+        "q/k norms together with biases": config.qk_norm and config.attention_bias,
+        "experts without q/k norms": config.num_experts and not config.qk_norm,
+        "shared experts": config.num_shared_experts,
+        "MiniMind2's RoPE scaling": scaling and scaling["rope_type"] == "minimind2",
+    }
+    if reasons := [name for name, present in strange.items() if present]:
+        raise ValueError(f"transformers has no family with {', '.join(reasons)}")
+    values = {key: getattr(config, key) for key in SAME}
+    if not config.num_experts:
+        experts = ("num_experts", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+        values = {key: value for key, value in values.items() if not key.startswith(experts)}
+    return dict(
+        architectures=[name],
+        model_type=family,
+        **values,
+        hidden_act="silu",
+        rope_theta=config.rope_theta,
+        rope_scaling=scaling,
+        torch_dtype="float32",
+    )

@@ -82,3 +82,15 @@ def config_from_state(state: dict[str, Tensor]) -> ModelConfig:
         num_shared_experts=highest(r"mlp\.shared_experts\.(\d+)\."),
         router_aux_loss_coef=5e-4 if third else 0.1,
     )
+
+
+def lora_from_minimind(content: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
+    """(settings, tensors) of a LoRA file: `<layer>.lora.A.weight` and `.B.weight`, whose product is added unscaled.
+    None for another kind of file. Files written under DDP or torch.compile carry a prefix."""
+    pattern = re.compile(r"(?:module\.|_orig_mod\.)*(.+)\.lora\.([AB])\.weight")
+    found = {name: pattern.fullmatch(str(name)) for name in content}
+    if not all(found.values()):
+        return None
+    state = {f"{found[name][1]}.{found[name][2]}": tensor.float() for name, tensor in content.items()}
+    rank = next(tensor.shape[0] for name, tensor in state.items() if name.endswith(".A"))
+    return dict(rank=rank, alpha=rank), state  # alpha / rank = 1

@@ -1,0 +1,137 @@
+"""Adapter files: what was learned beside a model, and which model that was.
+
+    adapter = load_adapter("out/lora/lora_medical_512.pth")      # or a directory of peft's, or MiniMind's file
+    base = find_base(adapter, None, "out")                       # the weights it was trained on, found by their hash
+    model = adapter.apply(base.build())
+
+`<save_dir>/lora/<name>_<hidden>[_moe].pth` holds {"format", "lora", "settings", "base", "config", "tokenizer",
+"lineage"}, tensors and plain values. `base` has the path and the hash of the weights it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint, atomic, load_weights, newest, read_plain
+from model.config import ModelConfig
+from model.interop.minimind import lora_from_minimind
+from model.interop.peft import CONFIG as PEFT_CONFIG
+from model.interop.peft import load_peft
+from model.lora import LoRASettings, activate, adapted, add_lora, linear_layers, lora_state
+from model.transformer import CausalLM
+
+FORMAT = "sparrow-lora-1"
+
+
+@dataclass
+class AdapterFile:
+    path: Path
+    settings: LoRASettings
+    state: dict[str, Tensor]  # {"<layer>.A": (r, in), "<layer>.B": (out, r)}
+    base: dict = field(default_factory=lambda: dict(path=None, hash=None))  # what is known of it
+    config: ModelConfig | None = None  # of the base
+    tokenizer: dict = field(default_factory=dict)
+    lineage: list[dict] = field(default_factory=list)
+
+    @property
+    def knows_base(self) -> bool:
+        return bool(self.base["hash"] or self.base["path"] and Path(self.base["path"]).exists())
+
+    def apply(self, model: CausalLM, name: str = "default") -> CausalLM:
+        """Adds it to the model and activates it."""
+        known = linear_layers(model)
+        layers = list(dict.fromkeys(key.rpartition(".")[0] for key in self.state))
+        for layer in layers:
+            A, B = (self.state.get(f"{layer}.{matrix}") for matrix in "AB")
+            if A is None or B is None:
+                raise ValueError(f"{self.path}: {layer} has only one of its two matrices")
+            if layer not in known:
+                raise ValueError(f"{self.path}: belongs to another model: this one has no linear layer {layer}")
+            weight = known[layer].weight
+            if (B.shape[0], A.shape[1]) != weight.shape or A.shape[0] != B.shape[1]:
+                raise ValueError(
+                    f"{self.path}: belongs to another model: {layer} is {tuple(weight.shape)} here, and "
+                    f"{(B.shape[0], A.shape[1])} there"
+                )
+        add_lora(model, self.settings, name, layers)
+        with torch.no_grad():
+            for layer, module in adapted(model).items():
+                if name in module.adapters:
+                    module.adapters[name].A.copy_(self.state[f"{layer}.A"])
+                    module.adapters[name].B.copy_(self.state[f"{layer}.B"])
+        activate(model, name)
+        return model
+
+
+def save_adapter(
+    path: Path | str, model: CausalLM, settings: LoRASettings, *, base: dict, tokenizer: dict, lineage: list[dict]
+) -> Path:
+    values = dict(settings=settings.to_dict(), base=base, config=model.config.to_dict(), tokenizer=tokenizer)
+    values = json.loads(json.dumps(values | dict(lineage=lineage)))  # plain values only, as in weights files
+    with atomic(Path(path)) as temporary:
+        torch.save(dict(format=FORMAT, lora=lora_state(model), **values), temporary)
+    return Path(path)
+
+
+def load_adapter(path: Path | str) -> AdapterFile:
+    """Ours, peft's directory, MiniMind's file; also a directory that holds one of these, as training leaves it."""
+    path = Path(path)
+    if path.is_dir():
+        folders = (path, path / "lora", path / "lora_model")
+        for folder in folders:
+            if (folder / PEFT_CONFIG).is_file():
+                settings, state, base = load_peft(folder)
+                targets = tuple(dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in state))
+                return AdapterFile(folder, LoRASettings(**settings, targets=targets), state, base)
+            if files := list(folder.glob("*.pth")):
+                return load_adapter(newest(files, ""))
+        raise ValueError(f"{path}: neither a *.pth nor {PEFT_CONFIG} in it, nor in lora/ or lora_model/ below it")
+    content = read_plain(path)
+    if content.get("format") == FORMAT:
+        settings, config = LoRASettings.from_dict(content["settings"]), ModelConfig.from_dict(content["config"])
+        return AdapterFile(
+            path, settings, content["lora"], content["base"], config, content["tokenizer"], content["lineage"]
+        )
+    if found := lora_from_minimind(content):
+        targets = tuple(dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in found[1]))
+        return AdapterFile(path, LoRASettings(**found[0], targets=targets), found[1])
+    raise ValueError(f"{path}: not an adapter (LoRA) but something else; weights of a model are given as --weight")
+
+
+def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) -> Checkpoint:
+    """The weights an adapter belongs to. Their hash decides: only explicitly `named` ones that are others are refused.
+    Adapters that do not know their base (MiniMind's, most of peft's) take what is named, which has to fit."""
+    wanted, path = adapter.base["hash"], adapter.base["path"]
+    if named is not None:
+        found = load_weights(named)
+        if wanted and found.hash != wanted:
+            raise ValueError(
+                f"{adapter.path}: was trained on {path} ({wanted[:12]}), not on {found.path} ({found.hash[:12]}); "
+                "leave the weights out, so that its own are found"
+            )
+        return found
+    if not adapter.knows_base:
+        raise ValueError(f"{adapter.path}: does not say which weights it belongs to; name them with --weight")
+    if not wanted:
+        return load_weights(path)
+    places = [Path(path)] if path else []
+    for folder in map(Path, folders):  # the recorded place first, then everything of that width
+        suffix = f"_{adapter.config.hidden_size}*.pth" if adapter.config else "*.pth"
+        places += [*sorted(folder.glob("*" + suffix)), *sorted(folder.glob("best/*" + suffix))]
+    for place in dict.fromkeys(places):
+        if place.exists():
+            try:
+                found = load_weights(place)
+            except ValueError:  # a damaged neighbour is no reason to stop looking
+                continue
+            if found.hash == wanted:
+                return found
+    raise ValueError(
+        f"{adapter.path}: was trained on {path} ({wanted[:12]}), and these weights are neither there nor in "
+        f"{' or '.join(dict.fromkeys(map(str, folders)))}; bring them back, or train the adapter anew on what there is"
+    )

@@ -1,0 +1,45 @@
+"""A directory in Hugging Face's layout, which transformers, vLLM and llama.cpp read: `config.json`, `model.safetensors`
+and the tokenizer's files. Tensor names need no translation.
+
+    save_hf("out/final_model", load_weights("out/full_sft_512.pth"), "tokenizer", stop_ids={2})
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from model.checkpoint import Checkpoint, atomic
+from model.interop.hf import config_to_hf
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+def save_hf(directory: Path | str, checkpoint: Checkpoint, tokenizer: Path | str, stop_ids: set[int]) -> Path:
+    """tokenizer: its directory. stop_ids: what ends an answer."""
+    directory = Path(directory)
+    try:
+        values = config_to_hf(checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"{directory}: cannot be written in Hugging Face's layout: {error}") from None
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.state.items()}
+    if checkpoint.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)  # stored once
+    with atomic(directory / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    copy_tokenizer(directory, tokenizer)
+    with atomic(directory / "config.json") as temporary:  # last: with it the directory is a model
+        values |= dict(eos_token_id=sorted(stop_ids))
+        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    return directory
+
+
+def copy_tokenizer(directory: Path, tokenizer: Path | str) -> None:
+    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+    for name in TOKENIZER:
+        if (folder / name).is_file():
+            with atomic(directory / name) as temporary:
+                shutil.copyfile(folder / name, temporary)

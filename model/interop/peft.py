@@ -1,0 +1,89 @@
+"""peft's directories: `adapter_config.json` and `adapter_model.safetensors`. The arithmetic is ours; names differ.
+
+    settings, state, base = load_peft("out/lora_model")
+    save_peft("out/lora_model", settings, state, ...)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from model.checkpoint import atomic
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+# What changes the arithmetic in ways we do not know, and the values that leave it alone
+UNSUPPORTED = dict(
+    use_dora=(None, False), bias=(None, "none"), fan_in_fan_out=(None, False), lora_bias=(None, False),
+    rank_pattern=(None, {}), alpha_pattern=(None, {}), modules_to_save=(None, []), use_qalora=(None, False),
+    alora_invocation_tokens=(None, []), trainable_token_indices=(None, []), target_parameters=(None, []),
+)  # fmt: skip
+
+
+def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
+    """(settings, {"<layer>.A": tensor, "<layer>.B": tensor}, {"path", "hash"} of the base as far as known)."""
+    from safetensors import safe_open
+
+    try:
+        values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{directory / CONFIG}:{error.lineno}: {error.msg}") from None
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"{directory / CONFIG}: peft_type {values.get('peft_type')!r} is not supported, only LORA")
+    if strange := [f"{k}={values[k]!r}" for k, plain in UNSUPPORTED.items() if values.get(k) not in plain]:
+        raise ValueError(f"{directory / CONFIG}: not supported: {', '.join(strange)}")
+    try:
+        with safe_open(directory / TENSORS, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise ValueError(f"{directory}: no {TENSORS} beside {CONFIG}") from None
+    except Exception as error:  # safetensors has its own exception type
+        raise ValueError(f"{directory / TENSORS}: not a readable safetensors file ({error})") from None
+    pattern = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+    state = {}
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(name)
+        if not match:
+            raise ValueError(f"{directory / TENSORS}: {name} belongs to no linear layer's LoRA")
+        state[f"{match[1]}.{match[2]}"] = tensor.float()
+    settings = dict(
+        rank=values["r"],
+        alpha=values["lora_alpha"],
+        dropout=values.get("lora_dropout", 0.0),
+        rslora=bool(values.get("use_rslora")),
+    )
+    return settings, state, dict(path=values.get("base_model_name_or_path"), hash=metadata.get("base_hash"))
+
+
+def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: dict, layers: int) -> None:
+    """`layers`: how many blocks the model has; a name that is adapted in all of them is written once."""
+    from safetensors.torch import save_file
+
+    adapted = [name.removesuffix(".A") for name in state if name.endswith(".A")]
+    last = sorted({name.rpartition(".")[2] for name in adapted})
+    values = dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base["path"],
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=settings["dropout"],
+        use_rslora=settings["rslora"],
+        target_modules=last if len(adapted) == len(last) * layers else adapted,
+        bias="none",
+        fan_in_fan_out=False,
+        inference_mode=True,
+        modules_to_save=None,
+    )
+    tensors = {}
+    for name, tensor in state.items():
+        layer, matrix = name.rsplit(".", 1)
+        tensors[f"base_model.model.{layer}.lora_{matrix}.weight"] = tensor.contiguous()
+    with atomic(directory / TENSORS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "base_hash": base["hash"] or ""})
+    with atomic(directory / CONFIG) as temporary:
+        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")

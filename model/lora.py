@@ -1,0 +1,227 @@
+"""LoRA: a frozen model learns through small matrices beside its linear layers (arXiv:2106.09685). Applied from outside.
+
+    freeze(model)
+    add_lora(model, LoRASettings(rank=8, alpha=16, targets=("attention",)))     # now only A and B have gradients
+    with adapter_disabled(model): ...                                           # the model as it was
+    merge(model); ...; unmerge(model)                                           # W + scale B A, and every bit back
+    add_lora(model, settings, name="medical"); activate(model, "medical")       # several on one base, one at a time
+
+    y = W x + scale * B A dropout(x)       A (r, in) random, B (out, r) zero: it begins as the model itself
+    scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732, eq. 6)
+
+A layer keeps its name and its weight's; the matrices are `<layer>.adapters.<name>.A` and `.B`, fp32 masters that are
+cast to the dtype of what flows through, as everywhere. What is frozen needs no master and can be kept in that dtype
+(`lower_frozen`). Files: model/adapter.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.moe import Experts
+from model.transformer import CausalLM, Linear
+
+GROUPS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    # ChatGLM's names for the same layers
+    "query_key_value": ("q_proj", "k_proj", "v_proj"),
+    "dense": ("o_proj",),
+    "dense_h_to_4h": ("gate_proj", "up_proj"),
+    "dense_4h_to_h": ("down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all",)  # all, a group above, a layer's last name (q_proj) or its whole one
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def to_dict(self) -> dict:
+        return asdict(self) | dict(targets=list(self.targets))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> LoRASettings:
+        return cls(**{**values, "targets": tuple(values["targets"])})
+
+
+class Adapter(nn.Module):
+    def __init__(self, layer: nn.Linear, settings: LoRASettings):
+        super().__init__()
+        self.scale, self.dropout = settings.scale, settings.dropout
+        on = dict(device=layer.weight.device, dtype=torch.float32)
+        self.A = nn.Parameter(torch.empty(settings.rank, layer.in_features, **on))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, settings.rank, **on))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as peft does
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        x = F.dropout(x, self.dropout, self.training)
+        return F.linear(F.linear(x, self.A.to(x.dtype)), (self.B * self.scale).to(x.dtype))
+
+    def product(self) -> Tensor:
+        """What it adds to the weight (out, in)."""
+        return self.scale * (self.B @ self.A)
+
+
+class LoRALinear(Linear):
+    """Takes the place of a Linear, with the same weight under the same name."""
+
+    def __init__(self, layer: Linear):
+        nn.Module.__init__(self)  # not Linear's, which would make a weight of its own
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self.unmerged: Tensor | None = None  # the weight as it was, while the active adapter is merged into it
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.active is None or self.unmerged is not None:
+            return y
+        return y + self.adapters[self.active](x)
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """What can be adapted, by name. Not the router, which is read as a matrix and never called; not the experts, which
+    are stacked parameters and no layers; not the head."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"}
+
+
+def find_targets(model: CausalLM, targets: tuple[str, ...]) -> list[str]:
+    """The layers that `targets` mean, in the model's order. A name that means none is an error."""
+    layers = linear_layers(model)
+    found, unknown = set(), []
+    for target in targets:
+        last = GROUPS.get(target, (target,))
+        here = [n for n in layers if target == "all" or n == target or n.rpartition(".")[2] in last]
+        unknown += [] if here else [target]
+        found.update(here)
+    if unknown or not found:
+        names = sorted({name.rpartition(".")[2] for name in layers})
+        why = f"; this model has {', '.join(names)}, or say attention, mlp or all"
+        if "lm_head" in unknown:
+            why += "; the head is left as it is, since it may be the embedding too"
+        if model.config.num_experts:
+            why += "; its experts are stacked parameters and cannot be adapted"
+        raise ValueError(f"--lora_targets {', '.join(unknown)}: no such linear layer{why}")
+    return [name for name in layers if name in found]
+
+
+def add_lora(
+    model: CausalLM, settings: LoRASettings, name: str = "default", layers: list[str] | None = None
+) -> list[str]:
+    """Puts an adapter beside each target (or the layers given by whole name) and activates it -> the layers' names."""
+    names = find_targets(model, settings.targets) if layers is None else layers
+    known = linear_layers(model)
+    for path in names:
+        layer = known[path]
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            model.set_submodule(path, layer)
+        if name in layer.adapters:
+            raise ValueError(f"there is an adapter called {name!r} already")
+        layer.adapters[name] = Adapter(layer, settings).train(layer.training)
+    activate(model, name)
+    return names
+
+
+def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Computes with the adapter of this name from now on; None: with none."""
+    layers = adapted(model).values()
+    if name is not None and not any(name in layer.adapters for layer in layers):
+        known = sorted({known for layer in layers for known in layer.adapters})
+        raise ValueError(f"no adapter called {name!r}; there are {', '.join(known) or 'none'}")
+    if any(layer.unmerged is not None for layer in layers):
+        raise ValueError("an adapter is merged into the weights; unmerge it first")
+    for layer in layers:
+        layer.active = name if name in layer.adapters else None
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """The model as it was before, say as the reference of DPO."""
+    layers = adapted(model).values()
+    if any(layer.unmerged is not None for layer in layers):
+        raise ValueError("an adapter is merged into the weights; unmerge it first")
+    before = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = None
+        yield
+    finally:
+        for layer, name in zip(layers, before):
+            layer.active = name
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Adds the active adapter to the weights, so that it costs nothing. Twice is once."""
+    for layer in adapted(model).values():
+        if layer.active is not None and layer.unmerged is None:
+            layer.unmerged = layer.weight.data
+            merged = layer.weight.float() + layer.adapters[layer.active].product()
+            layer.weight.data = merged.to(layer.weight.dtype)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts the original weights back: not by subtraction, which would leave rounding errors."""
+    for layer in adapted(model).values():
+        if layer.unmerged is not None:
+            layer.weight.data, layer.unmerged = layer.unmerged, None
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Plain linear layers again, with the weights they have now (so merge first to keep what was learned)."""
+    for path, layer in adapted(model).items():
+        with torch.device("meta"):
+            plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        model.set_submodule(path, plain.train(layer.training))
+
+
+# ---- what is frozen, and what is learned
+
+
+def freeze(model: nn.Module) -> None:
+    """Nothing there learns any more; adapters added afterwards do."""
+    model.requires_grad_(False)
+
+
+def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps frozen weights in the dtype they are used in: half the memory, and no cast at every step. Norms and routers
+    are computed in fp32 and stay, so that the model is the same to the last bit."""
+    for module in model.modules():
+        if isinstance(module, (Linear, nn.Embedding, Experts)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """{"<layer>.A": (r, in), "<layer>.B": (out, r)}"""
+    return {
+        f"{path}.{matrix}": getattr(layer.adapters[name], matrix).detach().cpu().clone()
+        for path, layer in adapted(model).items()
+        if name in layer.adapters
+        for matrix in "AB"
+    }

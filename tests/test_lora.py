@@ -1,0 +1,314 @@
+"""Adapters against peft's arithmetic and gradients, and what must not change: the base, to the last bit."""
+
+import json
+
+import pytest
+import torch
+
+from model.adapter import AdapterFile, load_adapter, save_adapter
+from model.checkpoint import load_weights, save_weights
+from model.config import ModelConfig
+from model.interop.minimind import config_from_minimind
+from model.lora import (
+    LoRALinear,
+    LoRASettings,
+    activate,
+    adapted,
+    adapter_disabled,
+    add_lora,
+    find_targets,
+    freeze,
+    lora_state,
+    lower_frozen,
+    merge,
+    remove_lora,
+    unmerge,
+)
+from model.transformer import CausalLM
+
+SHAPE = dict(vocab_size=67, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=40)  # fmt: skip
+TOKENS = torch.arange(40).view(2, 20) % 67
+
+
+def base(**changes) -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    freeze(model)
+    return model
+
+
+RANK4 = LoRASettings(rank=4)
+
+
+def with_adapter(settings=RANK4, **changes) -> CausalLM:
+    """A model whose adapter has already learned something: B is not zero."""
+    model = base(**changes)
+    add_lora(model, settings)
+    stir(model)
+    return model
+
+
+def stir(model, name="default"):
+    for layer in adapted(model).values():
+        if name in layer.adapters:
+            torch.nn.init.normal_(layer.adapters[name].B, std=0.3)
+
+
+def logits(model, tokens=TOKENS):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+# ---- the same as peft
+
+
+SETTINGS = [
+    LoRASettings(rank=4, alpha=12, targets=("all",)),
+    LoRASettings(rank=4, alpha=12, targets=("attention",)),
+    LoRASettings(rank=9, alpha=12, targets=("q_proj", "down_proj"), rslora=True),
+    LoRASettings(rank=2, alpha=3, targets=("model.layers.1.self_attn.v_proj",)),
+]
+
+
+def hf_model(model, folder):
+    """transformers' model of the same weights."""
+    transformers = pytest.importorskip("transformers")
+    from model.export import save_hf
+
+    path = save_weights(folder / "base.pth", model, tokenizer={}, lineage=[])
+    save_hf(folder / "hf", load_weights(path), folder, stop_ids={2})
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.targets}{s.rslora}")
+def test_logits_and_gradients_equal_pefts(settings, tmp_path):
+    """Written as a directory, read by peft, and there again trained on: the same logits, the same gradients of A, B."""
+    peft = pytest.importorskip("peft")
+    from model.interop.peft import save_peft
+
+    theirs = hf_model(base(), tmp_path)
+    model = with_adapter(settings)
+    save_peft(tmp_path / "peft", settings.to_dict(), lora_state(model), dict(path="base", hash=None), layers=2)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft", is_trainable=True)
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+
+    for side in (model, theirs):
+        torch.nn.functional.cross_entropy(side(TOKENS).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(found) == len(expected) == len(lora_state(model))
+    for name, gradient in found.items():
+        layer, _, matrix = name.partition(".adapters.default.")
+        torch.testing.assert_close(gradient, expected[f"base_model.model.{layer}.lora_{matrix}.default.weight"])
+
+
+def test_a_directory_of_pefts_own_is_read(tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = hf_model(base(), tmp_path)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", use_rslora=True, init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert (adapter.settings.rank, adapter.settings.alpha, adapter.settings.rslora) == (3, 7, True)
+    torch.testing.assert_close(logits(adapter.apply(base())), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2})])
+def test_what_would_compute_something_else_is_refused(tmp_path, key, value):
+    values = dict(peft_type="LORA", r=2, lora_alpha=2) | {key: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"adapter_config.json: not supported: {key}="):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("generation", (2, 3))
+def test_minimind_adapters_give_minimind_logits(generation, shared):
+    from safetensors.torch import load_file
+
+    folder = shared / "fixtures"
+    values = json.loads((folder / f"minimind{generation}_dense.json").read_text(encoding="utf-8"))
+    checkpoint = load_weights(folder / f"minimind{generation}_dense.pth")
+    checkpoint.config = config_from_minimind(values)
+    adapter = load_adapter(folder / f"minimind{generation}_lora.pth")
+    assert adapter.settings.scale == 1
+    expected = load_file(folder / f"minimind{generation}_lora.logits.safetensors")
+    plain, model = checkpoint.build(), adapter.apply(checkpoint.build())
+    assert (logits(plain, expected["input_ids"]) - expected["logits"]).abs().max() > 0.01  # it does something
+    found = logits(model, expected["input_ids"])
+    # MiniMind 3 stores fp16: one such rounding of A and B moves these logits by 5e-4
+    torch.testing.assert_close(found, expected["logits"].float(), atol=1e-4 if generation == 2 else 1e-3, rtol=1e-4)
+
+
+# ---- by hand
+
+
+def test_a_layer_by_hand():
+    """W = [[1, 2]], A = [[1, 0]], B = [[3]], alpha 4, rank 1: x = (5, 7) -> 5 + 14 + 4 * 3 * 5 = 79."""
+    model = base()
+    layer = LoRALinear(torch.nn.Linear(2, 1, bias=False))
+    model.model.layers[0].self_attn.q_proj = layer
+    add_lora(model, LoRASettings(rank=1, alpha=4), layers=["model.layers.0.self_attn.q_proj"])
+    for parameter, value in ((layer.weight, [[1.0, 2.0]]), (layer.adapters.default.A, [[1.0, 0.0]]),
+                             (layer.adapters.default.B, [[3.0]])):  # fmt: skip
+        parameter.data = torch.tensor(value)
+    assert layer(torch.tensor([5.0, 7.0])).item() == 79
+    assert LoRASettings(rank=16, alpha=8).scale == 0.5 and LoRASettings(rank=16, alpha=8, rslora=True).scale == 2
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_learns():
+    model, plain = base(), logits(base())
+    names = add_lora(model, LoRASettings(rank=4, targets=("attention",)))
+    assert torch.equal(logits(model), plain)
+    assert len(names) == 2 * 4 and all(".self_attn." in name for name in names)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.adapters.default.{matrix}" for name in names for matrix in "AB"}
+    assert set(base().state_dict()) == {name for name in model.state_dict() if ".adapters." not in name}
+
+
+def test_nothing_is_computed_below_the_first_adapter(monkeypatch):
+    """With adapters in the last block only, no gradient goes through the first, nor into any frozen weight."""
+    model = base()
+    add_lora(model, LoRASettings(targets=("model.layers.1.mlp.down_proj",)))
+    seen = {}
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda m, a, out, i=i: seen.update({i: out[0].requires_grad}))
+    model(TOKENS).logits.sum().backward()
+    assert seen == {0: False, 1: True}
+    assert all(p.grad is None for n, p in model.named_parameters() if ".adapters." not in n)
+
+
+def test_dropout_leaves_out_inputs_in_training_only():
+    model = with_adapter(LoRASettings(rank=4, dropout=0.5))
+    assert not torch.equal(logits(model.train()), logits(model))
+    assert torch.equal(logits(model.eval()), logits(model))
+    layer = adapted(model)["model.layers.0.self_attn.q_proj"].adapters.default.train()
+    layer.A.data.fill_(1.0), layer.B.data.fill_(1.0)
+    out = layer(torch.ones(4000, 24))[:, 0] / (4 * layer.scale)  # 24 ones, half of them dropped, the others doubled
+    assert out.mean().item() == pytest.approx(24, rel=0.02) and out.std().item() == pytest.approx(24**0.5, rel=0.1)
+
+
+# ---- exact
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_merging_is_the_same_model_and_unmerging_gives_every_bit_back(dtype):
+    """Subtracting what was added would not: (w + d) - d differs from w in bf16 nearly everywhere."""
+    model = with_adapter()
+    lower_frozen(model, dtype)
+    model.compute_dtype = dtype
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    expected = logits(model)
+    merge(model)
+    merge(model)  # twice is once
+    found = logits(model)
+    torch.testing.assert_close(found, expected, **(dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else
+                                                   dict(atol=0.25, rtol=0.1)))  # fmt: skip
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
+    unmerge(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(logits(model), expected)
+
+
+def test_merged_weights_stand_alone():
+    model = with_adapter()
+    expected = logits(model)
+    merge(model)
+    remove_lora(model)
+    plain = CausalLM(model.config)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_disabled_is_the_base_and_ends_also_after_an_error():
+    model, plain = with_adapter(), logits(base())
+    expected = logits(model)
+    with pytest.raises(KeyError), adapter_disabled(model):
+        assert torch.equal(logits(model), plain)
+        raise KeyError
+    assert torch.equal(logits(model), expected) and not torch.equal(expected, plain)
+    merge(model)
+    with pytest.raises(ValueError, match="unmerge it first"), adapter_disabled(model):
+        pass
+
+
+def test_several_adapters_on_one_base():
+    model = with_adapter(LoRASettings(rank=4, targets=("attention",)))
+    first = logits(model)
+    add_lora(model, LoRASettings(rank=2, targets=("mlp",)), name="second")
+    stir(model, "second")
+    second = logits(model)
+    activate(model, "default")
+    assert torch.equal(logits(model), first) and not torch.equal(first, second)
+    activate(model, None)
+    assert torch.equal(logits(model), logits(base()))
+    with pytest.raises(ValueError, match="no adapter called 'third'; there are default, second"):
+        activate(model, "third")
+    with pytest.raises(ValueError, match="there is an adapter called 'second' already"):
+        add_lora(model, LoRASettings(targets=("mlp",)), name="second")
+
+
+def test_a_frozen_model_in_bf16_computes_the_same_bits():
+    """Weights are rounded once instead of at every step; norms and the router stay as they are."""
+    model, lowered = base(num_experts=4, num_shared_experts=1, qk_norm=True), None
+    model.compute_dtype = torch.bfloat16
+    expected = logits(model)
+    lowered = base(num_experts=4, num_shared_experts=1, qk_norm=True)
+    lowered.compute_dtype = torch.bfloat16
+    lower_frozen(lowered, torch.bfloat16)
+    assert torch.equal(logits(lowered), expected)
+    kept = {name for name, p in lowered.named_parameters() if p.dtype == torch.float32}
+    assert all("norm" in name or name.endswith("mlp.gate.weight") for name in kept) and len(kept) == 2 * 5 + 1
+
+
+# ---- which layers
+
+
+def test_names_of_layers():
+    model = base()
+    last = lambda *targets: sorted({name.rpartition(".")[2] for name in find_targets(model, targets)})
+    assert last("query_key_value") == ["k_proj", "q_proj", "v_proj"]  # ChatGLM's
+    assert last("dense", "dense_h_to_4h", "dense_4h_to_h") == ["down_proj", "gate_proj", "o_proj", "up_proj"]
+    assert len(find_targets(model, ("all",))) == 2 * 7
+    with pytest.raises(ValueError, match="--lora_targets c_attn: no such linear layer; this model has down_proj, gate"):
+        find_targets(model, ("q_proj", "c_attn"))
+    with pytest.raises(ValueError, match="lm_head: no such linear layer.*may be the embedding too"):
+        find_targets(model, ("lm_head",))
+
+
+def test_experts_are_left_as_they_are_and_that_is_said():
+    moe = base(num_experts=4, num_shared_experts=1)
+    names = find_targets(moe, ("all",))
+    assert len(names) == 2 * (4 + 3) and all("self_attn" in name or "shared_experts" in name for name in names)
+    with pytest.raises(ValueError, match="mlp: no such linear layer.*experts are stacked parameters"):
+        find_targets(base(num_experts=4), ("mlp",))
+
+
+# ---- files
+
+
+def test_an_adapter_file_knows_everything(tmp_path):
+    settings = LoRASettings(rank=4, alpha=3, dropout=0.1, targets=("attention",), rslora=True)
+    model = with_adapter(settings)
+    known = dict(base=dict(path="x.pth", hash="1f"), tokenizer={"hash": "2e"}, lineage=[{"stage": "lora"}])
+    adapter = load_adapter(save_adapter(tmp_path / "a_24.pth", model, settings, **known))
+    assert adapter.settings == settings and adapter.config == model.config
+    assert dict(base=adapter.base, tokenizer=adapter.tokenizer, lineage=adapter.lineage) == known
+    assert torch.equal(logits(adapter.apply(base()).eval()), logits(model.eval()))
+    assert load_adapter(tmp_path).path == adapter.path  # a directory that training left
+    with pytest.raises(ValueError, match=r"a_24.pth: an adapter \(LoRA\), not a model; .*--lora_path"):
+        load_weights(adapter.path)
+
+
+def test_an_adapter_of_another_architecture_is_refused(tmp_path):
+    state = lora_state(with_adapter())
+    adapter = AdapterFile(tmp_path / "a.pth", LoRASettings(rank=4), state)
+    with pytest.raises(ValueError, match=r"a.pth: belongs to another model: .*0.mlp.gate_proj is \(56, 24\)"):
+        adapter.apply(base(intermediate_size=56))
+    with pytest.raises(ValueError, match="this one has no linear layer model.layers.1"):
+        adapter.apply(base(num_hidden_layers=1))
+    save_weights(tmp_path / "full.pth", base(), tokenizer={}, lineage=[])
+    with pytest.raises(ValueError, match="full.pth: not an adapter"):
+        load_adapter(tmp_path / "full.pth")

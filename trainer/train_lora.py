@@ -1,0 +1,95 @@
+"""LoRA: a model learns something new through small matrices beside its frozen weights. Writes only these:
+out/lora/<lora_name>_<hidden>[_moe].pth.
+
+    python trainer/train_lora.py                                            # who it is, on top of out/full_sft_*.pth
+    python trainer/train_lora.py --lora_name lora_medical --data_path dataset/lora_medical.jsonl
+    python trainer/train_lora.py --from_weight pretrain --lora_rank 16 --lora_targets attention --save_peft
+    python eval_model.py --lora_name lora_identity                          # its base is found by itself
+
+Data: chats, as in full fine-tuning. Linear layers can be adapted, experts (stacked parameters) and routers cannot.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trainer.config import LORA, StageConfig, option, parse, run
+
+
+@dataclass(frozen=True)
+class LoRAConfig(StageConfig):
+    """Options of LoRA"""
+
+    elsewhere: ClassVar[dict[str, str]] = {k: v for k, v in StageConfig.elsewhere.items() if k not in LORA} | (
+        dict.fromkeys(("load_in_4bit", "use_4bit", "load_in_8bit", "use_8bit"), "nothing yet")
+    )
+    save_weight: str = option("lora_identity", "name of the adapter", aliases=("lora_name",))
+    lora_rank: int = option(8, "inner size of the matrices", aliases=("lora_r", "r"), within="[1, inf)")
+    lora_alpha: float = option(16.0, "what they add is multiplied by alpha / rank", within="(0, inf)")
+    lora_dropout: float = option(0.0, "share of their inputs left out at random", within="[0, 1)")
+    lora_targets: tuple[str, ...] = option(
+        ("all",), "layers: all, attention, mlp, or names such as q_proj,v_proj", aliases=("target_modules",)
+    )
+    use_rslora: bool = option(False, "alpha / sqrt(rank) instead, for high ranks")
+    use_lora: bool = option(True, "said in files written for other projects")
+    save_peft: bool = option(False, "write a directory that peft reads as well")
+    merge_lora: bool = option(False, "write the full weights with the adapter in them as well: <lora_name>_merged")
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+
+    def problems(self):
+        without = [] if self.use_lora else ["--use_lora false: tuning all weights is trainer/train_full_sft.py"]
+        return super().problems() + without
+
+
+def main():
+    config = parse(LoRAConfig, description=__doc__)
+
+    import torch
+
+    from dataset.lm_dataset import SFTDataset
+    from model.lora import LoRASettings, add_lora, freeze
+    from trainer.backend import start
+    from trainer.engine import Engine, Job
+    from trainer.objectives import NextToken
+    from trainer.outputs import AdapterOnly
+    from trainer.prepare import open_data, open_weights
+
+    torch.manual_seed(config.seed)
+    parent, tokenizer, origin = open_weights(config, "full_sft")
+    settings = LoRASettings(
+        config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora
+    )
+    model = parent.build()
+    freeze(model)
+    layers = add_lora(model, settings)
+    merged = f"{config.save_weight}_merged" if config.merge_lora else ""
+    data = open_data(SFTDataset, config, config.save_weight, tokenizer, on_long=config.on_long)
+    with start(config.device) as backend:
+        torch.manual_seed(config.seed + backend.rank)  # dropout: other samples on every rank
+        Engine(
+            Job(
+                stage=config.save_weight,
+                config=config,
+                model=model,
+                objective=NextToken(),
+                tokenizer=tokenizer,
+                data=data,
+                packing=True,
+                parent=parent,
+                notes=[origin, f"adapters beside {len(layers)} layers: {', '.join(config.lora_targets)}"],
+                output=AdapterOnly(settings, parent, config.save_peft, merged),
+            ),
+            backend,
+        ).run()
+
+
+if __name__ == "__main__":
+    run(main)
