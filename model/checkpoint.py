@@ -16,6 +16,9 @@ import json
 import os
 import pickle
 import re
+import shutil
+import socket
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,14 +73,60 @@ def atomic(path: Path):
     half a file, and never costs the one that was there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # what the system says of a full disk does not tell where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Hidden, beside it, and telling whose it is."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Removes what killed processes left half written: anything of a process of this machine that no longer runs (or
+    has this one's number, which is then a former life in the same container), and what is older than a day."""
+    swept = []
+    for path in folder.glob(".*.tmp"):
+        owner = re.search(r"\.([^/]+)-(\d+)\.tmp$", path.name)
+        try:
+            old = time.time() - path.stat().st_mtime > 86400
+            here = owner and owner[1].endswith(socket.gethostname()) and os.name == "posix"
+            if old or (here and not _runs_beside_us(int(owner[2]))):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                swept.append(path)
+        except OSError:  # gone already, or not ours to remove
+            pass
+    return swept
+
+
+def _runs_beside_us(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return process != os.getpid()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in it survive a power cut. Only POSIX systems can open directories; others need not."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def weights_name(name: str, config: ModelConfig) -> str:
@@ -92,8 +141,8 @@ def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage:
     values = dict(config=model.config.to_dict(), tokenizer=tokenizer, lineage=lineage)
     values = json.loads(json.dumps(values))  # a number of numpy's, say, would be a pickled class that nobody could load
     content = dict(format=FORMAT, model=state, **values)
-    with atomic(Path(path)) as temporary:
-        torch.save(content, temporary)
+    with atomic(Path(path)) as temporary, open(temporary, "wb") as file:  # its own writer hides that a disk is full
+        torch.save(content, file)
     return Path(path)
 
 

@@ -10,7 +10,6 @@ hosts' processors, by gloo, so that no GPU is waited for.
 from __future__ import annotations
 
 import os
-import signal
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -50,6 +49,10 @@ class Backend:
         """One CPU tensor of every rank, in order of rank."""
         return [tensor]
 
+    def tell(self, texts: list[str]) -> list[str]:
+        """The first rank's, to all."""
+        return texts
+
     def barrier(self) -> None:
         pass
 
@@ -85,12 +88,16 @@ class DDP(Backend):
         dist.all_gather(parts, tensor, group=self.host)
         return parts
 
+    def tell(self, texts):
+        dist.broadcast_object_list(texts, group=self.host)
+        return texts
+
     def barrier(self):
         dist.barrier(group=self.host)
 
 
 @contextmanager
-def start(device: str = "auto", timeout_minutes: float = 30):
+def start(device: str = "auto", timeout: float = 1800):
     """The backend that the launcher asked for, for as long as the block lasts."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     picked = pick_device(device, local_rank)
@@ -100,33 +107,9 @@ def start(device: str = "auto", timeout_minutes: float = 30):
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     dist.init_process_group(
-        {"cuda": "nccl", "npu": "hccl"}.get(picked.type, "gloo"), timeout=timedelta(minutes=timeout_minutes)
+        {"cuda": "nccl", "npu": "hccl"}.get(picked.type, "gloo"), timeout=timedelta(seconds=timeout)
     )
     try:
         yield DDP(picked)
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def catch_signals():
-    """Ctrl-C and SIGTERM become entries of a list that the loop looks at; a second one ends the process at once."""
-    received: list[int] = []
-    before = {}
-
-    def note(number, frame):
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread (a test, a notebook): its owner handles signals
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -81,6 +81,12 @@ class StageConfig(Options):
                                  within="[0, inf)")
     min_lr_ratio: float = option(0.1, "last learning rate / peak", within="[0, 1]")
     grad_clip: float = option(1.0, "largest gradient norm (0: no limit)", aliases=("max_grad_norm",), within="[0, inf)")
+    # steps that go wrong
+    on_nan: str = option("stop", "a loss or gradient that is not finite: end, or leave the step out",
+                         choices=("stop", "skip"))
+    max_bad_steps: int = option(10, "with --on_nan skip: end after more than N of them in a row", within="[0, inf)")
+    spike_sigma: float = option(6.0, "report a loss of X standard deviations above the last 100 (0: never)",
+                                within="[0, inf)")
     # saving and logs
     save_dir: str = option(str(ROOT / "out"), "where everything is written", aliases=("out_dir",), path=True)
     output_dir: str | None = option(None, "as save_dir, and the result in Hugging Face's layout beside it: "
@@ -102,6 +108,8 @@ class StageConfig(Options):
                         aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
     compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"), switch=("on", "off"),
                           aliases=("use_compile",))
+    ddp_timeout: float = option(1800, "seconds after which a process that does not answer is given up",
+                                within="(0, inf)")
     seed: int = option(42, "seed of everything random", within="[0, inf)")
     local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N
 

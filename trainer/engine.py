@@ -2,7 +2,7 @@
 
     job = Job(stage="pretrain", config=config, model=model, objective=NextToken(), tokenizer=tokenizer,
               data=open_data(...), packing=False)
-    with start(config.device) as backend:
+    with start(config.device, config.ddp_timeout) as backend:
         Engine(job, backend).run()
 
 One optimiser step: the loader gives this rank's micro-batches; their units (trained tokens, say) are counted and added
@@ -30,18 +30,16 @@ from model.lora import lower_frozen
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer import resume
-from trainer.backend import Backend, catch_signals
+from trainer.backend import Backend
 from trainer.config import ROOT, StageConfig, describe
+from trainer.ends import catch_signals, explained
 from trainer.logger import RunLogger
 from trainer.objectives import Objective
 from trainer.optim import build_optimizers, clip_and_check, learning_rate
 from trainer.outputs import Weights
 from trainer.prepare import Data
+from trainer.watchdog import Watchdog
 from trainer.window import Window
-
-# What a continued run may not change, since it would no longer be the same run (the number of processes may).
-FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
-LOSS_SCALE = 2.0**14  # of fp16 gradients at the start; halved at every overflow, doubled after 2,000 good steps
 
 
 @dataclass
@@ -70,30 +68,43 @@ class Engine:
         lower_frozen(self.model, self.dtype)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.scale = LOSS_SCALE if self.dtype == torch.float16 else 1.0
-        self.healthy_steps = 0
         self.step, self.tokens, self.best = 0, 0, float("inf")
         self.losses: dict[str, float] = {}  # the newest figures, for the lineage
         self.name = weights_name(config.save_weight, self.model.config)
         self.save_dir = Path(config.save_dir)
         self.folder = self.save_dir / job.output.folder
-        self.run_id = time.strftime("%Y%m%d-%H%M%S")
-
         states = self.save_dir / "resume" / Path(self.name).stem
-        found = resume.find_state(states, config.from_resume, self._identity(), job.notes.append)
-        if found:
-            self.run_id = found.parent.name
+        found = self._find(states)
+        self.run_id = found.parent.name if found and resume.is_newest(found) else resume.new_run(states)
         self.states = states / self.run_id
         self.loader = self._loader(job.data.train, self._accumulation(found), shuffle=True)
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
         self.logger = RunLogger.create(run_dir, config, enabled=backend.main)
+        self.watch = Watchdog(config, backend, self.loader, self.dtype == torch.float16,
+                              run_dir / "bad_batches.jsonl", self.logger.print)  # fmt: skip
         self._announce(notice)
         self.compiled = self._compile()
         if found:
             self._restore(found)
         self.wrapped = backend.wrap(self.model)
+
+    def _find(self, states: Path) -> Path | None:
+        """The state to continue from. The first rank looks, so that all take the same one."""
+        found, failure, rank = None, None, self.backend.rank
+        if self.backend.main:
+            resume.clean(states, self.folder, self.folder / "best")
+            try:
+                found = resume.find_state(states, self.config.from_resume, self._identity(), self.job.notes.append)
+            except ValueError as error:
+                failure = error
+        found, said = self.backend.tell([str(found or ""), str(failure or "")])
+        if said:
+            raise failure or ValueError(said)
+        if found and not Path(found).is_dir():
+            raise ValueError(f"{found}: rank {rank} does not see it; to resume, all machines have to share --save_dir")
+        return Path(found) if found else None
 
     def _loader(self, data, accumulation_steps: int, shuffle: bool) -> Loader:
         return Loader(
@@ -146,7 +157,8 @@ class Engine:
         logger.start(self.step, self.total)
         self.model.train()
         window, saved = Window(), self.step
-        with catch_signals() as received:
+        owed: set[str] = set()
+        with catch_signals() as received, explained(config, self.model, self.backend.world):
             for step, batches in self.loader.prefetch(self.step, self.total):
                 own = [sum(map(self.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)]
                 units, tokens, stop = self.backend.sum(*own, bool(received))
@@ -156,23 +168,29 @@ class Engine:
                 metrics, norm, bad = self._update(batches, units)
                 self.step = step + 1
                 self.tokens += int(tokens)
-                window.add(metrics, units, tokens)
-                log, save, validate = map(every, (config.log_interval, config.save_interval, config.val_interval))
-                validate = validate or save and not config.val_interval
-                if log or save or validate or self.scale > 1 or self.backend.device.type == "cpu":
-                    self._stop_if(bad, norm)  # on an accelerator, reading the verdict waits for it
-                if log:
+                window.add(metrics, units, tokens, bad)
+                self.watch.note(self.step, units, norm, bad)
+                intervals = dict(log=config.log_interval, save=config.save_interval, val=config.val_interval)
+                due = owed | {name for name, interval in intervals.items() if every(interval)}
+                if "save" in due and not config.val_interval:
+                    due.add("val")
+                # on an accelerator, looking waits for it
+                sound = self.watch.look() if due or self.watch.scale > 1 or self.backend.device.type == "cpu" else True
+                # nothing is kept after a bad step: that waits for a good one, or the end
+                owed = set() if sound or self.step == self.total else due - {"log"}
+                due -= owed
+                if "log" in due:
                     figures = dict(window.read(self.backend), lr=rate, grad_norm=float(norm), tokens=self.tokens)
-                    if validate:
+                    if "val" in due:
                         figures |= self.validate()
                     self._note(figures)
                     window = Window()
-                elif validate:
+                elif "val" in due:
                     self._note(self.validate())
-                if save:
+                if "save" in due:
                     self.save()
                     saved = self.step
-                if save or validate:
+                if due - {"log"}:
                     window.since = time.perf_counter()
             if self.step < self.total:
                 self._leave(received, saved)
@@ -211,34 +229,18 @@ class Engine:
         for i, batch in enumerate(batches):
             with self.backend.accumulate(self.wrapped, last=i == len(batches) - 1):
                 loss, metrics = self.job.objective(self.wrapped, batch.to(self.backend.device))
-                (loss * (self.scale * self.backend.world / units)).backward()
+                (loss * (self.watch.scale * self.backend.world / units)).backward()
+                self.watch.saw(loss)
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
-        norm, bad = clip_and_check(self.parameters, self.config.grad_clip, self.scale, torch.isfinite(sums["loss"]))
+        finite = torch.isfinite(sums["loss"])
+        norm, bad = clip_and_check(self.parameters, self.config.grad_clip, self.watch.scale, finite)
         bad = self.backend.worst(bad)
         for optimizer in self.optimizers:
-            optimizer.found_inf = (
-                bad  # torch's fused optimisers, and our Muon, leave everything as it is where this is 1
-            )
+            optimizer.found_inf = bad  # torch's fused optimisers, and our Muon, leave everything as it is where it is 1
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return sums, norm, bad
-
-    def _stop_if(self, bad: torch.Tensor, norm: torch.Tensor) -> None:
-        """fp16 answers an overflow with a smaller scale; anything else that is not finite ends the run, weights
-        untouched."""
-        if not bad.item():
-            self.healthy_steps += 1
-            if self.scale > 1 and self.healthy_steps % 2000 == 0:
-                self.scale *= 2
-            return
-        if self.scale > 1:
-            self.scale /= 2
-            return
-        raise ValueError(
-            f"the loss or its gradient is not finite at step {self.step} (gradient norm {norm.item()}); the weights "
-            "were not changed by it and nothing was saved after it. Lower --learning_rate, or look at this step's data"
-        )
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -267,15 +269,16 @@ class Engine:
     def save(self) -> None:
         """The weights, and the state to continue from. All ranks take part; the first one writes."""
         random = torch.stack(self.backend.gather(torch.get_rng_state()))
-        self._write(self.folder / self.name)
         if self.backend.main:
             tensors = dict(
                 weights=self._trained(),
                 optimizer=resume.optimizer_tensors(self.model, self.optimizers),
                 random=dict(cpu=random),
             )
+            resume.refuse_infinite(tensors)
             resume.save_state(self.states, self.step, tensors, self._state(), self.config.keep_last)
-            self.logger.draw()
+        self._write(self.folder / self.name)
+        self.logger.draw()
         self.backend.barrier()
 
     def _write(self, path: Path) -> None:
@@ -310,7 +313,7 @@ class Engine:
             tokenizer=self.job.tokenizer.hash,
             parent=self.job.parent.hash if self.job.parent else None,
             **self.job.output.identity,
-            **{name: getattr(self.config, name) for name in FIXED},
+            **{name: getattr(self.config, name) for name in resume.FIXED},
         )
 
     def _state(self) -> dict:
@@ -322,9 +325,10 @@ class Engine:
             tokens=self.tokens,
             examples=self.loader.examples_per_step,
             best=self.best if self.best < float("inf") else None,
-            scale=self.scale,
+            scale=self.watch.scale,
             losses=self.losses,
             identity=self._identity(),
+            launch=resume.launch(),
             machine=machine,
             config=self.config.as_dict(),
         )
@@ -337,10 +341,11 @@ class Engine:
         resume.restore_optimizers(self.model, self.optimizers, tensors["optimizer"])
         random = tensors["random"]["cpu"]
         torch.set_rng_state(random[self.backend.rank % len(random)])
-        self.step, self.tokens, self.scale, self.losses = (state[k] for k in ("step", "tokens", "scale", "losses"))
+        self.step, self.tokens, self.losses = (state[k] for k in ("step", "tokens", "losses"))
+        self.watch.scale = state["scale"]
         self.best = float("inf") if state["best"] is None else state["best"]
         say, now = self.logger.print, self._state()
-        say(f"resumed after step {self.step:,} of {self.total:,} from {path}")
+        say(f"resumed after step {self.step:,} of {self.total:,} from {path}; {resume.RULE}")
         for part in ("config", "machine"):
             changed = [f"{k} {v} -> {now[part][k]}" for k, v in state[part].items() if str(now[part].get(k)) != str(v)]
             if changed := [line for line in changed if not line.startswith("from_resume ")]:

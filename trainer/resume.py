@@ -3,9 +3,10 @@
     <save_dir>/resume/<name>_<hidden>[_moe]/<run_id>/step_00000500/
         weights.safetensors  optimizer.safetensors  random.safetensors  state.json  manifest.json
 
-Tensors are full, fp32 and filed by parameter name. Everything is written into a hidden directory beside, fsynced, the
-manifest (sizes and SHA-256 of the other files) last, and then renamed: a state exists whole or not at all. On reading,
-the newest that its manifest confirms is taken. No pickle anywhere.
+Tensors are full, fp32 and filed by parameter name; trainer/durable.py writes them so that a state exists whole or not
+at all. On reading, the newest that its manifest confirms is taken, and a broken one is named and set aside. An older
+state goes only once the newer one is on the disk, and none is ever overwritten: the same step again is step_00000500.1,
+and a run that goes on from another than its newest state becomes a run of its own.
 """
 
 from __future__ import annotations
@@ -13,48 +14,71 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
+import socket
+import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-MANIFEST = "manifest.json"
+from model.checkpoint import sweep
+from trainer.durable import problem, remove, write_folder
+
+# What a continued run may not change, since it would no longer be the same run
+FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
+RULE = (
+    f"a continued run keeps its architecture, data, tokenizer, parent weights, {', '.join(FIXED)} and the examples of "
+    "a step (batch_size x accumulation_steps x processes); the rest may change, learning_rate and epochs for instance"
+)
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep_last: int) -> Path:
     """Writes <folder>/step_<n> from {"weights": {name: tensor}, ...} and plain values; then drops the oldest states."""
-    final = folder / f"step_{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for name, content in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in content.items()}, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-        _sync(*partial.iterdir(), partial)
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume
-        os.replace(partial, final)
-        _sync(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    again = [path for path in _states(folder) if _number(path)[0] == step]
+    final = folder / (f"step_{step:08d}" + (f".{_number(again[-1])[1] + 1}" if again else ""))
+    write_folder(final, tensors, state)
     for old in _states(folder)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return final
 
 
+def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Numbers that nobody could continue from never replace ones that somebody can."""
+    for kind, content in tensors.items():
+        for name, tensor in content.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{kind} {name} is no longer finite, so nothing was saved; continue from the state before, with "
+                    "--from_resume auto and a lower --learning_rate"
+                )
+
+
 def newest_state(folder: Path, say=print) -> Path | None:
-    """The newest whole state below a run's folder; broken ones are named and passed over."""
+    """The newest whole state of a run's folder; broken ones are named and set aside."""
     for path in reversed(_states(folder)):
-        problem = _problem(path)
-        if problem is None:
+        reason = problem(path)
+        if reason is None:
             return path
-        say(f"{path}: {problem}; trying the one before")
+        aside = path.with_name(f"broken-{path.name}")
+        try:
+            os.rename(path, aside)  # kept for whoever wants to look; it counts no longer
+            say(f"{path}: {reason}; trying the one before ({aside.name} is what is left of it)")
+        except OSError:
+            say(f"{path}: {reason}; trying the one before")
     return None
+
+
+def is_newest(state: Path) -> bool:
+    """Whether its run has gone no further."""
+    return state == _states(state.parent)[-1]
+
+
+def clean(states: Path, *folders: Path) -> None:
+    """Removes what a killed save left half written in these folders and in those of the runs below `states`."""
+    for folder in (*folders, *states.glob("*")):
+        sweep(folder)
 
 
 def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -68,27 +92,37 @@ def read_values(path: Path) -> dict:
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
+def new_run(states: Path) -> str:
+    """A name that no run has yet, later in the alphabet than all before."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    return name if not (states / name).exists() else f"{name}-{1 + len(list(states.glob(f'{name}*')))}"
+
+
+def launch() -> str:
+    """Which start of torchrun this process belongs to: the same for all its restarts."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}@{socket.gethostname()}:{os.getppid()}"
+
+
 def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
     """The state that --from_resume means: 0 none, 1 or auto the newest run of this identity below `states`, or a path.
 
-    A process that torchrun has restarted resumes in any case. ValueError where runs exist, but none of this identity.
+    A process that torchrun has restarted goes on where this launch of torchrun was, whatever the flag says.
+    ValueError where runs exist, but none of this identity.
     """
-    if wanted in ("0", "") and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+    newest = lambda: [state for run in sorted(states.glob("*"), reverse=True) if (state := newest_state(run, say))]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        if ours := [state for state in newest() if read_values(state).get("launch") == launch()]:
+            return ours[0]
+        say(f"restarted before anything was saved in {states}")
+    if wanted in ("0", ""):
         return None
-    if wanted in ("0", "", "1", "auto"):
-        runs = sorted(path for path in states.glob("*") if path.is_dir())
-        candidates = [state for run in reversed(runs) if (state := newest_state(run, say))]
+    if wanted in ("1", "auto"):
+        candidates = newest()
         if not candidates:
             say(f"nothing to resume in {states}: starting afresh")
             return None
     else:
-        path = Path(wanted)
-        state = path if path.name.startswith("step_") and _problem(path) is None else newest_state(path, say)
-        if state is None:
-            raise ValueError(
-                f"--from_resume {wanted}: no whole state there; give the directory of a run or of a step_*"
-            )
-        candidates = [state]
+        candidates = [_at(Path(wanted), say)]
     reasons = []
     for path in candidates:
         theirs = read_values(path)["identity"]
@@ -98,7 +132,22 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
         if not different:
             return path
         reasons.append(f"{path}: {', '.join(different)}")
-    raise ValueError(f"--from_resume {wanted}: no state of the same model and data; {' | '.join(reasons[:3])}")
+    raise ValueError(
+        f"--from_resume {wanted}: no state of the same model and data; {' | '.join(reasons[:3])}. {RULE[0].upper()}"
+        f"{RULE[1:]}"
+    )
+
+
+def _at(path: Path, say) -> Path:
+    """What a typed path means: a state, or the newest one of a run."""
+    if _number(path):
+        if reason := problem(path):
+            raise ValueError(f"--from_resume {path}: {reason}; take another step_* beside it, or auto")
+        return path
+    state = newest_state(path, say)
+    if state is None:
+        raise ValueError(f"--from_resume {path}: no whole state there; give the directory of a run or of a step_*")
+    return state
 
 
 def _short(value) -> str:
@@ -106,39 +155,14 @@ def _short(value) -> str:
     return text if len(text) <= 60 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def _number(path: Path) -> tuple[int, int] | None:
+    """step_00000500.1 -> (500, 1)"""
+    match = re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name)
+    return match and (int(match[1]), int(match[2] or 0))
+
+
 def _states(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
-
-
-def _problem(path: Path) -> str | None:
-    """Why a state is not whole."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            if _fingerprint(path / name) != expected:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"not a whole state ({error})"
-    return None
-
-
-def _fingerprint(path: Path) -> dict:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        if path.is_dir() and os.name != "posix":
-            continue  # directories can be opened, and so flushed, on POSIX systems only
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    return sorted((path for path in folder.glob("step_*") if _number(path) and path.is_dir()), key=_number)
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
