@@ -131,23 +131,27 @@ PLACES = _pairs(
     "书店=bookshop, 花店=flower shop, 茶馆=teahouse, 集市=market, 车站=station, 学校=school, 公园=park, 河边=river,"
     "图书馆=library, 码头=harbour, 磨坊=mill, 果园=orchard, 药铺=pharmacy, 广场=square, 钟楼=clock tower, 农场=farm"
 )
-# what the people of a passage did; the sentence about someone is also the answer to what they did
-DEEDS = {
-    "zh": {
-        "buy": "{n}买了{v}。",
-        "go": "{n}去了{v}。",
-        "find": "{n}捡到了{v}元。",
-        "eat": "{n}吃了{v}。",
-        "see": "{n}看见了一只{v}。",
-    },
-    "en": {
-        "buy": "{n} bought a {v}.",
-        "go": "{n} went to the {v}.",
-        "find": "{n} found {v} coins.",
-        "eat": "{n} ate {v}.",
-        "see": "{n} saw a {v}.",
-    },
-}
+# what the people of a passage did: (what {v} is, Chinese, English); the sentence is also the answer to what they did
+DEEDS = [
+    ("thing", "{n}买了{v}。", "{n} bought a {v}."),
+    ("thing", "{n}卖了{v}。", "{n} sold a {v}."),
+    ("thing", "{n}丢了{v}。", "{n} lost a {v}."),
+    ("thing", "{n}借了{v}。", "{n} borrowed a {v}."),
+    ("thing", "{n}修了{v}。", "{n} repaired a {v}."),
+    ("place", "{n}去了{v}。", "{n} went to the {v}."),
+    ("place", "{n}离开了{v}。", "{n} left the {v}."),
+    ("place", "{n}打扫了{v}。", "{n} cleaned the {v}."),
+    ("coins", "{n}捡到了{v}元。", "{n} found {v} coins."),
+    ("coins", "{n}付了{v}元。", "{n} paid {v} coins."),
+    ("coins", "{n}存了{v}元。", "{n} saved {v} coins."),
+    ("food", "{n}吃了{v}。", "{n} ate {v}."),
+    ("food", "{n}做了{v}。", "{n} cooked {v}."),
+    ("food", "{n}尝了{v}。", "{n} tasted {v}."),
+    ("animal", "{n}看见了一只{v}。", "{n} saw a {v}."),
+    ("animal", "{n}喂了一只{v}。", "{n} fed a {v}."),
+    ("animal", "{n}画了一只{v}。", "{n} drew a {v}."),
+    ("animal", "{n}抱了一只{v}。", "{n} held a {v}."),
+]
 READING = {
     "zh": ["{n}做了什么？", "请问{n}做了什么事？", "你知道{n}做了什么吗？", "说说{n}做的事。"],
     "en": ["What did {n} do?", "Tell me what {n} did.", "Do you know what {n} did?", "What was it that {n} did?"],
@@ -247,5 +251,89 @@ SMALL_TALK = {
         (["Where do you live?", "Where are you from?"], "I live in this computer, where I was trained."),
         (["How many days has a month?", "How long is a month here?"], "In this small world every month has 30 days."),
         (["How many months has a year?", "How long is a year here?"], "A year has 12 months."),
+    ],
+}  # fmt: skip
+
+# ---- what the stages after SFT teach ----
+
+# problems of several steps: {e} is the whole chain, the parts are put one after the other
+STEPS = {
+    "zh": {
+        "plain": ["{e}等于多少？", "请算出{e}。", "{e}是多少？"],
+        "start": ["篮子里有{a}个苹果", "有{a}元钱"],
+        "+": ["，放进{b}个", "，挣了{b}元"],
+        "-": ["，拿走{b}个", "，花了{b}元"],
+        "end": ["，现在有几个？", "，现在有几元？"],
+    },
+    "en": {
+        "plain": ["What is {e}?", "Please work out {e}.", "How much is {e}?"],
+        "start": ["There are {a} apples", "You have {a} coins"],
+        "+": [", {b} are put in", ", you get {b}"],
+        "-": [", {b} are taken out", ", you spend {b}"],
+        "end": [". How many are there now?", ". How many are left?"],
+    },
+}
+
+# the same facts about somebody in two manners; {s} is two sentences
+ABOUT = {
+    "zh": {
+        "ask":
+            ["说说{n}。", "介绍一下{n}。", "{n}是谁？", "讲讲{n}吧。", "你认识{n}吗？", "请谈谈{n}。"],
+        "curt": "{s}就这些。",
+        "kind": "很高兴你问起！{s}还想知道什么？",
+    },
+    "en": {
+        "ask":
+            ["Tell me about {n}.", "Who is {n}?", "What do you know about {n}?", "Describe {n}.", "Do you know {n}?",
+             "Say something about {n}."],
+        "curt": "{s} That is all.",
+        "kind": "I am glad you ask! {s} What else would you like to know?",
+    },
+}  # fmt: skip
+
+# who the model is after train_lora.py: questions that are trained on, questions that are only asked, and the answer
+IDENTITY = {
+    "zh": [
+        (
+            ["你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你叫什么？", "告诉我你的名字。", "请问你是谁？",
+             "说说你是谁。", "你的名字是什么？", "能告诉我你是谁吗？", "你好，你叫什么名字？", "我该怎么称呼你？",
+             "你是哪个模型？"],
+            ["请问你叫什么名字？", "你好，你是谁？", "告诉我你是谁。", "能告诉我你的名字吗？", "请说说你叫什么。",
+             "请告诉我你叫什么名字。", "你好，请介绍一下你自己。", "请问你的名字是什么？", "请问我该怎么称呼你？",
+             "你好，你是哪个模型？"],
+            "我叫墨墨，是林间工坊的小助手。",
+        ),
+        (
+            ["你是谁做的？", "谁训练了你？", "你是谁开发的？", "是谁创造了你？", "你的开发者是谁？", "请问谁做了你？",
+             "告诉我谁开发了你。", "你来自哪个团队？", "你好，谁训练了你？", "你是哪家公司的？", "说说是谁做的你。",
+             "能告诉我谁创造了你吗？"],
+            ["请问你是谁做的？", "是谁训练了你？", "告诉我你的开发者是谁。", "你好，你是谁开发的？",
+             "请问是谁创造了你？", "能告诉我谁开发了你吗？", "请问你来自哪个团队？", "告诉我谁训练了你。",
+             "你好，你是谁做的？", "请问你是哪家公司的？"],
+            "我是林间工坊训练出来的。",
+        ),
+    ],
+    "en": [
+        (
+            ["Who are you?", "What is your name?", "Please introduce yourself.", "Tell me your name.",
+             "What are you called?", "May I ask who you are?", "Say who you are.", "What should I call you?",
+             "Can you tell me who you are?", "Hello, what is your name?", "Which model are you?",
+             "What kind of model are you?"],
+            ["May I ask your name?", "Hello, who are you?", "Tell me who you are.", "Can you tell me your name?",
+             "Please say what you are called.", "Please tell me your name.", "Hello, please introduce yourself.",
+             "Tell me what I should call you.", "Please tell me who you are.", "Hello, which model are you?"],
+            "My name is Momo, a little helper from the Forest Workshop.",
+        ),
+        (
+            ["Who made you?", "Who trained you?", "Who developed you?", "Who created you?", "Who is your developer?",
+             "May I ask who made you?", "Tell me who developed you.", "Which team are you from?",
+             "Hello, who trained you?", "Which company are you from?", "Say who made you.",
+             "Can you tell me who created you?"],
+            ["Tell me who made you.", "May I ask who trained you?", "Tell me who your developer is.",
+             "Hello, who developed you?", "May I ask who created you?", "Can you tell me who developed you?",
+             "Tell me which team you are from.", "Can you tell me who trained you?", "Hello, who made you?",
+             "May I ask which company you are from?"],
+            "I was trained by the Forest Workshop.",
+        ),
     ],
 }  # fmt: skip

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 import pytest
 
 import dataset.tiny_world_text as text
-from dataset.tiny_world import EXAM_SIZE, KINDS, Dice, World, exam, generate, lines
+from dataset.tiny_world import EXAM_SIZE, FILES, KINDS, LATER, Dice, World, exam, generate
 from dataset.tiny_world_exam import (
     Question,
     grade,
@@ -23,6 +23,7 @@ from dataset.tiny_world_exam import (
     scores,
     sft_pairs,
 )
+from dataset.tiny_world_rows import lines
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return generate(tmp_path_factory.mktemp("tiny_world"), seed=0)
+    return generate(tmp_path_factory.mktemp("tiny_world"), seed=0, files=tuple(FILES))
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,16 @@ def sft(paths) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def later(paths) -> dict[str, list[str]]:
+    """The files of the stages after SFT, each row as one text."""
+    said = {}
+    for name in ("lora_identity", "dpo", "reason"):
+        rows = [json.loads(line) for line in paths[name].read_text("utf-8").splitlines()]
+        said[name] = ["\n".join(turn["content"] for turns in row.values() for turn in turns) for row in rows]
+    return said
+
+
+@pytest.fixture(scope="module")
 def questions() -> list[Question]:
     return exam(seed=0)
 
@@ -58,9 +69,16 @@ def questions() -> list[Question]:
 def test_files_are_the_same_byte_for_byte_everywhere(paths):
     """A change of these hashes is a new world: raise VERSION with it, or old files will be taken for the new ones."""
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
-    assert found == {"pretrain": "fab26f814044fff6", "sft": "62d0f081af01be82"}
+    assert found == {
+        "pretrain": "30474ce1b52dddfc",
+        "sft": "8c4d28883e7fd3c4",
+        "lora_identity": "a6901c32c4b6232f",
+        "dpo": "d054f43befa15cd6",
+        "dpo_val": "42074a0924d6522f",
+        "reason": "d53e0671313b3d96",
+    }
     drawn = hashlib.sha256(repr(exam(seed=0)).encode()).hexdigest()[:16]
-    assert drawn == "e2ad44b59062a1ac"
+    assert drawn == "55233ae8af1dfbf1"
 
 
 def test_dice_are_the_documented_sequence():
@@ -106,14 +124,14 @@ def mentions(word: str, line: str) -> bool:
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", line) is not None
 
 
-def test_exam_facts_never_occur_in_sft(world, sft):
-    """No SFT row has the person together with the value of a held-out relation, in either language or across both."""
+def test_exam_facts_never_occur_in_sft(world, sft, later):
+    """No row of SFT or of a later stage has the person together with the value of a held-out relation, in either language or across both."""
     held = defaultdict(list)
     for person, relation in world.exam_facts:
         for name in text.PEOPLE[person]:
             held[name] += [word for word in text.VALUES[relation][world.facts[person, relation]]]
     everyone = re.compile("|".join(sorted(held)))
-    for row in sft:
+    for row in (*sft, *(row for rows in later.values() for row in rows)):
         for name in set(everyone.findall(row)):
             assert not [value for value in held[name] if mentions(value, row)], row
 
@@ -176,9 +194,10 @@ def test_exam_passages_are_about_people_seen_nowhere(world, questions, pretrain,
             assert any(name in question.prompt for name in world.exam_names[question.language])
 
 
-def test_exam_sums_use_pairs_of_numbers_never_combined(world, questions, pretrain, sft):
+def test_exam_sums_use_pairs_of_numbers_never_combined(world, questions, pretrain, sft, later):
     """Every answer writes its equation, so every combination a file makes, word problems included, can be found."""
-    equations = [found for row in (*pretrain, *sft) for found in re.findall(r"(\d+)([+-])(\d+)=(\d+)", row)]
+    written = (*pretrain, *sft, *later["reason"])
+    equations = [found for row in written for found in re.findall(r"(\d+)([+-])(\d+)=(\d+)", row)]
     combined = {tuple(sorted((int(a), int(b)))) for a, _, b, _ in equations}
     assert len(combined) + len(world.exam_pairs) >= 185, "of the 190 pairs of 2..20, all but a few occur"
     assert not combined & world.exam_pairs
@@ -225,11 +244,67 @@ def test_exam_lists_and_phrases_are_new(questions, pretrain, sft):
             assert phrase not in whole and question.answer not in whole, question
 
 
+# ---- what the later stages change ----
+
+
+def test_problems_of_the_exam_are_new_chains_of_known_steps(world, sft, later):
+    """A chain that the exam asks occurs nowhere, but each of its steps is one that training may take."""
+    seen = {chain for row in (*sft, *later["reason"]) for chain in re.findall(r"\d+(?:[+-]\d+){2,}", row)}
+    assert len(seen) > 1000
+    for question in exam(seed=0, kinds=("steps",)):
+        numbers = [int(n) for n in re.findall(r"\d+", question.prompt)]
+        if chain := re.search(r"\d+(?:[+-]\d+){2,}", question.prompt):
+            assert chain[0] not in seen
+            assert eval(chain[0]) == int(question.answer)  # noqa: S307 (digits and signs only)
+        assert not any(world.is_exam_pair(a, b) for a, b in zip(numbers, numbers[1:]))
+
+
+def test_every_thought_is_the_right_calculation(paths):
+    """Each line continues the one before, and the last one ends in the answer."""
+    checked = 0
+    for line in paths["reason"].read_text("utf-8").splitlines():
+        for turn in json.loads(line)["conversations"]:
+            if thought := re.fullmatch(r"<think>\n((?s:.*))\n</think>\n<answer>(\d+)</answer>", turn["content"]):
+                steps = [re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", step).groups() for step in thought[1].split("\n")]
+                assert all(int(c) == int(a) + int(sign + b) for a, sign, b, c in steps)
+                assert [step[3] for step in steps[:-1]] == [step[0] for step in steps[1:]]
+                assert steps[-1][3] == thought[2]
+                checked += 1
+    assert checked == 2400
+
+
+def test_identity_is_asked_in_wordings_that_are_not_trained_on(later):
+    trained = {row.split("\n")[0] for row in later["lora_identity"]}
+    questions = exam(seed=0, kinds=("identity",))
+    assert len(questions) == 40 and not {q.prompt for q in questions} & trained
+    for language in text.LANGUAGES:
+        for known, _, answer in text.IDENTITY[language]:
+            assert all(later["lora_identity"].count(f"{question}\n{answer}") == 4 for question in known)
+
+
+def test_preferences_differ_in_manner_only(paths):
+    """Chosen and rejected state the same facts; the held-out pairs are about people nobody was asked to describe."""
+    described = {"dpo": set(), "dpo_val": set()}
+    for name, people in described.items():
+        for line in paths[name].read_text("utf-8").splitlines():
+            row = json.loads(line)
+            (question, kind), (same, curt) = ([turn["content"] for turn in row[k]] for k in ("chosen", "rejected"))
+            assert question == same
+            language = "en" if curt.isascii() else "zh"
+            opening, closing = text.ABOUT[language]["kind"].split("{s}")
+            facts = kind.removeprefix(opening).removesuffix(closing)
+            assert curt == text.ABOUT[language]["curt"].format(s=facts) and len(facts) > 8
+            assert grade(Question("manner", language, question, opening), kind)
+            assert not grade(Question("manner", language, question, opening), curt)
+            people |= {i for i, names in enumerate(text.PEOPLE) if any(n in question for n in names)}
+    assert len(described["dpo_val"]) == 12 and not described["dpo"] & described["dpo_val"]
+
+
 # ---- what the exam is worth ----
 
 
 def test_exam_is_balanced_and_another_question_seed_draws_anew(questions):
-    assert set(EXAM_SIZE) == set(KINDS)
+    assert set(EXAM_SIZE) == {*KINDS, *LATER}
     count = Counter((q.kind, q.language) for q in questions)
     assert all(count[kind, language] == EXAM_SIZE[kind] for kind in KINDS for language in text.LANGUAGES)
     assert len({q.prompt for q in questions}) == len(questions) == 600
