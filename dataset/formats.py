@@ -18,16 +18,20 @@ A ValueError gives the reason, its caller knows the place.
 Which layout a row has is told by the columns it has: the first line of LAYOUTS whose columns are all there. To read
 another one add a line. docs/data.md shows an example of each.
 """
-import json
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
+from dataset.jsonl import loads
 from tokenizer.chat import Conversation
 
 ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
     "chatgpt": "assistant", "developer": "system", "observation": "tool", "tool_response": "tool", "function": "tool",
+}  # fmt: skip
+PARTS = {
+    "text": "text", "input_text": "text", "output_text": "text", "reasoning": "reasoning", "thinking": "reasoning",
+    "tool_call": "tool_call",
 }  # fmt: skip
 CALLS = ("function_call", "tool_call")  # as roles: a turn of the assistant that is nothing but calls
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -244,8 +248,8 @@ def _parts(parts: list, where: str) -> tuple[str, str, list]:
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        name = {"thinking": "reasoning", "input_text": "text", "output_text": "text"}.get(kind, kind)
-        if name not in found:
+        name = PARTS.get(kind) if isinstance(kind, str) else None
+        if name is None:
             raise ValueError(f"{where}: only text can be read, this part is {_short(part)}")
         words = next((part[key] for key in ("value", kind, "text") if key in part), None)
         if name == "tool_call":
@@ -309,9 +313,9 @@ def _listed(value: object, where: str) -> list:
 
 def _parsed(text: str, where: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: not JSON, {_short(text)}") from None
+        return loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON, {_short(text)} ({error})") from None
 
 
 def _text(value: object, where: str) -> str:

@@ -212,26 +212,35 @@ class _ArrayReader:
                 if self.ended:
                     self.at = min(error.pos, len(self.text))
                     self.fail(error.msg)
+            except RecursionError:
+                self.fail("nested too deeply")
+            except ValueError as error:  # a number of thousands of digits
+                self.fail(str(error))
             self.more()
 
 
 def parse_row(raw: bytes) -> dict:
     """One row's object; a ValueError gives the reason, without the place, when it is none."""
     text = decode(raw)
-    try:
-        row = _decode(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    row = loads(text)
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object {{...}}, this is {type(row).__name__} {text[:40]!r}")
-    if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
-        try:  # half of a surrogate pair is valid JSON but no text
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
     return row
+
+
+def loads(text: str) -> object:
+    """JSON, strictly: a key that stands twice is an error (of its values one would be lost), half a character too."""
+    try:
+        value = _decode(text)
+        if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
+    except UnicodeEncodeError as error:  # half of a surrogate pair is valid JSON but no text
+        raise ValueError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:

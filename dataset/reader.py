@@ -21,8 +21,7 @@ from dataset.formats import DIALOGUES, column_names, layout_of, not_that_kind
 from dataset.jsonl import Jsonl, decode, parse_row
 from tokenizer.chat import check_messages
 
-HEAD = 100  # rows that may tell what the file holds, of at most HEAD_BYTES together
-HEAD_BYTES = 8 << 20
+HEAD = 100  # rows in which a mapping's columns must be found
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,12 @@ class Reader:
     mapping: Mapping | None = None
 
     def __call__(self, raw: bytes) -> dict:
+        try:
+            return self._read(raw)
+        except RecursionError:  # what the parser takes may still be too deep to be looked at
+            raise ValueError("nested too deeply") from None
+
+    def _read(self, raw: bytes) -> dict:
         if self.kind == "plain":
             return {"text": decode(raw).replace("\r\n", "\n")}
         row = parse_row(raw)
@@ -110,14 +115,12 @@ class Reader:
 
 def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None = None) -> Reader:
     """By the first row that is of this kind; kind None: of any, and the reader says of which."""
-    found, columns, size = None, {}, 0
-    for i in range(min(HEAD, len(source))):
-        raw = source.raw(i)
-        size += len(raw)
-        if found and not mapping or size > HEAD_BYTES and i:
+    found, columns = None, {}
+    for i in range(len(source)):
+        if found and (i == HEAD or not mapping):
             break
         try:
-            row = parse_row(raw)
+            row = source[i]
         except ValueError:
             continue  # it will be reported when its turn comes
         columns |= dict.fromkeys(row)

@@ -1,0 +1,150 @@
+"""What is wrong with data files, and what training on them would be like.
+
+    python scripts/check_data.py dataset/sft.jsonl
+    python scripts/check_data.py train.jsonl --val_path val.jsonl --max_seq_len 1024
+    python scripts/check_data.py train.jsonl --fix        # writes train.clean.jsonl, train.jsonl.rejects.jsonl
+    python scripts/check_data.py *.jsonl --json           # for machines
+
+Errors are what training would stop at. The exit status is 1 if there are any, else 0. A random sample of 4 MB of rows
+is tokenised (--sample_mb 0: all of them); everything else is said of every row.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import json
+import time
+from dataclasses import dataclass
+
+from trainer.config import Options, option, parse, run
+
+BAR = 40  # characters of the longest bar
+LABEL = 12
+
+
+@dataclass(frozen=True)
+class CheckConfig(Options):
+    """Options of the data doctor"""
+
+    data_path: tuple[str, ...] = option((), "files to check; the flag may be left out", path=True,
+                                        aliases=("data_file", "train_path"))
+    val_path: tuple[str, ...] = option((), "validation files: rows of theirs are reported", path=True,
+                                       aliases=("eval_data",))
+    max_seq_len: int = option(512, "length at which cuts and packing are counted", within="[2, inf)",
+                              aliases=("max_length", "cutoff_len"))
+    batch_size: int = option(16, "examples that packing may put together", within="[1, inf)")
+    kind: str | None = option(None, "what the rows must be", choices=("text", "chat", "preference", "rated"))
+    data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
+    tokenizer_path: str | None = option(None, "directory with a tokenizer.json", path=True)
+    sample_mb: float = option(4.0, "how much is tokenised (0: everything)", within="[0, inf)")
+    fix: bool = option(False, "write <name>.clean.jsonl and <file>.rejects.jsonl")
+    json: bool = option(False, "print JSON")
+    cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
+
+    def problems(self) -> list[str]:
+        return super().problems() + ([] if self.data_path else ["name a file: python scripts/check_data.py FILE ..."])
+
+
+def main():
+    words = sys.argv[1:]
+    files = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    config = parse(CheckConfig, ["--data_path", *words] if files else words, description=__doc__)
+
+    import numpy as np
+
+    from dataset.doctor import examine, hashes_of
+    from dataset.reader import read_mapping
+    from tokenizer.text import Tokenizer
+
+    tokenizer, mapping = Tokenizer.load(config.tokenizer_path), read_mapping(config.data_mapping)
+    options = dict(mapping=mapping, cache_dir=config.cache_dir)
+    known = [hashes_of(path, **options) for path in config.val_path]
+    known = np.sort(np.concatenate(known)) if known else None
+    reports = []
+    for path in config.data_path:
+        began = time.perf_counter()
+        found = examine(
+            path, tokenizer, max_seq_len=config.max_seq_len, batch_size=config.batch_size, kind=config.kind,
+            val_hashes=known, sample=int(config.sample_mb * (1 << 20)), **options,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        reports.append(found.report)
+        if not config.json:
+            print("\n".join(lines(found.report, config, seconds)), flush=True)
+        if config.fix and not found.report.failure:
+            clean = Path(path).with_name(f"{Path(path).stem}.clean.jsonl")
+            rejects = Path(path).with_name(f"{Path(path).name}.rejects.jsonl")
+            good, bad = found.fix(clean, rejects)
+            if not config.json:
+                print(f"{'':<{LABEL}}wrote {good:,} rows to {clean}, {bad:,} to {rejects}")
+    if config.json:
+        print(json.dumps([report.as_dict() for report in reports], ensure_ascii=False, indent=1))
+    if any(report.failure or report.bad for report in reports):
+        raise SystemExit(1)
+
+
+def lines(report, config: CheckConfig, seconds: float) -> list[str]:
+    """The report as people read it."""
+    if report.failure:
+        return [report.path, f"{'error':<{LABEL}}{report.failure}", ""]
+    layout = f"{report.kind}: {report.layout}" if report.layout else "plain text"
+    out = [f"{report.path}", f"{'rows':<{LABEL}}{report.rows:,} ({layout}), {report.size / 1e6:,.1f} MB, "
+           f"{seconds:.1f} s"]  # fmt: skip
+
+    def say(label: str, text: str) -> None:
+        out.append(f"{label:<{LABEL}}{text}")
+
+    say("errors", f"{report.bad:,} rows cannot be read" if report.bad else "none")
+    for finding in sorted(report.errors.values(), key=lambda finding: -finding.count):
+        say("", f"{finding.count:>7,}  {finding.what}  ({where(finding)})")
+    if report.roles:
+        say("roles", ", ".join(f"{role} {count:,}" for role, count in report.roles.items()))
+    for finding in report.notes.values():
+        say("note", f"{finding.count:,} rows {finding.what}  ({where(finding)})")
+    if report.empty.count:
+        say("empty", f"{report.empty.count:,} rows with nothing to train on  ({where(report.empty)})")
+    if report.kind:
+        twice = report.duplicates
+        say("duplicates", f"{twice.count:,} rows stand here before  ({where(twice)})" if twice.count else "none")
+    if config.val_path:
+        shared = report.overlap
+        say("validation", f"{shared.count:,} rows are also there  ({where(shared)})" if shared.count else "none shared")
+    return [*out, *token_lines(report), ""]
+
+
+def token_lines(report) -> list[str]:
+    found = report.tokens
+    if not found:
+        return []
+    of = "all of them" if found["exact"] else f"a sample of {found['sampled']:,}"
+    out = [f"{'tokens':<{LABEL}}median {found['median']:,}, 90 % up to {found['p90']:,}, 99 % up to {found['p99']:,}, "
+           f"longest {found['max']:,}; {found['total']:,} in {of}"]  # fmt: skip
+    most = max(count for _, count in found["histogram"])
+    for bound, count in found["histogram"]:
+        out.append(f"{'':<{LABEL}}{'<= ' + format(bound, ','):>9} {'█' * -(-count * BAR // most)} {count:,}")
+    saved = 1 - found["rows"] / max(found["rows_padded"], 1)
+    length = found["max_seq_len"]
+    if "cut" not in found:
+        out.append(f"{'rows':<{LABEL}}{found['rows']:,} of {length} tokens in one stream; a document a row would take "
+                   f"{found['rows_padded']:,}, of which {saved:.0%} are padding")  # fmt: skip
+        return out
+    out.append(f"{'trained':<{LABEL}}{found['trained_share']:.0%} of the tokens: what the assistant says")
+    cut, left_out = (100 * found[key] / found["sampled"] for key in ("cut", "left_out"))
+    out.append(f"{'too long':<{LABEL}}at --max_seq_len {length}: {cut:.1f} % of the conversations lose their "
+               f"beginning, {left_out:.1f} % are left out")  # fmt: skip
+    out.append(f"{'packing':<{LABEL}}{found['rows']:,} rows instead of {found['rows_padded']:,} padded ones, "
+               f"{saved:.0%} less to compute ({found['batch_size']} examples a step)")  # fmt: skip
+    out.append(f"{'suggestion':<{LABEL}}--max_seq_len {found['suggested_max_seq_len']} holds 99 % of them whole")
+    return out
+
+
+def where(finding) -> str:
+    more = ", ..." if finding.count > len(finding.lines) else ""
+    return f"line{'s' * (finding.count > 1)} {', '.join(f'{line:,}' for line in finding.lines)}{more}"
+
+
+if __name__ == "__main__":
+    run(main)
