@@ -82,8 +82,7 @@ def load_adapter(path: Path | str) -> AdapterFile:
     """Ours, peft's directory, MiniMind's file; also a directory that holds one of these, as training leaves it."""
     path = Path(path)
     if path.is_dir():
-        folders = (path, path / "lora", path / "lora_model")
-        for folder in folders:
+        for folder in (path / "lora", path / "lora_model", path):
             if (folder / PEFT_CONFIG).is_file():
                 settings, state, base = load_peft(folder)
                 targets = tuple(dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in state))
@@ -121,8 +120,8 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
         return load_weights(path)
     places = [Path(path)] if path else []
     for folder in map(Path, folders):  # the recorded place first, then everything of that width
-        suffix = f"_{adapter.config.hidden_size}*.pth" if adapter.config else "*.pth"
-        places += [*sorted(folder.glob("*" + suffix)), *sorted(folder.glob("best/*" + suffix))]
+        name = f"*_{adapter.config.hidden_size}*.pth" if adapter.config else "*.pth"
+        places += [*sorted(folder.glob(name)), *sorted((folder / "best").glob(name))]
     for place in dict.fromkeys(places):
         if place.exists():
             try:
