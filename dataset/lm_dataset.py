@@ -78,6 +78,10 @@ class TokenDataset:
         """Which of tokens(i) are trained on, bool; None = all of them. The first is no target, whatever it says."""
         return self._trained(int(self.order[i]))
 
+    def sequences(self, i: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """What a model reads of the example, (tokens, trained) each: one sequence, of a preference two."""
+        return [(self.tokens(i), self.trained(i))]
+
     def source(self, i: int) -> str:
         """file:line where the example begins."""
         return self._source(int(self.order[i]))

@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from operator import mul
 
 import numpy as np
 import torch
@@ -54,15 +55,17 @@ class Batch:
             if isinstance(value, torch.Tensor):
                 value = (value.pin_memory() if cuda else value).to(device, non_blocking=cuda)
             moved[field.name] = value
-        return Batch(**moved)
+        return replace(self, **moved)
 
 
 class Loader:
+    ROWS_PER_EXAMPLE = 1  # an example has at most so many times max_seq_len positions
+
     def __init__(
         self, dataset: TokenDataset, *, packing: bool, batch_size: int, accumulation_steps: int, max_seq_len: int,
         rank: int = 0, world: int = 1, seed: int = 42, shuffle: bool = True,
     ):  # fmt: skip
-        if len(dataset) == 0 or int(dataset.lengths.max()) > max_seq_len + 1:
+        if len(dataset) == 0 or int(dataset.lengths.max()) > self.ROWS_PER_EXAMPLE * max_seq_len + 1:
             raise ValueError(f"rows of {max_seq_len} do not hold this data set: {dataset.summary}")
         self.dataset, self.packing, self.max_seq_len = dataset, packing, max_seq_len
         self.batch_size, self.rank, self.world = batch_size, rank, world
@@ -84,12 +87,15 @@ class Loader:
             self._permutation = (epoch, permutation)
         return permutation[begin:end]
 
+    def row_length(self, step: int) -> int:
+        return self.max_seq_len
+
     def rows(self, step: int) -> list[list[int]]:
         """The examples of each row of the step, over all ranks; blank rows make it the same number for each."""
         examples = self.examples(step).tolist()
         if self.packing:
             lengths = (self.dataset.lengths[examples] - 1).tolist()
-            rows = [[examples[i] for i in row] for row in pack(lengths, self.max_seq_len)]
+            rows = [[examples[i] for i in row] for row in pack(lengths, self.row_length(step))]
             share = -(-len(rows) // self.world)
         else:
             rows = [[example] for example in examples]
@@ -99,10 +105,10 @@ class Loader:
         return rows + [[]] * (share * self.world - len(rows))
 
     def batches(self, step: int) -> list[Batch]:
-        rows = self.rows(step)[self.rank :: self.world]
+        rows, length = self.rows(step)[self.rank :: self.world], self.row_length(step)
         batches, begin = [], 0
         for size in batch_sizes(len(rows), self.batch_size):
-            batches.append(self._batch(rows[begin : begin + size]))
+            batches.append(self._batch(rows[begin : begin + size], length))
             begin += size
         return batches
 
@@ -126,21 +132,23 @@ class Loader:
         steps = self.steps_per_epoch
         asked = range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
         examples = np.concatenate([self.examples(step) for step in asked])
-        rows = sum(sum(map(bool, self.rows(step))) for step in asked)
-        fill = int((self.dataset.lengths[examples] - 1).sum()) / (rows * self.max_seq_len)
+        counts = [sum(map(bool, self.rows(step))) for step in asked]
+        lengths = [self.row_length(step) for step in asked]
+        fill = int((self.dataset.lengths[examples] - 1).sum()) / sum(map(mul, counts, lengths))
         about = "about " if self.packing and len(examples) < len(self.dataset) else ""
-        in_all = round(rows * len(self.dataset) / len(examples))
+        in_all = round(sum(counts) * len(self.dataset) / len(examples))
+        up_to = "up to " if min(lengths) < max(lengths) else ""
         return (
-            f"{len(self.dataset):,} examples -> {about}{in_all:,} rows of {self.max_seq_len} "
+            f"{len(self.dataset):,} examples -> {about}{in_all:,} rows of {up_to}{max(lengths):,} "
             f"-> {steps:,} steps an epoch (fill {fill:.0%})"
         )
 
-    def _batch(self, rows: list[list[int]]) -> Batch:
-        shape = (len(rows), self.max_seq_len)
+    def _batch(self, rows: list[list[int]], length: int) -> Batch:
+        shape = (len(rows), length)
         tokens = np.full(shape, self.dataset.end_of_text, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
         documents = np.zeros(shape, np.int32)
-        positions = np.broadcast_to(np.arange(self.max_seq_len), shape).copy()
+        positions = np.broadcast_to(np.arange(length), shape).copy()
         for r, row in enumerate(rows):
             begin = 0
             for number, example in enumerate(row, start=1):

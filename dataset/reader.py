@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dataset.formats import DIALOGUES, column_names, layout_of, not_that_kind
 from dataset.jsonl import Jsonl, decode, parse_row
+from dataset.pairs import check_pair
 from tokenizer.chat import check_messages
 
 HEAD = 100  # rows in which a mapping's columns must be found
@@ -141,11 +142,6 @@ def _check_chat(row: dict) -> None:
     check_messages(row["messages"], row.get("tools"))
 
 
-def _check_preference(row: dict) -> None:
-    for side in ("chosen", "rejected"):
-        check_messages(row[side], row.get("tools"))
-
-
 CHECKS: dict[str, Callable[[dict], None]] = {
-    "text": lambda row: None, "chat": _check_chat, "rated": _check_chat, "preference": _check_preference,
+    "text": lambda row: None, "chat": _check_chat, "rated": _check_chat, "preference": check_pair,
 }  # fmt: skip

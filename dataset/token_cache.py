@@ -3,8 +3,8 @@
     cache = token_cache("dataset/pretrain.jsonl", tokenizer, "text")
     cache.tokens[cache.offsets[7]:cache.offsets[8]]     # the eighth entry, uint16 (uint32 from 65,537 ids on)
 
-An entry is a document with <|endoftext|> in front ("text"), or a conversation with the mask of its trained tokens
-("chat"). The key is made of the data's content, the tokenizer's hash (which covers its chat template) and the options;
+An entry is a document with <|endoftext|> in front ("text"), a conversation with the mask of its trained tokens
+("chat"), or a prompt and its two answers, one after the other, with that mask ("preference"). The key is made of the data's content, the tokenizer's hash (which covers its chat template) and the options;
 nothing about rows or batches goes in, so another --max_seq_len or --batch_size reads the same cache. A text longer than
 PIECE is tokenised in pieces cut at line ends, which bounds memory; a plain .txt file is one document.
 """
@@ -26,6 +26,7 @@ import numpy as np
 
 from dataset.cache import Mapped, entry
 from dataset.jsonl import Chunk, Jsonl, RowErrors, TextFile, entry_name
+from dataset.pairs import encode_pairs
 from dataset.reader import Mapping, Reader, find_reader
 from tokenizer.chat import encode_chat, encode_chats
 from tokenizer.text import Tokenizer
@@ -34,12 +35,19 @@ FORMAT = 2
 CHUNK = 1 << 20  # bytes of rows that are tokenised together
 PIECE = 1 << 18  # characters of one text that are tokenised together
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays
+# what is kept of each kind beside tokens, offsets and lines: file -> type
+COLUMNS = {
+    "text": {},
+    "plain": {},
+    "chat": {"trained": np.uint8, "counts": np.int32, "answers": np.int32},
+    "preference": {"trained": np.uint8, "prompts": np.int32, "chosen": np.int32},
+}
 EMPTY_ALLOWED = 0.05  # share of rows without anything to train on from which something must be wrong with the data
 
 
 @dataclass
 class Block:
-    """A chunk's entries, tokenised. The second group is for conversations only."""
+    """A chunk's entries, tokenised. The second group is for conversations and preferences."""
     tokens: np.ndarray
     lengths: np.ndarray  # int64, of each entry
     lines: np.ndarray  # int64, of each entry
@@ -49,6 +57,8 @@ class Block:
     trained: np.ndarray | None = None  # uint8, of each token: is it trained on?
     counts: np.ndarray | None = None  # int32, trained tokens of each entry
     answers: np.ndarray | None = None  # int32, where each entry's last trained run starts
+    prompts: np.ndarray | None = None  # int32, ids of each prompt
+    chosen: np.ndarray | None = None  # int32, ids of each chosen answer; the rejected one is the rest
 
 
 class TokenCache:
@@ -59,10 +69,8 @@ class TokenCache:
         self.tokens = Mapped(folder / "tokens", np.dtype(facts["dtype"]).type)
         self.offsets = Mapped(folder / "offsets", np.int64)
         self.lines = Mapped(folder / "lines", np.int64)
-        if facts["kind"] == "chat":
-            self.trained = Mapped(folder / "trained", np.uint8)
-            self.counts = Mapped(folder / "counts", np.int32)
-            self.answers = Mapped(folder / "answers", np.int32)
+        for name, dtype in COLUMNS[facts["kind"]].items():
+            setattr(self, name, Mapped(folder / name, dtype))
 
     def __len__(self) -> int:
         return len(self.lines.array)
@@ -72,7 +80,7 @@ def token_cache(
     path: str | Path, tokenizer: Tokenizer, kind: str, *, cache_dir: str | Path | None = None,
     num_workers: int | None = None, on_bad_row: str = "error", limit: int = 0, mapping: Mapping | None = None,
 ) -> TokenCache:  # fmt: skip
-    """The cache of one file (its first `limit` rows, 0 = all), made now if it is not there. kind: "text" or "chat"."""
+    """The cache of one file (its first `limit` rows, 0 = all), made now if it is not there. kind: "text", "chat", "preference"."""
     if getattr(current_process(), "_inheriting", False):  # one of our workers, made to run its parent's script
         raise RuntimeError("this script runs when it is imported; put its code under `if __name__ == '__main__':`")
     if Path(path).suffix.lower() == ".txt":
@@ -101,7 +109,7 @@ class _Builder:
 
     def __init__(self, folder: Path, source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader):
         self.source, self.tokenizer, self.reader, self.kind = source, tokenizer, reader, reader.kind
-        names = ("tokens", "lines") + (("trained", "counts", "answers") if self.kind == "chat" else ())
+        names = ("tokens", "lines", *COLUMNS[self.kind])
         self.files = {name: open(folder / name, "wb") for name in names}
         self.offsets = open(folder / "offsets", "wb")
         self.total, self.entries, self.empty, self.first_empty = 0, 0, 0, []
@@ -146,7 +154,7 @@ class _Builder:
     def refuse_empty(self, rows: int) -> None:
         if self.entries and self.empty <= max(1, EMPTY_ALLOWED * rows):
             return
-        what = "assistant's turn to train on" if self.kind == "chat" else "text in them"
+        what = "text in them" if self.kind in ("text", "plain") else "assistant's turn to train on"
         where = ", ".join(self.first_empty) or self.source.path
         raise ValueError(f"{where}: {self.empty:,} of {rows:,} rows have no {what}; is this the right file?")
 
@@ -163,6 +171,8 @@ def encode(chunk: Chunk, tokenizer: Tokenizer, reader: Reader) -> Block:
             bad.append((line, str(error), raw))
     if reader.kind == "chat":
         return encode_conversations(rows, bad, tokenizer)
+    if reader.kind == "preference":
+        return encode_preferences(rows, bad, tokenizer)
     return encode_texts(rows, bad, tokenizer, opens=reader.kind == "text")
 
 
@@ -226,6 +236,22 @@ def encode_conversations(rows: list[tuple[int, dict]], bad: list, tokenizer: Tok
     trained = np.concatenate(masks) if masks else np.empty(0, np.uint8)
     block = Block(_flat(ids, tokenizer), _lengths(ids), _lines(kept), empty, bad)
     return replace(block, trained=trained, counts=counts, answers=np.array(answers, np.int32))
+
+
+def encode_preferences(rows: list[tuple[int, dict]], bad: list, tokenizer: Tokenizer) -> Block:
+    """Each pair's prompt, chosen and rejected answer, one after the other."""
+    kept, pairs = [], []
+    for row, pair in zip(rows, encode_pairs(tokenizer, [preference for _, preference in rows])):
+        if isinstance(pair, str):
+            bad.append((row[0], pair, json.dumps(row[1], ensure_ascii=False).encode()))
+            continue
+        kept.append(row)
+        pairs.append(pair)
+    ids = [pair.ids for pair in pairs]
+    block = Block(_flat(ids, tokenizer), _lengths(ids), _lines(kept), [], bad)
+    trained = np.fromiter(chain.from_iterable(pair.trained for pair in pairs), np.uint8, len(block.tokens))
+    sizes = np.array([(pair.prompt, pair.chosen) for pair in pairs], np.int32).reshape(-1, 2)
+    return replace(block, trained=trained, prompts=sizes[:, 0].copy(), chosen=sizes[:, 1].copy())
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -304,13 +330,13 @@ def _encode_in_worker(chunk: Chunk) -> Block:
 class Progress:
     """A bar on a terminal, elsewhere a line every ten seconds, on stderr."""
 
-    def __init__(self, what: str, size: int):
-        self.what, self.size, self.done, self.bar = what, size, 0, None
+    def __init__(self, what: str, size: int, unit: str = "B"):
+        self.what, self.size, self.unit, self.done, self.bar = what, size, unit, 0, None
         self.began = self.told = time.monotonic()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=size, desc=what, unit="B", unit_scale=True)
+            self.bar = tqdm(total=size, desc=what, unit=unit, unit_scale=True)
 
     def advance(self, size: int) -> None:
         self.done += size
@@ -319,8 +345,9 @@ class Progress:
             self.bar.update(size)
         elif now - self.told > 10:
             self.told = now
-            rate = self.done / (now - self.began) / 1e6
-            print(f"{self.what}: {self.done / self.size:.0%}, {rate:.1f} MB/s", file=sys.stderr, flush=True)
+            rate = self.done / (now - self.began)
+            rate = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:,.1f} {self.unit.strip()}/s"
+            print(f"{self.what}: {self.done / self.size:.0%}, {rate}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar:

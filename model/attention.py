@@ -28,15 +28,21 @@ class Visibility(NamedTuple):
     mask: Tensor | None = None  # (B or 1, 1, T, S): True = visible for `sdpa`, 0 or -inf to be added for `blocked`
 
 
-def visibility(queries: int, keys: int, documents: Tensor | None, like: Tensor, kernel: str) -> Visibility:
-    """`queries` new tokens after `keys - queries` cached ones; documents (B, S) numbers the document of every key."""
+def visibility(
+    queries: int, keys: int, documents: Tensor | None, like: Tensor, kernel: str, prefixes: Tensor | None = None
+) -> Visibility:
+    """`queries` new tokens after `keys - queries` cached ones; documents (B, S) numbers the document of every key,
+    prefixes (B, S) a second document that it sees."""
     if kernel == "sdpa" and documents is None and (queries == keys or queries == 1):
         return Visibility("sdpa")
     # is_causal aligns to the top left, which is wrong once there are more keys than queries: spell the mask out
     key = torch.arange(keys, device=like.device)
     mask = key <= key[keys - queries :, None]  # (T, S)
     if documents is not None:
-        mask = mask & (documents[:, None, :] == documents[:, keys - queries :, None])  # (B, T, S)
+        same = documents[:, None, :] == documents[:, keys - queries :, None]  # (B, T, S)
+        if prefixes is not None:
+            same = same | (documents[:, None, :] == prefixes[:, keys - queries :, None])
+        mask = mask & same
     mask = mask.view(-1, 1, queries, keys)
     if kernel == "blocked":  # adding is fused into the softmax; comparing there took half of its time
         mask = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, float("-inf"))

@@ -146,6 +146,7 @@ class CausalLM(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         selected: Tensor | None = None,
+        prefixes: Tensor | None = None,
         cache=None,
     ) -> Output:
         """tokens (B, T) -> logits, or with `targets` (B, T) the loss of each of them (-100: none).
@@ -154,6 +155,7 @@ class CausalLM(nn.Module):
         positions (B, T) for RoPE; by default 0, 1, ..., restarting in each document, and after what `cache` holds.
         selected (K,) flat indices b*T+t of the positions the head is applied to; None: all. With targets, every target
             outside must be -100, and an index may be repeated only where the target is -100.
+        prefixes (B, T) number of another document in the row that a position sees too: a prompt that answers share.
         cache     a `model.generate.KVCache`, which is filled and read.
         """
         B, T = tokens.shape
@@ -168,7 +170,7 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = rope_table(positions, self.rope_frequencies, self.rope_temperature, x.dtype)
-        sees = visibility(T, past + T, documents, x, "sdpa" if cache is not None else self._kernel(x))
+        sees = visibility(T, past + T, documents, x, "sdpa" if cache is not None else self._kernel(x), prefixes)
         aux_loss = torch.zeros(B, device=tokens.device)
         for block in self.model.layers:
             x, aux = block(x, cos, sin, sees, cache)

@@ -56,6 +56,7 @@ class Job:
     parent: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)  # lines printed when the run starts
     output: Weights = field(default_factory=Weights)  # what is written; trainer/outputs.py
+    loader: type[Loader] = Loader
 
 
 class Engine:
@@ -107,7 +108,7 @@ class Engine:
         return Path(found) if found else None
 
     def _loader(self, data, accumulation_steps: int, shuffle: bool) -> Loader:
-        return Loader(
+        return self.job.loader(
             data,
             packing=self.job.packing,
             batch_size=self.config.batch_size,
@@ -244,25 +245,27 @@ class Engine:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss of a validation token, and bits per byte of its text, which any tokenizer can be compared in."""
+        """Means over the validation data; of tokens also the bits per byte, which any tokenizer can be compared in."""
         if self.val_loader is None:
             return {}
         self.model.eval()
-        loss, tokens, size = 0.0, 0, 0
+        sums, units, size = {}, 0, 0
         for _, batches in self.val_loader.prefetch(0, self.val_loader.steps_per_epoch):
             for batch in batches:
                 _, metrics = self.job.objective(self.model, batch.to(self.backend.device))
-                loss = loss + metrics["loss"].double()
-                tokens += self.job.objective.count(batch)
+                sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}
+                units += self.job.objective.count(batch)
                 targets = batch.targets.numpy()
                 size += int(self.job.tokenizer.token_bytes[targets[targets >= 0]].sum())
         self.model.train()
-        loss, tokens, size = self.backend.sum(float(loss), tokens, size)
-        loss /= max(tokens, 1)
-        if loss < self.best:
-            self.best = loss
+        units, size, *totals = self.backend.sum(units, size, *sums.values())
+        means = {f"val_{name}": total / max(units, 1) for name, total in zip(sums, totals)}
+        if self.job.objective.per_token:
+            means["val_bpb"] = means["val_loss"] * units / math.log(2) / max(size, 1)
+        if means["val_loss"] < self.best:
+            self.best = means["val_loss"]
             self._write(self.folder / "best" / self.name)
-        return dict(val_loss=loss, val_bpb=loss * tokens / math.log(2) / max(size, 1))
+        return means
 
     # ---- what stays ----
 

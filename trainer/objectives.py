@@ -11,6 +11,8 @@ from dataset.loader import Batch
 
 
 class Objective(Protocol):
+    per_token: bool  # `loss` is the negative log-likelihood of the units, which are tokens: bits per byte can be told
+
     def count(self, batch: Batch) -> float:
         """Units the loss is summed over (trained tokens, weights, pairs), from the loader's numbers alone."""
 
@@ -20,6 +22,8 @@ class Objective(Protocol):
 
 class NextToken:
     """Cross-entropy of every trained token: pretraining and SFT."""
+
+    per_token = True
 
     def count(self, batch):
         return batch.trained_tokens

@@ -18,6 +18,7 @@ from trainer.config import ROOT, StageConfig
 # The files of MiniMind's data set, best first, as people keep them in dataset/; others are called as what they are for
 WELL_KNOWN = {
     "pretrain": ("pretrain_hq", "pretrain"),
+    "dpo": ("dpo",),
     "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
 }
 SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/datasets/gongjy/minimind_dataset"
@@ -68,9 +69,9 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
         train, val = train.split(config.val_fraction, config.seed)
         notes.append(f"validation: {len(val):,} of these, {len(train):,} left to train on")
     for i in range(min(config.show_labels, len(train))):
-        tokens, trained = train.tokens(i), train.trained(i)
-        trained = [True] * len(tokens) if trained is None else trained
-        notes.append(f"--- {train.source(i)}\n{show_labels(tokenizer, tokens, trained)}")
+        notes.append(f"--- {train.source(i)}")
+        for tokens, trained in train.sequences(i):
+            notes.append(show_labels(tokenizer, tokens, [True] * len(tokens) if trained is None else trained))
     return Data(train, val, builtin, notes)
 
 
