@@ -124,7 +124,7 @@ class PretrainDataset(TokenDataset):
     ):  # fmt: skip
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
         options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
-        caches = _open(paths, tokenizer, "text", data_limit, options)
+        caches = read_caches(paths, tokenizer, "text", data_limit, options)
         by_weight: dict[float, list[TokenCache]] = {}
         for cache, weight in caches:
             by_weight.setdefault(weight, []).append(cache)
@@ -134,11 +134,11 @@ class PretrainDataset(TokenDataset):
         lengths = [np.full(n, max_seq_len + 1, np.int32) for n in rows]
         for own, n, stream in zip(lengths, rows, self._streams):
             own[-1] = stream.length - (n - 1) * max_seq_len
-        self.order = _order(rows, list(by_weight), seed)
+        self.order = repeated(rows, list(by_weight), seed)
         self.lengths = np.concatenate(lengths)[self.order]
-        self.fingerprint = _fingerprint(caches, tokenizer, seed, "pretrain", max_seq_len)
+        self.fingerprint = fingerprint_of(caches, tokenizer, seed, "pretrain", max_seq_len)
         documents, tokens = (sum(cache.facts[key] for cache, _ in caches) for key in ("documents", "tokens"))
-        self.summary = f"{documents:,} documents, {tokens:,} tokens{_left_out(caches)}"
+        self.summary = f"{documents:,} documents, {tokens:,} tokens{rows_without_use(caches)}"
 
     def _tokens(self, row: int) -> np.ndarray:
         stream, start = self._place(row)
@@ -197,7 +197,7 @@ class SFTDataset(TokenDataset):
     ):  # fmt: skip
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
         options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
-        caches = _open(paths, tokenizer, "chat", data_limit, options)
+        caches = read_caches(paths, tokenizer, "chat", data_limit, options)
         self._caches = [cache for cache, _ in caches]
         most = max_seq_len + 1
         kept, lengths, longest, cut, left_out = [], [], 0, 0, 0
@@ -214,12 +214,12 @@ class SFTDataset(TokenDataset):
         if not sum(rows):
             raise ValueError(f"--max_seq_len {max_seq_len}: no example fits, the longest needs {longest - 1}")
         self._kept, self._first = kept, np.cumsum([0, *rows])
-        self.order = _order(rows, [weight for _, weight in caches], seed)
+        self.order = repeated(rows, [weight for _, weight in caches], seed)
         self.lengths = np.concatenate(lengths)[self.order]
-        self.fingerprint = _fingerprint(caches, tokenizer, seed, "sft", on_long, max_seq_len)
+        self.fingerprint = fingerprint_of(caches, tokenizer, seed, "sft", on_long, max_seq_len)
         long = f"; too long: {cut:,} cut, {left_out:,} left out (the longest needs --max_seq_len {longest - 1})"
         long = long if cut or left_out else ""
-        self.summary = f"{len(self):,} examples, {int(self.lengths.sum()):,} tokens{long}{_left_out(caches)}"
+        self.summary = f"{len(self):,} examples, {int(self.lengths.sum()):,} tokens{long}{rows_without_use(caches)}"
 
     def _place(self, example: int) -> tuple[TokenCache, int, int, int]:
         """(cache, entry in it, where its kept tokens start and stop)"""
@@ -245,8 +245,8 @@ class SFTDataset(TokenDataset):
         return f"{cache.path}:{cache.lines[number]}"
 
 
-def _open(paths, tokenizer: Tokenizer, kind: str, data_limit: int, options: dict) -> list[tuple[TokenCache, float]]:
-    """The caches in order, with their weights; data_limit rows of all together."""
+def read_caches(paths, tokenizer: Tokenizer, kind: str, data_limit: int, options: dict):
+    """[(cache, weight)] in order; data_limit rows of all together."""
     caches, left = [], data_limit
     for spec in [paths] if isinstance(paths, (str, Path)) else paths:
         path, weight = weighted(spec)
@@ -259,7 +259,7 @@ def _open(paths, tokenizer: Tokenizer, kind: str, data_limit: int, options: dict
     return caches
 
 
-def _order(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
+def repeated(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
     """Distinct examples, group after group, each group repeated by its weight's whole part and a seeded rest of it."""
     parts, first = [], 0
     for group, (size, weight) in enumerate(zip(sizes, weights)):
@@ -273,7 +273,7 @@ def _order(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
     return order.astype(np.int32 if first < 1 << 31 else np.int64)
 
 
-def _fingerprint(caches: list[tuple[TokenCache, float]], tokenizer: Tokenizer, seed: int, *options: object) -> str:
+def fingerprint_of(caches: list[tuple[TokenCache, float]], tokenizer: Tokenizer, seed: int, *options: object) -> str:
     data = [[cache.facts["content"], cache.facts["rows"], cache.facts["bad"], weight] for cache, weight in caches]
     chosen = seed if any(weight % 1 for _, weight in caches) else ""  # else the seed has no say in what the data is
     return _hash(json.dumps(data), tokenizer.hash, *options, chosen)
@@ -283,7 +283,7 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def _left_out(caches: list[tuple[TokenCache, float]]) -> str:
+def rows_without_use(caches: list[tuple[TokenCache, float]]) -> str:
     """What did not become an example, with the first places."""
     empty = sum(cache.facts["empty"] for cache, _ in caches)
     where = [place for cache, _ in caches for place in cache.facts["first_empty"]][:3]

@@ -48,7 +48,8 @@ def check_pair(row: dict) -> None:
 def encode_pairs(tokenizer: Tokenizer, rows: Sequence[dict]) -> list[Pair | str]:
     """Checked rows -> pairs, or the reason why a row is none."""
     try:
-        found = encode_chats(tokenizer, [(row[side], row.get("tools")) for row in rows for side in ("chosen", "rejected")])
+        sides = [(row[side], row.get("tools")) for row in rows for side in ("chosen", "rejected")]
+        found = encode_chats(tokenizer, sides)
     except ValueError as error:  # of a foreign template: find out whose it is
         return [str(error)] if len(rows) == 1 else [encode_pairs(tokenizer, [row])[0] for row in rows]
     return [_pair(*both) for both in zip(found[::2], found[1::2])]

@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.lm_dataset import TokenDataset, _fingerprint, _left_out, _open, _order
+from dataset.lm_dataset import TokenDataset, fingerprint_of, read_caches, repeated, rows_without_use
 from dataset.loader import IGNORED, Batch, Loader, select
 from dataset.packing import pack
+from dataset.reader import Mapping
 from tokenizer.text import Tokenizer
 
 Answer = tuple[np.ndarray, np.ndarray]  # ids; which of them are trained on, bool
@@ -43,11 +44,11 @@ class PreferenceDataset(TokenDataset):
     def __init__(
         self, paths: Sequence[str | Path] | str | Path, tokenizer: Tokenizer, *, max_seq_len: int, cache_dir=None,
         num_workers: int | None = None, on_bad_row: str = "error", data_limit: int = 0, seed: int = 42,
-        on_long: str = "truncate", max_prompt_length: int = 0,
+        on_long: str = "truncate", max_prompt_length: int = 0, mapping: Mapping | None = None,
     ):  # fmt: skip
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
-        options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row)
-        caches = _open(paths, tokenizer, "preference", data_limit, options)
+        options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
+        caches = read_caches(paths, tokenizer, "preference", data_limit, options)
         self._caches = [cache for cache, _ in caches]
         self.path = self._caches[0].path
         kept, prompts, lengths, longest, cut, left_out = [], [], [], 0, 0, 0
@@ -68,13 +69,14 @@ class PreferenceDataset(TokenDataset):
         if not sum(rows):
             raise ValueError(f"--max_seq_len {max_seq_len}: no pair fits, the longest needs {longest - 1}")
         self._kept, self._prompts, self._first = kept, prompts, np.cumsum([0, *rows])
-        self.order = _order(rows, [weight for _, weight in caches], seed)
+        self.order = repeated(rows, [weight for _, weight in caches], seed)
         self.lengths = np.concatenate(lengths)[self.order]
-        self.fingerprint = _fingerprint(caches, tokenizer, seed, "preference", on_long, max_seq_len, max_prompt_length)
+        limits = (on_long, max_seq_len, max_prompt_length)
+        self.fingerprint = fingerprint_of(caches, tokenizer, seed, "preference", *limits)
         self.distinct = self._view(np.unique(self.order, return_index=True)[1], "distinct")
         long = f"; too long: {cut:,} prompts cut, {left_out:,} pairs left out (the longest needs {longest - 1})"
         self.summary = f"{len(self):,} pairs, {int(self.lengths.sum()):,} tokens" + (
-            f"{long if cut or left_out else ''}{_left_out(caches)}")  # fmt: skip
+            f"{long if cut or left_out else ''}{rows_without_use(caches)}")  # fmt: skip
 
     def pair(self, i: int) -> tuple[np.ndarray, Answer, Answer]:
         """Ids of the prompt, the chosen and the rejected answer."""

@@ -4,9 +4,10 @@
     cache.tokens[cache.offsets[7]:cache.offsets[8]]     # the eighth entry, uint16 (uint32 from 65,537 ids on)
 
 An entry is a document with <|endoftext|> in front ("text"), a conversation with the mask of its trained tokens
-("chat"), or a prompt and its two answers, one after the other, with that mask ("preference"). The key is made of the data's content, the tokenizer's hash (which covers its chat template) and the options;
-nothing about rows or batches goes in, so another --max_seq_len or --batch_size reads the same cache. A text longer than
-PIECE is tokenised in pieces cut at line ends, which bounds memory; a plain .txt file is one document.
+("chat"), or a prompt and its two answers, one after the other, with that mask ("preference"). The key is made of the
+data's content, the tokenizer's hash (which covers its chat template) and the options; nothing about rows or batches
+goes in, so another --max_seq_len or --batch_size reads the same cache. A text longer than PIECE is tokenised in pieces
+cut at line ends, which bounds memory; a plain .txt file is one document.
 """
 import json
 import os
@@ -80,7 +81,7 @@ def token_cache(
     path: str | Path, tokenizer: Tokenizer, kind: str, *, cache_dir: str | Path | None = None,
     num_workers: int | None = None, on_bad_row: str = "error", limit: int = 0, mapping: Mapping | None = None,
 ) -> TokenCache:  # fmt: skip
-    """The cache of one file (its first `limit` rows, 0 = all), made now if it is not there. kind: "text", "chat", "preference"."""
+    """The cache of one file (its first `limit` rows, 0 = all), made now if it is not there. kind: a key of COLUMNS."""
     if getattr(current_process(), "_inheriting", False):  # one of our workers, made to run its parent's script
         raise RuntimeError("this script runs when it is imported; put its code under `if __name__ == '__main__':`")
     if Path(path).suffix.lower() == ".txt":

@@ -29,6 +29,19 @@ def write_sft(path: Path, rows: int = 40) -> Path:
     return path
 
 
+def write_dpo(path: Path, rows: int = 24) -> Path:
+    """Answers of 1 to 12 words to prompts of 2 to 8; the better one is the shorter one in two of three pairs."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(rows):
+            prompt = [{"role": "user", "content": " ".join(WORDS[i % 5 : i % 5 + 2 + i % 7])}]
+            chosen, rejected = (
+                [*prompt, {"role": "assistant", "content": " ".join(WORDS[(i + j) % len(WORDS)] for j in range(size))}]
+                for size in (1 + i * 5 % 12, 1 + (i * 5 + 4) % 12)
+            )
+            file.write(json.dumps({"chosen": chosen, "rejected": rejected}, ensure_ascii=False) + "\n")
+    return path
+
+
 FLAGS = [
     "--device=cpu", "--dtype=float32", "--compile=off", "--max_seq_len=32", "--log_interval=2", "--save_interval=0",
     "--learning_rate=1e-2", "--num_workers=1",

@@ -31,7 +31,6 @@ from dataset.token_cache import Progress
 from model.checkpoint import atomic
 from trainer.backend import Backend
 
-LOSSES = ("sigmoid", "ipo", "hinge", "simpo", "orpo")
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
 

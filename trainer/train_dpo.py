@@ -4,7 +4,7 @@
     python trainer/train_dpo.py --data_path my.jsonl --val_fraction 0.1  # with accuracy and margin of held-out pairs
     torchrun --nproc_per_node 2 trainer/train_dpo.py --loss_type ipo --beta 0.1
 
-Data: {"chosen": [messages], "rejected": [messages]} rows, the same up to the answer; or {"prompt", "chosen", "rejected"}
+Data: {"chosen": [messages], "rejected": [messages]} rows, the same up to the answer; or "prompt", "chosen", "rejected"
 as text. What the losses are and what the figures mean: docs/preferences.md.
 """
 
@@ -34,9 +34,8 @@ class DPOConfig(StageConfig):
     max_seq_len: int = 1024
     learning_rate: float = 5e-6
     loss_type: str = option("sigmoid", "sigmoid is DPO", choices=("sigmoid", "ipo", "hinge", "simpo", "orpo"))
-    beta: float = option(
-        0.1, "strength of the pull to the reference; simpo: scale of the rewards (its paper: 2), orpo: weight of the odds",
-        aliases=("dpo_beta",), within="(0, inf)")  # fmt: skip
+    beta: float = option(0.1, "pull to the reference; in simpo scale of rewards (its paper: 2), in orpo weight of odds",
+                         aliases=("dpo_beta",), within="(0, inf)")  # fmt: skip
     label_smoothing: float = option(0.0, "share of pairs that are labelled wrongly (sigmoid, simpo)", within="[0, 0.5)")
     simpo_gamma: float = option(0.5, "margin that simpo asks for", within="[0, inf)")
     max_prompt_length: int = option(0, "tokens of a prompt, cut from the left (0: what fits)", within="[0, inf)")
@@ -44,7 +43,7 @@ class DPOConfig(StageConfig):
     def problems(self) -> list[str]:
         found = super().problems()
         if self.label_smoothing and self.loss_type not in ("sigmoid", "simpo"):
-            found.append(f"--label_smoothing {self.label_smoothing:g}: --loss_type {self.loss_type} has none; leave it out")
+            found.append(f"--label_smoothing {self.label_smoothing:g}: --loss_type {self.loss_type} has none")
         return found
 
 
