@@ -60,7 +60,7 @@ def test_layouts_mean_the_same(row):
 
 
 BAD = {
-    "chosen equals rejected": {"prompt": "1+1?", "chosen": "2", "rejected": "2"},
+    "chosen equals rejected": {"chosen": [user("1+1?"), says("2")], "rejected": [user("1+1?"), says("2")]},
     "the prompts differ: chosen[0] is user: '1+1?'": {
         "chosen": [user("1+1?"), says("2")], "rejected": [user("1+2?"), says("3")]},
     "the prompts differ: chosen[2] is user: 'Sure?'": {
@@ -76,7 +76,8 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_rows_are_named_and_can_be_skipped(message, tmp_path):
-    good = [{"prompt": f"{i}+1?", "chosen": f"{i + 1}", "rejected": "no"} for i in range(3)]
+    asked = [[user(f"{i}+1?")] for i in range(3)]
+    good = [{"chosen": [*prompt, says("yes")], "rejected": [*prompt, says("no")]} for prompt in asked]
     path = write(tmp_path / "dpo.jsonl", good[0], BAD[message], *good[1:])
     with pytest.raises(ValueError, match="on_bad_row skip") as error:
         PreferenceDataset(path, TOKENIZER, max_seq_len=64)
