@@ -8,9 +8,11 @@ Any weights and any tokenizer with a chat format can sit it. Answers are greedy,
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from dataset import tiny_world
@@ -25,26 +27,38 @@ LONGEST = 64  # tokens; no right answer is nearly as long
 
 
 def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0) -> dict:
-    """Plain values: score, scores[who]["<kind> <language>"] with the baselines, table (to print), answers."""
+    """Plain values: score, scores[who]["<kind> <language>"] with the baselines, later[kind], table (to print), answers.
+
+    `later` is what the stages after SFT change; it is not part of the score."""
     questions, start = tiny_world.exam(question_seed=question_seed), time.perf_counter()
-    replies = answer(model, tokenizer, [question.prompt for question in questions])
+    others = tiny_world.exam(question_seed=question_seed, kinds=tiny_world.LATER)
+    replies = answer(model, tokenizer, [question.prompt for question in questions + others])
     seconds = round(time.perf_counter() - start, 2)
-    sft = tiny_world.generate(WORLD)["sft"]
-    scores = {
-        "model": tiny_world.scores(questions, replies),
-        "nearest row": tiny_world.nearest_row_baseline(questions, sft),
+    answers = [
+        dict(vars(q), reply=reply, right=tiny_world.grade(q, reply)) for q, reply in zip(questions + others, replies)
+    ]
+    columns = {
+        "model": tiny_world.scores(questions, replies[: len(questions)]),
+        "nearest row": tiny_world.nearest_row_baseline(questions, tiny_world.generate(WORLD)["sft"]),
         "most frequent": tiny_world.most_frequent_baseline(questions),
     }
-    answers = [dict(vars(q), reply=reply, right=tiny_world.grade(q, reply)) for q, reply in zip(questions, replies)]
+    later = {kind: _share(row["right"] for row in answers if row["kind"] == kind) for kind in tiny_world.LATER}
+    after = ", ".join(f"{kind} {share:.1%}" for kind, share in later.items())
     return {
         "benchmark": "tiny_world",
         "question_seed": question_seed,
-        "score": sum(row["right"] for row in answers) / len(answers),
-        "scores": {who: {" ".join(group): share for group, share in of.items()} for who, of in scores.items()},
+        "score": _share(row["right"] for row in answers[: len(questions)]),
+        "scores": {who: {" ".join(group): share for group, share in of.items()} for who, of in columns.items()},
+        "later": later,
         "seconds": seconds,
-        "table": tiny_world.report(questions, replies, sft),
+        "table": f"{tiny_world.table(questions, columns)}\nand what later stages teach: {after}",
         "answers": answers,
     }
+
+
+def _share(right) -> float:
+    right = list(right)
+    return sum(right) / len(right)
 
 
 def answer(model: CausalLM, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
@@ -66,3 +80,19 @@ def without_thoughts(tokenizer: Tokenizer, ids: list[int]) -> str:
     closes = tokenizer.control.get("</think>")
     after = next((i + 1 for i in reversed(range(len(ids))) if ids[i] == closes), 0)
     return tokenizer.decode(ids[after:], skip_control=True).strip()
+
+
+@torch.no_grad()
+def preference_accuracy(model: CausalLM, tokenizer: Tokenizer, pairs: Path) -> float:
+    """Share of the pairs of a file whose chosen answer the model finds likelier than the rejected one."""
+    right = []
+    for line in pairs.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        likelihood = {}
+        for side in ("chosen", "rejected"):
+            encoded = encode_chat(tokenizer, row[side])
+            ids = torch.tensor([encoded.ids])  # (1, T)
+            targets = ids.masked_fill(~torch.tensor([encoded.trained]), -100)
+            likelihood[side] = -model(ids[:, :-1], targets=targets[:, 1:]).loss.sum().item()
+        right.append(likelihood["chosen"] > likelihood["rejected"])
+    return _share(right)

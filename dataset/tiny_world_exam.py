@@ -101,10 +101,13 @@ def report(questions: list[Question], replies: list[str], sft_path: str | Path |
     columns = {"model": scores(questions, replies)}
     if sft_path is not None:
         columns["nearest row"] = nearest_row_baseline(questions, sft_path)
-    columns["most frequent"] = most_frequent_baseline(questions)
+    return table(questions, columns | {"most frequent": most_frequent_baseline(questions)})
+
+
+def table(questions: list[Question], columns: dict[str, Scores]) -> str:
     asked = Counter((q.kind, q.language) for q in questions) + Counter(("all", q.language) for q in questions)
     lines = [f"{'kind':<12} {'':<4} {'asked':>5}" + "".join(f"{name:>15}" for name in columns)]
-    for kind, language in columns["model"]:
+    for kind, language in next(iter(columns.values())):
         figures = "".join(f"{column[kind, language]:>14.1%} " for column in columns.values())
         lines.append(f"{kind:<12} {language:<4} {asked[kind, language]:>5}{figures}".rstrip())
     return "\n".join(lines)

@@ -1,5 +1,5 @@
-"""Everything once, at the smallest size: a world is invented, a tokenizer trained, a model pretrained and fine-tuned,
-examined.
+"""Everything once, at the smallest size: a world is invented, a tokenizer trained, a model pretrained, fine-tuned,
+given a name, a manner and the habit to think first, and examined after each.
 
     make demo                                   # or: python scripts/demo.py
     python scripts/demo.py --skip_training      # only the exam and the conversation, on what is there
@@ -42,60 +42,93 @@ def step(title: str, *command: object) -> None:
         raise SystemExit(status)
 
 
-# What the two trainings are called with: about two thirds of the demo's time goes into the first.
-PRETRAIN = "--preset nano --batch_size 8 --max_seq_len 256 --optimizer muon --learning_rate 4e-3".split()
-SFT = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 2e-3".split()
+# What the trainings are called with: most of the demo's time goes into the first.
+PRETRAIN = "--preset nano --batch_size 8 --max_seq_len 256 --optimizer muon --learning_rate 1.5e-3".split()
+SFT = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 1e-3".split()
+LORA = "--epochs 6 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 3e-3".split()
+DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 1e-4".split()
+REASON = "--epochs 3 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 1e-3".split()
 COMMON = "--schedule wsd --min_lr_ratio 0.05 --log_interval 100 --compile off".split()
 
 
 def train(save_dir: Path) -> None:
     world, tokenizer = save_dir / "tiny_world", save_dir / "tokenizer"
     texts, chats = world / "pretrain.jsonl", world / "sft.jsonl"
-    common = [*COMMON, "--save_dir", save_dir]
+    learn = lambda title, script, data, *flags: step(
+        title, ROOT / f"trainer/{script}.py", "--data_path", data, *flags, *COMMON, "--save_dir", save_dir
+    )
     step("1. Invent a small world, in Chinese and English", ROOT / "dataset/tiny_world.py", "--save_dir", world)
-    step(
-        "2. Train a tokenizer on its text",
-        *(
-            ROOT / "trainer/train_tokenizer.py",
-            "--vocab_size",
-            2000,
-            "--save_dir",
-            tokenizer,
-            "--data_path",
-            texts,
-            chats,
-        ),
-    )
-    step(
-        "3. Pretraining: learn to continue text",
-        *(ROOT / "trainer/train_pretrain.py", "--data_path", texts, "--tokenizer_path", tokenizer, *PRETRAIN, *common),
-    )
-    step(
-        "4. Fine-tuning: learn to answer",
-        *(ROOT / "trainer/train_full_sft.py", "--data_path", chats, "--from_weight", "pretrain", *SFT, *common),
-    )
+    flags = ["--vocab_size", 2000, "--save_dir", tokenizer, "--data_path", texts, chats]
+    step("2. Train a tokenizer on its text", ROOT / "trainer/train_tokenizer.py", *flags)
+    begin = ["--tokenizer_path", tokenizer, *PRETRAIN]
+    learn("3. Pretraining: learn to continue text", "train_pretrain", texts, *begin)
+    learn("4. Fine-tuning: learn to answer", "train_full_sft", chats, "--from_weight", "pretrain", *SFT)
+    after = ("--from_weight", "full_sft")
+    learn("5. LoRA: learn who one is", "train_lora", world / "lora_identity.jsonl", *after, *LORA)
+    pairs = ["--val_path", world / "dpo_val.jsonl", *after, *DPO]
+    learn("6. DPO: learn which of two answers people prefer", "train_dpo", world / "dpo.jsonl", *pairs)
+    thoughts = world / "reason.jsonl"
+    learn("7. Reasoning: learn to write the steps first", "train_distill_reason", thoughts, *after, *REASON)
+
+
+class Trained:
+    """A model of out/ with its tokenizer, examined."""
+
+    def __init__(self, weight: str, save_dir: Path, question_seed: int, adapter: str = ""):
+        from dataset.benchmark import preference_accuracy, run_benchmark
+        from model.adapter import load_adapter
+        from model.checkpoint import find_weights, load_weights
+        from tokenizer.resolve import tokenizer_of
+
+        checkpoint = load_weights(find_weights(weight, save_dir))
+        self.name, self.path = adapter or weight, checkpoint.path
+        self.tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, checkpoint.config.vocab_size)
+        self.model = checkpoint.build().eval()
+        if adapter:
+            load_adapter(find_weights(adapter, save_dir / "lora")).apply(self.model).eval()
+        self.result = run_benchmark(self.model, self.tokenizer, question_seed)
+        scores = self.result["scores"]["model"]
+        self.figures = {
+            "the exam, asked in Chinese": scores["all zh"],
+            "the exam, asked in English": scores["all en"],
+            "identity in unseen wordings": self.result["later"]["identity"],
+            "held-out pairs: prefers the kind one": preference_accuracy(
+                self.model, self.tokenizer, save_dir / "tiny_world/dpo_val.jsonl"
+            ),
+            "speaks in the kind manner": self.result["later"]["manner"],
+            "problems of several steps": self.result["later"]["steps"],
+        }
+
+    def say(self, prompt: str) -> str:
+        from model.generate import Sampling, generate
+        from tokenizer.chat import encode_chat
+
+        ids = encode_chat(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
+        (reply,) = generate(self.model, [ids], Sampling(temperature=0), max_new_tokens=96, stop=self.tokenizer.stop_ids)
+        return self.tokenizer.decode([i for i in reply if i not in self.tokenizer.stop_ids])
 
 
 def examine(save_dir: Path, question_seed: int) -> None:
-    from dataset.benchmark import run_benchmark
-    from model.checkpoint import find_weights, load_weights
-    from model.generate import Sampling, generate
-    from tokenizer.chat import encode_chat
-    from tokenizer.resolve import tokenizer_of
-
-    checkpoint = load_weights(find_weights("full_sft", save_dir))
-    tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, checkpoint.config.vocab_size)
-    model = checkpoint.build().eval()
-    print(f"\n=== The exam\n$ python eval_model.py --weight {checkpoint.path} --benchmark tiny_world\n")
-    result = run_benchmark(model, tokenizer, question_seed)
-    print(result["table"])
+    sft = Trained("full_sft", save_dir, question_seed)
+    print(f"\n=== The exam after fine-tuning\n$ python eval_model.py --weight {sft.path} --benchmark tiny_world\n")
+    print(sft.result["table"])
+    lora = Trained("full_sft", save_dir, question_seed, adapter="lora_identity")
+    stages = [sft, lora, *(Trained(name, save_dir, question_seed) for name in ("rlhf", "reason"))]
+    print("\n=== What each stage changed\n\n" + " " * 38 + "".join(f"{stage.name:>15}" for stage in stages))
+    for figure in sft.figures:
+        print(f"{figure:<38}" + "".join(f"{stage.figures[figure]:>15.1%}" for stage in stages))
 
     print("\n=== A conversation\n")
-    prompts = [*QUESTIONS, *(answer["prompt"] for answer in result["answers"][:: len(result["answers"]) // 4][:4])]
-    for prompt in prompts:
-        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
-        (reply,) = generate(model, [ids], Sampling(temperature=0), max_new_tokens=64, stop=tokenizer.stop_ids)
-        print(f"> {prompt}\n{tokenizer.decode(reply, skip_control=True)}\n")
+    answers = sft.result["answers"]
+    for model, prompt in [
+        *((sft, prompt) for prompt in (*QUESTIONS, *(answers[i]["prompt"] for i in (0, 150, 250, 500)))),
+        (lora, QUESTIONS[1]),
+        (sft, "Tell me about Rosa."),
+        (stages[2], "Tell me about Rosa."),
+        (sft, "What is 19+7-5+12?"),
+        (stages[3], "What is 19+7-5+12?"),
+    ]:
+        print(f"[{model.name}] > {prompt}\n{model.say(prompt)}\n")
 
 
 def main():

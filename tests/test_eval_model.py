@@ -417,6 +417,7 @@ def test_the_exam_report(say, monkeypatch, tmp_path):
     status, table, _ = say("--benchmark", "tiny_world", "--question_seed", 5, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert status == 0 and "13.3% of all questions" in table and "most frequent" in table
-    assert figures["score"] == 80 / 600 and figures["question_seed"] == 5 and len(figures["answers"]) == 600
+    assert figures["later"] == {"steps": 0, "identity": 0, "manner": 0} and "identity 0.0%" in table
+    assert figures["score"] == 80 / 600 and figures["question_seed"] == 5 and len(figures["answers"]) == 840
     assert figures["scores"]["model"]["sum zh"] == 1 and figures["scores"]["model"]["fact en"] == 0
     assert figures["lineage"][-1]["stage"] == "full_sft"

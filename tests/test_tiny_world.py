@@ -125,7 +125,8 @@ def mentions(word: str, line: str) -> bool:
 
 
 def test_exam_facts_never_occur_in_sft(world, sft, later):
-    """No row of SFT or of a later stage has the person together with the value of a held-out relation, in either language or across both."""
+    """No row of SFT or of a later stage has the person together with the value of a held-out relation, in either
+    language or across both."""
     held = defaultdict(list)
     for person, relation in world.exam_facts:
         for name in text.PEOPLE[person]:
