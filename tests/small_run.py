@@ -91,7 +91,7 @@ def sft_engine(folder: Path, batch_size: int, accumulation_steps: int, backend=N
 
 def first_gradients(engine) -> dict:
     """What one optimiser step would see, by parameter name."""
-    engine.optimizers = []
+    engine.backend.optimizers = []
     batches = engine.loader.batches(0)
     (units,) = engine.backend.sum(sum(map(engine.job.objective.count, batches)))
     engine._update(batches, units)
@@ -102,9 +102,11 @@ if __name__ == "__main__" and os.environ.get("WORLD_SIZE"):  # torchrun tests/sm
     import torch
 
     from trainer.backend import start
+    from trainer.config import parse
+    from trainer.train_full_sft import SFTConfig
 
     folder = Path(sys.argv[1])
-    with start("cpu") as backend:
+    with start(parse(SFTConfig, FLAGS)) as backend:
         gradients = first_gradients(sft_engine(folder, 4, 2, backend))
         if backend.main:
             torch.save(gradients, folder / "two_ranks.pth")

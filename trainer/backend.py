@@ -1,7 +1,8 @@
 """How many processes there are, and what they have to agree on.
 
-    python train_x.py                           one process; everything here does nothing
+    python train_x.py                           one process
     torchrun --nproc_per_node 2 train_x.py      one process a device, gradients averaged by DistributedDataParallel
+    deepspeed --num_gpus 2 train_x.py           DeepSpeed's engine, which shards what it can (trainer/zero.py)
 
 Numbers that steer the loop (how many tokens a step has, whether somebody pressed Ctrl-C) are exchanged between the
 hosts' processors, by gloo, so that no GPU is waited for.
@@ -18,10 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.device import pick_device
+from trainer import resume
+from trainer.config import StageConfig
+from trainer.optim import clip_and_check
 
 
 class Backend:
-    """One process."""
+    """One process. The others differ in how an update is computed and where its tensors are."""
 
     def __init__(self, device: torch.device):
         self.rank, self.world, self.device = 0, 1, device
@@ -30,12 +34,59 @@ class Backend:
     def main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    # ---- an optimiser step ----
+
+    def wrap(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> nn.Module:
+        """What is called instead of the model from now on."""
+        self.model, self.optimizers = model, optimizers
+        return self._wrapped(model)
+
+    def _wrapped(self, model: nn.Module) -> nn.Module:
         return model
 
     def accumulate(self, model: nn.Module, last: bool):
         """Context for one micro-batch: gradients travel with the last one only."""
         return nullcontext()
+
+    def backward(self, loss: Tensor, scale: float) -> None:
+        """Adds the gradient of loss x scale, a mean over the ranks."""
+        (loss * scale).backward()
+
+    def update(self, limit: float, scale: float, healthy: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes `scale` out, clips to `limit`, judges, and moves -> (gradient norm, 1.0 where anything on any rank is
+        not finite, and then nothing has moved)."""
+        norm, bad = clip_and_check([p for _, p in self._trained()], limit, scale, healthy)
+        bad = self.worst(bad)
+        self._move(bad)
+        return norm, bad
+
+    def _move(self, bad: Tensor) -> None:
+        for optimizer in self.optimizers:
+            optimizer.found_inf = bad  # torch's fused optimisers, and our Muon, leave all as it is where this is 1
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    # ---- full tensors, whoever holds which part ----
+
+    def whole(self):
+        """Context in which the first rank's model holds full fp32 weights. All ranks enter it."""
+        return nullcontext()
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """{"<parameter>/<kind>": full tensor}, at least on the first rank. All ranks take part."""
+        return resume.optimizer_tensors(self.model, self.optimizers)
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """The inverse, from the full tensors of what is trained."""
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(weights[name])
+        resume.restore_optimizers(self.model, self.optimizers, optimizer)
+
+    # ---- what the processes agree on ----
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number added up over all ranks, in fp64, without touching the device."""
@@ -65,7 +116,7 @@ class DDP(Backend):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.host = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def _wrapped(self, model):
         on_device = dict(device_ids=[self.device.index]) if self.device.type == "cuda" else {}
         return nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True, **on_device
@@ -97,19 +148,27 @@ class DDP(Backend):
 
 
 @contextmanager
-def start(device: str = "auto", timeout: float = 1800):
+def start(config: StageConfig):
     """The backend that the launcher asked for, for as long as the block lasts."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    picked = pick_device(device, local_rank)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Backend(picked)
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    sharded = config.backend == "deepspeed"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not sharded:
+        yield Backend(device)
         return
-    if picked.type == "cuda":
-        torch.cuda.set_device(picked)
-    dist.init_process_group(
-        {"cuda": "nccl", "npu": "hccl"}.get(picked.type, "gloo"), timeout=timedelta(seconds=timeout)
-    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    alone = {} if "MASTER_ADDR" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    kind = {"cuda": "nccl", "npu": "hccl"}.get(device.type, "gloo")
+    dist.init_process_group(kind, timeout=timedelta(seconds=config.ddp_timeout), **alone)
     try:
-        yield DDP(picked)
+        yield _sharded(device, config) if sharded else DDP(device)
     finally:
         dist.destroy_process_group()
+
+
+def _sharded(device: torch.device, config: StageConfig) -> Backend:
+    from trainer.launch import deepspeed_config
+    from trainer.zero import STAGES
+
+    merged = deepspeed_config(config, dist.get_world_size())
+    return STAGES[merged["zero_optimization"]["stage"]](device, merged)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from trainer import launch
 from trainer.options import ROOT, Options, describe, option, parse
 
 __all__ = ["ROOT", "Options", "StageConfig", "describe", "explain", "option", "parse", "run"]
@@ -108,6 +109,11 @@ class StageConfig(Options):
                         aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
     compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"), switch=("on", "off"),
                           aliases=("use_compile",))
+    backend: str = option("auto", "auto: what the launcher is for", choices=("auto", "ddp", "deepspeed"))
+    zero_stage: int | None = option(None, "DeepSpeed shards moments (1), gradients too (2), weights too (3); default 2",
+                                    within="[0, 3]")
+    zero_offload: str = option("none", "what DeepSpeed keeps in main memory", choices=("none", "optimizer", "parameters"))
+    deepspeed_config: str | None = option(None, "a DeepSpeed file with more", path=True, aliases=("deepspeed",))
     ddp_timeout: float = option(1800, "seconds after which a process that does not answer is given up",
                                 within="(0, inf)")
     seed: int = option(42, "seed of everything random", within="[0, inf)")
@@ -117,8 +123,12 @@ class StageConfig(Options):
         if self.output_dir and self.save_dir == StageConfig.save_dir:
             object.__setattr__(self, "save_dir", self.output_dir)
 
+    def adopted(self) -> StageConfig:
+        return launch.adopt(self)
+
     def problems(self) -> list[str]:
         found = super().problems()
+        found += [] if found else launch.problems(self)
         if self.output_dir and self.output_dir != self.save_dir:
             found.append("--save_dir and --output_dir: both say where results go; give one of them")
         if self.val_path and self.val_fraction:

@@ -35,7 +35,7 @@ from trainer.config import ROOT, StageConfig, describe
 from trainer.ends import catch_signals, explained
 from trainer.logger import RunLogger
 from trainer.objectives import Objective
-from trainer.optim import build_optimizers, clip_and_check, learning_rate
+from trainer.optim import build_optimizers, learning_rate
 from trainer.outputs import Weights
 from trainer.prepare import Data
 from trainer.watchdog import Watchdog
@@ -87,9 +87,9 @@ class Engine:
                               run_dir / "bad_batches.jsonl", self.logger.print)  # fmt: skip
         self._announce(notice)
         self.compiled = self._compile()
+        self.wrapped = backend.wrap(self.model, self.optimizers)
         if found:
             self._restore(found)
-        self.wrapped = backend.wrap(self.model)
 
     def _find(self, states: Path) -> Path | None:
         """The state to continue from. The first rank looks, so that all take the same one."""
@@ -230,17 +230,11 @@ class Engine:
         for i, batch in enumerate(batches):
             with self.backend.accumulate(self.wrapped, last=i == len(batches) - 1):
                 loss, metrics = self.job.objective(self.wrapped, batch.to(self.backend.device))
-                (loss * (self.watch.scale * self.backend.world / units)).backward()
+                self.backend.backward(loss * (self.backend.world / units), self.watch.scale)
                 self.watch.saw(loss)
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
-        finite = torch.isfinite(sums["loss"])
-        norm, bad = clip_and_check(self.parameters, self.config.grad_clip, self.watch.scale, finite)
-        bad = self.backend.worst(bad)
-        for optimizer in self.optimizers:
-            optimizer.found_inf = bad  # torch's fused optimisers, and our Muon, leave everything as it is where it is 1
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        norm, bad = self.backend.update(self.config.grad_clip, self.watch.scale, torch.isfinite(sums["loss"]))
         return sums, norm, bad
 
     @torch.no_grad()
@@ -264,7 +258,8 @@ class Engine:
             means["val_bpb"] = means["val_loss"] * units / math.log(2) / max(size, 1)
         if means["val_loss"] < self.best:
             self.best = means["val_loss"]
-            self._write(self.folder / "best" / self.name)
+            with self.backend.whole():
+                self._write(self.folder / "best" / self.name)
         return means
 
     # ---- what stays ----
@@ -272,19 +267,18 @@ class Engine:
     def save(self) -> None:
         """The weights, and the state to continue from. All ranks take part; the first one writes."""
         random = torch.stack(self.backend.gather(torch.get_rng_state()))
-        if self.backend.main:
-            tensors = dict(
-                weights=self._trained(),
-                optimizer=resume.optimizer_tensors(self.model, self.optimizers),
-                random=dict(cpu=random),
-            )
-            resume.refuse_infinite(tensors)
-            resume.save_state(self.states, self.step, tensors, self._state(), self.config.keep_last)
-        self._write(self.folder / self.name)
+        optimizer = self.backend.optimizer_tensors()
+        with self.backend.whole():
+            if self.backend.main:
+                tensors = dict(weights=self._trained(), optimizer=optimizer, random=dict(cpu=random))
+                resume.refuse_infinite(tensors)
+                resume.save_state(self.states, self.step, tensors, self._state(), self.config.keep_last)
+            self._write(self.folder / self.name)
         self.logger.draw()
         self.backend.barrier()
 
     def _write(self, path: Path) -> None:
+        """Inside `whole`."""
         if self.backend.main:
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
             tokenizer = dict(path=_relative(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
@@ -338,10 +332,7 @@ class Engine:
 
     def _restore(self, path: Path) -> None:
         tensors, state = resume.read_state(path)
-        with torch.no_grad():
-            for name, parameter in self._trained().items():
-                parameter.copy_(tensors["weights"][name])
-        resume.restore_optimizers(self.model, self.optimizers, tensors["optimizer"])
+        self.backend.load(tensors["weights"], tensors["optimizer"])
         random = tensors["random"]["cpu"]
         torch.set_rng_state(random[self.backend.rank % len(random)])
         self.step, self.tokens, self.losses = (state[k] for k in ("step", "tokens", "losses"))

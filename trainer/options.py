@@ -46,6 +46,10 @@ class Options:
     elsewhere: ClassVar[dict[str, str]] = {}           # name that people bring along -> the script that knows it
     moot: ClassVar[dict[str, tuple[str, ...]]] = {}    # switch -> the names of `elsewhere` that its `false` settles
 
+    def adopted(self) -> Options:
+        """These values, completed by what is known only where the program runs."""
+        return self
+
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each. Subclasses add what involves several options."""
         found = []
@@ -126,8 +130,11 @@ def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, 
     stated |= _settle([(f"--{spelling}", known[name], spelling, text) for name, spelling, text in seen.given], problems)
     _refuse(list(_flags(unknown)), cls, problems)
 
-    config = cls(**stated)
-    problems += config.problems()
+    try:
+        config = cls(**stated).adopted()
+        problems += config.problems()
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same ones
             print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)

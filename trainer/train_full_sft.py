@@ -43,7 +43,7 @@ def main():
     torch.manual_seed(config.seed)
     parent, tokenizer, origin = open_weights(config, "pretrain")
     data = open_data(SFTDataset, config, "sft", tokenizer, on_long=config.on_long)
-    with start(config.device, config.ddp_timeout) as backend:
+    with start(config) as backend:
         Engine(
             Job(
                 stage="full_sft",

@@ -72,7 +72,7 @@ def main():
     layers = add_lora(model, settings)
     merged = f"{config.save_weight}_merged" if config.merge_lora else ""
     data = open_data(SFTDataset, config, config.save_weight, tokenizer, on_long=config.on_long)
-    with start(config.device, config.ddp_timeout) as backend:
+    with start(config) as backend:
         torch.manual_seed(config.seed + backend.rank)  # dropout: other samples on every rank
         Engine(
             Job(

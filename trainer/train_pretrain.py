@@ -72,7 +72,7 @@ def main():
     data = open_data(PretrainDataset, config, "pretrain", tokenizer)
     if not parent:
         model = CausalLM(architecture(config, tokenizer, data.builtin))
-    with start(config.device, config.ddp_timeout) as backend:
+    with start(config) as backend:
         Engine(
             Job(
                 stage="pretrain",
