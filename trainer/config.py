@@ -112,7 +112,8 @@ class StageConfig(Options):
     backend: str = option("auto", "auto: what the launcher is for", choices=("auto", "ddp", "deepspeed"))
     zero_stage: int | None = option(None, "DeepSpeed shards moments (1), gradients too (2), weights too (3); default 2",
                                     within="[0, 3]")
-    zero_offload: str = option("none", "what DeepSpeed keeps in main memory", choices=("none", "optimizer", "parameters"))
+    zero_offload: str = option("none", "what DeepSpeed keeps in main memory",
+                               choices=("none", "optimizer", "parameters"))
     deepspeed_config: str | None = option(None, "a DeepSpeed file with more", path=True, aliases=("deepspeed",))
     ddp_timeout: float = option(1800, "seconds after which a process that does not answer is given up",
                                 within="(0, inf)")

@@ -2,7 +2,7 @@
 
     job = Job(stage="pretrain", config=config, model=model, objective=NextToken(), tokenizer=tokenizer,
               data=open_data(...), packing=False)
-    with start(config.device, config.ddp_timeout) as backend:
+    with start(config) as backend:
         Engine(job, backend).run()
 
 One optimiser step: the loader gives this rank's micro-batches; their units (trained tokens, say) are counted and added
@@ -68,7 +68,6 @@ class Engine:
         self.model.compute_dtype = self.dtype
         lower_frozen(self.model, self.dtype)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.step, self.tokens, self.best = 0, 0, float("inf")
         self.losses: dict[str, float] = {}  # the newest figures, for the lineage
         self.name = weights_name(config.save_weight, self.model.config)
@@ -138,7 +137,7 @@ class Engine:
         say, model = self.logger.print, self.model
         say(describe(self.config))
         active = f" ({model.num_parameters(active=True):,} active)" if model.config.num_experts else ""
-        trainable = sum(p.numel() for p in self.parameters)
+        trainable = sum(p.numel() for p in self._trained().values())
         total = model.num_parameters()
         say(f"model: {total:,} parameters{active}, {trainable:,} trained ({trainable / total:.2%})")
         for line in (*self.job.notes, *self.job.data.notes, notice):

@@ -86,8 +86,8 @@ class ZeRO(DeepSpeed):
                 parameter.data = data
 
     def _full(self, parameter: Tensor) -> Tensor | None:
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         found = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if found is None:  # frozen
