@@ -64,7 +64,8 @@ def _of_accelerate(config: StageConfig) -> dict[str, Any]:
     if not config.deepspeed_config and env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "None") != "None":
         stated["deepspeed_config"] = env["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
         stated.pop("zero_stage", None)  # the file decides
-    on_cpu = [kind for kind in ("OPTIMIZER", "PARAM") if env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{kind}_DEVICE") == "cpu"]
+    device = "ACCELERATE_DEEPSPEED_OFFLOAD_{}_DEVICE".format
+    on_cpu = [kind for kind in ("OPTIMIZER", "PARAM") if env.get(device(kind)) == "cpu"]
     if config.zero_offload == "none" and on_cpu:
         stated["zero_offload"] = "parameters" if "PARAM" in on_cpu else "optimizer"
     return stated

@@ -63,7 +63,7 @@ def main():
     parent, tokenizer, origin = open_weights(config, "full_sft")
     options = dict(on_long=config.on_long, max_prompt_length=config.max_prompt_length)
     data = open_data(PreferenceDataset, config, "dpo", tokenizer, **options)
-    with start(config.device) as backend:
+    with start(config) as backend:
         model, notes = parent.build().to(backend.device), [origin]
         model.compute_dtype, _ = pick_dtype(config.dtype, backend.device)
         if config.loss_type not in WITHOUT_REFERENCE:
