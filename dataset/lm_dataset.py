@@ -58,7 +58,8 @@ def weighted(spec: str | Path) -> tuple[Path, float]:
 class TokenDataset:
     """What both datasets share: an order over the distinct examples, so that one may come twice, or not at all.
 
-    A subclass fills in `_tokens`, `_trained`, `_source`, for the number of a distinct example.
+    A subclass fills in `_tokens`, `_trained`, `_source`, for the number of a distinct example, and `_extras` where an
+    objective needs more than the tokens.
     """
 
     max_seq_len: int
@@ -81,6 +82,14 @@ class TokenDataset:
     def sequences(self, i: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """What a model reads of the example, (tokens, trained) each: one sequence, of a preference two."""
         return [(self.tokens(i), self.trained(i))]
+
+    def extras(self, i: int) -> dict[str, np.ndarray]:
+        """What else is known of each of tokens(i) as a target, by name: (n, ...) each. The loader packs it beside the
+        targets, so the first token's is never used."""
+        return self._extras(int(self.order[i]))
+
+    def _extras(self, example: int) -> dict[str, np.ndarray]:
+        return {}
 
     def source(self, i: int) -> str:
         """file:line where the example begins."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import mul
 
 import numpy as np
@@ -43,19 +43,23 @@ class Batch:
     selected: torch.Tensor | None  # (K,) int64, b * T + t of the positions with a target, then filling; None = all
     trained_tokens: int
     examples: tuple[int, ...]
+    # (B, T, ...) beside the targets, 0 in the filling
+    extras: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
     def to(self, device: torch.device | str) -> Batch:
         """On the device; for CUDA through pinned memory, so that the copy runs beside the computation."""
         if torch.device(device).type == "cpu":
             return self
         cuda = torch.device(device).type == "cuda"
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+
+        def move(value):
+            if isinstance(value, dict):
+                return {name: move(own) for name, own in value.items()}
             if isinstance(value, torch.Tensor):
                 value = (value.pin_memory() if cuda else value).to(device, non_blocking=cuda)
-            moved[field.name] = value
-        return replace(self, **moved)
+            return value
+
+        return replace(self, **{own.name: move(getattr(self, own.name)) for own in fields(self)})
 
 
 class Loader:
@@ -73,6 +77,7 @@ class Loader:
         self.examples_per_step = batch_size * accumulation_steps * world
         self.steps_per_epoch = -(-len(dataset) // self.examples_per_step)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._extras = {name: (own.shape[1:], own.dtype) for name, own in dataset.extras(0).items()}
 
     def examples(self, step: int) -> np.ndarray:
         """Of global step `step`, on all ranks together."""
@@ -149,6 +154,7 @@ class Loader:
         targets = np.full(shape, IGNORED, np.int64)
         documents = np.zeros(shape, np.int32)
         positions = np.broadcast_to(np.arange(length), shape).copy()
+        extras = {name: np.zeros((*shape, *inner), dtype) for name, (inner, dtype) in self._extras.items()}
         for r, row in enumerate(rows):
             begin = 0
             for number, example in enumerate(row, start=1):
@@ -158,6 +164,8 @@ class Loader:
                 targets[r, here] = ids[1:]
                 if trained is not None:
                     targets[r, here][~trained[1:]] = IGNORED
+                for name, values in self.dataset.extras(example).items() if extras else ():
+                    extras[name][r, here] = values[1:]
                 documents[r, here] = number
                 positions[r, here] -= begin
                 begin = here.stop
@@ -173,6 +181,7 @@ class Loader:
             selected=select(targets) if self.packing else None,
             trained_tokens=trained_tokens,
             examples=tuple(example for row in rows for example in row),
+            extras={name: torch.from_numpy(values) for name, values in extras.items()},
         )
 
     def _documents_of_stream(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

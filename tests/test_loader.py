@@ -71,6 +71,24 @@ def test_untrained_targets_are_minus_100_in_any_token_type():
         assert batch.targets.tolist() == [[-100, -100, 4]]
 
 
+def test_extras_lie_beside_their_targets():
+    """Token i's extra stands where token i is the target, one place before it is the input. Here it is 10 i, so every
+    target t has 10 t beside it; `pair` has two numbers a token."""
+    ds = chat("xY", "abCD", "eF")
+    ds._extras = lambda i: {"tenfold": ds.sequences[i] * np.float32(10), "pair": np.stack([ds.sequences[i]] * 2, 1)}
+    (batch,) = loader(ds, max_seq_len=5, batch_size=3, world=2).batches(0)
+    assert batch.tokens.tolist() == [[1, 2, 3, 24, 5]]
+    assert batch.targets.tolist() == [[IGNORED, 3, 4, 25, 6]]
+    tenfold = batch.extras["tenfold"]
+    assert tenfold.tolist() == [[20, 30, 40, 250, 60]] and tenfold.dtype == torch.float32
+    assert batch.extras["pair"].tolist() == [[[2, 2], [3, 3], [4, 4], [25, 25], [6, 6]]]
+    (blank,) = loader(ds, max_seq_len=5, batch_size=3, world=2, rank=1).batches(0)
+    assert blank.examples == () and not blank.extras["tenfold"].any() and blank.extras["pair"].shape == (1, 5, 2)
+    moved = batch.to("meta")
+    assert moved.extras["pair"].device.type == moved.tokens.device.type == "meta" and moved.examples == batch.examples
+    assert loader(chat("xY")).batches(0)[0].extras == {}, "nothing where nothing is known"
+
+
 def test_a_stream_row_holds_several_documents():
     """E opens a document: its number goes up and positions restart there, in the middle of a row too."""
     ds = Examples([[END, 5, 6, END, 7], [7, 8, END, 9, END], [END, 3]])
