@@ -68,10 +68,10 @@ class Adapter(nn.Module):
         self.B = nn.Parameter(torch.zeros(layer.out_features, settings.rank, **on))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as peft does
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)"""
-        x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.A.to(x.dtype)), (self.B * self.scale).to(x.dtype))
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (N, out) + what it makes of x (N, in), in place: adding takes no pass of its own."""
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))  # (N, r)
+        return y.addmm_(h, (self.B * self.scale).to(x.dtype).T)
 
     def product(self) -> Tensor:
         """What it adds to the weight (out, in)."""
@@ -91,10 +91,10 @@ class LoRALinear(Linear):
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
         if self.active is None or self.unmerged is not None:
-            return y
-        return y + self.adapters[self.active](x)
+            return super().forward(x)
+        flat = x.reshape(-1, self.in_features)
+        return self.adapters[self.active].add_to(super().forward(flat), flat).view(*x.shape[:-1], -1)
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
