@@ -124,7 +124,7 @@ class CausalLM(nn.Module):
     one."""
 
     compute_dtype: torch.dtype | None = None  # the weights' own
-    attention_kernel: str | None = None  # "blocked" on CPUs training in bf16, else "sdpa"
+    attention_kernel: str | None = None  # "blocked" on CPUs in bf16, training or with packed rows, else "sdpa"
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -170,7 +170,8 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = rope_table(positions, self.rope_frequencies, self.rope_temperature, x.dtype)
-        sees = visibility(T, past + T, documents, x, "sdpa" if cache is not None else self._kernel(x), prefixes)
+        kernel = "sdpa" if cache is not None else self._kernel(x, documents)
+        sees = visibility(T, past + T, documents, x, kernel, prefixes)
         aux_loss = torch.zeros(B, device=tokens.device)
         for block in self.model.layers:
             x, aux = block(x, cos, sin, sees, cache)
@@ -192,10 +193,12 @@ class CausalLM(nn.Module):
         """x (N, d), targets (N,) -> (N,) fp32. A function of its own, so that it can be compiled."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-100, reduction="none")
 
-    def _kernel(self, x: Tensor) -> str:
+    def _kernel(self, x: Tensor, documents: Tensor | None) -> str:
         if self.attention_kernel:
             return self.attention_kernel
-        return "blocked" if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled() else "sdpa"
+        # without gradients sdpa is the faster one where nothing is masked, and half as fast where something is
+        slow = torch.is_grad_enabled() or documents is not None
+        return "blocked" if x.device.type == "cpu" and x.dtype == torch.bfloat16 and slow else "sdpa"
 
     def num_parameters(self, active: bool = False) -> int:
         """Tied weights count once. active: only the experts that one token passes through."""

@@ -16,6 +16,7 @@ from test_preference import TOKENIZER, alone, says, small_model, user, write
 from dataset.preference import PairLoader, PreferenceDataset
 from model.checkpoint import save_weights
 from model.config import ModelConfig
+from model.lora import LoRASettings, add_lora, freeze
 from model.transformer import CausalLM
 from trainer.backend import Backend
 from trainer.config import parse
@@ -184,6 +185,36 @@ def test_the_first_loss_is_ln_2(tmp_path):
     assert n == 16 and loss / n == pytest.approx(math.log(2), abs=1e-6) and kl / n == pytest.approx(0, abs=1e-5)
 
 
+def test_an_adapter_has_the_model_below_it_as_reference(tmp_path):
+    """No reference in the batch: the first loss is ln 2 exactly, even in bf16, and later ones are those of a reference
+    that was read beforehand. What is written is the adapter."""
+    model, frozen = small_model(), small_model()
+    ds = PreferenceDataset(write_dpo(tmp_path / "dpo.jsonl", 6), TOKENIZER, max_seq_len=48)
+    batch, objective = one_batch(ds), Preference("sigmoid", 0.5)
+    freeze(model)
+    add_lora(model, LoRASettings(rank=4))
+    model.compute_dtype = torch.bfloat16
+    loss, metrics = objective(model, batch)
+    assert loss.item() / 6 == pytest.approx(math.log(2), abs=1e-7) and metrics["kl"] == 0
+    model.compute_dtype = torch.float32
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    pairs = [ds.pair(example) for example in batch.examples]
+    reference = torch.stack([torch.stack([alone(frozen, p, a) for a in both]) for p, *both in pairs])
+    found, _ = objective(model, batch)
+    expected, _ = objective(model, replace(batch, reference=reference.detach()))
+    assert abs(found.item() / 6 - math.log(2)) > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    found.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+    write_weights(tmp_path, 0)
+    flags = [f"--data_path={tmp_path / 'dpo.jsonl'}", f"--save_dir={tmp_path}", "--max_steps=1", "--lora_rank=4"]
+    run_stage("dpo", *flags)
+    assert (tmp_path / "lora" / "rlhf_32.pth").is_file() and not (tmp_path / "rlhf_32.pth").exists()
+
+
 def test_accumulation_gives_the_same_gradient(tmp_path):
     """16 pairs as 16, 4 x 4, 8 x 2 and 1 x 16, on a mixture of experts with its balancing loss."""
     expected = first_gradients(engine(tmp_path, 16, 1))
@@ -250,7 +281,7 @@ def test_preferences_are_learned_and_logged(tmp_path):
         (["--loss_type=ipo", "--label_smoothing=0.1"], "--label_smoothing 0.1: --loss_type ipo has none"),
         (["--beta=0"], "--beta 0: must be above 0"),
         (["--dpo_beta=0.1", "--beta=0.2"], "both set beta"),
-        (["--lora_alpha=16"], "trainer/train_lora.py knows it"),
+        (["--lora_dropout=0.1"], "trainer/train_lora.py knows it"),
     ),
 )
 def test_flags_that_cannot_be_meant(flags, message, capsys):

@@ -1,6 +1,6 @@
 """Learning from preferences: five losses over pairs of answers, and where the reference's view of them comes from.
 
-    objective = Preference("sigmoid", beta=0.1)          # its reference: batch.reference
+    objective = Preference("sigmoid", beta=0.1)
     loss, metrics = objective(model, batch)              # summed over the batch's pairs
 
 Letters: y_c, y_r the chosen and the rejected answer to x; log p the sum over an answer's tokens, /|y| their mean.
@@ -29,6 +29,7 @@ from dataset.cache import cache_root
 from dataset.preference import PairBatch, PairLoader, PreferenceDataset
 from dataset.token_cache import Progress
 from model.checkpoint import atomic
+from model.lora import adapter_disabled
 from trainer.backend import Backend
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -72,7 +73,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 class Preference:
-    """An objective whose units are pairs."""
+    """An objective whose units are pairs. Where a batch brings no reference, that is the model with its adapter off."""
 
     per_token = False
 
@@ -86,10 +87,13 @@ class Preference:
         """Metrics: rewards are beta x score, the margin is their difference, and accuracy how often it is above 0. `kl`
         is the mean of log p_ref(y) - log p(y) over both answers, in nats an answer: an estimate of KL(p_ref || p)
         where the answers are typical of the reference; it may be negative, since they were not drawn from it."""
+        extra, reference = {}, batch.reference
+        if reference is None and self.kind not in WITHOUT_REFERENCE:
+            with torch.no_grad(), adapter_disabled(model):
+                reference, _, _ = read_answers(model, batch)
         scores, tokens, aux_loss = read_answers(model, batch)
-        extra = {}
         if self.kind not in WITHOUT_REFERENCE:
-            scores = scores - batch.reference
+            scores = scores - reference
             extra["kl"] = -scores.detach().mean(1).sum()
         if self.kind in ("ipo", *WITHOUT_REFERENCE):
             scores = scores / tokens

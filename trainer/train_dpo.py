@@ -2,6 +2,7 @@
 
     python trainer/train_dpo.py                                          # on top of out/full_sft_*.pth
     python trainer/train_dpo.py --data_path my.jsonl --val_fraction 0.1  # with accuracy and margin of held-out pairs
+    python trainer/train_dpo.py --lora_rank 8 --learning_rate 1e-4       # an adapter only: out/lora/rlhf_<hidden>.pth
     torchrun --nproc_per_node 2 trainer/train_dpo.py --loss_type ipo --beta 0.1
 
 Data: {"chosen": [messages], "rejected": [messages]} rows, the same up to the answer; or "prompt", "chosen", "rejected"
@@ -19,14 +20,15 @@ from typing import ClassVar
 
 from trainer.config import StageConfig, option, parse, run
 
+OWN = ("beta", "dpo_beta", "max_prompt_length", "lora_rank", "lora_r", "r", "lora_alpha", "lora_targets",
+       "target_modules")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class DPOConfig(StageConfig):
     """Options of preference tuning"""
 
-    elsewhere: ClassVar[dict[str, str]] = {
-        k: v for k, v in StageConfig.elsewhere.items() if k not in ("beta", "dpo_beta", "max_prompt_length")
-    }
+    elsewhere: ClassVar[dict[str, str]] = {k: v for k, v in StageConfig.elsewhere.items() if k not in OWN}
 
     save_weight: str = "rlhf"
     epochs: int = 2
@@ -39,6 +41,11 @@ class DPOConfig(StageConfig):
     label_smoothing: float = option(0.0, "share of pairs that are labelled wrongly (sigmoid, simpo)", within="[0, 0.5)")
     simpo_gamma: float = option(0.5, "margin that simpo asks for", within="[0, inf)")
     max_prompt_length: int = option(0, "tokens of a prompt, cut from the left (0: what fits)", within="[0, inf)")
+    lora_rank: int = option(0, "train an adapter of this rank; without it, the model is the reference (0: all weights)",
+                            aliases=("lora_r", "r"), within="[0, inf)")  # fmt: skip
+    lora_alpha: float = option(16.0, "what the adapter adds is multiplied by alpha / rank", within="(0, inf)")
+    lora_targets: tuple[str, ...] = option(("all",), "layers: all, attention, mlp or names",
+                                           aliases=("target_modules",))  # fmt: skip
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -54,8 +61,10 @@ def main():
 
     from dataset.preference import PairLoader, PreferenceDataset
     from model.device import pick_dtype
+    from model.lora import LoRASettings, add_lora, freeze
     from trainer.backend import start
     from trainer.engine import Engine, Job
+    from trainer.outputs import AdapterOnly, Weights
     from trainer.preference import WITHOUT_REFERENCE, Preference, add_reference
     from trainer.prepare import open_data, open_weights
 
@@ -66,7 +75,13 @@ def main():
     with start(config) as backend:
         model, notes = parent.build().to(backend.device), [origin]
         model.compute_dtype, _ = pick_dtype(config.dtype, backend.device)
-        if config.loss_type not in WITHOUT_REFERENCE:
+        output = Weights()
+        if config.lora_rank:
+            settings = LoRASettings(config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+            freeze(model)
+            add_lora(model, settings)
+            output = AdapterOnly(settings, parent)
+        elif config.loss_type not in WITHOUT_REFERENCE:
             sets = [dataset for dataset in (data.train, data.val) if dataset is not None]
             notes.append(add_reference(sets, model, backend, config, f"{parent.hash} {model.compute_dtype}"))
         Engine(
@@ -81,6 +96,7 @@ def main():
                 parent=parent,
                 notes=notes,
                 loader=PairLoader,
+                output=output,
             ),
             backend,
         ).run()
