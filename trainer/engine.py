@@ -333,7 +333,7 @@ class Engine:
         tensors, state = resume.read_state(path)
         self.backend.load(tensors["weights"], tensors["optimizer"])
         random = tensors["random"]["cpu"]
-        torch.set_rng_state(random[self.backend.rank % len(random)])
+        torch.set_rng_state(random[self.backend.rank % len(random)].clone())  # it needs an aligned address
         self.step, self.tokens, self.losses = (state[k] for k in ("step", "tokens", "losses"))
         self.watch.scale = state["scale"]
         self.best = float("inf") if state["best"] is None else state["best"]

@@ -98,6 +98,7 @@ class ZeRO(DeepSpeed):
     def optimizer_tensors(self):
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_states()
         found, shard = {}, self._shards()[0]
         for kind, tensor in self.optimizer.state.get(shard, {}).items():
             for name, parameter in self._trained():
@@ -128,6 +129,8 @@ class ZeRO(DeepSpeed):
         return self.engine.optimizer.single_partition_of_fp32_groups
 
     def _link_states(self) -> None:
+        """Its own linking, at the first step of the first group of parameters, misses the other groups' states."""
+        self.engine.optimizer._hp_optimizer_states_linked = False
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Tensor, value: Tensor, kind: str | None) -> None:
