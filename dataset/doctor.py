@@ -184,10 +184,10 @@ class Examination:
                 verdicts = self.verdicts[at:at + len(chunk.rows)].tolist()
                 for raw, line, verdict in zip(chunk.rows, chunk.lines.tolist(), verdicts):
                     if verdict == OK:
-                        good.write(raw.decode() + "\n")
+                        good.write(raw)
                         continue
                     reason = WORDS.get(verdict) or read_row(self.read, raw)[1]
-                    bad.write(encode({"line": line, "reason": reason, "row": raw.decode("utf-8", "replace")}) + "\n")
+                    bad.write(encode({"line": line, "reason": reason, "row": raw.decode("utf-8", "replace")}).encode())
                 at += len(chunk.rows)
             return good.rows, bad.rows
 

@@ -52,10 +52,10 @@ def layout_of(row: dict, kind: str | None = None) -> Layout | None:
     """The layout of a row; `kind` "text" reads its "text", whatever else stands beside it."""
     if kind == "text" and "text" in row:
         return LAYOUTS[-1]
-    rating = next((key for key in ("label", "kto_tag") if isinstance(row.get(key), bool)), None)
+    rating = "label" if isinstance(row.get("label"), bool) else "kto_tag" if row.get("kto_tag") is not None else None
     turns = row.get("conversations")
-    sharegpt = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]
-    return _by_columns(tuple([key for key, value in row.items() if value is not None]), rating, bool(sharegpt))
+    sharegpt = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+    return _by_columns(tuple([key for key, value in row.items() if value is not None]), rating, sharegpt)
 
 
 @lru_cache(maxsize=1024)
@@ -139,6 +139,8 @@ def _preference(row: dict, *columns: str) -> dict:
 
 def _rated(row: dict, *columns: str) -> dict:
     *columns, rating = columns
+    if not isinstance(row[rating], bool):
+        raise ValueError(f'"{rating}" must be true or false, this is {_short(row[rating])}')
     return LAYOUT_OF[tuple(columns)].read(row, *columns) | {"label": row[rating]}
 
 

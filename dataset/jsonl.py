@@ -25,6 +25,7 @@ from dataset.cache import Mapped, cache_root, entry, is_writable
 BLOCK = 8 << 20  # bytes read at a time
 ENDS = 64 << 10  # bytes at either end that tell whether the file is still the same
 BOM = b"\xef\xbb\xbf"
+SPACE, LINE_END = re.compile(r"\s*"), re.compile(r"[\r\n]\s*")
 OTHER_FILES = {
     b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file",
     b"PAR1": "a Parquet file",
@@ -174,40 +175,45 @@ class _ArrayReader:
 
     def __init__(self, path: Path, source):
         self.path, self.source, self.decode = path, source, json.JSONDecoder().raw_decode
-        self.text, self.at, self.first_line, self.ended = "", 0, 1, False
+        self.text, self.at, self.ended = "", 0, False
+        self.last_line, self.counted = 1, 0  # the line that text[counted] is in
 
     def line(self) -> int:
-        return self.first_line + self.text.count("\n", 0, self.at)
+        self.last_line += self.text.count("\n", self.counted, self.at)
+        self.counted = self.at
+        return self.last_line
 
     def fail(self, reason: str) -> None:
         raise ValueError(f"{self.path}:{self.line()}: broken JSON: {reason}")
 
     def more(self) -> None:
-        self.first_line, rest = self.line(), self.text[self.at:]
+        line, rest = self.line(), self.text[self.at:]
         try:
             read = self.source.read(max(1 << 20, len(rest)))  # doubling: a huge element is scanned a few times only
         except UnicodeDecodeError as error:
-            where = f"{self.path}:{self.first_line}"
+            where = f"{self.path}:{line}"
             raise ValueError(f"{where}: not UTF-8 here or below ({error.reason}); {_likely(error.object)}") from None
-        self.text, self.at, self.ended = rest + read, 0, not read
+        self.text, self.at, self.counted, self.ended = rest + read, 0, 0, not read
 
     def skip(self, characters: str) -> str:
         """Moves over white space and one of the characters, if it stands there; returns it, or an empty string."""
         while True:
-            found = re.compile(rf"\s*([{re.escape(characters)}]?)").match(self.text, self.at)
-            if found.end() < len(self.text) or self.ended:
-                self.at = found.end()
-                return found[1]
+            self.at = SPACE.match(self.text, self.at).end()
+            found = self.text[self.at:self.at + 1]
+            if found or self.ended:
+                found = found if found and found in characters else ""
+                self.at += len(found)
+                return found
             self.more()
 
     def element(self) -> tuple[int, str]:
         """Its line, and its text on one line: JSON has line ends between its words only, never inside of one."""
         while True:
             try:
-                self.at = re.compile(r"\s*").match(self.text, self.at).end()
+                self.at = SPACE.match(self.text, self.at).end()
                 _, end = self.decode(self.text, self.at)
                 line, text, self.at = self.line(), self.text[self.at:end], end
-                return line, re.sub(r"\s*[\r\n]\s*", " ", text)
+                return line, LINE_END.sub(" ", text) if "\n" in text or "\r" in text else text
             except json.JSONDecodeError as error:
                 if self.ended:
                     self.at = min(error.pos, len(self.text))
@@ -231,7 +237,7 @@ def parse_row(raw: bytes) -> dict:
 def loads(text: str) -> object:
     """JSON, strictly: a key that stands twice is an error (of its values one would be lost), half a character too."""
     try:
-        value = _decode(text)
+        value = _value(text)
         if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
@@ -251,7 +257,17 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_unique).decode
+_decoder = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _value(text: str) -> object:
+    try:
+        value, end = _decoder.scan_once(text, 0)  # what `decode` calls when it has looked for white space
+        if end == len(text):
+            return value
+    except StopIteration:
+        pass
+    return _decoder.decode(text)
 
 
 def decode(raw: bytes) -> str:

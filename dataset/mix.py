@@ -42,7 +42,7 @@ class Report:
 
 def to_ours(row: dict) -> dict:
     """A canonical row as we keep it in files; reading it back gives the canonical row again."""
-    return {{"messages": "conversations"}.get(key, key): value for key, value in row.items()}
+    return {"conversations" if key == "messages" else key: value for key, value in row.items()}
 
 
 def prepare(
@@ -120,14 +120,14 @@ def _better_answer(row: dict) -> dict | None:
     return {key: value for key, value in found.items() if value}
 
 
-def _lines(files: list[_File], report: Report, held_out) -> Iterator[tuple[str, bool]]:
+def _lines(files: list[_File], report: Report, held_out) -> Iterator[tuple[bytes, bool]]:
     """(line to write, is it for validation)"""
     for file in files:
         for raw, row in file.canonical(report):
             if row is None:
                 report.left_out += 1
             else:
-                yield encode(to_ours(row)) + "\n", held_out(raw)
+                yield encode(to_ours(row)).encode(), held_out(raw)
 
 
 class Writer:
@@ -139,11 +139,11 @@ class Writer:
     def __enter__(self) -> Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = self.path.with_name(f"{self.path.name}.tmp{os.getpid()}")
-        self.file = open(self.temporary, "w", encoding="utf-8", newline="\n")
+        self.file = open(self.temporary, "wb", buffering=1 << 20)
         return self
 
-    def write(self, line: str) -> None:
-        self.file.write(line)
+    def write(self, line: bytes) -> None:
+        self.file.write(line + b"\n")
         self.rows += 1
 
     def __exit__(self, failed, *_) -> None:
