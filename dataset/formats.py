@@ -222,6 +222,8 @@ def _turn(turn: object, where: str) -> list[dict]:
 def _message(turn: dict, where: str) -> dict:
     role = turn["role"] if "role" in turn else turn["from"]
     content = turn["content"] if "content" in turn else turn.get("value")
+    if len(turn) == 2 and content and isinstance(content, str) and isinstance(role, str) and role not in CALLS:
+        return {"role": ROLES.get(role, role), "content": content}  # nearly always
     calls, reasoning = turn.get("tool_calls"), None
     for key in REASONING:
         reasoning = reasoning or turn.get(key)

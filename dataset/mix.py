@@ -23,7 +23,7 @@ from dataset.jsonl import Jsonl, RowErrors
 from dataset.reader import Mapping, Reader, find_reader
 
 CHUNK = 4 << 20  # bytes of rows read at a time
-encode = json.JSONEncoder(ensure_ascii=False).encode
+encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # what came from JSON has no circles
 
 
 @dataclass

@@ -82,11 +82,12 @@ def main():
 def tokenise(path: Path, kind: str, config: PrepareConfig) -> None:
     """Builds the token cache that training will find, and prints what fits."""
     from dataset.lm_dataset import PretrainDataset, SFTDataset
+    from dataset.preference import PreferenceDataset
     from tokenizer.text import Tokenizer
 
-    if kind not in ("text", "chat"):
-        raise ValueError(f"--max_seq_len: {kind} rows are tokenised by their own stage; leave it out")
-    dataset = {"text": PretrainDataset, "chat": SFTDataset}[kind]
+    dataset = {"text": PretrainDataset, "chat": SFTDataset, "preference": PreferenceDataset}.get(kind)
+    if dataset is None:
+        raise ValueError(f"--max_seq_len: no stage trains on {kind} rows yet; leave it out")
     tokenizer = Tokenizer.load(config.tokenizer_path)
     print(f"tokenised: {dataset(path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir).summary}")
 

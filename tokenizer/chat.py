@@ -230,6 +230,8 @@ def check_messages(messages: list[dict], tools: list[dict] | None = None) -> Non
         if not isinstance(message.get("content"), str):
             found = "nothing" if message.get("content") is None else type(message["content"]).__name__
             raise ValueError(f"messages[{i}] ({role}): content must be text, found {found}")
+        if len(message) == 2:
+            continue
         for key in ("reasoning_content", "tool_calls"):
             if message.get(key) and role != "assistant":
                 raise ValueError(f"messages[{i}] ({role}): only an assistant can have {key}")
