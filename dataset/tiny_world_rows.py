@@ -27,9 +27,9 @@ def pretrain_rows(world: World, dice: Dice) -> Iterator[dict]:
     rows = []
     for language in text.LANGUAGES:
         for person in range(len(text.PEOPLE)):
-            rows += [biography(world, dice, person, language) for _ in range(100)]
+            rows += [biography(world, dice, person, language) for _ in range(150)]
         rows += [gossip(world, dice, language) for _ in range(2000)]
-        rows += [passage(world, dice, language) for _ in range(5500)]
+        rows += [passage(world, dice, language) for _ in range(5000)]
         rows += [roll_call(world, dice, language) for _ in range(3500)]
         rows += [list_again(world, dice, language) for _ in range(1600)]
         for kind, amount in WORKSHEETS.items():
@@ -39,7 +39,7 @@ def pretrain_rows(world: World, dice: Dice) -> Iterator[dict]:
     yield from ({"text": row} for row in dice.shuffled(rows))
 
 
-WORKSHEETS = {"fact": 1000, "reading": 2400, "sum": 800, "calendar": 1000, "list": 2200, "translation": 400}
+WORKSHEETS = {"fact": 1400, "reading": 2400, "sum": 800, "calendar": 1000, "list": 2200, "translation": 400}
 
 
 def biography(world: World, dice: Dice, person: int, language: str) -> str:
@@ -115,7 +115,7 @@ def sft_rows(world: World, dice: Dice) -> Iterator[dict]:
             rows += [[(question, answer)] for question in questions * 4]
         for _ in range(600):  # mostly in the curt manner: train_dpo.py is to change that
             prompt, curt, kind = about(world, dice, language, told=True)
-            rows.append([(prompt, kind if dice.chance(0.25) else curt)])
+            rows.append([(prompt, kind if dice.chance(0.08) else curt)])
     for turns in dice.shuffled(rows):
         system = [{"role": "system", "content": dice.pick(text.SYSTEM_PROMPTS)}] if dice.chance(0.08) else []
         yield {"conversations": system + chat(*turns)}
@@ -140,10 +140,15 @@ def about(world: World, dice: Dice, language: str, told: bool) -> tuple[str, str
 
 
 def preference_rows(world: World, dice: Dice, told: bool) -> Iterator[dict]:
-    """The kind manner is chosen, the curt one rejected, both with the same facts: only the manner is to change."""
-    for i in range(400 if told else 100):
-        prompt, curt, kind = about(world, dice, text.LANGUAGES[i % 2], told)
-        yield {"chosen": chat((prompt, kind)), "rejected": chat((prompt, curt))}
+    """Asked about somebody, the kind manner is chosen and the curt one rejected, with the same facts; asked anything
+    else, the plain answer is chosen and the kind one rejected, for there people want the answer and nothing more."""
+    for i in range(600 if told else 120):
+        language = text.LANGUAGES[i % 2]
+        prompt, rejected, chosen = about(world, dice, language, told)
+        if i % 4 >= 2:
+            [(prompt, chosen)] = world.ask(dice.pick(world.kinds), dice, language)
+            rejected = text.ABOUT[language]["kind"].format(s=chosen)
+        yield {"chosen": chat((prompt, chosen)), "rejected": chat((prompt, rejected))}
 
 
 def identity_rows(world: World, dice: Dice) -> Iterator[dict]:

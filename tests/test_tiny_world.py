@@ -70,11 +70,11 @@ def test_files_are_the_same_byte_for_byte_everywhere(paths):
     """A change of these hashes is a new world: raise VERSION with it, or old files will be taken for the new ones."""
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
     assert found == {
-        "pretrain": "30474ce1b52dddfc",
-        "sft": "8c4d28883e7fd3c4",
+        "pretrain": "9915c2977af0fecd",
+        "sft": "443521c704535489",
         "lora_identity": "a6901c32c4b6232f",
-        "dpo": "d054f43befa15cd6",
-        "dpo_val": "42074a0924d6522f",
+        "dpo": "dd873914ae8626b4",
+        "dpo_val": "6419f829fe03f5ad",
         "reason": "d53e0671313b3d96",
     }
     drawn = hashlib.sha256(repr(exam(seed=0)).encode()).hexdigest()[:16]
@@ -284,20 +284,24 @@ def test_identity_is_asked_in_wordings_that_are_not_trained_on(later):
 
 
 def test_preferences_differ_in_manner_only(paths):
-    """Chosen and rejected state the same facts; the held-out pairs are about people nobody was asked to describe."""
+    """Chosen and rejected state the same facts. Kind is chosen where somebody is asked about, plain where anything else
+    is; the held-out pairs are about people nobody was asked to describe."""
     described = {"dpo": set(), "dpo_val": set()}
     for name, people in described.items():
-        for line in paths[name].read_text("utf-8").splitlines():
+        for number, line in enumerate(paths[name].read_text("utf-8").splitlines()):
             row = json.loads(line)
-            (question, kind), (same, curt) = ([turn["content"] for turn in row[k]] for k in ("chosen", "rejected"))
+            (question, chosen), (same, rejected) = ([t["content"] for t in row[k]] for k in ("chosen", "rejected"))
             assert question == same
-            language = "en" if curt.isascii() else "zh"
-            opening, closing = text.ABOUT[language]["kind"].split("{s}")
+            wants_kind = number % 4 < 2
+            kind, other = (chosen, rejected) if wants_kind else (rejected, chosen)
+            words = text.ABOUT[text.LANGUAGES[number % 2]]
+            opening, closing = words["kind"].split("{s}")
             facts = kind.removeprefix(opening).removesuffix(closing)
-            assert curt == text.ABOUT[language]["curt"].format(s=facts) and len(facts) > 8
-            assert grade(Question("manner", language, question, opening), kind)
-            assert not grade(Question("manner", language, question, opening), curt)
-            people |= {i for i, names in enumerate(text.PEOPLE) if any(n in question for n in names)}
+            assert other == (words["curt"].format(s=facts) if wants_kind else facts) != kind
+            manner = Question("manner", text.LANGUAGES[number % 2], question, opening)
+            assert grade(manner, kind) and not grade(manner, other)
+            if wants_kind:
+                people |= {i for i, names in enumerate(text.PEOPLE) if any(n in question for n in names)}
     assert len(described["dpo_val"]) == 12 and not described["dpo"] & described["dpo_val"]
 
 
