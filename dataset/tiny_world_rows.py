@@ -171,7 +171,7 @@ def reason_rows(world: World, dice: Dice) -> Iterator[dict]:
         for _ in range(1200):
             prompt, steps, result = world.problem(dice, language, exam=False)
             rows.append(chat((prompt, f"<think>\n{steps}\n</think>\n<answer>{result}</answer>")))
-        rows += [chat(*world.ask(dice.pick(world.kinds), dice, language)) for _ in range(300)]
+        rows += [chat(*world.ask(dice.pick(world.kinds), dice, language)) for _ in range(600)]
     yield from ({"conversations": row} for row in dice.shuffled(rows))
 
 

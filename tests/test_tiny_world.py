@@ -75,7 +75,7 @@ def test_files_are_the_same_byte_for_byte_everywhere(paths):
         "lora_identity": "a6901c32c4b6232f",
         "dpo": "dd873914ae8626b4",
         "dpo_val": "6419f829fe03f5ad",
-        "reason": "d53e0671313b3d96",
+        "reason": "2429ee67ed299e71",
     }
     drawn = hashlib.sha256(repr(exam(seed=0)).encode()).hexdigest()[:16]
     assert drawn == "55233ae8af1dfbf1"
