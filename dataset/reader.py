@@ -20,7 +20,7 @@ from pathlib import Path
 from dataset.formats import DIALOGUES, column_names, layout_of, not_that_kind
 from dataset.jsonl import Jsonl, decode, parse_row
 from dataset.pairs import check_pair
-from tokenizer.chat import check_messages
+from tokenizer.chat import check_messages, never_closed
 
 HEAD = 100  # rows in which a mapping's columns must be found
 
@@ -138,10 +138,20 @@ def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None 
     return found or Reader(kind, mapping=mapping)  # no row is of that kind: each says what it is instead
 
 
-def _check_chat(row: dict) -> None:
+def _check_rated(row: dict) -> None:
     check_messages(row["messages"], row.get("tools"))
 
 
+def _check_chat(row: dict) -> None:
+    _check_rated(row)
+    for i, message in enumerate(row["messages"]):
+        if message["role"] == "assistant" and (tag := never_closed(message)):
+            raise ValueError(
+                f"messages[{i}] (assistant): begins with {tag}, which never ends; a model that learns from it would "
+                "not end it either: complete the row or take it out"
+            )
+
+
 CHECKS: dict[str, Callable[[dict], None]] = {
-    "text": lambda row: None, "chat": _check_chat, "rated": _check_chat, "preference": check_pair,
+    "text": lambda row: None, "chat": _check_chat, "rated": _check_rated, "preference": check_pair,
 }  # fmt: skip

@@ -32,7 +32,7 @@ from dataset.reader import Mapping, Reader, find_reader
 from tokenizer.chat import encode_chat, encode_chats
 from tokenizer.text import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 CHUNK = 1 << 20  # bytes of rows that are tokenised together
 PIECE = 1 << 18  # characters of one text that are tokenised together
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays

@@ -212,6 +212,13 @@ def split_reasoning(message: dict) -> tuple[str | None, str]:
     return (block[1], block[2]) if block else (None, message["content"])
 
 
+def never_closed(message: dict) -> str | None:
+    """The tag that an assistant's message opens where it would be markup, and never closes: an answer that was cut."""
+    reasoning, rest = split_reasoning(message)
+    tag = "<think>" if reasoning is None else "<answer>"
+    return tag if rest.lstrip().startswith(tag) and tag.replace("<", "</") not in rest else None
+
+
 def dumps(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 

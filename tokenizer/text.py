@@ -86,6 +86,10 @@ class Tokenizer:
         stream = self.stream(skip_control)
         return stream.push_all(ids) + stream.flush()
 
+    def bytes_of(self, ids: Iterable[int]) -> list[bytes]:
+        """What each of them stands for, control tokens their names."""
+        return [self._bytes.get(i, b"") for i in map(int, ids)]
+
     def stream(self, skip_control: bool = False) -> StreamDecoder:
         return StreamDecoder(self, skip_control)
 

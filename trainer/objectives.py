@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dataset.loader import Batch
@@ -39,3 +40,25 @@ class NextToken:
         loss = out.loss.sum()
         units = (batch.targets != -100).sum(1)  # (B,): the balancing loss of a row counts as much as the row does
         return loss + (out.aux_loss * units).sum(), {"loss": loss.detach()}
+
+
+class Weighted:
+    """Cross-entropy in which each target has a weight (batch.extras["weight"], 0 where nothing is trained on), divided
+    by the weights' sum: of 91 words and 1 tag of weight 9, the tag has 9/100 of the gradient and the words the rest."""
+
+    per_token = False
+
+    def count(self, batch):
+        return float(batch.extras["weight"].sum(dtype=torch.float64))
+
+    def __call__(self, model, batch):
+        out = model(
+            batch.tokens,
+            targets=batch.targets,
+            documents=batch.documents,
+            positions=batch.positions,
+            selected=batch.selected,
+        )
+        weight = batch.extras["weight"]  # (B, T)
+        loss = (out.loss * weight).sum()
+        return loss + (out.aux_loss * weight.sum(1)).sum(), {"loss": loss.detach()}

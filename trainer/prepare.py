@@ -20,6 +20,7 @@ WELL_KNOWN = {
     "pretrain": ("pretrain_hq", "pretrain"),
     "dpo": ("dpo",),
     "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
+    "reason": ("r1_mix_1024", "reason"),
 }
 SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/datasets/gongjy/minimind_dataset"
 

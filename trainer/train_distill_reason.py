@@ -1,0 +1,74 @@
+"""Reasoning: a model learns from a larger one's thoughts to think before it answers. Writes
+out/reason_<hidden>[_moe].pth.
+
+    python trainer/train_distill_reason.py                                   # on top of out/full_sft_*.pth
+    python trainer/train_distill_reason.py --data_path r1.jsonl chats.jsonl:0.2 --show_labels 3
+    torchrun --nproc_per_node 2 trainer/train_distill_reason.py --tag_weight 1
+
+Data: chats whose answers are "<think>…</think>" and then the answer, which "<answer>…</answer>" may enclose, or which
+have "reasoning_content"; among them any others, so that it still talks. See docs/reasoning_and_distillation.md.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dataclasses import dataclass
+
+from trainer.config import StageConfig, option, parse, run
+
+
+@dataclass(frozen=True)
+class ReasonConfig(StageConfig):
+    """Options of reasoning"""
+
+    save_weight: str = "reason"
+    epochs: int = 1
+    batch_size: int = 8
+    max_seq_len: int = 1024
+    learning_rate: float = 1e-4
+    tag_weight: float = option(10.0, "how much <think> </think> <answer> </answer> count, words count 1",
+                               within="(0, inf)")  # fmt: skip
+
+
+def main():
+    config = parse(ReasonConfig, description=__doc__)
+
+    import torch
+
+    from dataset.reason import ReasonDataset
+    from trainer.backend import start
+    from trainer.engine import Engine, Job
+    from trainer.objectives import Weighted
+    from trainer.prepare import open_data, open_weights
+
+    torch.manual_seed(config.seed)
+    parent, tokenizer, origin = open_weights(config, "full_sft")
+    data = open_data(ReasonDataset, config, "reason", tokenizer, on_long=config.on_long, tag_weight=config.tag_weight)
+    thoughts, seen = data.train.thoughts()
+    if not thoughts:
+        raise ValueError(
+            f"{data.train.source(0)}: none of {seen:,} examples has a <think> block or reasoning_content; "
+            "trainer/train_full_sft.py is for plain chats"
+        )
+    with start(config) as backend:
+        Engine(
+            Job(
+                stage="reason",
+                config=config,
+                model=parent.build(),
+                objective=Weighted(),
+                tokenizer=tokenizer,
+                data=data,
+                packing=True,
+                parent=parent,
+                notes=[origin, f"thoughts: in {thoughts:,} of {seen:,} examples looked at"],
+            ),
+            backend,
+        ).run()
+
+
+if __name__ == "__main__":
+    run(main)
