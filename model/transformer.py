@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Visibility, causal_attention, visibility
 from model.config import ModelConfig
@@ -125,6 +126,7 @@ class CausalLM(nn.Module):
 
     compute_dtype: torch.dtype | None = None  # the weights' own
     attention_kernel: str | None = None  # "blocked" on CPUs in bf16, training or with packed rows, else "sdpa"
+    recompute = False  # keep only each block's input for the backward pass, and compute the rest again
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -174,7 +176,10 @@ class CausalLM(nn.Module):
         sees = visibility(T, past + T, documents, x, kernel, prefixes)
         aux_loss = torch.zeros(B, device=tokens.device)
         for block in self.model.layers:
-            x, aux = block(x, cos, sin, sees, cache)
+            if self.recompute and torch.is_grad_enabled() and cache is None:
+                x, aux = checkpoint(block, x, cos, sin, sees, use_reentrant=False)
+            else:
+                x, aux = block(x, cos, sin, sees, cache)
             aux_loss = aux_loss if aux is None else aux_loss + aux
         x = self.model.norm(x)
 

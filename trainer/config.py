@@ -109,6 +109,8 @@ class StageConfig(Options):
                         aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
     compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"), switch=("on", "off"),
                           aliases=("use_compile",))
+    activation_checkpointing: bool = option(False, "compute each block twice instead of keeping what is inside it",
+                                            aliases=("gradient_checkpointing",))
     backend: str = option("auto", "auto: what the launcher is for", choices=("auto", "ddp", "deepspeed"))
     zero_stage: int | None = option(None, "DeepSpeed shards moments (1), gradients too (2), weights too (3); default 2",
                                     within="[0, 3]")

@@ -66,6 +66,7 @@ class Engine:
         self.dtype, notice = pick_dtype(config.dtype, backend.device)
         self.model = job.model.to(backend.device)
         self.model.compute_dtype = self.dtype
+        self.model.recompute = config.activation_checkpointing
         lower_frozen(self.model, self.dtype)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.step, self.tokens, self.best = 0, 0, float("inf")
