@@ -11,10 +11,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from dataset.lm_dataset import TokenDataset
 
@@ -35,17 +33,6 @@ def seconds(work: Callable[[], None]) -> float:
 def spread(values: list[float]) -> str:
     """Median and, in brackets, the least and the greatest."""
     return f"{statistics.median(values):.4g} [{min(values):.4g} .. {max(values):.4g}]"
-
-
-def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 3) -> float:
-    """The best FLOP/s that F.linear reaches at any of these (rows, in, out)."""
-    best = 0.0
-    for rows, inner, outer in shapes:
-        x, w = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
-        product = partial(F.linear, x, w)
-        product()
-        best = max(best, *(2 * rows * inner * outer / seconds(product) for _ in range(repeats)))
-    return best
 
 
 class RandomRows(TokenDataset):
@@ -69,13 +56,3 @@ class RandomRows(TokenDataset):
 
     def _source(self, i):
         return f"random:{i}"
-
-
-def step_flops(config, positions: int, length: int) -> float:
-    """Of forward and backward: 6 per weight of a matrix and position, and causal attention's exact share."""
-    d, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
-    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
-    experts = (config.num_experts_per_tok + config.num_shared_experts) if config.num_experts else 1
-    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
-    weights = L * (2 * d * q + 2 * d * kv + 3 * d * width * experts + d * config.num_experts) + config.vocab_size * d
-    return positions * (6 * weights + 6 * L * q * length)

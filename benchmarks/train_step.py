@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import RandomRows, gemm_rate, machine, seconds, spread, step_flops
+from benchmarks.common import RandomRows, machine, seconds, spread
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
@@ -123,11 +123,11 @@ def main():
         ]
         times, rates = {"ours": [], "theirs": []}, []
         for _ in range(args.rounds):
-            rates.append(gemm_rate(shapes, engine.dtype))
+            rates.append(gemm_rate(shapes, engine.dtype, engine.backend.device))
             mine = [next(batches) for _ in range(args.steps)]
             for name, side in (("ours", ours), ("theirs", theirs)):
                 times[name].append(seconds(lambda: [side(batch) for batch in mine]) / args.steps)  # noqa: B023
-            rates.append(gemm_rate(shapes, engine.dtype))
+            rates.append(gemm_rate(shapes, engine.dtype, engine.backend.device))
 
         flops = step_flops(shape, positions, args.length)
         precision = str(engine.dtype).removeprefix("torch.")

@@ -83,7 +83,7 @@ def test_one_process_and_torchrun_train_the_same_model(tmp_path):
     done = torchrun(
         "train_full_sft.py", *FLAGS, *common, f"--save_dir={tmp_path / 'two'}", "--batch_size=4", cwd=ROOT / "trainer"
     )
-    assert done.stdout.count("done:") == 1  # only the first rank speaks
+    assert done.stdout.count("done in") == 1  # only the first rank speaks
     one, two = (state_of(tmp_path / folder / "full_sft_32.pth") for folder in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)

@@ -100,9 +100,14 @@ class StageConfig(Options):
                               switch=("1", "0"))
     val_interval: int = option(0, "validate every N steps (0: at every save)", within="[0, inf)")
     log_interval: int = option(10, "log every N steps", aliases=("logging_steps",), within="[1, inf)")
-    use_wandb: bool = option(False, "log to Weights & Biases as well")
-    wandb_project: str = option("sparrow", "its project")
-    wandb_run_name: str | None = option(None, "its name for the run")
+    use_wandb: bool = option(False, "log to Weights & Biases as well (WANDB_MODE=offline: on this disk)")
+    use_swanlab: bool = option(False, "log to SwanLab as well")
+    wandb_project: str = option("sparrow", "the project in wandb or SwanLab", aliases=("swanlab_project",))
+    wandb_run_name: str | None = option(None, "the run's name there")
+    use_tensorboard: bool = option(False, "write TensorBoard files into the run's directory as well")
+    measure_peak: bool = option(False, "measure what the device can do, and log the share of it that is used (MFU)")
+    price_per_hour: float = option(0.0, "what an hour of the machine costs, for the cost of the run", within="[0, inf)")
+    plan: bool = option(False, "run ten steps, say what the whole run would take, and save nothing")
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, npu")
     dtype: str = option("auto", "compute precision", choices=("auto", "float32", "bfloat16", "float16"),

@@ -34,12 +34,13 @@ from trainer.backend import Backend
 from trainer.config import ROOT, StageConfig, describe
 from trainer.ends import catch_signals, explained
 from trainer.logger import RunLogger
+from trainer.meter import Meter
 from trainer.objectives import Objective
 from trainer.optim import build_optimizers, learning_rate
 from trainer.outputs import Weights
+from trainer.plan import plan, rehearsal
 from trainer.prepare import Data
 from trainer.watchdog import Watchdog
-from trainer.window import Window
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Job:
 
 class Engine:
     def __init__(self, job: Job, backend: Backend):
-        self.job, self.backend, config = job, backend, job.config
-        self.config = config
+        self.job, self.backend = job, backend
+        self.config = config = rehearsal(job.config) if job.config.plan else job.config
         self.dtype, notice = pick_dtype(config.dtype, backend.device)
         self.model = job.model.to(backend.device)
         self.model.compute_dtype = self.dtype
@@ -82,7 +83,8 @@ class Engine:
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
-        self.logger = RunLogger.create(run_dir, config, enabled=backend.main)
+        weights = dict(parameters=self.model.num_parameters(), trained=sum(p.numel() for p in self.parameters))
+        self.logger = RunLogger.create(run_dir, config, enabled=backend.main, **weights)
         self.watch = Watchdog(config, backend, self.loader, self.dtype == torch.float16,
                               run_dir / "bad_batches.jsonl", self.logger.print)  # fmt: skip
         self._announce(notice)
@@ -136,7 +138,7 @@ class Engine:
 
     def _announce(self, notice: str) -> None:
         say, model = self.logger.print, self.model
-        say(describe(self.config))
+        say(describe(self.job.config))
         active = f" ({model.num_parameters(active=True):,} active)" if model.config.num_experts else ""
         trainable = sum(p.numel() for p in self._trained().values())
         total = model.num_parameters()
@@ -154,11 +156,13 @@ class Engine:
     def run(self) -> Path:
         """Trains to the end -> path of the weights. A signal ends the process once everything is saved."""
         config, logger = self.config, self.logger
+        if config.plan:
+            plan(self)
         every = lambda interval: bool(interval) and self.step % interval == 0 or self.step == self.total
         logger.start(self.step, self.total)
         self.model.train()
-        window, saved = Window(), self.step
-        owed: set[str] = set()
+        meter = Meter(self.model, self.dtype, self.backend.device, config.measure_peak)
+        saved, owed = self.step, set()
         with catch_signals() as received, explained(config, self.model, self.backend.world):
             for step, batches in self.loader.prefetch(self.step, self.total):
                 own = [sum(map(self.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)]
@@ -169,7 +173,7 @@ class Engine:
                 metrics, norm, bad = self._update(batches, units)
                 self.step = step + 1
                 self.tokens += int(tokens)
-                window.add(metrics, units, tokens, bad)
+                meter.add(metrics, units, tokens, bad, batches)
                 self.watch.note(self.step, units, norm, bad)
                 intervals = dict(log=config.log_interval, save=config.save_interval, val=config.val_interval)
                 due = owed | {name for name, interval in intervals.items() if every(interval)}
@@ -181,18 +185,18 @@ class Engine:
                 owed = set() if sound or self.step == self.total else due - {"log"}
                 due -= owed
                 if "log" in due:
-                    figures = dict(window.read(self.backend), lr=rate, grad_norm=float(norm), tokens=self.tokens)
+                    figures = dict(meter.read(self.backend), lr=rate, grad_norm=float(norm), tokens=self.tokens)
                     if "val" in due:
                         figures |= self.validate()
                     self._note(figures)
-                    window = Window()
+                    meter.restart()
                 elif "val" in due:
                     self._note(self.validate())
                 if "save" in due:
                     self.save()
                     saved = self.step
                 if due - {"log"}:
-                    window.since = time.perf_counter()
+                    meter.since = time.perf_counter()
             if self.step < self.total:
                 self._leave(received, saved)
         path = self.folder / self.name
@@ -200,8 +204,8 @@ class Engine:
             for line in self.job.output.finish(path, config, self.job.tokenizer):
                 logger.print(line)
         self.backend.barrier()
-        logger.print(f"done: {path}" + "".join(f", {k} {v:.4f}" for k, v in self.losses.items()))
-        logger.close(dict(steps=self.step, tokens=self.tokens, weights=str(path), **self.losses))
+        best = dict(best_val_loss=self.best) if self.best < float("inf") else {}
+        logger.close(dict(steps=self.step, tokens=self.tokens, weights=str(path), **self.losses, **best))
         return path
 
     def _note(self, figures: dict[str, float]) -> None:

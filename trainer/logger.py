@@ -5,9 +5,10 @@
     logger.log(10, loss=3.2, lr=5e-4, grad_norm=0.9, tokens=81920, tokens_per_second=5300.0)
     logger.log(20, loss=3.0, lr=5e-4, val_loss=3.1, val_bpb=1.4)    # any number with a name is kept and shown
     logger.draw()                                                   # at every save
-    logger.close({"loss": 2.9})
+    logger.close({"loss": 2.9})                                     # says what the run took
 
-With --use_wandb the same numbers go there. Nothing in here may stop a training run: what fails is said once and off.
+With --use_wandb, --use_swanlab or --use_tensorboard the same numbers go there. Nothing in here may stop a training run:
+what fails is said once and off.
 """
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ from typing import Any
 from model.checkpoint import atomic
 from trainer.options import ROOT, Options
 
+TRACKERS = ("wandb", "swanlab", "tensorboard")
 # How the known numbers are shown, in this order; others follow with four digits, the last two not at all.
 SHOWN = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "grad {:.2f}", "tokens_per_second": "{:,.0f} tok/s",
          "mfu": "MFU {:.0%}", "memory_gib": "{:.1f} GiB", "tokens": "", "seconds": ""}
@@ -46,17 +48,19 @@ class NoLogger:
 
 class RunLogger(NoLogger):
     @staticmethod
-    def create(run_dir: Path | str, config: Options, enabled: bool = True) -> NoLogger:
-        return RunLogger(Path(run_dir), config) if enabled else NoLogger()
+    def create(run_dir: Path | str, config: Options, enabled: bool = True, **facts: Any) -> NoLogger:
+        """facts: what else to note about the run, beside its options (the number of parameters)."""
+        return RunLogger(Path(run_dir), config, facts) if enabled else NoLogger()
 
-    def __init__(self, run_dir: Path, config: Options):
-        self.run_dir, self.config = run_dir, config
+    def __init__(self, run_dir: Path, config: Options, facts: dict[str, Any]):
+        self.run_dir, self.config, self.facts = run_dir, config, facts
         self.metrics = run_dir / "metrics.jsonl"
         self.sinks: dict[str, Callable[[int, dict], Any]] = {}  # name -> takes (step, numbers)
         self.closers: dict[str, Callable[[], Any]] = {}
         self.failed: set[str] = set()
         self.bar: Any = None
         self.about: dict[str, Any] = {}
+        self.began, self.before = time.monotonic(), 0.0  # seconds that earlier processes of a resumed run have spent
         self._try("run.json", self._write_about)
 
     def print(self, text: str) -> None:
@@ -68,18 +72,19 @@ class RunLogger(NoLogger):
 
     def start(self, step: int, total: int) -> None:
         """Training goes on after `step`: what an earlier, killed process logged beyond it is dropped."""
-        self.total, self.began = total, time.monotonic()
+        self.total, self.began, self.before = total, time.monotonic(), 0.0
         self.pace = deque([(self.began, step)], maxlen=50)  # recent (time, step): resuming does not blur the ETA
         self._try("metrics.jsonl", self._open_metrics, step)
-        if getattr(self.config, "use_wandb", False):
-            self._try("wandb", self._open_wandb)
+        for name in TRACKERS:
+            if getattr(self.config, f"use_{name}", False):
+                self._try(name, getattr(self, f"_open_{name}"))
         if sys.stderr.isatty():
             self._try("progress bar", self._open_bar, step)
 
     def log(self, step: int, **numbers: float) -> None:
         now = time.monotonic()
         self.pace.append((now, step))
-        numbers["seconds"] = round(now - self.began, 2)
+        numbers["seconds"] = round(self.seconds(), 2)
         if memory := peak_memory():
             numbers["memory_gib"] = round(memory, 3)
         for name, sink in self.sinks.items():
@@ -92,12 +97,20 @@ class RunLogger(NoLogger):
         if self.bar is None or "val_loss" in numbers:
             self.print(f"step {step:,}/{self.total:,}  {line}")
 
+    def seconds(self) -> float:
+        """What the run has taken so far, over all its starts."""
+        return self.before + time.monotonic() - self.began
+
     def draw(self) -> None:
         self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png")
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Safe to call twice, and without `start`."""
+        """Safe to call twice, and without `start`. A summary is what a run that came to its end has to tell."""
         if summary is not None:
+            summary = {**summary, "seconds": round(self.seconds(), 1)}
+            if price := getattr(self.config, "price_per_hour", 0.0):
+                summary["cost"] = round(price * summary["seconds"] / 3600, 4)
+            self.print(closing_line(summary))
             self.about["summary"] = summary
             self._try("run.json", self._write_about)
         if self.metrics.exists():
@@ -126,6 +139,7 @@ class RunLogger(NoLogger):
             if path.exists():  # a resumed run keeps what its first start said
                 before = json.loads(path.read_text(encoding="utf-8"))
                 self.about["earlier"] = [*before.pop("earlier", []), before]
+            self.about |= self.facts
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(self.about, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -133,6 +147,7 @@ class RunLogger(NoLogger):
         import jsonlines
         if self.metrics.exists():
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
+            self.before = kept[-1].get("seconds", 0.0) if kept else 0.0
             with atomic(self.metrics) as temporary, jsonlines.open(temporary, "w") as file:
                 file.write_all(kept)
         writer = jsonlines.open(self.metrics, "a", flush=True)
@@ -141,12 +156,35 @@ class RunLogger(NoLogger):
             {"step": step, **{name: finite(value) for name, value in numbers.items()}})
         self.closers["metrics.jsonl"] = writer.close
 
+    def _tracked(self) -> dict[str, Any]:
+        return self.config.as_dict() | self.facts
+
     def _open_wandb(self) -> None:
         import wandb
         run = wandb.init(project=self.config.wandb_project, name=self.config.wandb_run_name or self.run_dir.name,
-                         id=self.run_dir.name, resume="allow", dir=str(self.run_dir), config=self.config.as_dict())
+                         id=self.run_dir.name, resume="allow", dir=str(self.run_dir), config=self._tracked())
         self.sinks["wandb"] = lambda step, numbers: run.log(numbers, step=step)
         self.closers["wandb"] = run.finish
+
+    def _open_swanlab(self) -> None:
+        import swanlab
+        folder = self.run_dir / "swanlab"
+        folder.mkdir(exist_ok=True)
+        run = swanlab.init(project=self.config.wandb_project, name=self.config.wandb_run_name or self.run_dir.name,
+                           log_dir=str(folder), config=self._tracked())
+        self.sinks["swanlab"] = lambda step, numbers: run.log(numbers, step=step)
+        self.closers["swanlab"] = run.finish
+
+    def _open_tensorboard(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(self.run_dir / "tensorboard"), flush_secs=10)
+        writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in self._tracked().items()))
+
+        def write(step: int, numbers: dict) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+        self.sinks["tensorboard"] = write
+        self.closers["tensorboard"] = writer.close
 
     def _open_bar(self, step: int) -> None:
         from tqdm import tqdm
@@ -179,11 +217,27 @@ def about_run(config: Options) -> dict[str, Any]:
     }
 
 
+def closing_line(summary: dict[str, Any]) -> str:
+    """What a whole run took and came to, in one line."""
+    parts = [f"done in {timedelta(seconds=round(summary['seconds']))}"]
+    parts += [f"{summary[name]:,} {words}" for name, words in (("steps", "steps"), ("tokens", "trained tokens"))
+              if name in summary]
+    parts += [f"{name} {summary[name]:.4f}" for name in summary if "loss" in name or "bpb" in name]
+    if "cost" in summary:
+        parts.append(f"cost {summary['cost']:.2f}")
+    return ", ".join(parts) + (f": {summary['weights']}" if "weights" in summary else "")
+
+
 def peak_memory() -> float:
     """GiB of the GPU that this process has needed at most, else of main memory; 0 where nobody tells."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
         return used / 2**30
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:  # getrusage counts whoever started us as well
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows

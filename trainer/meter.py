@@ -1,0 +1,88 @@
+"""What a run has done since it last spoke: mean losses, trained tokens a second, and the share of the machine it uses.
+
+    meter = Meter(model, torch.bfloat16, device, measure_peak=True)
+    meter.add(metrics, units, tokens, bad, batches)      # after every optimiser step; waits for no device
+    meter.read(backend)                             # {"loss": ..., "tokens_per_second": ..., "mfu": 0.41}
+    meter.restart()
+
+MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the model needs over what the machine could do.
+That is measured, not read off a data sheet: the best rate of products of the shapes that this model is made of.
+"""
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+
+class Meter:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, measure_peak: bool):
+        self.config: ModelConfig = model.config
+        weights = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        self.trained = sum(n for n, trained in weights if trained) / max(sum(n for n, _ in weights), 1)
+        width, ffn = self.config.hidden_size, self.config.intermediate_size
+        shapes = [(1024, width, ffn), (1024, ffn, width), (1024, width, self.config.vocab_size)]
+        self.peak = gemm_rate(shapes, dtype, device) if measure_peak else 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self.since, self.units, self.tokens, self.flops = time.perf_counter(), 0.0, 0.0, 0.0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor], units: float, tokens: float, bad: Tensor, batches: list) -> None:
+        """Metrics summed over this rank, units and tokens over all. A bad step counts for nothing but its time."""
+        self.units, self.tokens = self.units + units * (1 - bad), self.tokens + tokens
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(bad > 0, 0, value)
+        for batch in batches if self.peak else ():
+            positions = batch.tokens.numel()
+            heads = positions if batch.selected is None else batch.selected.numel()
+            self.flops += step_flops(self.config, positions, batch.tokens.shape[1], heads, self.trained)
+
+    def read(self, backend) -> dict[str, float]:
+        """Means over all ranks' units, trained tokens a second of all ranks, MFU of this one."""
+        totals, units = backend.sum(*map(float, self.sums.values())), float(self.units)
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        figures = {name: total / units for name, total in zip(self.sums, totals)} if units else {}
+        figures["tokens_per_second"] = self.tokens / seconds
+        return figures | ({"mfu": self.flops / seconds / self.peak} if self.peak else {})
+
+
+def step_flops(config: ModelConfig, positions: int, length: int, heads: int | None = None, trained: float = 1) -> float:
+    """Of forward and backward over `positions` in rows of `length`, the head applied to `heads` of them.
+
+    Per position and weight of a matrix 2 forward, 2 for the gradient of its input, 2 for its own (of the share that is
+    `trained`); and causal attention's exact share."""
+    d, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
+    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
+    experts = (config.num_experts_per_tok + config.num_shared_experts) if config.num_experts else 1
+    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
+    weights = L * (2 * d * q + 2 * d * kv + 3 * d * width * experts + d * config.num_experts)
+    products = positions * weights + (positions if heads is None else heads) * config.vocab_size * d
+    return (4 + 2 * trained) * products + positions * 6 * L * q * length
+
+
+def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:
+    """The best FLOP/s that F.linear reaches at any of these (rows, in, out)."""
+    best = 0.0
+    for rows, inner, outer in shapes:
+        x, w = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, outer))
+        product = partial(F.linear, x, w)
+        product()
+        for _ in range(repeats):
+            wait_for(device)
+            begin = time.perf_counter()
+            product()
+            wait_for(device)
+            best = max(best, 2 * rows * inner * outer / (time.perf_counter() - begin))
+    return best
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
