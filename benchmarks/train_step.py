@@ -25,6 +25,7 @@ from tokenizer.text import Tokenizer
 from trainer.backend import Backend
 from trainer.config import parse
 from trainer.engine import Engine, Job
+from trainer.meter import gemm_rate, step_flops
 from trainer.objectives import NextToken
 from trainer.prepare import Data
 from trainer.train_pretrain import PretrainConfig

@@ -102,18 +102,20 @@ class RunLogger(NoLogger):
         return self.before + time.monotonic() - self.began
 
     def draw(self) -> None:
-        self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png")
+        if self.metrics.exists():
+            self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png")
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Safe to call twice, and without `start`. A summary is what a run that came to its end has to tell."""
         if summary is not None:
-            summary = {**summary, "seconds": round(self.seconds(), 1)}
+            self.draw()
+            summary = {**summary, "seconds": round(self.seconds(), 1), "memory_gib": round(peak_memory(), 3)}
             if price := getattr(self.config, "price_per_hour", 0.0):
                 summary["cost"] = round(price * summary["seconds"] / 3600, 4)
             self.print(closing_line(summary))
             self.about["summary"] = summary
             self._try("run.json", self._write_about)
-        if self.metrics.exists():
+        else:
             self.draw()
         for name, closer in self.closers.items():
             self._try(name, closer)
@@ -223,6 +225,8 @@ def closing_line(summary: dict[str, Any]) -> str:
     parts += [f"{summary[name]:,} {words}" for name, words in (("steps", "steps"), ("tokens", "trained tokens"))
               if name in summary]
     parts += [f"{name} {summary[name]:.4f}" for name in summary if "loss" in name or "bpb" in name]
+    if summary["memory_gib"]:
+        parts.append(f"{summary['memory_gib']:.2f} GiB at most")
     if "cost" in summary:
         parts.append(f"cost {summary['cost']:.2f}")
     return ", ".join(parts) + (f": {summary['weights']}" if "weights" in summary else "")

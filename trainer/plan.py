@@ -141,7 +141,8 @@ def free_memory(device: torch.device) -> float:
     except (OSError, KeyError, StopIteration):  # not Linux: nothing is known before it is tried
         return float("inf")
     try:  # a container is given less than the machine has
-        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        files = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        most, used = (int(file.read_text(encoding="ascii")) for file in files)
         free.append((most - used) / 2**30)
     except (OSError, ValueError):  # no container, or no limit ("max")
         pass
