@@ -83,8 +83,9 @@ class Engine:
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
-        weights = dict(parameters=self.model.num_parameters(), trained=sum(p.numel() for p in self.parameters))
-        self.logger = RunLogger.create(run_dir, config, enabled=backend.main, **weights)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.logger = RunLogger.create(run_dir, config, enabled=backend.main,
+                                       parameters=self.model.num_parameters(), trained=trained)
         self.watch = Watchdog(config, backend, self.loader, self.dtype == torch.float16,
                               run_dir / "bad_batches.jsonl", self.logger.print)  # fmt: skip
         self._announce(notice)

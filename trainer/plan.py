@@ -111,7 +111,7 @@ def set_rows(engine, rows: int) -> None:
 
 
 def release(engine) -> None:
-    for parameter in engine.parameters:
+    for parameter in engine.model.parameters():
         parameter.grad = None
     if engine.backend.device.type != "cpu":
         torch.accelerator.empty_cache()
