@@ -120,7 +120,8 @@ def test_the_end_says_what_the_run_took_over_all_its_starts(run_dir, clock, caps
     again = RunLogger.create(run_dir, Stage(from_resume="auto", price_per_hour=6))
     again.start(10, 40)
     clock.seconds += 20 * 60
-    again.close({"steps": 40, "tokens": 81920, "weights": "out/full_sft_32.pth", "val_loss": 1.25, "best_val_loss": 1.2})
+    again.close({"steps": 40, "tokens": 81920, "weights": "out/full_sft_32.pth", "val_loss": 1.25,
+                 "best_val_loss": 1.2})
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("done in 0:50:00, 40 steps, 81,920 trained tokens, val_loss 1.2500, best_val_loss 1.2000")
     assert line.endswith("cost 5.00: out/full_sft_32.pth")
