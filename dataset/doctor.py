@@ -37,7 +37,7 @@ PART = 64 << 20  # bytes of hashes compared at once
 SHOWN = 5  # lines named for each finding
 REASONS = 30  # different findings that are told apart
 OK, BAD, EMPTY, OVERLAP, DUPLICATE = range(5)  # verdicts
-WORDS = {EMPTY: "nothing to train on", OVERLAP: "stands in the validation file", DUPLICATE: "stands here before"}
+WORDS = {EMPTY: "nothing to train on", OVERLAP: "stands in the validation file", DUPLICATE: "repeats an earlier row"}
 
 
 @dataclass
@@ -160,9 +160,9 @@ class Examination:
         roles = [message["role"] for message in messages]
         self.report.roles.update(roles)
         for what, found in (
-            ("do not end with the assistant: their last words teach nothing", roles[-1] != "assistant"),
-            ("have a role that speaks twice in a row", any(a == b != "tool" for a, b in zip(roles, roles[1:]))),
-            ("have a system turn that is not the first", "system" in roles[1:]),
+            ("the last turn is not the assistant's and teaches nothing", roles[-1] != "assistant"),
+            ("a role speaks twice in a row", any(a == b != "tool" for a, b in zip(roles, roles[1:]))),
+            ("a system turn is not the first", "system" in roles[1:]),
         ):
             if found:
                 named(self.report.notes, what).add(line)

@@ -108,7 +108,7 @@ class Reader:
             raise ValueError(not_that_kind(row, layout, self.kind))
         if layout.name != self.layout:
             raise ValueError(f"laid out as {layout.name}, while line {self.line} is {self.layout}; "
-                             "one file must have one layout (scripts/prepare_data.py can join several files)")
+                             "one layout a file (scripts/prepare_data.py joins files)")
         found = layout.read(row, *layout.columns)
         CHECKS[self.kind](found)
         return found

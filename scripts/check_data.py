@@ -16,7 +16,6 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json
-import time
 from dataclasses import dataclass
 
 from trainer.config import Options, option, parse, run
@@ -65,53 +64,51 @@ def main():
     known = np.sort(np.concatenate(known)) if known else None
     reports = []
     for path in config.data_path:
-        began = time.perf_counter()
         found = examine(
             path, tokenizer, max_seq_len=config.max_seq_len, batch_size=config.batch_size, kind=config.kind,
             val_hashes=known, sample=int(config.sample_mb * (1 << 20)), **options,
         )  # fmt: skip
-        seconds = time.perf_counter() - began
         reports.append(found.report)
         if not config.json:
-            print("\n".join(lines(found.report, config, seconds)), flush=True)
+            print("\n".join(lines(found.report, config)), flush=True)
         if config.fix and not found.report.failure:
             clean = Path(path).with_name(f"{Path(path).stem}.clean.jsonl")
             rejects = Path(path).with_name(f"{Path(path).name}.rejects.jsonl")
             good, bad = found.fix(clean, rejects)
             if not config.json:
-                print(f"{'':<{LABEL}}wrote {good:,} rows to {clean}, {bad:,} to {rejects}")
+                print(f"{'':<{LABEL}}wrote {rows(good)} to {shown(clean)}, {bad:,} to {shown(rejects)}")
     if config.json:
         print(json.dumps([report.as_dict() for report in reports], ensure_ascii=False, indent=1))
     if any(report.failure or report.bad for report in reports):
         raise SystemExit(1)
 
 
-def lines(report, config: CheckConfig, seconds: float) -> list[str]:
+def lines(report, config: CheckConfig) -> list[str]:
     """The report as people read it."""
+    name = shown(report.path)
     if report.failure:
-        return [report.path, f"{'error':<{LABEL}}{report.failure}", ""]
+        return [name, f"{'error':<{LABEL}}{report.failure}", ""]
     layout = f"{report.kind}: {report.layout}" if report.layout else "plain text"
-    out = [f"{report.path}", f"{'rows':<{LABEL}}{report.rows:,} ({layout}), {report.size / 1e6:,.1f} MB, "
-           f"{seconds:.1f} s"]  # fmt: skip
+    out = [name, f"{'rows':<{LABEL}}{report.rows:,} ({layout}), {report.size / 1e6:,.1f} MB"]
 
     def say(label: str, text: str) -> None:
         out.append(f"{label:<{LABEL}}{text}")
 
-    say("errors", f"{report.bad:,} rows cannot be read" if report.bad else "none")
+    say("errors", f"{rows(report.bad)} cannot be read" if report.bad else "none")
     for finding in sorted(report.errors.values(), key=lambda finding: -finding.count):
-        say("", f"{finding.count:>7,}  {finding.what}  ({where(finding)})")
+        say("", f"{finding.count:,} x {finding.what}  ({where(finding)})")
     if report.roles:
         say("roles", ", ".join(f"{role} {count:,}" for role, count in report.roles.items()))
     for finding in report.notes.values():
-        say("note", f"{finding.count:,} rows {finding.what}  ({where(finding)})")
+        say("note", f"{rows(finding.count)}: {finding.what}  ({where(finding)})")
     if report.empty.count:
-        say("empty", f"{report.empty.count:,} rows with nothing to train on  ({where(report.empty)})")
+        say("empty", f"{rows(report.empty.count)} with nothing to train on  ({where(report.empty)})")
     if report.kind:
         twice = report.duplicates
-        say("duplicates", f"{twice.count:,} rows stand here before  ({where(twice)})" if twice.count else "none")
+        say("duplicates", f"{rows(twice.count)}, each like an earlier one  ({where(twice)})" if twice.count else "none")
     if config.val_path:
         shared = report.overlap
-        say("validation", f"{shared.count:,} rows are also there  ({where(shared)})" if shared.count else "none shared")
+        say("validation", f"{rows(shared.count)} of it here too  ({where(shared)})" if shared.count else "none shared")
     return [*out, *token_lines(report), ""]
 
 
@@ -139,6 +136,16 @@ def token_lines(report) -> list[str]:
                f"{saved:.0%} less to compute ({found['batch_size']} examples a step)")  # fmt: skip
     out.append(f"{'suggestion':<{LABEL}}--max_seq_len {found['suggested_max_seq_len']} holds 99 % of them whole")
     return out
+
+
+def shown(path: str | Path) -> str:
+    """As it was typed, or nearly: paths are absolute in the report."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def where(finding) -> str:

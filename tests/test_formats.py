@@ -3,11 +3,13 @@
 The reading of a file (head, mapping, two layouts in one) is below, after the layouts themselves.
 """
 import json
+import re
+from pathlib import Path
 
 import pytest
 from test_dataset import jsonl, pretrain, sft, text
 
-from dataset.formats import DIALOGUES, LAYOUTS, QUESTIONS, canonical, to_conversation, to_preference
+from dataset.formats import DIALOGUES, LAYOUTS, QUESTIONS, canonical, layout_of, to_conversation, to_preference
 from dataset.jsonl import Jsonl
 from dataset.reader import find_reader, read_mapping
 
@@ -153,6 +155,17 @@ def test_what_is_wrong_with_a_row(row, reason):
     with pytest.raises(ValueError) as error:
         canonical(row)
     assert reason in str(error.value)
+
+
+def test_the_examples_of_the_page_are_read():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    kinds = []
+    for block in re.findall(r"```json\n(.*?)```", page, re.S):
+        rows = [json.loads(line) for line in block.splitlines()]
+        kinds.append({layout_of(row).kind for row in rows})
+        for row in rows:
+            canonical(row)
+    assert kinds == [{"text"}, {"chat"}, {"chat"}, {"chat"}, {"preference"}, {"rated"}]
 
 
 def test_real_files(shared, tmp_path):

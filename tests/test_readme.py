@@ -19,7 +19,7 @@ IN_GIT = shutil.which("git") and (ROOT / ".git").exists()
 def commands(readme: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
     lines = [line.split(" # ")[0].split("    #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("python trainer", "python eval", "torchrun"))]
+    return [line for line in lines if line.startswith(("python trainer", "python eval", "python scripts", "torchrun"))]
 
 
 def test_both_readmes_show_the_same_commands():

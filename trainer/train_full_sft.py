@@ -4,8 +4,8 @@
     python trainer/train_full_sft.py --data_path my.jsonl --show_labels 3  # see which tokens are trained on
     torchrun --nproc_per_node 2 trainer/train_full_sft.py --from_weight pretrain
 
-Data: {"conversations": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]} rows; `messages`
-works too.
+Data: {"conversations": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]} rows, or any other
+layout of docs/data.md.
 """
 
 import sys
