@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, atomic, load_weights, newest, read_plain
+from model.checkpoint import Checkpoint, load_weights, newest, read_plain, write_plain
 from model.config import ModelConfig
 from model.interop.minimind import lora_from_minimind
 from model.interop.peft import CONFIG as PEFT_CONFIG
@@ -73,9 +73,7 @@ def save_adapter(
 ) -> Path:
     values = dict(settings=settings.to_dict(), base=base, config=model.config.to_dict(), tokenizer=tokenizer)
     values = json.loads(json.dumps(values | dict(lineage=lineage)))  # plain values only, as in weights files
-    with atomic(Path(path)) as temporary:
-        torch.save(dict(format=FORMAT, lora=lora_state(model), **values), temporary)
-    return Path(path)
+    return write_plain(Path(path), dict(format=FORMAT, lora=lora_state(model), **values))
 
 
 def load_adapter(path: Path | str) -> AdapterFile:

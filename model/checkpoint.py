@@ -19,7 +19,7 @@ import re
 import shutil
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +84,8 @@ def atomic(path: Path):
         error.filename = error.filename or str(path)  # what the system says of a full disk does not tell where
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone already, as it should; or the disk is, and the first error is the one to hear of
+            temporary.unlink()
 
 
 def temporary_name(path: Path) -> Path:
@@ -141,9 +142,17 @@ def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage:
     values = dict(config=model.config.to_dict(), tokenizer=tokenizer, lineage=lineage)
     values = json.loads(json.dumps(values))  # a number of numpy's, say, would be a pickled class that nobody could load
     content = dict(format=FORMAT, model=state, **values)
-    with atomic(Path(path)) as temporary, open(temporary, "wb") as file:  # its own writer hides that a disk is full
-        torch.save(content, file)
-    return Path(path)
+    return write_plain(Path(path), content)
+
+
+def write_plain(path: Path, content: dict) -> Path:
+    """Tensors and plain values -> a .pth file, whole or not at all."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # its writer hides what the system said: that the disk is full
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    return path
 
 
 def load_weights(path: Path | str) -> Checkpoint:

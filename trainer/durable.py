@@ -38,8 +38,8 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], values: dic
     _make(final.parent)
     partial = temporary_name(final)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        partial.mkdir()
         files = {}
         for name, content in tensors.items():
             files[f"{name}.safetensors"] = _write(partial / f"{name}.safetensors", _safetensors(content))

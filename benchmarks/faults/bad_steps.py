@@ -1,0 +1,120 @@
+"""NaN in the loss, in the gradient, on one process only, in the middle of an accumulation: what is changed, what saved?
+
+    python benchmarks/faults/bad_steps.py             # one process and two
+
+Each case trains some good steps, then meets a row that makes NaN. Counted are the weights and moments that differ from
+the state saved before it, the states saved after it, whether the row is named, and whether the processes agree.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from tests.small_run import ROOT, sft_engine, write_sft
+from trainer import resume
+from trainer.backend import Backend, start
+
+CASES = list(product(("loss", "gradient"), ("adamw", "muon"), (1, 4)))  # where, optimizer, accumulation_steps
+BAD_STEP = 3
+
+
+def poison(engine, where: str, row: int) -> None:
+    """The objective, with NaN in the loss or only in the gradient of whatever batch holds this row."""
+    objective = engine.job.objective
+
+    class Poisoned:
+        count = objective.count
+
+        def __call__(self, model, batch):
+            loss, metrics = objective(model, batch)
+            if row in batch.examples and where == "loss":
+                return loss * float("nan"), {"loss": metrics["loss"] * float("nan")}
+            if row in batch.examples:  # 0, whose derivative is infinity * 0
+                loss = loss + torch.sqrt(engine.model.model.norm.weight.sum() * 0) * 0
+            return loss, metrics
+
+    engine.job.objective = Poisoned()
+
+
+def meet(folder: Path, where: str, optimizer: str, accumulation_steps: int, backend: Backend) -> dict:
+    """One run into a bad row -> what came of it."""
+    rows = 8 // accumulation_steps // backend.world
+    engine = sft_engine(folder, rows, accumulation_steps, backend, optimizer=optimizer, max_steps=6, save_interval=1,
+                        val_interval=1, val_fraction=0.1, keep_last=9)  # fmt: skip
+    row = int(engine.loader.examples(BAD_STEP - 1)[1])
+    poison(engine, where, row)
+    source, message = engine.job.data.train.source(row), ""
+    try:
+        engine.run()
+    except ValueError as error:
+        message = str(error)
+    (state,) = (folder / "out").glob(f"resume/*/{engine.run_id}/step_{BAD_STEP - 1:08d}") if backend.main else [None]
+    result = dict(ended=f"the {where} is not finite at step {BAD_STEP}" in message, changed=0, saved=0, named=True)
+    if backend.main:
+        tensors, _ = resume.read_state(state)
+        now = dict(weights=dict(engine.model.named_parameters()),
+                   optimizer=resume.optimizer_tensors(engine.model, engine.optimizers))  # fmt: skip
+        result["changed"] = sum(
+            not torch.equal(tensor, tensors[kind][name]) for kind in now for name, tensor in now[kind].items()
+        )
+        result["saved"] = len(list(state.parent.glob(f"step_{BAD_STEP:08d}*")))
+        (path,) = (folder / "out").glob(f"runs/*{engine.run_id}/bad_batches.jsonl")
+        report = json.loads(path.read_text(encoding="utf-8"))
+        result["named"] = source in [row for batch in report["batches"] for row in batch["rows"]]
+    digest = sum(float(p.detach().double().sum()) for p in engine.model.parameters())
+    everyone = torch.stack(backend.gather(torch.tensor([digest, float(result["ended"])], dtype=torch.float64)))
+    return result | dict(agree=bool((everyone == everyone[0]).all()))
+
+
+def run(cases, backend: Backend, folder: Path) -> list[str]:
+    faults = []
+    for i, case in enumerate(cases):
+        here = folder / str(i)
+        if backend.main:
+            here.mkdir()
+            write_sft(here / "sft.jsonl")
+        backend.barrier()
+        found = meet(here, *case, backend)
+        if found != dict(ended=True, changed=0, saved=0, named=True, agree=True):
+            faults.append(f"{case}, {backend.world} processes: {found}")
+    return faults
+
+
+def report(cases, backend: Backend, folder: Path) -> int:
+    faults = run(cases, backend, folder)
+    if backend.main:
+        print(
+            f"NaN, {backend.world} process(es): {len(cases)} cases, in {len(cases) - len(faults)} of them 0 weights "
+            "changed, 0 saves, the row named, all agree"
+        )
+        print("".join(f"    {fault}\n" for fault in faults), end="", flush=True)
+    return int(bool(faults))
+
+
+def two_processes(folder: Path) -> subprocess.CompletedProcess:
+    """The same under torchrun; the row is on one of them only."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, folder]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def main() -> int:
+    if os.environ.get("WORLD_SIZE"):
+        with start("cpu") as backend:
+            return report(CASES, backend, Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        alone = report(CASES, Backend(torch.device("cpu")), Path(one))
+        return alone or two_processes(Path(two)).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

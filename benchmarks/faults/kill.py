@@ -1,0 +1,128 @@
+"""`kill -9` of a run that saves after every step, at random moments, again and again in the same directory.
+
+    python benchmarks/faults/kill.py                      # 1,000 trials, some minutes
+    python benchmarks/faults/kill.py --trials 50
+
+Every trial is a process that resumes (--from_resume auto), trains on, and is killed. Then every state under its own name
+has to be whole, none that had been finished may be missing without two newer ones, and the weights file has to load.
+The process is forked from one that has trained already, so that a trial costs little; nothing is logged, since drawing
+the curve would be most of what a save takes.
+"""
+
+import argparse
+import mmap
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+KEPT = 2
+
+
+def train(folder: Path, steps: int = 1_000_000) -> None:
+    from tests.small_run import run_stage
+
+    run_stage("pretrain", "--hidden_size=8", "--log_interval=1000000", "--save_interval=1", f"--keep_last={KEPT}",
+              "--batch_size=4", "--schedule=constant", f"--max_steps={steps}", "--from_resume=auto",
+              f"--data_path={folder / 'text.jsonl'}", f"--save_dir={folder}")  # fmt: skip
+
+
+def watch(shared: mmap.mmap) -> None:
+    """Lets runs tell (whether they are in a save, the last step whose save was finished), and nothing else."""
+    from tokenizer.text import Tokenizer
+    from trainer.engine import Engine
+    from trainer.logger import NoLogger, RunLogger
+
+    save, tokenizer = Engine.save, Tokenizer.load()
+
+    def watched(self):
+        shared[0:4] = struct.pack("i", 1)
+        save(self)
+        shared[0:8] = struct.pack("ii", 0, self.step)
+
+    Engine.save, RunLogger.create = watched, lambda *_, **__: NoLogger()
+    Tokenizer.load = lambda *_: tokenizer
+
+
+def trial(folder: Path, shared: mmap.mmap, seconds: float) -> tuple[bool, int, str]:
+    """-> (whether it was killed inside a save, the last step that had been saved, what is wrong then)"""
+    from model.checkpoint import load_weights
+    from trainer import resume
+    from trainer.durable import problem
+
+    shared[0:8] = struct.pack("ii", 0, -1)
+    child = os.fork()
+    if child == 0:
+        try:
+            train(folder)
+        finally:
+            os._exit(1)
+    while struct.unpack("ii", shared[0:8])[1] < 0:  # its first save
+        time.sleep(0.002)
+        if os.waitpid(child, os.WNOHANG)[0]:
+            raise RuntimeError("the run ended by itself")
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    inside, last = struct.unpack("ii", shared[0:8])
+
+    states = [state for run in folder.glob("resume/*/*") for state in resume._states(run)]
+    steps = [resume._number(state)[0] for state in states]
+    fault = "".join(f"{state.name}: {reason}; " for state in states if (reason := problem(state)))
+    if list(folder.glob("resume/*/*/broken-*")):
+        fault += "a state had to be set aside; "
+    if max(steps, default=-1) < last or len(steps) < KEPT:
+        fault += f"lost: {steps} lie there, {last} had been saved"
+    load_weights(folder / "pretrain_8.pth")
+    return bool(inside), last, fault
+
+
+def run(trials: int, seed: int = 0) -> dict[str, int]:
+    import torch
+
+    from tests.small_run import write_pretrain
+
+    torch.set_num_threads(1)
+    chooser, shared = random.Random(seed), mmap.mmap(-1, 8)
+    counts = dict(trials=0, inside=0, faults=0, litter=0, steps=0)
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))  # a kill cuts no power
+    try:
+        write_pretrain(folder / "text.jsonl")
+        watch(shared)
+        train(folder, steps=KEPT)  # what is imported and built at first use is there before the forks
+        for _ in range(trials):
+            inside, last, fault = trial(folder, shared, chooser.random() * 0.1)
+            litter = [path for path in (*folder.glob(".*.tmp"), *folder.glob("resume/*/*/.*.tmp"))]
+            counts["trials"] += 1
+            counts["inside"] += inside
+            counts["faults"] += bool(fault)
+            counts["steps"] = max(counts["steps"], last)
+            counts["litter"] = max(counts["litter"], len(litter))
+            if fault:
+                print(f"    trial {counts['trials']}: {fault}", flush=True)
+    finally:
+        shutil.rmtree(folder)
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000)
+    counts = run(parser.parse_args().trials)
+    print(
+        f"kill -9: {counts['trials']} trials, {counts['inside']} of them inside a save; {counts['faults']} with a state "
+        f"that does not load or is lost; {counts['steps']} steps in all; at most {counts['litter']} leftovers at a time"
+    )
+    return int(counts["faults"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
