@@ -152,24 +152,6 @@ def test_compiled_runs_continue_bit_for_bit(tmp_path, stop_at):
     assert same(whole, parts)
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("stage", ("pretrain", "full_sft"))
-def test_fifty_random_stops(stage, tmp_path, stop_at):
-    import random
-
-    data = tmp_path / "data.jsonl"
-    flags = [f"--data_path={data}", "--max_steps=8", "--batch_size=2", "--accumulation_steps=2"]
-    if stage == "full_sft":
-        write_pretrain(tmp_path / "text.jsonl")
-        run_stage("pretrain", f"--data_path={tmp_path / 'text.jsonl'}", f"--save_dir={tmp_path}", "--max_steps=2")
-        flags.append(f"--from_weight={tmp_path / 'pretrain_32.pth'}")
-    (write_pretrain if stage == "pretrain" else write_sft)(data)
-    for trial in range(25):
-        stops = sorted(random.Random(trial).sample(range(1, 8), 2))
-        whole, parts = train_twice(stage, tmp_path / str(trial), stop_at, stops, *flags)
-        assert same(whole, parts), stops
-
-
 def test_a_broken_state_is_named_and_the_one_before_is_taken(tmp_path, capsys):
     write_pretrain(tmp_path / "data.jsonl")
     flags = [f"--data_path={tmp_path / 'data.jsonl'}", "--max_steps=6", "--batch_size=4", "--save_interval=2",

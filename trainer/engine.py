@@ -81,6 +81,7 @@ class Engine:
         self.states = states / self.run_id
         self.loader = self._loader(job.data.train, self._accumulation(found), shuffle=True)
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
+        self.meter = Meter(self.model, self.dtype, backend.device, config.measure_peak)
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -162,8 +163,8 @@ class Engine:
         every = lambda interval: bool(interval) and self.step % interval == 0 or self.step == self.total
         logger.start(self.step, self.total)
         self.model.train()
-        meter = Meter(self.model, self.dtype, self.backend.device, config.measure_peak)
-        saved, owed = self.step, set()
+        meter, saved, owed = self.meter, self.step, set()
+        meter.since = time.perf_counter()
         with catch_signals() as received, explained(config, self.model, self.backend.world):
             for step, batches in self.loader.prefetch(self.step, self.total):
                 own = [sum(map(self.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)]
@@ -271,11 +272,12 @@ class Engine:
 
     def save(self) -> None:
         """The weights, and the state to continue from. All ranks take part; the first one writes."""
-        random = torch.stack(self.backend.gather(torch.get_rng_state()))
+        every_rank = dict(random=torch.stack(self.backend.gather(resume.random_state(self.backend.device))))
+        every_rank["window"] = self.meter.gather(self.backend)
         optimizer = self.backend.optimizer_tensors()
         with self.backend.whole():
             if self.backend.main:
-                tensors = dict(weights=self._trained(), optimizer=optimizer, random=dict(cpu=random))
+                tensors = dict(weights=self._trained(), optimizer=optimizer, ranks=every_rank)
                 resume.refuse_infinite(tensors)
                 resume.save_state(self.states, self.step, tensors, self._state(), self.config.keep_last)
             self._write(self.folder / self.name)
@@ -329,6 +331,7 @@ class Engine:
             best=self.best if self.best < float("inf") else None,
             scale=self.watch.scale,
             losses=self.losses,
+            window=list(self.meter.sums),
             identity=self._identity(),
             launch=resume.launch(),
             machine=machine,
@@ -338,10 +341,11 @@ class Engine:
     def _restore(self, path: Path) -> None:
         tensors, state = resume.read_state(path)
         self.backend.load(tensors["weights"], tensors["optimizer"])
-        random = tensors["random"]["cpu"]
-        torch.set_rng_state(random[self.backend.rank % len(random)].clone())  # it needs an aligned address
+        random = tensors["ranks"]["random"]
+        resume.set_random_state(random[self.backend.rank % len(random)], self.backend.device)
         self.step, self.tokens, self.losses = (state[k] for k in ("step", "tokens", "losses"))
         self.watch.scale = state["scale"]
+        self.meter.restore(state["window"], tensors["ranks"]["window"], self.backend)
         self.best = float("inf") if state["best"] is None else state["best"]
         say, now = self.logger.print, self._state()
         say(f"resumed after step {self.step:,} of {self.total:,} from {path}; {resume.RULE}")

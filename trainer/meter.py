@@ -44,6 +44,17 @@ class Meter:
             heads = positions if batch.selected is None else batch.selected.numel()
             self.flops += step_flops(self.config, positions, batch.tokens.shape[1], heads, self.trained)
 
+    def gather(self, backend) -> Tensor:
+        """(ranks, 2 + sums), for a state: a run that goes on from it logs what an undisturbed one does."""
+        own = [float(self.units), self.tokens, *map(float, self.sums.values())]
+        return torch.stack(backend.gather(torch.tensor(own, dtype=torch.float64)))
+
+    def restore(self, names: list[str], everyone: Tensor, backend) -> None:
+        """The inverse; the first rank takes all where the number of processes has changed."""
+        self.units, self.tokens = everyone[0, :2].tolist()
+        own = everyone[backend.rank] if len(everyone) == backend.world else everyone.sum(0) * backend.main
+        self.sums = {name: value.float().to(backend.device) for name, value in zip(names, own[2:])}
+
     def read(self, backend) -> dict[str, float]:
         """Means over all ranks' units, trained tokens a second of all ranks, MFU of this one."""
         totals, units = backend.sum(*map(float, self.sums.values())), float(self.units)

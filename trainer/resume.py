@@ -1,7 +1,7 @@
 """States that a killed run continues from, bit for bit.
 
     <save_dir>/resume/<name>_<hidden>[_moe]/<run_id>/step_00000500/
-        weights.safetensors  optimizer.safetensors  random.safetensors  state.json  manifest.json
+        weights.safetensors  optimizer.safetensors  ranks.safetensors  state.json  manifest.json
 
 Tensors are full, fp32 and filed by parameter name; trainer/durable.py writes them so that a state exists whole or not
 at all. On reading, the newest that its manifest confirms is taken, and a broken one is named and set aside. An older
@@ -42,6 +42,21 @@ def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], s
     for old in _states(folder)[:-keep_last]:
         remove(old)
     return final
+
+
+def random_state(device: torch.device) -> Tensor:
+    """(bytes,) of the processor's generator, then of the GPU's."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    cpu, gpu = state.tensor_split([torch.get_rng_state().numel()])
+    torch.set_rng_state(cpu.clone())  # it needs an aligned address
+    if device.type == "cuda" and len(gpu):
+        torch.cuda.set_rng_state(gpu.clone(), device)
 
 
 def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -22,6 +22,8 @@ import torch
 from tests.small_run import ROOT, sft_engine, write_sft
 from trainer import resume
 from trainer.backend import Backend, start
+from trainer.config import parse
+from trainer.train_full_sft import SFTConfig
 
 CASES = list(product(("loss", "gradient"), ("adamw", "muon"), (1, 4)))  # where, optimizer, accumulation_steps
 BAD_STEP = 3
@@ -100,16 +102,17 @@ def report(cases, backend: Backend, folder: Path) -> int:
     return int(bool(faults))
 
 
-def two_processes(folder: Path) -> subprocess.CompletedProcess:
-    """The same under torchrun; the row is on one of them only."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, folder]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def two_processes(folder: Path, first: int = 0, every: int = 1) -> subprocess.CompletedProcess:
+    """The same under torchrun, or some of it; the row is on one of them only."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__]
+    arguments = [str(argument) for argument in (folder, first, every)]
+    return subprocess.run(command + arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def main() -> int:
     if os.environ.get("WORLD_SIZE"):
-        with start("cpu") as backend:
-            return report(CASES, backend, Path(sys.argv[1]))
+        with start(parse(SFTConfig, ["--device=cpu"])) as backend:
+            return report(CASES[int(sys.argv[2]) :: int(sys.argv[3])], backend, Path(sys.argv[1]))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         alone = report(CASES, Backend(torch.device("cpu")), Path(one))

@@ -32,14 +32,14 @@ class Operations:
         self.paths: dict[int, str] = {}  # of open descriptors
 
     def __enter__(self):
-        names = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
+        names = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open", "close")
         self.real = {name: getattr(os, name) for name in names}
         self.real_open, self.real_rmtree = builtins.open, shutil.rmtree
         for name in ("mkdir", "unlink", "rmdir"):
             setattr(os, name, self._simple(name))
         os.rename = os.replace = lambda a, b: self._do(Operation("rename", str(a), str(b)), self.real["replace"], a, b)
         os.fsync = self._fsync
-        os.open = self._os_open
+        os.open, os.close = self._os_open, self._os_close
         builtins.open = self._open
         shutil.rmtree = self._rmtree
         return self
@@ -70,6 +70,10 @@ class Operations:
         self.paths[descriptor] = str(path)
         return descriptor
 
+    def _os_close(self, descriptor):
+        self.paths.pop(descriptor, None)  # its number will be another file's
+        self.real["close"](descriptor)
+
     def _open(self, path, mode="r", *more, **named):
         if not str(path).startswith(self.root) or not set(mode) & set("wa+"):
             return self.real_open(path, mode, *more, **named)
@@ -95,13 +99,14 @@ class Operations:
 class _File:
     def __init__(self, log: Operations, raw, path: str):
         self.log, self.raw, self.path = log, raw, path
-        self.flush, self.fileno, self.close = raw.flush, raw.fileno, raw.close
+        self.flush, self.fileno = raw.flush, raw.fileno
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        self.log.paths.pop(self.fileno(), None)
+        self.raw.close()
 
     def write(self, data) -> int:
         data = bytes(data)

@@ -3,8 +3,8 @@
     python benchmarks/faults/kill.py                      # 1,000 trials, some minutes
     python benchmarks/faults/kill.py --trials 50
 
-Every trial is a process that resumes (--from_resume auto), trains on, and is killed. Then every state under its own name
-has to be whole, none that had been finished may be missing without two newer ones, and the weights file has to load.
+Every trial is a process that resumes (--from_resume auto), trains on, and is killed. Then every state under its own
+name has to be whole, none that had been finished may be missing without two newer ones, the weights file has to load.
 The process is forked from one that has trained already, so that a trial costs little; nothing is logged, since drawing
 the curve would be most of what a save takes.
 """
@@ -117,10 +117,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
     counts = run(parser.parse_args().trials)
-    print(
-        f"kill -9: {counts['trials']} trials, {counts['inside']} of them inside a save; {counts['faults']} with a state "
-        f"that does not load or is lost; {counts['steps']} steps in all; at most {counts['litter']} leftovers at a time"
-    )
+    print("kill -9: {trials} trials, {inside} of them inside a save; {faults} with a state that does not load or is "
+          "lost; {steps} steps in all; at most {litter} leftovers at a time".format(**counts))  # fmt: skip
     return int(counts["faults"] > 0)
 
 

@@ -8,6 +8,7 @@ space (full disk); the power is cut after it, so that of what no fsync has cover
 without the bytes, or any part.
 """
 
+import argparse
 import errno
 import os
 import random
@@ -65,9 +66,10 @@ def wrong(root: Path, before: float, after: float) -> str:
     return ""
 
 
-def exits(base: Path, root: Path, step: int) -> tuple[int, list[str]]:
+def exits(base: Path, root: Path, step: int, every: int = 1) -> tuple[int, list[str]]:
     """The process ends before every operation in turn."""
-    for i in range(10_000):
+    tried = 0
+    for i in range(0, 10_000, every):
         copy(base, root)
         child = os.fork()
         if child == 0:
@@ -76,13 +78,14 @@ def exits(base: Path, root: Path, step: int) -> tuple[int, list[str]]:
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
-            return i, []
+            return tried, []
+        tried += 1
         if fault := wrong(root, 3, 9.0):
-            return i, [f"exit at operation {i}: {fault}"]
+            return tried, [f"exit at operation {i}: {fault}"]
     raise AssertionError("a save has fewer operations")
 
 
-def failures(base: Path, root: Path, step: int) -> tuple[int, list[str]]:
+def failures(base: Path, root: Path, step: int, every: int = 1) -> tuple[int, list[str]]:
     """Every operation fails in turn: by itself (EIO), or with everything after it that needs space (ENOSPC)."""
     tried, faults = 0, []
     for number in (errno.EIO, errno.ENOSPC):
@@ -113,16 +116,16 @@ def failures(base: Path, root: Path, step: int) -> tuple[int, list[str]]:
                 fault = fault or "the next save is not whole"
             if fault:
                 faults.append(f"{errno.errorcode[number]} at operation {i}: {fault}")
-            tried, i = tried + happened, i + 1
+            tried, i = tried + happened, i + every
     return tried, faults
 
 
-def power_cuts(base: Path, root: Path, step: int) -> tuple[int, list[str]]:
+def power_cuts(base: Path, root: Path, step: int, every: int = 1) -> tuple[int, list[str]]:
     copy(base, root)
     with Operations(root) as log:
         save(root, step, 9.0)
     tried, faults, chooser = 0, [], random.Random(0)
-    for i in range(len(log.done) + 1):
+    for i in range(0, len(log.done) + 1, every):
         for disk in after_power_cut(base, root, log.done[:i], chooser):
             shutil.rmtree(root)
             disk.write_to(root)
@@ -138,6 +141,9 @@ def copy(base: Path, root: Path) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--every", type=int, default=1, help="try every N-th operation only")
+    every = parser.parse_args().every
     torch.set_num_threads(1)
     failed = 0
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nothing here asks the real disk
@@ -146,7 +152,7 @@ def main() -> int:
         prepare(base)
         for name, step in (("the next step", 4), ("the same step again", 3)):
             for what, trial in (("exits", exits), ("failing operations", failures), ("power cuts", power_cuts)):
-                tried, faults = trial(base, root, step)
+                tried, faults = trial(base, root, step, every)
                 failed += len(faults)
                 print(f"{name}, {what}: {tried} tried, {len(faults)} times the state before was not whole", flush=True)
                 print("".join(f"    {fault}\n" for fault in faults[:5]), end="")
