@@ -10,6 +10,7 @@ auto. Compared are weights, moments, random states and losses after the last ste
 import argparse
 import contextlib
 import io
+import json
 import random
 import shutil
 import signal
@@ -27,11 +28,25 @@ from tests.small_run import run_stage, write_dpo, write_pretrain, write_sft
 from trainer import engine, resume
 
 STEPS = 10
+
+
+def write_reason(path: Path) -> Path:
+    """write_sft's answers, each after a thought."""
+    rows = write_sft(path).read_text(encoding="utf-8").splitlines()
+    chats = [json.loads(row)["conversations"] for row in rows]
+    for turns in chats:
+        turns[-1]["content"] = f"<think>\n{turns[0]['content']}\n</think>\n\n{turns[-1]['content']}"
+    lines = [json.dumps({"conversations": turns}, ensure_ascii=False) + "\n" for turns in chats]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 STAGES: dict[str, tuple[Callable, list[str]]] = {  # how the data is written, and flags of its own
     "pretrain": (write_pretrain, []),
     "full_sft": (write_sft, []),
     "lora": (write_sft, ["--lora_dropout=0.1"]),  # its masks come from the random state
     "dpo": (write_dpo, []),
+    "distill_reason": (write_reason, ["--max_seq_len=64"]),
 }
 
 
