@@ -1,0 +1,105 @@
+"""DPO on real pairs: how often a held-out chosen answer is preferred, and by how much, before and after.
+
+    python benchmarks/real_data/dpo.py --data_path ../shared/data/dpo.jsonl --from_weight out/real_data/full_sft_192.pth
+
+Every fifth pair is held out, the others are trained on with trainer/train_dpo.py. Two ways to ask what a model prefers:
+
+    log-probability   of the whole answer. A shorter answer has the advantage, so this is mostly about length
+    per token         its mean. This is what somebody sees who reads both
+
+Both are compared with the SFT model's own, and the reward margin (beta x how much further apart the two answers are
+than in the SFT model) is 0 there by definition. Exits with status 1 where accuracy or margin does not rise.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from dataset.preference import PairLoader, PreferenceDataset
+from model.checkpoint import find_weights, load_weights
+from model.device import pick_dtype
+from tokenizer.resolve import tokenizer_of
+from trainer.config import ROOT
+from trainer.preference import read_answers
+
+
+def split(source: Path, folder: Path, every: int = 5) -> tuple[Path, Path]:
+    """Every fifth row is held out -> (rows to train on, rows held out)."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    parts = []
+    for name, keep in (("train", lambda i: i % every), ("held_out", lambda i: i % every == 0)):
+        path = folder / f"{source.stem}.{name}.jsonl"
+        path.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if keep(i)), encoding="utf-8")
+        parts.append(path)
+    return parts[0], parts[1]
+
+
+@torch.no_grad()
+def read_pairs(weights: Path, path: Path, length: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pairs, 2) summed log-probabilities of the file's answers, and how many tokens they have."""
+    checkpoint = load_weights(weights)
+    model = checkpoint.build().eval()
+    model.compute_dtype, _ = pick_dtype("auto", torch.device("cpu"))
+    tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, checkpoint.config.vocab_size)
+    data = PreferenceDataset(path, tokenizer, max_seq_len=length, cache_dir=folder)
+    loader = PairLoader(data, packing=True, batch_size=4, accumulation_steps=1, max_seq_len=length, shuffle=False)
+    sums, tokens = torch.zeros(2, len(data), 2)
+    for step in range(loader.steps_per_epoch):
+        for batch in loader.batches(step):
+            sums[list(batch.examples)], tokens[list(batch.examples)], _ = read_answers(model, batch)
+    return sums, tokens
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", type=Path, required=True)
+    parser.add_argument("--from_weight", type=Path, required=True, help="the SFT model's weights")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "real_data")
+    parser.add_argument("--learning_rate", default="2e-5")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--data_limit", type=int, default=0, help="pairs to train on (0: all)")
+    args = parser.parse_args()
+
+    folder = args.work_dir.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = split(args.data_path, folder)
+    command = [
+        sys.executable, ROOT / "trainer" / "train_dpo.py", "--data_path", train, "--val_path", held_out,
+        "--from_weight", args.from_weight, "--save_dir", folder, "--cache_dir", folder / "cache",
+        "--max_seq_len", args.length, "--learning_rate", args.learning_rate, "--epochs", args.epochs,
+        "--batch_size", args.batch_size, "--beta", args.beta, "--data_limit", args.data_limit,
+    ]  # fmt: skip
+    command = list(map(str, command))
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+    where = dict(path=held_out, length=args.length, folder=folder / "cache")
+    before, tokens = read_pairs(args.from_weight, **where)
+    after, _ = read_pairs(find_weights("rlhf", folder), **where)
+    prefers = lambda scores: (scores[:, 0] > scores[:, 1]).float().mean().item()
+    rewards = args.beta * (after - before)
+    margins = rewards[:, 0] - rewards[:, 1]
+    print(f"\n{len(before)} held-out pairs                     before    after")
+    print(f"chosen preferred, log-probability     {prefers(before):7.1%}  {prefers(after):7.1%}")
+    print(f"chosen preferred, per token           {prefers(before / tokens):7.1%}  {prefers(after / tokens):7.1%}")
+    gap = [(scores[:, 0] - scores[:, 1]).mean().item() for scores in (before / tokens, after / tokens)]
+    print(f"chosen - rejected, nats per token     {gap[0]:+7.3f}  {gap[1]:+7.3f}")
+    print(f"reward margin                         {0:+7.3f}  {margins.mean():+7.3f}  "
+          f"(rewards of chosen {rewards[:, 0].mean():+.3f}, of rejected {rewards[:, 1].mean():+.3f})")  # fmt: skip
+    print(f"reward accuracy                         none  {(margins > 0).float().mean():7.1%}")
+    risen = prefers(after / tokens) > prefers(before / tokens) and margins.mean() > 0
+    print("as it should be" if risen else "not as it should be: accuracy per token and margin must rise")
+    sys.exit(0 if risen else 1)
+
+
+if __name__ == "__main__":
+    main()
