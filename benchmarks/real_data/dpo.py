@@ -52,7 +52,8 @@ def read_pairs(weights: Path, path: Path, length: int, folder: Path) -> tuple[to
     sums, tokens = torch.zeros(2, len(data), 2)
     for step in range(loader.steps_per_epoch):
         for batch in loader.batches(step):
-            sums[list(batch.examples)], tokens[list(batch.examples)], _ = read_answers(model, batch)
+            found, sizes, _ = read_answers(model, batch)
+            sums[list(batch.examples)], tokens[list(batch.examples)] = found, sizes.float()
     return sums, tokens
 
 
