@@ -34,12 +34,12 @@ def pretrain_rows(world: World, dice: Dice) -> Iterator[dict]:
         rows += [list_again(world, dice, language) for _ in range(1600)]
         for kind, amount in WORKSHEETS.items():
             rows += [worksheet(world, dice, kind, language) for _ in range(amount)]
-    rows += [equations(world, dice) for _ in range(4000)]
+    rows += [equations(world, dice) for _ in range(6000)]
     rows += [dictionary(world, dice) for _ in range(2000)]
     yield from ({"text": row} for row in dice.shuffled(rows))
 
 
-WORKSHEETS = {"fact": 1400, "reading": 2400, "sum": 800, "calendar": 1000, "list": 2200, "translation": 400}
+WORKSHEETS = {"fact": 1400, "reading": 2400, "sum": 800, "calendar": 1000, "list": 2600, "translation": 400}
 
 
 def biography(world: World, dice: Dice, person: int, language: str) -> str:
