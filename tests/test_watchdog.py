@@ -6,30 +6,12 @@ import pytest
 import torch
 from small_run import sft_engine, write_sft
 
+from benchmarks.faults.bad_steps import poison
 from trainer import resume
 from trainer.backend import Backend
 from trainer.watchdog import LOSS_SCALE, Watchdog
 
 NAN = float("nan")
-
-
-def poison(engine, where: str, example: int):
-    """The objective, with NaN in the loss or in the gradient of whatever batch holds this example."""
-    objective = engine.job.objective
-
-    class Poisoned:
-        count = objective.count
-
-        def __call__(self, model, batch):
-            loss, metrics = objective(model, batch)
-            if example in batch.examples and where == "loss":
-                return loss * NAN, {"loss": metrics["loss"] * NAN}
-            if example in batch.examples:
-                weight = engine.model.model.norm.weight
-                loss = loss + (torch.sqrt(weight.sum() * 0) * 0)  # 0, whose derivative 0 * inf is NaN
-            return loss, metrics
-
-    engine.job.objective = Poisoned()
 
 
 def reports(tmp_path) -> list[dict]:
@@ -88,9 +70,7 @@ def test_skip_leaves_the_step_out_and_saves_after_the_next_good_one(tmp_path):
 
     objective = engine.job.objective
 
-    class Poisoned:
-        count = objective.count
-
+    class Poisoned(type(objective)):
         def __call__(self, model, batch):
             if not isinstance(batch, _Nan):
                 return objective(model, batch)

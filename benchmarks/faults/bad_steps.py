@@ -33,9 +33,7 @@ def poison(engine, where: str, row: int) -> None:
     """The objective, with NaN in the loss or only in the gradient of whatever batch holds this row."""
     objective = engine.job.objective
 
-    class Poisoned:
-        count = objective.count
-
+    class Poisoned(type(objective)):
         def __call__(self, model, batch):
             loss, metrics = objective(model, batch)
             if row in batch.examples and where == "loss":
