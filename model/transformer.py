@@ -13,6 +13,7 @@ weights already have that dtype. Norms, routing and losses are computed in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -149,6 +150,7 @@ class CausalLM(nn.Module):
         positions: Tensor | None = None,
         selected: Tensor | None = None,
         prefixes: Tensor | None = None,
+        criterion: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
         cache=None,
     ) -> Output:
         """tokens (B, T) -> logits, or with `targets` (B, T) the loss of each of them (-100: none).
@@ -158,6 +160,7 @@ class CausalLM(nn.Module):
         selected (K,) flat indices b*T+t of the positions the head is applied to; None: all. With targets, every target
             outside must be -100, and an index may be repeated only where the target is -100.
         prefixes (B, T) number of another document in the row that a position sees too: a prompt that answers share.
+        criterion another loss than cross-entropy: (head, what it reads (N, d), targets (N,)) -> (N,) fp32.
         cache     a `model.generate.KVCache`, which is filled and read.
         """
         B, T = tokens.shape
@@ -189,7 +192,7 @@ class CausalLM(nn.Module):
             return Output(self.lm_head(x), None, aux_loss)
         x, flat = x.reshape(-1, x.shape[-1]), targets.reshape(B * T)
         flat = flat if selected is None else flat[selected]
-        loss = self.token_loss(x, flat)
+        loss = self.token_loss(x, flat) if criterion is None else criterion(self.lm_head, x, flat)
         if selected is not None:
             loss = torch.zeros(B * T, device=loss.device).index_add(0, selected, loss)
         return Output(None, loss.view(B, T), aux_loss)

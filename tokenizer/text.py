@@ -93,6 +93,10 @@ class Tokenizer:
     def stream(self, skip_control: bool = False) -> StreamDecoder:
         return StreamDecoder(self, skip_control)
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Every id stands for the same, whatever the chat templates are."""
+        return self._bytes == other._bytes and self.control == other.control
+
     # ---- tokens by name
 
     @property

@@ -9,7 +9,8 @@ from dataset import tiny_world
 from dataset.lm_dataset import TokenDataset
 from dataset.reader import read_mapping
 from model.checkpoint import Checkpoint, check_stated, find_weights, load_weights
-from model.config import PRESETS
+from model.config import PRESETS, ModelConfig
+from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.resolve import tokenizer_of
 from tokenizer.text import Tokenizer
@@ -74,6 +75,31 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
         for tokens, trained in train.sequences(i):
             notes.append(show_labels(tokenizer, tokens, [True] * len(tokens) if trained is None else trained))
     return Data(train, val, builtin, notes)
+
+
+def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> ModelConfig:
+    """Of a fresh model: a preset, changed by the flags that are given."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "max_position_embeddings")  # fmt: skip
+    changes = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    if config.use_moe and preset != "moe":
+        changes |= dict(num_experts=4, num_shared_experts=1)
+    return ModelConfig.preset(preset, vocab_size=tokenizer.vocab_size, **changes)
+
+
+def open_student(config: StageConfig, theirs: Tokenizer | None) -> tuple[Checkpoint | None, CausalLM, Tokenizer, str]:
+    """Who learns from a teacher with the tokenizer `theirs`: weights of the stage before, or with --preset alone a
+    fresh model -> (weights, model, tokenizer, a line to print)."""
+    if config.from_weight or not config.preset:
+        parent, tokenizer, origin = open_weights(config, "full_sft")
+        if theirs and not tokenizer.same_ids(theirs):
+            raise ValueError(
+                f"--teacher {config.teacher}: its tokenizer ({theirs.path}, {theirs.vocab_size:,} ids) is not that of "
+                f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
+            )
+        return parent, parent.build(), tokenizer, origin
+    tokenizer = theirs or Tokenizer.load(config.tokenizer_path)
+    return None, CausalLM(architecture(config, tokenizer, config.preset)), tokenizer, f"from: a fresh {config.preset}"
 
 
 def open_weights(config: StageConfig, name: str) -> tuple[Checkpoint, Tokenizer, str]:

@@ -31,24 +31,6 @@ class PretrainConfig(StageConfig):
     max_position_embeddings: int | None = option(None, "longest text it will be used on", within="[1, inf)")
 
 
-def architecture(config: PretrainConfig, tokenizer, builtin: bool):
-    """A preset, changed by the flags that are given."""
-    from model.config import ModelConfig
-
-    names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-    )
-    changes = {name: value for name in names if (value := getattr(config, name)) is not None}
-    if config.use_moe and config.preset != "moe":
-        changes |= dict(num_experts=4, num_shared_experts=1)
-    preset = config.preset or ("nano" if builtin else "small")
-    return ModelConfig.preset(preset, vocab_size=tokenizer.vocab_size, **changes)
-
-
 def main():
     config = parse(PretrainConfig, description=__doc__)
 
@@ -60,7 +42,7 @@ def main():
     from trainer.backend import start
     from trainer.engine import Engine, Job
     from trainer.objectives import NextToken
-    from trainer.prepare import open_data, open_weights
+    from trainer.prepare import architecture, open_data, open_weights
 
     torch.manual_seed(config.seed)
     parent, origin = None, ""
@@ -71,7 +53,8 @@ def main():
         tokenizer = Tokenizer.load(config.tokenizer_path)
     data = open_data(PretrainDataset, config, "pretrain", tokenizer)
     if not parent:
-        model = CausalLM(architecture(config, tokenizer, data.builtin))
+        preset = config.preset or ("nano" if data.builtin else "small")
+        model = CausalLM(architecture(config, tokenizer, preset))
     with start(config) as backend:
         Engine(
             Job(

@@ -1,0 +1,93 @@
+"""Distillation: a model learns what a larger one of the same tokenizer would say. Writes
+out/full_dist_<hidden>[_moe].pth.
+
+    python trainer/train_distillation.py --teacher out/full_sft_768.pth --hidden_size 512  # full_sft_512.pth learns
+    python trainer/train_distillation.py --teacher full_sft --preset nano                   # a fresh student learns
+    python trainer/train_distillation.py --teacher full_sft --write_logprobs teacher.lp     # the teacher is asked once,
+    python trainer/train_distillation.py --teacher_logprobs teacher.lp                      # and no longer in memory
+
+Data: chats, as in full fine-tuning. What the losses are: docs/reasoning_and_distillation.md.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dataclasses import dataclass
+
+from trainer.config import StageConfig, option, parse, run
+
+
+@dataclass(frozen=True)
+class DistillationConfig(StageConfig):
+    """Options of distillation"""
+
+    save_weight: str = "full_dist"
+    epochs: int = 6
+    learning_rate: float = 5e-4
+    teacher: str | None = option(None, "weights of the teacher: a name in save_dir or out/, a file, a directory")
+    distill_loss: str = option("forward_kl", "distance to the teacher", choices=("forward_kl", "reverse_kl", "js"))
+    temperature: float = option(2.0, "flattens both distributions", within="(0, inf)")
+    alpha: float = option(0.5, "share of the cross-entropy, the teacher has the rest", within="[0, 1]")
+    write_logprobs: str | None = option(None, "ask the teacher about all the data, write it there, and stop", path=True)
+    top_k: int = option(32, "ids of each token written there", within="[1, inf)")
+    teacher_logprobs: str | None = option(None, "such a file, in place of a teacher", path=True)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if bool(self.teacher) == bool(self.teacher_logprobs):
+            found.append("--teacher or --teacher_logprobs: give one of them, weights or a file written from them")
+        if self.write_logprobs and not self.teacher:
+            found.append(f"--write_logprobs {self.write_logprobs}: needs a --teacher")
+        if self.write_logprobs and self.val_fraction:
+            found.append("--write_logprobs: asks about all rows; --val_fraction is for training from the file")
+        if self.teacher_logprobs and self.val_path:
+            found.append("--val_path and --teacher_logprobs: the file knows training rows only; take --val_fraction")
+        return found
+
+
+def main():
+    config = parse(DistillationConfig, description=__doc__)
+
+    import torch
+
+    from dataset.teacher import TaughtDataset
+    from model.device import pick_dtype
+    from trainer.backend import start
+    from trainer.distill import Distill, Teacher, open_teacher, read_views, write_views
+    from trainer.engine import Engine, Job
+    from trainer.outputs import Weights
+    from trainer.prepare import open_data, open_student
+
+    torch.manual_seed(config.seed)
+    weights, theirs, views = open_teacher(config) if config.teacher else (None, None, read_views(config))
+    parent, model, tokenizer, origin = open_student(config, theirs)
+    data = open_data(TaughtDataset, config, "sft", tokenizer, on_long=config.on_long, views=views)
+    with start(config) as backend:
+        teacher = Teacher(weights, pick_dtype(config.dtype, backend.device)[0], backend.device) if weights else None
+        if config.write_logprobs:
+            print(write_views(config, data, tokenizer, teacher, backend))
+            return
+        output = Weights()
+        output.identity = dict(teacher=teacher.hash if teacher else views["teacher"])
+        Engine(
+            Job(
+                stage="distillation",
+                config=config,
+                model=model,
+                objective=Distill(config.distill_loss, config.temperature, config.alpha, tokenizer.vocab_size, teacher),
+                tokenizer=tokenizer,
+                data=data,
+                packing=True,
+                parent=parent,
+                notes=[origin, f"teacher: {teacher or views['about']}"],
+                output=output,
+            ),
+            backend,
+        ).run()
+
+
+if __name__ == "__main__":
+    run(main)
