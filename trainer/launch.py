@@ -146,6 +146,7 @@ def deepspeed_config(config: StageConfig, world: int) -> dict:
     )
     merged.setdefault("steps_per_print", 1 << 40)
     zero = merged.setdefault("zero_optimization", {}) | dict(stage=config.zero_stage)
+    zero.setdefault("reduce_bucket_size", 20_000_000)  # its own 500M are allocated for any model
     if config.zero_offload != "none":
         zero.setdefault("offload_optimizer", {"device": "cpu"})
     if config.zero_offload == "parameters":

@@ -29,6 +29,7 @@ class DeepSpeed(DDP):
 
     def wrap(self, model, optimizers):
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # read when it is imported
+        os.environ.setdefault("LOCAL_RANK", "0")  # there was no launcher
         try:
             import deepspeed
         except ImportError as error:
