@@ -50,7 +50,7 @@ class EvalConfig(Options):
     model_mode: int | None = option(None, "0 pretrain completes text; 1 full_sft, 2 rlhf, 3 reason chat (default: 1 or "
                                     "what the named weights were trained for)", within="[0, 3]")
     weight: str | None = option(None, "a name in save_dir or out/, a file or a directory (default: the mode's name)",
-                                aliases=("model_path", "from_weight"))
+                                aliases=("model_path", "model_name_or_path", "from_weight"))
     lora_name: str | None = option(None, "an adapter in lora/ there, on the weights it was trained on")
     lora_path: str | None = option(None, "an adapter's file, or peft's directory", path=True)
     merge_lora: bool = option(False, "add the adapter to the weights first: faster")

@@ -1,7 +1,10 @@
 """A training run small enough for tests: a few rows, a model of some thousand parameters, the shipped tokenizer."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -58,6 +61,23 @@ def run_stage(stage: str, *flags: str) -> None:
         module.main()
     finally:
         sys.argv = before
+
+
+def run_script(script: str, *words: object, typed: str = "") -> tuple[int, str, str]:
+    """Any script of ours, in this process, from the directory we are in -> exit status, output, errors."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, sys.stdin, list(sys.path)
+    sys.argv, sys.stdin = [script, *map(str, words)], io.StringIO(typed)
+    sys.path.insert(0, "")  # what the interpreter would put there, for the script to replace
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv, sys.stdin, sys.path[:] = before
+    return status, out.getvalue(), err.getvalue()
 
 
 def sft_engine(folder: Path, batch_size: int, accumulation_steps: int, backend=None, **changes):

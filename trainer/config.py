@@ -77,7 +77,8 @@ class StageConfig(Options):
     learning_rate: float = option(5e-4, "peak learning rate", within="(0, inf)")
     optimizer: str = option("adamw", "update rule", choices=("adamw", "muon"))
     weight_decay: float = option(0.1, "decay of the matrices", within="[0, inf)")
-    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "wsd", "constant"))
+    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "wsd", "constant"),
+                           aliases=("lr_scheduler_type",))
     warmup_steps: float = option(0.03, "steps of warm-up; below 1: share of the run", aliases=("warmup_iters",),
                                  within="[0, inf)")
     min_lr_ratio: float = option(0.1, "last learning rate / peak", within="[0, 1]")

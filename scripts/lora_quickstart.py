@@ -1,0 +1,145 @@
+"""LoRA in one go: join the task's rows with who the model is, train an adapter, save it. For people who come from the
+"MiniMind2-Small LoRA" script, with its flags and what it prints (in Chinese, as there).
+
+    python scripts/lora_quickstart.py                          # a quick test on built-in data, about a minute on a CPU
+    python scripts/lora_quickstart.py --task_data medical.jsonl --identity_data me.jsonl --lora_name my_chatbot_lora
+
+It is scripts/prepare_data.py and trainer/train_lora.py, one after the other; these have more flags. The base is the
+newest out/full_sft_*.pth, or --from_weight. Nothing is downloaded yet, with --skip_download or without.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass, replace
+
+from trainer.config import ROOT, Options, option, parse, run
+
+
+@dataclass(frozen=True)
+class QuickstartConfig(Options):
+    """Options of the LoRA quickstart"""
+
+    lora_name: str = option("medical_chatbot_lora", "name of the adapter")
+    task_data: str = option(str(ROOT / "dataset/medical_data_formatted.jsonl"), "what it is to learn", path=True)
+    identity_data: str = option(str(ROOT / "dataset/medical_identity.jsonl"), "who it is to be", path=True)
+    merged_data: str = option(str(ROOT / "dataset/merged_training_data.jsonl"), "where both go together", path=True)
+    ratio: float = option(3, "task rows for each identity row; 0: one file after the other", within="[0, inf)")
+    out_dir: str = option(str(ROOT / "out"), "results go into a folder of the adapter's name here", path=True)
+    from_weight: str = option("full_sft", "the model: a name in out_dir or out/, a file or a directory")
+    epochs: int = option(10, "passes over the data", within="[1, inf)")
+    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within="[0, inf)")
+    batch_size: int = option(4, "rows of an optimiser step", within="[1, inf)")
+    learning_rate: float = option(1e-4, "peak learning rate", within="(0, inf)")
+    max_length: int = option(512, "tokens in a row", aliases=("max_seq_len",), within="[2, inf)")
+    lora_r: int = option(8, "inner size of the adapter's matrices", aliases=("lora_rank",), within="[1, inf)")
+    lora_alpha: float = option(32.0, "what it adds is multiplied by alpha / r", within="(0, inf)")
+    lora_dropout: float = option(0.1, "share of its inputs left out at random", within="[0, 1)")
+    target_modules: tuple[str, ...] = option(("q_proj", "v_proj", "k_proj", "o_proj"), "layers that get one")
+    use_wandb: bool = option(False, "log to Weights & Biases as well")
+    wandb_project: str = option("minimind_medical_chatbot", "its project")
+    device: str = option("auto", "auto, cpu, cuda, ...")
+    skip_download: bool = option(False, "understood; nothing is downloaded yet anyway")
+    skip_merge: bool = option(False, "merged_data is there already")
+
+
+def main():
+    config = parse(QuickstartConfig, description=__doc__)
+    if len(sys.argv) == 1:
+        config = quick_test(config)
+    from model.checkpoint import find_weights
+
+    begin = time.perf_counter()
+    base = find_weights(config.from_weight, config.out_dir, ROOT / "out")
+    print(f"✅ 模型: {base}" + ("" if config.skip_download else "（自动下载尚未实现，用本地的模型）"))
+    if not config.skip_merge:
+        merge(config)
+    folder = train(config, base)
+    print(f"✅ 模型保存到: {folder}")
+    print(f"⏱️ 训练完成! 总耗时: {(time.perf_counter() - begin) / 60:.1f} 分钟")
+    print(f"💬 试一试: python eval_model.py --weight {base} --lora_path {folder / 'lora_model'}")
+
+
+def merge(config: QuickstartConfig) -> None:
+    from dataset.mix import prepare
+
+    target = Path(config.merged_data)
+    print(f"🔄 开始合并数据集 (比例 {config.ratio:g}:1)..." if config.ratio else "🔄 开始合并数据集 (直接相连)...")
+    report = prepare((config.task_data,), (config.identity_data,), target=target,
+                     val_target=target.with_suffix(".val.jsonl"), ratio=config.ratio)  # fmt: skip
+    print(f"📊 任务数据: {report.task} 条")
+    repeated = f"，重复后 {report.repeated} 条" if config.ratio else ""
+    print(f"📊 自认知数据: {report.identity} 条{repeated}")
+    print(f"✅ 数据合并完成: {report.written} 条数据保存到 {target}")
+
+
+def train(config: QuickstartConfig, base: Path) -> Path:
+    """trainer/train_lora.py in a process of its own -> the folder of the adapter."""
+    folder = Path(config.out_dir) / config.lora_name
+    flags = dict(
+        lora_name=config.lora_name, from_weight=base, data_path=config.merged_data, output_dir=folder,
+        epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size,
+        learning_rate=config.learning_rate, max_seq_len=config.max_length, lora_rank=config.lora_r,
+        lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, lora_targets=",".join(config.target_modules),
+        use_wandb=config.use_wandb, wandb_project=config.wandb_project, device=config.device,
+    )  # fmt: skip
+    print("🚀 开始LoRA训练...\n📋 训练参数:")
+    print(f"  - LoRA名称: {config.lora_name}\n  - 训练轮次: {config.epochs}")
+    print(f"  - 批次大小: {config.batch_size}\n  - 学习率: {config.learning_rate:g}")
+    print("🔄 加载模型和分词器...", flush=True)
+    call([ROOT / "trainer/train_lora.py", *(f"--{name}={value}" for name, value in flags.items())], translate)
+    return folder
+
+
+def translate(line: str) -> str:
+    """What the training says, in the words that are known from there; the rest as it is."""
+    if found := re.match(r"model: ([\d,]+) parameters.*?, ([\d,]+) trained", line):
+        every, trained = (int(number.replace(",", "")) / 1e6 for number in found.groups())
+        share = f"📊 可训练参数: {trained:.2f}M / {every:.1f}M ({trained / every:.2%})"
+        return f"✅ 模型加载完成\n📊 模型参数数量: {every:.1f}M\n{share}\n"
+    if found := re.match(r"device: (\w+)", line):
+        return f"💻 使用设备: {found[1]}\n🔥 开始训练...\n"
+    return line
+
+
+def call(command: list, shown=lambda line: line) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True,
+                               encoding="utf-8", env=environment)  # fmt: skip
+    for line in process.stdout:
+        print(shown(line), end="", flush=True)
+    if process.wait():
+        raise SystemExit(process.returncode)
+
+
+def quick_test(config: QuickstartConfig) -> QuickstartConfig:
+    """Everything once on the tiny world; a model of a few steps, where no better one is in out/."""
+    from dataset import tiny_world
+    from model.checkpoint import find_weights
+
+    print("🧪 快速测试：用内置数据走一遍全流程（自己的数据: --task_data --identity_data，见 --help）")
+    folder = ROOT / "out/quickstart"
+    files = tiny_world.generate(folder / "data", files=("pretrain", "sft", "lora_identity"))
+    task = folder / "data/task.jsonl"
+    with open(files["sft"], encoding="utf-8") as rows:
+        task.write_text("".join(row for _, row in zip(range(96), rows)), encoding="utf-8")
+    try:
+        base = find_weights("full_sft", ROOT / "out")
+    except ValueError:
+        flags = [f"--data_path={files['pretrain']}", f"--save_dir={folder}", "--preset=nano", "--max_steps=20"]
+        call([ROOT / "trainer/train_pretrain.py", *flags, "--data_limit=2000", "--batch_size=8", "--max_seq_len=128"])
+        base = find_weights("pretrain", folder)
+    return replace(config, lora_name="quick_test", task_data=str(task), identity_data=str(files["lora_identity"]),
+                   merged_data=str(folder / "data/merged.jsonl"), out_dir=str(folder), from_weight=str(base), epochs=1,
+                   max_steps=20, max_length=256)  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
