@@ -113,7 +113,7 @@ def test_the_quickstart_joins_trains_and_saves(world, tmp_path):
     counts = [line for line in out.splitlines() if "条" in line]
     assert counts[:2] == ["📊 任务数据: 40 条", "📊 自认知数据: 4 条，重复后 5 条"]
     assert counts[2:] == [f"✅ 数据合并完成: 45 条数据保存到 {tmp_path / 'all.jsonl'}"]
-    for line in ("🚀 开始LoRA训练...", "  - 批次大小: 4", "  - 学习率: 0.0001", "💻 使用设备: cpu", "📊 模型参数数量: 0.2M"):
+    for line in ("🚀 开始LoRA训练...", "  - 批次大小: 4", "  - 学习率: 0.0001", "💻 使用设备: cpu", "📊 模型参数数量: 0.2M"):  # noqa: E501
         assert line in out.splitlines(), out
     assert "12 steps" in out and f"✅ 模型保存到: {tmp_path / 'out/my_chatbot_lora'}" in out and "总耗时" in out
     assert (tmp_path / "out/my_chatbot_lora/lora_model/adapter_config.json").is_file()
