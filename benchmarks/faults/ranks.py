@@ -4,12 +4,13 @@ run the undisturbed one?
     python benchmarks/faults/ranks.py
 
     kill            the other ends with a message and a status that is not 0; resuming gives the undisturbed weights
-    kill, 1 restart torchrun --max-restarts 1 goes on by itself, to the undisturbed weights
+    kill+restart    torchrun --max-restarts 1 goes on by itself, to the undisturbed weights
     raise           as kill, and the error is shown
     hang            the other ends within --ddp_timeout (20 s here) + 10 s
     term            SIGTERM to torchrun saves and ends; resuming gives the undisturbed weights
 """
 
+import argparse
 import contextlib
 import os
 import signal
@@ -82,8 +83,10 @@ def same(a: dict, b: dict) -> bool:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="+", default=["kill", "kill+restart", "raise", "hang", "term"])
     failed, expected = 0, None
-    cases = [("none", 0), ("kill", 0), ("kill", 1), ("raise", 0), ("hang", 0), ("term", 0)]
+    cases = [(fault.split("+")[0], int("+" in fault)) for fault in ("none", *parser.parse_args().faults)]
     said_by = dict(kill="another process of this run", hang="another process of this run", term="everything is saved",
                    **{"raise": "this process has had enough"})  # fmt: skip
     with tempfile.TemporaryDirectory() as root:
