@@ -1,4 +1,4 @@
-"""How a run ends when it does not end by itself: a second signal, the launcher's echo of the first, no memory, no peer."""
+"""How a run ends that does not end by itself: a second signal, the launcher's echo of the first, no memory, no peer."""
 
 import os
 import signal

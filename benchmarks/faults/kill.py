@@ -1,4 +1,5 @@
-"""`kill -9` of a run that saves after every step, at random moments, again and again in the same directory.
+"""`kill -9` of a run that saves after every step, again and again in the same directory: half of the time at a random
+moment, half of the time at a random moment of the 20 ms after a save begins.
 
     python benchmarks/faults/kill.py                      # 1,000 trials, some minutes
     python benchmarks/faults/kill.py --trials 50
@@ -52,8 +53,9 @@ def watch(shared: mmap.mmap) -> None:
     Tokenizer.load = lambda *_: tokenizer
 
 
-def trial(folder: Path, shared: mmap.mmap, seconds: float) -> tuple[bool, int, str]:
-    """-> (whether it was killed inside a save, the last step that had been saved, what is wrong then)"""
+def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple[bool, int, str]:
+    """Killed `seconds` after its first save, or after a save begins if `aimed` -> (whether that was inside a save, the
+    last step that had been saved, what is wrong then)"""
     from model.checkpoint import load_weights
     from trainer import resume
     from trainer.durable import problem
@@ -69,6 +71,8 @@ def trial(folder: Path, shared: mmap.mmap, seconds: float) -> tuple[bool, int, s
         time.sleep(0.002)
         if os.waitpid(child, os.WNOHANG)[0]:
             raise RuntimeError("the run ended by itself")
+    while aimed and not shared[0]:
+        time.sleep(0.0002)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -99,7 +103,8 @@ def run(trials: int, seed: int = 0) -> dict[str, int]:
         watch(shared)
         train(folder, steps=KEPT)  # what is imported and built at first use is there before the forks
         for _ in range(trials):
-            inside, last, fault = trial(folder, shared, chooser.random() * 0.1)
+            aimed = chooser.random() < 0.5
+            inside, last, fault = trial(folder, shared, chooser.random() * (0.02 if aimed else 0.1), aimed)
             litter = [path for path in (*folder.glob(".*.tmp"), *folder.glob("resume/*/*/.*.tmp"))]
             counts["trials"] += 1
             counts["inside"] += inside
