@@ -33,6 +33,7 @@ def test_a_byte_order_mark_may_stand_at_the_start(tmp_path):
         Jsonl(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf\n\n"))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.sampled_from([b"{}", b"", b" ", b"\t", b' {"a": 1}', b"x" * 9]), max_size=30),
        st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.integers(1, 12))  # fmt: skip
 def test_the_index_agrees_with_splitting_the_file_wherever_a_block_ends(lines, newline, last, block):
@@ -107,7 +108,7 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 # ---- .json arrays
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.text(), st.lists(st.floats(-9, 9))))),
        st.sampled_from([None, 0, 2]))  # fmt: skip
 def test_an_array_gives_its_elements_whatever_their_layout(tmp_path_factory, elements, indent):
@@ -270,6 +271,7 @@ def test_a_bad_row_stops_unless_told_otherwise(tmp_path):
 # ---- plain text
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab\n麻雀😀", min_size=1), st.integers(8, 20))
 def test_a_text_file_comes_in_whole_characters_cut_at_line_ends(tmp_path_factory, text, size):
     file = write(tmp_path_factory.mktemp("text") / "a.txt", text.encode())
