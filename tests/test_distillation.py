@@ -140,21 +140,24 @@ def test_loss_and_gradient_equal_a_plain_reference(kind, chunk, tmp_path, monkey
     assert_same_gradients({n: p.grad for n, p in student.named_parameters()}, expected, 1e-4)
 
 
-def test_no_logits_of_all_positions_are_kept(tmp_path, monkeypatch):
-    """With chunks of 128 positions, what is kept for the backward pass has no tensor of more than 128 x V numbers,
-    while a plain loss over the same 512 positions keeps 512 x V."""
+def test_no_logits_of_all_positions_pile_up(tmp_path, monkeypatch):
+    """With chunks of 128 positions both heads make 128 x V numbers at a time, and none of them waits for the backward
+    pass, where a plain loss over the same positions keeps all of them."""
     monkeypatch.setattr(distill, "CHUNK", 1)
     dataset = SFTDataset(write_sft(tmp_path / "sft.jsonl"), TOKENIZER, max_seq_len=32)
     (batch, *_) = Loader(dataset, packing=True, batch_size=16, accumulation_steps=1, max_seq_len=32).batches(0)
     batch = replace(batch, selected=None)
     objective, student = Distill("js", 2.0, 0.5, V, teacher_of(write_weights(tmp_path, "teacher", 1))), small_model()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        objective(student, batch)[0].backward()
-        assert batch.tokens.numel() > 300 and max(kept) <= max(128 * V, student.lm_head.weight.numel())
-        kept.clear()
-        student(batch.tokens, targets=batch.targets).loss.sum()
-        assert max(kept) == batch.tokens.numel() * V
+    kept, made = [], []
+    for head in (student.lm_head, objective.teacher.head):
+        head.register_forward_hook(lambda module, given, out: made.append(len(out)))
+    wide = lambda x: kept.append(x.numel() // V) if x.shape[-1:] == (V,) else None
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: wide(x) or x, lambda x: x):
+        loss, _ = objective(student, batch)
+        assert sum(made) == 2 * batch.tokens.numel() > 600 and max(made) == 128 and not kept
+        student(batch.tokens, targets=batch.targets)
+        assert max(kept) == batch.tokens.numel()
+    loss.backward()
 
 
 def engine(folder, batch_size, accumulation_steps):

@@ -204,6 +204,8 @@ def test_no_length_limit_leaves_a_thought_without_its_end(on_long, tmp_path):
             assert ids[-1] == TOKENIZER.im_end
             assert [t for t in ids.tolist() if t in (opens, closes)] == [opens, closes] * int((ids == opens).sum())
             assert (ids == opens).any()
+            # an earlier answer that lost its beginning is context: its tags weigh nothing either
+            assert ((dataset.extras(i)["weight"] > 0) == dataset.trained(i)).all()
         seen.add((len(dataset), sum(int((dataset.tokens(i) == opens).sum()) for i in range(len(dataset)))))
     assert len(seen) > 2, "the lengths did cut"
 
