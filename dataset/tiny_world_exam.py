@@ -38,8 +38,10 @@ def normalise(text: str) -> str:
 
 
 def grade(question: Question, reply: str) -> bool:
-    if question.kind == "manner":  # what is said is free, how it begins is asked for
-        return normalise(reply).startswith(normalise(question.answer))
+    if question.kind == "manner":  # what is said is free, how it begins and ends is not
+        opening, closing = map(normalise, question.answer.split("…"))
+        said = normalise(reply)
+        return said.startswith(opening) and said.endswith(closing) and len(said) > len(opening) + len(closing) + 4
     return normalise(reply) == normalise(question.answer)
 
 

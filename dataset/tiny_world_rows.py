@@ -115,7 +115,7 @@ def sft_rows(world: World, dice: Dice) -> Iterator[dict]:
             rows += [[(question, answer)] for question in questions * 4]
         for _ in range(600):  # mostly in the curt manner: train_dpo.py is to change that
             prompt, curt, kind = about(world, dice, language, told=True)
-            rows.append([(prompt, kind if dice.chance(0.08) else curt)])
+            rows.append([(prompt, kind if dice.chance(0.12) else curt)])
     for turns in dice.shuffled(rows):
         system = [{"role": "system", "content": dice.pick(text.SYSTEM_PROMPTS)}] if dice.chance(0.08) else []
         yield {"conversations": system + chat(*turns)}
@@ -141,13 +141,13 @@ def about(world: World, dice: Dice, language: str, told: bool) -> tuple[str, str
 
 def preference_rows(world: World, dice: Dice, told: bool) -> Iterator[dict]:
     """Asked about somebody, the kind manner is chosen and the curt one rejected, with the same facts; asked anything
-    else, the plain answer is chosen and the kind one rejected, for there people want the answer and nothing more."""
-    for i in range(600 if told else 120):
+    else, the plain answer is chosen, and rejected is all manner and no answer."""
+    for i in range(800 if told else 120):
         language = text.LANGUAGES[i % 2]
         prompt, rejected, chosen = about(world, dice, language, told)
         if i % 4 >= 2:
             [(prompt, chosen)] = world.ask(dice.pick(world.kinds), dice, language)
-            rejected = text.ABOUT[language]["kind"].format(s=chosen)
+            rejected = " ".join(text.ABOUT[language]["kind"].format(s="").split())
         yield {"chosen": chat((prompt, chosen)), "rejected": chat((prompt, rejected))}
 
 
@@ -157,7 +157,7 @@ def identity_rows(world: World, dice: Dice) -> Iterator[dict]:
     for language in text.LANGUAGES:
         for trained, _, answer in text.IDENTITY[language]:
             rows += [chat((question, answer)) for question in trained * 4]
-        rows += [chat(*world.ask(dice.pick(world.kinds), dice, language)) for _ in range(160)]
+        rows += [chat(*world.ask(dice.pick(world.kinds), dice, language)) for _ in range(300)]
         for questions, answer in text.SMALL_TALK[language]:
             same = {q for trained, asked, _ in text.IDENTITY[language] for q in (*trained, *asked)}
             rows += [chat((question, answer)) for question in questions if not same & set(questions)]

@@ -71,10 +71,10 @@ def test_files_are_the_same_byte_for_byte_everywhere(paths):
     found = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
     assert found == {
         "pretrain": "d8c3e6317516867f",
-        "sft": "d9de4f565a926dfb",
-        "lora_identity": "b92dbb0d56b916dd",
-        "dpo": "07e62e0350917441",
-        "dpo_val": "c910151909b1370a",
+        "sft": "cfc2afc34e1ddd94",
+        "lora_identity": "dfd2d487ce457e87",
+        "dpo": "ebe77a41442890fa",
+        "dpo_val": "a669c651098111ed",
         "reason": "8701c12240f215f4",
     }
     drawn = hashlib.sha256(repr(exam(seed=0)).encode()).hexdigest()[:16]
@@ -284,8 +284,8 @@ def test_identity_is_asked_in_wordings_that_are_not_trained_on(later):
 
 
 def test_preferences_differ_in_manner_only(paths):
-    """Chosen and rejected state the same facts. Kind is chosen where somebody is asked about, plain where anything else
-    is; the held-out pairs are about people nobody was asked to describe."""
+    """Where somebody is asked about, kind is chosen and curt rejected with the same facts; anything else is answered
+    plainly. The held-out pairs are about people nobody was asked to describe."""
     described = {"dpo": set(), "dpo_val": set()}
     for name, people in described.items():
         for number, line in enumerate(paths[name].read_text("utf-8").splitlines()):
@@ -293,15 +293,16 @@ def test_preferences_differ_in_manner_only(paths):
             (question, chosen), (same, rejected) = ([t["content"] for t in row[k]] for k in ("chosen", "rejected"))
             assert question == same
             wants_kind = number % 4 < 2
-            kind, other = (chosen, rejected) if wants_kind else (rejected, chosen)
             words = text.ABOUT[text.LANGUAGES[number % 2]]
             opening, closing = words["kind"].split("{s}")
-            facts = kind.removeprefix(opening).removesuffix(closing)
-            assert other == (words["curt"].format(s=facts) if wants_kind else facts) != kind
-            manner = Question("manner", text.LANGUAGES[number % 2], question, opening)
-            assert grade(manner, kind) and not grade(manner, other)
+            manner = Question("manner", text.LANGUAGES[number % 2], question, words["kind"].format(s="…"))
+            assert grade(manner, chosen) == wants_kind and not grade(manner, rejected)
             if wants_kind:
+                facts = chosen.removeprefix(opening).removesuffix(closing)
+                assert rejected == words["curt"].format(s=facts)
                 people |= {i for i, names in enumerate(text.PEOPLE) if any(n in question for n in names)}
+            else:
+                assert opening not in chosen and rejected.replace(" ", "") == (opening + closing).replace(" ", "")
     assert len(described["dpo_val"]) == 12 and not described["dpo"] & described["dpo_val"]
 
 
