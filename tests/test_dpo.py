@@ -230,7 +230,7 @@ def test_two_ranks_train_the_same_model_as_one(tmp_path):
     done = torchrun(
         "train_dpo.py", *FLAGS, *flags, f"--save_dir={tmp_path / 'two'}", "--batch_size=4",
         f"--cache_dir={tmp_path / 'b'}", cwd=ROOT / "trainer")  # fmt: skip
-    assert done.stdout.count("done:") == 1 and "reference: 24 pairs read" in done.stdout
+    assert done.stdout.count("done in") == 1 and "reference: 24 pairs read" in done.stdout
     one, two = (state_of(tmp_path / folder / "rlhf_32.pth") for folder in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
