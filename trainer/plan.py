@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def rows_that_fit(engine) -> int:
         sizes = [1, *sizes]
     fits, peaks = sizes[0], {}
     sizes = [sizes[0], *sizes]  # the first one twice: its first step brings the optimiser's moments in
-    with torch.compiler.set_stance("force_eager"):  # a little more memory than compiled, and no wait for a compiler
+    # eager needs a little more memory than compiled, and no wait for a compiler (which takes 80 MB to import)
+    with torch.compiler.set_stance("force_eager") if engine.compiled else nullcontext():
         for rows in sizes:
             if len(peaks) > 1:
                 (a, before), (b, now) = list(peaks.items())[-2:]
