@@ -29,12 +29,12 @@ def pretrain_rows(world: World, dice: Dice) -> Iterator[dict]:
         for person in range(len(text.PEOPLE)):
             rows += [biography(world, dice, person, language) for _ in range(150)]
         rows += [gossip(world, dice, language) for _ in range(2000)]
-        rows += [passage(world, dice, language) for _ in range(5000)]
+        rows += [passage(world, dice, language) for _ in range(6000)]
         rows += [roll_call(world, dice, language) for _ in range(3500)]
         rows += [list_again(world, dice, language) for _ in range(1600)]
         for kind, amount in WORKSHEETS.items():
             rows += [worksheet(world, dice, kind, language) for _ in range(amount)]
-    rows += [equations(world, dice) for _ in range(6000)]
+    rows += [equations(world, dice) for _ in range(5000)]
     rows += [dictionary(world, dice) for _ in range(2000)]
     yield from ({"text": row} for row in dice.shuffled(rows))
 

@@ -43,10 +43,10 @@ def step(title: str, *command: object) -> None:
 
 
 # What the trainings are called with: most of the demo's time goes into the first.
-PRETRAIN = "--preset nano --batch_size 8 --max_seq_len 256 --optimizer muon --learning_rate 2e-3".split()
+PRETRAIN = "--preset nano --batch_size 8 --max_seq_len 256 --optimizer muon --learning_rate 1.5e-3".split()
 SFT = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 1e-3".split()
 LORA = "--epochs 5 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
-DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 4e-5".split()
+DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 5e-5".split()
 REASON = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 1e-3".split()
 COMMON = "--schedule wsd --min_lr_ratio 0.05 --log_interval 100 --compile off".split()
 
@@ -123,8 +123,8 @@ def examine(save_dir: Path, question_seed: int) -> None:
     for model, prompt in [
         *((sft, prompt) for prompt in (*QUESTIONS, *(answers[i]["prompt"] for i in (0, 150, 250, 500)))),
         (lora, QUESTIONS[1]),
-        (sft, "Tell me about Rosa."),
-        (stages[2], "Tell me about Rosa."),
+        (sft, "Tell me about Lucy."),
+        (stages[2], "Tell me about Lucy."),
         (sft, "What is 19+7-5+12?"),
         (stages[3], "What is 19+7-5+12?"),
     ]:
