@@ -29,17 +29,17 @@ def pretrain_rows(world: World, dice: Dice) -> Iterator[dict]:
         for person in range(len(text.PEOPLE)):
             rows += [biography(world, dice, person, language) for _ in range(150)]
         rows += [gossip(world, dice, language) for _ in range(2000)]
-        rows += [passage(world, dice, language) for _ in range(6000)]
+        rows += [passage(world, dice, language) for _ in range(5000)]
         rows += [roll_call(world, dice, language) for _ in range(3500)]
         rows += [list_again(world, dice, language) for _ in range(1600)]
         for kind, amount in WORKSHEETS.items():
             rows += [worksheet(world, dice, kind, language) for _ in range(amount)]
-    rows += [equations(world, dice) for _ in range(5000)]
+    rows += [equations(world, dice) for _ in range(4000)]
     rows += [dictionary(world, dice) for _ in range(2000)]
     yield from ({"text": row} for row in dice.shuffled(rows))
 
 
-WORKSHEETS = {"fact": 1400, "reading": 2400, "sum": 800, "calendar": 1000, "list": 2600, "translation": 400}
+WORKSHEETS = {"fact": 1400, "reading": 2400, "sum": 800, "calendar": 1000, "list": 2200, "translation": 400}
 
 
 def biography(world: World, dice: Dice, person: int, language: str) -> str:
@@ -115,7 +115,7 @@ def sft_rows(world: World, dice: Dice) -> Iterator[dict]:
             rows += [[(question, answer)] for question in questions * 4]
         for _ in range(600):  # mostly in the curt manner: train_dpo.py is to change that
             prompt, curt, kind = about(world, dice, language, told=True)
-            rows.append([(prompt, kind if dice.chance(0.12) else curt)])
+            rows.append([(prompt, kind if dice.chance(0.08) else curt)])
     for turns in dice.shuffled(rows):
         system = [{"role": "system", "content": dice.pick(text.SYSTEM_PROMPTS)}] if dice.chance(0.08) else []
         yield {"conversations": system + chat(*turns)}
