@@ -41,7 +41,7 @@ def padded(dataset, examples, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     for row, example in enumerate(examples):
         ids, trained = dataset.tokens(example), dataset.trained(example)
         tokens[row, : len(ids) - 1] = ids[:-1]
-        targets[row, : len(ids) - 1] = np.where(trained[1:], ids[1:], -100)
+        targets[row, : len(ids) - 1] = np.where(trained[1:], ids[1:].astype(np.int64), -100)
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 

@@ -87,7 +87,7 @@ def main():
     if not list(folder.glob("full_sft_*.pth")):
         stage("full_sft", *common, "--data_path", general, "--from_weight", find_weights("pretrain", folder),
               "--epochs", args.sft_epochs, "--learning_rate", "5e-4")  # fmt: skip
-    # without general rows beside them, an adapter of one field forgets the others: +12.6 % on nano at 1e-3
+    # without general rows beside them, an adapter of one field forgets the others: +13 % on nano at 1e-3
     mixed = [medical, f"{general}:{args.general_share}"]
     stage("lora", *common, "--data_path", *mixed, "--from_weight", find_weights("full_sft", folder),
           "--lora_name", "lora_medical", "--epochs", args.lora_epochs, "--lora_rank", args.lora_rank,
