@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from dataset.lm_dataset import TokenDataset
 
@@ -33,6 +34,23 @@ def seconds(work: Callable[[], None]) -> float:
 def spread(values: list[float]) -> str:
     """Median and, in brackets, the least and the greatest."""
     return f"{statistics.median(values):.4g} [{min(values):.4g} .. {max(values):.4g}]"
+
+
+def hugging_face_step(model, optimizer, batch, bf16: bool) -> float:
+    """One step of a plain loop around a model of transformers -> its loss."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = model(input_ids=batch.tokens).logits
+    loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def data_flags(path: str | None) -> list[str]:
+    """For the configuration of a stage, which without a file of one's own takes the tiny world's."""
+    return ["--data_path", path] if path else []
 
 
 class RandomRows(TokenDataset):

@@ -22,7 +22,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import machine, seconds, spread
+from benchmarks.common import data_flags, machine, seconds, spread
 from dataset.preference import PairLoader, PreferenceDataset
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
@@ -52,7 +52,8 @@ def initial_model(preset: str) -> CausalLM:
 class Ours:
     def __init__(self, args, folder: str):
         flags = [
-            *("--data_path", args.data_path, "--save_dir", folder, "--cache_dir", folder, "--device", "cpu"),
+            *data_flags(args.data_path),
+            *("--save_dir", folder, "--cache_dir", folder, "--device", "cpu"),
             *("--batch_size", str(args.batch_size), "--max_seq_len", str(args.length), "--compile", "off"),
             *("--schedule", "constant", "--warmup_steps", "0", "--learning_rate", str(RATE), "--beta", str(BETA)),
         ]
@@ -141,7 +142,7 @@ def one_side(args) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--data_path", help="default: the tiny world's")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)

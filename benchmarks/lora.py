@@ -22,7 +22,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import RandomRows, machine, seconds, spread
+from benchmarks.common import RandomRows, data_flags, hugging_face_step, machine, seconds, spread
 from dataset.lm_dataset import SFTDataset
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
@@ -100,18 +100,7 @@ def peft_step(model, settings, bf16: bool, rate: float):
     model = peft.get_peft_model(model, settings).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
 
-    def step(batches) -> float:
-        (batch,) = batches
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(input_ids=batch.tokens).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+    return lambda batches: hugging_face_step(model, optimizer, batches[0], bf16)
 
 
 def trl_trainer(model, settings, data: SFTDataset, args, bf16: bool, folder: Path):
@@ -155,7 +144,7 @@ def trl_trainer(model, settings, data: SFTDataset, args, bf16: bool, folder: Pat
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--data_path", help="default: the tiny world's")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rows", type=int, default=4, help="of random tokens, against peft")
@@ -177,7 +166,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags = [
-            *("--data_path", args.data_path, "--save_dir", name, "--cache_dir", name, "--device", "cpu"),
+            *data_flags(args.data_path),
+            *("--save_dir", name, "--cache_dir", name, "--device", "cpu"),
             *("--batch_size", str(args.batch_size), "--max_seq_len", str(args.length), "--compile", args.compile),
             *("--schedule", "constant", "--warmup_steps", "0", "--learning_rate", "1e-4", "--max_steps", "100000"),
         ]

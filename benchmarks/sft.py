@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import machine, seconds, spread
+from benchmarks.common import data_flags, machine, seconds, spread
 from dataset.lm_dataset import SFTDataset
 from model.config import ModelConfig
 from model.transformer import CausalLM
@@ -47,7 +47,7 @@ def padded(dataset, examples, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--data_path", help="default: the tiny world's")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
@@ -58,7 +58,8 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         flags = [
-            *("--data_path", args.data_path, "--save_dir", folder, "--cache_dir", folder, "--device", "cpu"),
+            *data_flags(args.data_path),
+            *("--save_dir", folder, "--cache_dir", folder, "--device", "cpu"),
             *("--batch_size", str(args.batch_size), "--max_seq_len", str(args.length), "--compile", args.compile),
             *("--schedule", "constant", "--warmup_steps", "0"),
         ]

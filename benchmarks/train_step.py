@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import RandomRows, machine, seconds, spread
+from benchmarks.common import RandomRows, hugging_face_step, machine, seconds, spread
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
@@ -66,18 +66,7 @@ def their_step(engine: Engine, bf16: bool):
         dict(params=[p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n], weight_decay=0.0),
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-    def step(batch) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(input_ids=batch.tokens).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+    return lambda batch: hugging_face_step(model, optimizer, batch, bf16)
 
 
 def main():

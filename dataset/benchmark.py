@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from dataset import tiny_world
+from dataset.tiny_world_exam import Scores
 from model.generate import Sampling, generate
 from model.transformer import CausalLM
 from tokenizer.chat import encode_chat
@@ -39,8 +41,7 @@ def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0)
     ]
     columns = {
         "model": tiny_world.scores(questions, replies[: len(questions)]),
-        "nearest row": tiny_world.nearest_row_baseline(questions, tiny_world.generate(WORLD)["sft"]),
-        "most frequent": tiny_world.most_frequent_baseline(questions),
+        **baselines(question_seed),
     }
     later = {kind: _share(row["right"] for row in answers if row["kind"] == kind) for kind in tiny_world.LATER}
     after = ", ".join(f"{kind} {share:.1%}" for kind, share in later.items())
@@ -54,6 +55,14 @@ def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0)
         "table": f"{tiny_world.table(questions, columns)}\nand what later stages teach: {after}",
         "answers": answers,
     }
+
+
+@cache  # the demo examines several models
+def baselines(question_seed: int) -> dict[str, Scores]:
+    """What can be scored without a model."""
+    questions = tiny_world.exam(question_seed=question_seed)
+    nearest = tiny_world.nearest_row_baseline(questions, tiny_world.generate(WORLD)["sft"])
+    return {"nearest row": nearest, "most frequent": tiny_world.most_frequent_baseline(questions)}
 
 
 def _share(right) -> float:

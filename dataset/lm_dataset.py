@@ -107,11 +107,11 @@ class TokenDataset:
         held_out[distinct[shuffled(len(distinct), seed, SPLIT)[:count]]] = True
         name = f"{val_fraction} {seed}"
         return (
-            self._view(np.flatnonzero(~held_out[self.order]), f"train {name}"),
-            self._view(np.unique(self.order, return_index=True)[1][held_out[distinct]], f"val {name}"),
+            self.view(np.flatnonzero(~held_out[self.order]), f"train {name}"),
+            self.view(np.unique(self.order, return_index=True)[1][held_out[distinct]], f"val {name}"),
         )
 
-    def _view(self, examples: np.ndarray, name: str) -> "TokenDataset":
+    def view(self, examples: np.ndarray, name: str) -> "TokenDataset":
         view = copy.copy(self)
         view.order, view.lengths = self.order[examples], self.lengths[examples]
         view.fingerprint = _hash(self.fingerprint, name)

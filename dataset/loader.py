@@ -46,6 +46,11 @@ class Batch:
     # (B, T, ...) beside the targets, 0 in the filling
     extras: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
+    def context(self) -> dict[str, torch.Tensor | None]:
+        """What the model has to know besides the tokens: its keyword arguments."""
+        names = ("targets", "documents", "positions", "selected")
+        return {name: getattr(self, name) for name in names}
+
     def to(self, device: torch.device | str) -> Batch:
         """On the device; for CUDA through pinned memory, so that the copy runs beside the computation."""
         if torch.device(device).type == "cpu":

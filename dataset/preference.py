@@ -73,7 +73,7 @@ class PreferenceDataset(TokenDataset):
         self.lengths = np.concatenate(lengths)[self.order]
         limits = (on_long, max_seq_len, max_prompt_length)
         self.fingerprint = fingerprint_of(caches, tokenizer, seed, "preference", *limits)
-        self.distinct = self._view(np.unique(self.order, return_index=True)[1], "distinct")
+        self.distinct = self.view(np.unique(self.order, return_index=True)[1], "distinct")
         long = f"; too long: {cut:,} prompts cut, {left_out:,} pairs left out (the longest needs {longest - 1})"
         self.summary = f"{len(self):,} pairs, {int(self.lengths.sum()):,} tokens" + (
             f"{long if cut or left_out else ''}{rows_without_use(caches)}")  # fmt: skip
@@ -110,6 +110,9 @@ class PairBatch(Batch):
     prefixes: torch.Tensor  # (B, T) int32
     answers: torch.Tensor  # (B, T) int64, 2p + 1 in the chosen and 2p + 2 in the rejected answer of pair p, else 0
     reference: torch.Tensor | None  # (P, 2) fp32
+
+    def context(self):
+        return super().context() | dict(prefixes=self.prefixes)
 
 
 class PairLoader(Loader):

@@ -21,6 +21,7 @@ import socket
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ class Checkpoint:
     tokenizer: dict = field(default_factory=dict)  # {"path", "hash"}; empty where the file does not tell
     lineage: list[dict] = field(default_factory=list)  # one entry for each stage the weights went through
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of names and numbers: the same for the same weights in whatever file."""
         digest = hashlib.sha256()
@@ -50,6 +51,11 @@ class Checkpoint:
             digest.update(name.encode())
             digest.update(self.state[name].contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def release(self) -> None:
+        """Keeps what is known of the weights, their hash too, and lets go of the tensors."""
+        self.hash  # noqa: B018 (computed while there is something to compute it from)
+        self.state = {}
 
     def build(self, dtype: torch.dtype = torch.float32) -> CausalLM:
         """The model with these weights, on the CPU."""

@@ -105,14 +105,8 @@ class Distill:
 
     def __call__(self, model, batch):
         sums = []
-        out = model(
-            batch.tokens,
-            targets=batch.targets,
-            documents=batch.documents,
-            positions=batch.positions,
-            selected=batch.selected,
-            criterion=partial(self._loss, self._seen(batch), sums),
-        )
+        criterion = partial(self._loss, self._seen(batch), sums)
+        out = model(batch.tokens, **batch.context(), criterion=criterion)
         loss = out.loss.sum()
         units = (batch.targets != IGNORED).sum(1)  # (B,): the balancing loss of a row counts as much as the row does
         cross_entropy, apart = torch.stack(sums).sum(0)
@@ -180,7 +174,7 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
     dataset, width = data.train, tokenizer.vocab_size
     _, first = np.unique(dataset.order, return_index=True)
     # the longest first, so that rows of neighbours are full rows
-    distinct = dataset._view(first[np.argsort(-dataset.lengths[first], kind="stable")], "")
+    distinct = dataset.view(first[np.argsort(-dataset.lengths[first], kind="stable")], "")
     loader = Loader(distinct, packing=True, batch_size=config.batch_size, accumulation_steps=8,
                     max_seq_len=config.max_seq_len, shuffle=False)  # fmt: skip
     top_k, size = min(config.top_k, width), max(CHUNK // width, 128)

@@ -66,6 +66,8 @@ class Engine:
         self.config = config = rehearsal(job.config) if job.config.plan else job.config
         self.dtype, notice = pick_dtype(config.dtype, backend.device)
         self.model = job.model.to(backend.device)
+        if job.parent:
+            job.parent.release()  # the model has a copy of its own
         self.model.compute_dtype = self.dtype
         self.model.recompute = config.activation_checkpointing
         lower_frozen(self.model, self.dtype)

@@ -30,13 +30,7 @@ class NextToken:
         return batch.trained_tokens
 
     def __call__(self, model, batch):
-        out = model(
-            batch.tokens,
-            targets=batch.targets,
-            documents=batch.documents,
-            positions=batch.positions,
-            selected=batch.selected,
-        )
+        out = model(batch.tokens, **batch.context())
         loss = out.loss.sum()
         units = (batch.targets != -100).sum(1)  # (B,): the balancing loss of a row counts as much as the row does
         return loss + (out.aux_loss * units).sum(), {"loss": loss.detach()}
@@ -52,13 +46,7 @@ class Weighted:
         return float(batch.extras["weight"].sum(dtype=torch.float64))
 
     def __call__(self, model, batch):
-        out = model(
-            batch.tokens,
-            targets=batch.targets,
-            documents=batch.documents,
-            positions=batch.positions,
-            selected=batch.selected,
-        )
+        out = model(batch.tokens, **batch.context())
         weight = batch.extras["weight"]  # (B, T)
         loss = (out.loss * weight).sum()
         return loss + (out.aux_loss * weight.sum(1)).sum(), {"loss": loss.detach()}

@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
-from model.adapter import load_adapter, save_adapter
+from model.adapter import find_base, load_adapter, save_adapter
 from model.checkpoint import Checkpoint, load_weights, save_weights, weights_name
 from model.export import copy_tokenizer, save_hf
 from model.interop.peft import save_peft
@@ -45,14 +45,14 @@ class AdapterOnly(Weights):
     """The adapter, and which weights it belongs to."""
 
     settings: LoRASettings
-    parent: Checkpoint
+    parent: InitVar[Checkpoint]
     peft: bool = False  # also as a directory that peft reads
     merged: str = ""  # name of full weights to write as well
     folder = "lora"
     base: dict = field(init=False)
 
-    def __post_init__(self):
-        self.base = dict(path=str(Path(self.parent.path).resolve()), hash=self.parent.hash)
+    def __post_init__(self, parent):
+        self.base = dict(path=str(Path(parent.path).resolve()), hash=parent.hash)
 
     @property
     def identity(self) -> dict:
@@ -70,7 +70,7 @@ class AdapterOnly(Weights):
             copy_tokenizer(folder, tokenizer.path)
             lines.append(f"also: {folder}, for peft")
         if self.merged:  # into the base as it was stored, not as it was kept for training
-            model = adapter.apply(self.parent.build())
+            model = adapter.apply(find_base(adapter, None, config.save_dir).build())
             merge(model)
             remove_lora(model)
             full = Path(config.save_dir) / weights_name(self.merged, model.config)

@@ -37,14 +37,7 @@ WITHOUT_REFERENCE = ("simpo", "orpo")
 
 def read_answers(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
     """(P, 2) summed log-probabilities of chosen and rejected, (P, 2) how many tokens, (B,) balancing losses."""
-    out = model(
-        batch.tokens,
-        targets=batch.targets,
-        documents=batch.documents,
-        positions=batch.positions,
-        selected=batch.selected,
-        prefixes=batch.prefixes,
-    )
+    out = model(batch.tokens, **batch.context())
     numbers = torch.arange(1, 2 * len(batch.examples) + 1, device=out.loss.device)
     own = batch.answers.flatten() == numbers[:, None]  # (2P, B*T); not index_add: its order on a GPU is left to chance
     sums = -torch.where(own, out.loss.flatten(), 0.0).sum(1)
@@ -140,7 +133,7 @@ def add_reference(datasets: list[PreferenceDataset], model: nn.Module, backend: 
 @torch.no_grad()
 def _reference(dataset: PreferenceDataset, model: nn.Module, backend: Backend, config) -> np.ndarray:
     """(distinct examples, 2) fp32"""
-    by_length = dataset._view(np.argsort(-dataset.lengths, kind="stable"), "")  # rows of neighbours are full rows
+    by_length = dataset.view(np.argsort(-dataset.lengths, kind="stable"), "")  # rows of neighbours are full rows
     loader = PairLoader(
         by_length, packing=True, batch_size=config.batch_size, accumulation_steps=8, max_seq_len=config.max_seq_len,
         rank=backend.rank, world=backend.world, shuffle=False,

@@ -12,7 +12,6 @@ than in the SFT model) is 0 there by definition. Exits with status 1 where accur
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,23 +20,13 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
+from benchmarks.real_data.common import hold_out, stage
 from dataset.preference import PairLoader, PreferenceDataset
 from model.checkpoint import find_weights, load_weights
 from model.device import pick_dtype
 from tokenizer.resolve import tokenizer_of
 from trainer.config import ROOT
 from trainer.preference import read_answers
-
-
-def split(source: Path, folder: Path, every: int = 5) -> tuple[Path, Path]:
-    """Every fifth row is held out -> (rows to train on, rows held out)."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    parts = []
-    for name, keep in (("train", lambda i: i % every), ("held_out", lambda i: i % every == 0)):
-        path = folder / f"{source.stem}.{name}.jsonl"
-        path.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if keep(i)), encoding="utf-8")
-        parts.append(path)
-    return parts[0], parts[1]
 
 
 @torch.no_grad()
@@ -72,16 +61,13 @@ def main():
 
     folder = args.work_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    train, held_out = split(args.data_path, folder)
-    command = [
-        sys.executable, ROOT / "trainer" / "train_dpo.py", "--data_path", train, "--val_path", held_out,
+    train, held_out = hold_out(args.data_path, folder, lambda i: i % 5 == 0)
+    stage(
+        "dpo", "--data_path", train, "--val_path", held_out,
         "--from_weight", args.from_weight, "--save_dir", folder, "--cache_dir", folder / "cache",
         "--max_seq_len", args.length, "--learning_rate", args.learning_rate, "--epochs", args.epochs,
         "--batch_size", args.batch_size, "--beta", args.beta, "--data_limit", args.data_limit,
-    ]  # fmt: skip
-    command = list(map(str, command))
-    print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True)
+    )  # fmt: skip
 
     where = dict(path=held_out, length=args.length, folder=folder / "cache")
     before, tokens = read_pairs(args.from_weight, **where)

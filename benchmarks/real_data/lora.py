@@ -10,7 +10,6 @@ falls by less than 5 % or the general one rises by more than 2 %.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
+from benchmarks.real_data.common import hold_out, stage
 from dataset.lm_dataset import SFTDataset
 from dataset.loader import Loader
 from model.adapter import find_base, load_adapter
@@ -27,23 +27,6 @@ from model.lora import adapter_disabled
 from tokenizer.text import Tokenizer
 from trainer.config import ROOT
 from trainer.objectives import NextToken
-
-
-def split(source: Path, folder: Path, every: int = 50) -> tuple[Path, Path]:
-    """Every 50th row is held out -> (rows to train on, rows held out)."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    parts = []
-    for name, keep in (("train", lambda i: i % every), ("held_out", lambda i: i % every == 0)):
-        path = folder / f"{source.stem}.{name}.jsonl"
-        path.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if keep(i)), encoding="utf-8")
-        parts.append(path)
-    return parts[0], parts[1]
-
-
-def stage(name: str, *flags: object) -> None:
-    command = [sys.executable, str(ROOT / "trainer" / f"train_{name}.py"), *map(str, flags)]
-    print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True)
 
 
 @torch.no_grad()
@@ -76,8 +59,9 @@ def main():
 
     folder = args.work_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    general, general_held_out = split(args.data_dir / "sft.jsonl", folder)
-    medical, medical_held_out = split(args.data_dir / "lora_medical.jsonl", folder)
+    every_50th = lambda i: i % 50 == 0
+    general, general_held_out = hold_out(args.data_dir / "sft.jsonl", folder, every_50th)
+    medical, medical_held_out = hold_out(args.data_dir / "lora_medical.jsonl", folder, every_50th)
     common = ["--save_dir", folder, "--cache_dir", folder / "cache", "--max_seq_len", args.length]
     common += ["--data_limit", args.data_limit]
     if not list(folder.glob("pretrain_*.pth")):

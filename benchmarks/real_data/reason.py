@@ -9,7 +9,6 @@ status 1 where less than 90 % of the answers are. About 8 minutes on 2 cores wit
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from benchmarks.real_data.common import hold_out, stage
 from model.checkpoint import find_weights, load_weights
 from model.device import pick_device, pick_dtype
 from model.generate import Sampling, generate
@@ -27,15 +27,6 @@ from trainer.config import ROOT
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LEAST = 0.9
-
-
-def hold_out(source: Path, folder: Path, count: int) -> tuple[Path, list[dict]]:
-    """Rows at equal distances -> (file of the others, these)."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    chosen = {len(lines) * i // count for i in range(count)}
-    train = folder / f"{source.stem}.train.jsonl"
-    train.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if i not in chosen), encoding="utf-8")
-    return train, [json.loads(lines[i])["conversations"] for i in sorted(chosen)]
 
 
 def well_formed(tokenizer: Tokenizer, reply: list[int]) -> bool:
@@ -69,14 +60,18 @@ def main():
 
     folder = args.work_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    train, asked = hold_out(args.data, folder, args.questions)
-    command = [sys.executable, ROOT / "trainer" / "train_distill_reason.py", "--data_path", train, "--save_dir", folder,
-               "--from_weight", find_weights(args.from_weight, folder), "--cache_dir", folder / "cache",
-               "--max_seq_len", "512", "--batch_size", "16", "--epochs", args.epochs, "--data_limit", args.data_limit,
-               "--learning_rate", args.learning_rate, "--tag_weight", args.tag_weight]  # fmt: skip
-    print("$", *command, flush=True)
+    with open(args.data, "rb") as file:
+        every = max(sum(1 for _ in file) // args.questions, 1)
+    train, held_out = hold_out(args.data, folder, lambda i: i % every == 0)
+    with open(held_out, encoding="utf-8") as file:
+        asked = [json.loads(line)["conversations"] for line in file][: args.questions]
     begin = time.perf_counter()
-    subprocess.run(list(map(str, command)), check=True)
+    stage(
+        "distill_reason", "--data_path", train, "--save_dir", folder,
+        "--from_weight", find_weights(args.from_weight, folder), "--cache_dir", folder / "cache",
+        "--max_seq_len", 512, "--batch_size", 16, "--epochs", args.epochs, "--data_limit", args.data_limit,
+        "--learning_rate", args.learning_rate, "--tag_weight", args.tag_weight,
+    )  # fmt: skip
     trained = time.perf_counter()
 
     checkpoint = load_weights(find_weights("reason", folder))

@@ -1,0 +1,25 @@
+"""What the benchmarks on real data share: rows held out, and the stages as users run them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from trainer.config import ROOT
+
+
+def hold_out(source: Path, folder: Path, chosen) -> tuple[Path, Path]:
+    """chosen: from the number of a row, whether it is held out -> (file of the others, file of these)."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    paths = folder / f"{source.stem}.train.jsonl", folder / f"{source.stem}.held_out.jsonl"
+    for path, wanted in zip(paths, (False, True)):
+        kept = [f"{line}\n" for i, line in enumerate(lines) if chosen(i) == wanted]
+        path.write_text("".join(kept), encoding="utf-8")
+    return paths
+
+
+def stage(name: str, *flags: object) -> None:
+    command = [sys.executable, str(ROOT / f"trainer/train_{name}.py"), *map(str, flags)]
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, check=True)
