@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.device import pick_device
+from model.device import keep_freed_memory, pick_device
 from trainer import resume
 from trainer.config import StageConfig
 from trainer.optim import clip_and_check
@@ -29,6 +29,8 @@ class Backend:
 
     def __init__(self, device: torch.device):
         self.rank, self.world, self.device = 0, 1, device
+        if device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def main(self) -> bool:

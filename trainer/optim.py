@@ -113,8 +113,11 @@ def clip_and_check(params: list[Tensor], limit: float, scale: float, healthy: Te
     Returns (norm before clipping, 1.0 if anything is not finite else 0.0), both scalar fp32 tensors.
     """
     gradients = [p.grad for p in params if p.grad is not None]
-    exact = torch.float64 if gradients[0].device.type == "cpu" else None  # CPUs add up fp32 in a row: wrong by 4e-5
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, dtype=exact)).float()) / scale
+    if gradients[0].device.type == "cpu":  # they add up in a row, which over a whole matrix is wrong by 4e-5
+        norms = torch.cat([torch.linalg.vector_norm(g, dim=-1).flatten() for g in gradients])
+    else:
+        norms = torch.stack(torch._foreach_norm(gradients))
+    norm = torch.linalg.vector_norm(norms, dtype=torch.float64).float() / scale
     factor = (limit / (norm + 1e-6)).clamp(max=1.0) / scale if limit else torch.ones_like(norm) / scale
     torch._foreach_mul_(gradients, factor)
     return norm, (~(torch.isfinite(norm) & healthy)).float()
