@@ -56,7 +56,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 def keep_freed_memory() -> None:
     """Makes this process use its memory again instead of giving it back to the system after each use.
 
-    By default glibc asks the system for every block of over 32 MiB, and returns whatever is free at the end of its heap.
+    By default glibc asks the system for each block of over 32 MiB, and returns what is free at the end of its heap.
     Each step of training then meets its activations as new pages, which the kernel has to find and to clear: 30,000 to
     50,000 page faults a step with 26M parameters, 5 to 10 % of its time.
     """

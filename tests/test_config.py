@@ -6,6 +6,7 @@ which `5e-4` is text and `on` is a boolean; and one mistake reported at a time, 
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import ROOT, Options, StageConfig, describe, explain, option, parse, run
+from trainer.config import ROOT, Options, StageConfig, check_writable, describe, explain, option, parse, run
 
 STAGES = sorted((ROOT / "trainer").glob("train_*.py"))
 SCRIPTS = [path for path in STAGES if "__main__" in path.read_text(encoding="utf-8")]
@@ -330,3 +331,12 @@ def test_any_dataclass_of_options_can_be_parsed():
 
     assert parse(Chat, ["--temp", "2"]).temperature == 2
     assert Chat(temperature=-1.0).problems() == ["--temperature -1: must be in (-1, 2]"]
+
+
+def test_a_directory_that_cannot_be_written_is_known_at_once(tmp_path):
+    """It was noticed at the first save, after a whole --save_interval of training."""
+    check_writable(str(tmp_path / "new" / "out"))
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ValueError, match=re.escape(f"--save_dir {folder}: nothing can be written there")):
+            check_writable(str(folder))

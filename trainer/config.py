@@ -21,6 +21,7 @@ import argparse
 import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any, ClassVar
 from trainer import launch
 from trainer.options import ROOT, Options, describe, option, parse
 
-__all__ = ["ROOT", "Options", "StageConfig", "describe", "explain", "option", "parse", "run"]
+__all__ = ["ROOT", "Options", "StageConfig", "check_writable", "describe", "explain", "option", "parse", "run"]
 
 LORA_ONLY = ("lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")
 LORA = (*LORA_ONLY, "use_lora", "lora_name", "load_in_4bit", "use_4bit", "load_in_8bit", "use_8bit")
@@ -147,6 +148,17 @@ class StageConfig(Options):
         if not self.save_weight or Path(self.save_weight).name != self.save_weight:
             found.append(f"--save_weight '{self.save_weight}': a plain name; --save_dir says where it is written")
         return found
+
+
+def check_writable(save_dir: str) -> None:
+    """What cannot be written is to be known before hours are spent on it."""
+    folder = next(place for place in (Path(save_dir), *Path(save_dir).absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"-")
+    except OSError as error:
+        reason = error.strerror if folder.is_dir() else f"{folder} is not a directory"
+        raise ValueError(f"--save_dir {save_dir}: nothing can be written there ({reason}); choose another") from None
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -14,7 +14,7 @@ from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.resolve import tokenizer_of
 from tokenizer.text import Tokenizer
-from trainer.config import ROOT, StageConfig
+from trainer.config import ROOT, StageConfig, check_writable
 
 # The files of MiniMind's data set, best first, as people keep them in dataset/; others are called as what they are for
 WELL_KNOWN = {
@@ -53,6 +53,7 @@ def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool,
 def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **options) -> Data:
     """Reads (or finds in the cache) what the stage trains on and validates with. kind: a key of WELL_KNOWN, or
     the name of a file in dataset/."""
+    check_writable(config.save_dir)
     paths, builtin, note = choose_files(config, kind)
     options |= dict(
         max_seq_len=config.max_seq_len,

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.config import ROOT, Options, option, parse, run
+from trainer.config import ROOT, Options, check_writable, option, parse, run
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 MARKUP = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/"))
@@ -196,6 +196,7 @@ def report(corpus: Corpus, directory: str | Path) -> str:
 
 def main() -> None:
     config = parse(TokenizerConfig, description=__doc__)
+    check_writable(config.save_dir)
     corpus = Corpus(config)
     print(f"{len(corpus.files)} files" + (f", a sample: {corpus.share:.1%} of their rows" if corpus.share < 1 else ""))
     tokenizer = train_bpe(corpus.training_texts(), config.vocab_size)
