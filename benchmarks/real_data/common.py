@@ -11,11 +11,11 @@ from trainer.config import ROOT
 
 def hold_out(source: Path, folder: Path, chosen) -> tuple[Path, Path]:
     """chosen: from the number of a row, whether it is held out -> (file of the others, file of these)."""
-    lines = source.read_text(encoding="utf-8").splitlines()
+    with open(source, "rb") as file:
+        rows = list(file)
     paths = folder / f"{source.stem}.train.jsonl", folder / f"{source.stem}.held_out.jsonl"
     for path, wanted in zip(paths, (False, True)):
-        kept = [f"{line}\n" for i, line in enumerate(lines) if chosen(i) == wanted]
-        path.write_text("".join(kept), encoding="utf-8")
+        path.write_bytes(b"".join(row for i, row in enumerate(rows) if chosen(i) == wanted))
     return paths
 
 
