@@ -4,14 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from small_run import ROOT
 
 from model.config import ModelConfig
 from model.transformer import CausalLM
+from trainer import backend
 from trainer.ends import explained, memory_advice, row_bytes
 
 CONFIG = SimpleNamespace(batch_size=6, accumulation_steps=2, max_seq_len=100, optimizer="adamw", ddp_timeout=30)
@@ -65,3 +68,22 @@ def test_other_errors_stay_what_they_are():
     with pytest.raises(ValueError, match="another process of this run has ended.*--ddp_timeout 30 seconds"):
         with explained(CONFIG, tiny(), 2):
             raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:23942")
+
+
+def test_after_a_restart_the_addresses_of_the_dead_are_not_read(monkeypatch):
+    """torchrun's store outlives the processes it restarts. On a busy machine a new process read where its neighbour had
+    been, called there for --ddp_timeout seconds, and the restarted run failed in half of the trials."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launcher = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK="0", WORLD_SIZE="2",
+                    LOCAL_WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    for restart in ("0", "0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        place = backend._meeting_place(timedelta(seconds=5))
+        seen.append(place["store"].check(["address of rank 1"]))
+        place["store"].set("address of rank 1", "here")
+    assert seen == [False, True, False] and (place["rank"], place["world_size"]) == (0, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # two nodes count their restarts apart: torch's own way
+    assert backend._meeting_place(timedelta(seconds=5)) == {}

@@ -2,6 +2,7 @@
 import errno
 import json
 import sys
+import time
 import types
 from dataclasses import dataclass
 
@@ -218,6 +219,9 @@ def test_wandb_works_offline(run_dir, monkeypatch):
     run_dir.mkdir(parents=True)
     train(run_dir, Stage(use_wandb=True))
     (written,) = run_dir.rglob("*.wandb")
+    patience = time.monotonic() + 30  # a process of wandb's own writes it, and on a busy machine it may come after us
+    while b"sparrow" not in written.read_bytes() and time.monotonic() < patience:
+        time.sleep(0.1)
     assert b"sparrow" in written.read_bytes() and steps(run_dir) == [10, 20, 30]
 
 

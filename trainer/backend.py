@@ -10,6 +10,7 @@ hosts' processors, by gloo, so that no GPU is waited for.
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -120,9 +121,10 @@ class DDP(Backend):
 
     def _wrapped(self, model):
         on_device = dict(device_ids=[self.device.index]) if self.device.type == "cuda" else {}
-        return nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, **on_device
-        )
+        wrapper = nn.parallel.DistributedDataParallel
+        newer = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # torch 2.13, where the other warns
+        options = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # ours never change
+        return wrapper(model, gradient_as_bucket_view=True, **options, **on_device)
 
     def accumulate(self, model, last):
         return nullcontext() if last else model.no_sync()
@@ -149,6 +151,25 @@ class DDP(Backend):
         dist.barrier(group=self.host)
 
 
+def _meeting_place(timeout: timedelta) -> dict:
+    """Where the processes leave their addresses for each other, in the words of init_process_group.
+
+    torchrun keeps its store over a restart (torch 2.13), with the addresses of the dead in it: who looks before its
+    neighbour has written the new one calls a process that is gone, until the timeout. So each start gets names of its
+    own. Over several nodes that cannot be done: their counts of restarts differ.
+    """
+    env = os.environ
+    if "MASTER_ADDR" not in env:
+        return dict(store=dist.HashStore(), rank=0, world_size=1)
+    one_node = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+    if not one_node or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return dict(store=store, rank=rank, world_size=world)
+
+
 @contextmanager
 def start(config: StageConfig):
     """The backend that the launcher asked for, for as long as the block lasts."""
@@ -159,9 +180,9 @@ def start(config: StageConfig):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    alone = {} if "MASTER_ADDR" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     kind = {"cuda": "nccl", "npu": "hccl"}.get(device.type, "gloo")
-    dist.init_process_group(kind, timeout=timedelta(seconds=config.ddp_timeout), **alone)
+    timeout = timedelta(seconds=config.ddp_timeout)
+    dist.init_process_group(kind, timeout=timeout, **_meeting_place(timeout))
     try:
         yield _sharded(device, config) if sharded else DDP(device)
     finally:

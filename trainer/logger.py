@@ -12,6 +12,7 @@ what fails is said once and off.
 """
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -104,6 +105,7 @@ class RunLogger(NoLogger):
     def draw(self) -> None:
         if self.metrics.exists():
             self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png")
+            gc.collect(1)  # figures refer to themselves; left to their own time, one megabyte stays for each save
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Safe to call twice, and without `start`. A summary is what a run that came to its end has to tell."""
