@@ -211,18 +211,21 @@ def test_wandb_gets_the_same_numbers_until_it_fails(run_dir, monkeypatch, capsys
 
 
 @pytest.mark.soak
-def test_wandb_works_offline(run_dir, monkeypatch):
-    """The real one, with nobody to talk to."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+@pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
+def test_a_tracker_works_offline(run_dir, monkeypatch, tracker):
+    """The real one, with nobody to talk to; a resumed run goes on under the same name."""
+    pytest.importorskip(tracker)
+    monkeypatch.setenv(f"{tracker.upper()}_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run_dir.mkdir(parents=True)
-    train(run_dir, Stage(use_wandb=True))
-    (written,) = run_dir.rglob("*.wandb")
+    for _ in range(2):
+        train(run_dir, Stage(**{f"use_{tracker}": True}))
+    written = list(run_dir.rglob(f"*.{tracker}"))
     patience = time.monotonic() + 30  # a process of wandb's own writes it, and on a busy machine it may come after us
-    while b"sparrow" not in written.read_bytes() and time.monotonic() < patience:
+    while not all(b"loss" in path.read_bytes() for path in written) and time.monotonic() < patience:
         time.sleep(0.1)
-    assert b"sparrow" in written.read_bytes() and steps(run_dir) == [10, 20, 30]
+    assert len(written) == 2 and all(b"loss" in path.read_bytes() for path in written)
+    assert steps(run_dir) == [10, 20, 30]
 
 
 def test_tensorboard_gets_the_same_numbers(run_dir):

@@ -175,7 +175,7 @@ class RunLogger(NoLogger):
         folder = self.run_dir / "swanlab"
         folder.mkdir(exist_ok=True)
         run = swanlab.init(project=self.config.wandb_project, name=self.config.wandb_run_name or self.run_dir.name,
-                           log_dir=str(folder), config=self._tracked())
+                           id=self.run_dir.name, resume="allow", log_dir=str(folder), config=self._tracked())
         self.sinks["swanlab"] = lambda step, numbers: run.log(numbers, step=step)
         self.closers["swanlab"] = run.finish
 
