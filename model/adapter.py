@@ -5,7 +5,7 @@
     model = adapter.apply(base.build())
 
 `<save_dir>/lora/<name>_<hidden>[_moe].pth` holds {"format", "lora", "settings", "base", "config", "tokenizer",
-"lineage"}, tensors and plain values. `base` has the path and the hash of the weights it belongs to.
+"lineage", "sha256"}, tensors and plain values. `base` has the path and the hash of the weights it belongs to.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def save_adapter(
 ) -> Path:
     values = dict(settings=settings.to_dict(), base=base, config=model.config.to_dict(), tokenizer=tokenizer)
     values = json.loads(json.dumps(values | dict(lineage=lineage)))  # plain values only, as in weights files
-    return write_plain(Path(path), dict(format=FORMAT, lora=lora_state(model), **values))
+    return write_plain(Path(path), dict(format=FORMAT, **values), lora=lora_state(model))
 
 
 def load_adapter(path: Path | str) -> AdapterFile:

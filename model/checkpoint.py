@@ -4,9 +4,9 @@
     checkpoint = load_weights(find_weights("pretrain", "out"))
     model = checkpoint.build()
 
-One dictionary of tensors and plain values, nothing else: {"format", "model", "config", "tokenizer", "lineage"}. It is
-read with torch's restricted unpickler, so a file can hold numbers but no code. Also read: MiniMind's bare state dicts,
-and directories in Hugging Face's layout.
+One dictionary of tensors and plain values, nothing else: {"format", "model", "config", "tokenizer", "lineage",
+"sha256"}. It is read with torch's restricted unpickler, so a file can hold numbers but no code. Also read: MiniMind's
+bare state dicts, and directories in Hugging Face's layout.
 """
 
 from __future__ import annotations
@@ -45,12 +45,7 @@ class Checkpoint:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of names and numbers: the same for the same weights in whatever file."""
-        digest = hashlib.sha256()
-        for name in sorted(self.state):
-            digest.update(name.encode())
-            digest.update(self.state[name].contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return hash_of(self.state)
 
     def release(self) -> None:
         """Keeps what is known of the weights, their hash too, and lets go of the tensors."""
@@ -140,6 +135,15 @@ def weights_name(name: str, config: ModelConfig) -> str:
     return f"{name}_{config.hidden_size}{'_moe' if config.num_experts else ''}.pth"
 
 
+def hash_of(state: dict[str, Tensor]) -> str:
+    """SHA-256 of names and numbers: the same for the same weights in whatever file."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage: list[dict]) -> Path:
     state = model.state_dict()
     if model.config.tie_word_embeddings:
@@ -147,12 +151,12 @@ def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     values = dict(config=model.config.to_dict(), tokenizer=tokenizer, lineage=lineage)
     values = json.loads(json.dumps(values))  # a number of numpy's, say, would be a pickled class that nobody could load
-    content = dict(format=FORMAT, model=state, **values)
-    return write_plain(Path(path), content)
+    return write_plain(Path(path), dict(format=FORMAT, **values), model=state)
 
 
-def write_plain(path: Path, content: dict) -> Path:
-    """Tensors and plain values -> a .pth file, whole or not at all."""
+def write_plain(path: Path, values: dict, **tensors: dict[str, Tensor]) -> Path:
+    """Plain values, tensors and their hashes -> a .pth file, whole or not at all."""
+    content = values | tensors | dict(sha256={name: hash_of(state) for name, state in tensors.items()})
     with atomic(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)
@@ -198,7 +202,17 @@ def read_plain(path: Path) -> dict:
         raise ValueError(f"{path}: truncated or not a weights file ({reason})") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: not a weights file (it holds a {type(content).__name__})")
+    if not _is_intact(content):
+        raise ValueError(f"{path}: damaged: its numbers are not the ones that were saved; take another copy")
     return content
+
+
+def _is_intact(content: dict) -> bool:
+    """Whether the tensors have the hashes that stand beside them; torch's reader notices no bit that has changed."""
+    try:
+        return all(hash_of(content[name]) == known for name, known in content.get("sha256", {}).items())
+    except (AttributeError, KeyError, TypeError):  # something else than tensors and hashes
+        return False
 
 
 def check_stated(checkpoint: Checkpoint, **stated) -> None:

@@ -60,6 +60,17 @@ def test_the_hash_stays_when_the_tensors_were_let_go(tmp_path):
     assert not checkpoint.state and checkpoint.hash == load_weights(tmp_path / "a.pth").hash
 
 
+def test_a_turned_bit_is_noticed(tmp_path):
+    """The container stays readable and torch checks nothing inside: the model would answer a little worse, for ever."""
+    path = save(tmp_path / "a.pth")
+    content, numbers = path.read_bytes(), load_weights(path).state["model.norm.weight"].numpy().tobytes()
+    place = content.index(numbers)
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert torch.load(path)["model"]["model.norm.weight"].isfinite().all()
+    with pytest.raises(ValueError, match="a.pth: damaged"):
+        load_weights(path)
+
+
 def test_a_name_means_the_newest_file_of_the_first_folder(tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
     for age, path in enumerate(
