@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -329,3 +330,27 @@ def test_bits_per_byte_by_hand(tmp_path):
     targets = [t for i in range(len(data)) for t, yes in zip(data.tokens(i)[1:], data.trained(i)[1:]) if yes]
     assert figures["val_loss"] == pytest.approx(math.log(len(table)), rel=1e-4)
     assert figures["val_bpb"] == pytest.approx(len(targets) * math.log2(len(table)) / table[targets].sum(), rel=1e-4)
+
+
+FAULTS = """
+import resource, sys
+sys.path[0] = sys.argv[1]
+import torch
+from model.device import keep_freed_memory
+def faults(megabytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * 4096 / 20 / (megabytes << 20)
+without = faults(20)
+keep_freed_memory()
+faults(20)
+print(without > 0.2, faults(20) < 0.1, faults(100) > 0.9)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's way of giving memory back")
+def test_freed_memory_is_used_again_but_not_that_of_large_blocks():
+    """Shares of a block's pages that are new each time. Of large blocks glibc would keep eight copies: they go back."""
+    done = subprocess.run([sys.executable, "-c", FAULTS, str(ROOT)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 3
