@@ -45,8 +45,8 @@ def step(title: str, *command: object) -> None:
 # What the trainings are called with: most of the demo's time goes into the first.
 PRETRAIN = "--preset nano --epochs 2 --batch_size 8 --max_seq_len 256 --optimizer muon --learning_rate 2e-3".split()
 SFT = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 1e-3".split()
-LORA = "--epochs 5 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
-DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 4e-5".split()
+LORA = "--epochs 9 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
+DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 6e-5".split()
 REASON = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 1e-3".split()
 COMMON = "--schedule wsd --min_lr_ratio 0.05 --log_interval 100 --compile off".split()
 
