@@ -1,6 +1,6 @@
 """NaN in the loss, in the gradient, on one process only, in the middle of an accumulation: what is changed, what saved?
 
-    python benchmarks/faults/bad_steps.py             # one process and two
+    python benchmarks/faults/bad_steps.py             # one process, two, and two under ZeRO 1 to 3
 
 Each case trains some good steps, then meets a row that makes NaN. Counted are the weights and moments that differ from
 the state saved before it, the states saved after it, whether the row is named, and whether the processes agree.
@@ -19,10 +19,11 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from tests.small_run import ROOT, sft_engine, write_sft
+from tests.small_run import FLAGS, ROOT, sft_engine, write_sft
 from trainer import resume
 from trainer.backend import Backend, start
 from trainer.config import parse
+from trainer.launch import deepspeed_config
 from trainer.train_full_sft import SFTConfig
 
 CASES = list(product(("loss", "gradient"), ("adamw", "muon"), (1, 4)))  # where, optimizer, accumulation_steps
@@ -59,10 +60,11 @@ def meet(folder: Path, where: str, optimizer: str, accumulation_steps: int, back
         message = str(error)
     (state,) = (folder / "out").glob(f"resume/*/{engine.run_id}/step_{BAD_STEP - 1:08d}") if backend.main else [None]
     result = dict(ended=f"the {where} is not finite at step {BAD_STEP}" in message, changed=0, saved=0, named=True)
+    with backend.whole():
+        now = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    now = dict(weights=now, optimizer=backend.optimizer_tensors())  # of all ranks, on the first
     if backend.main:
         tensors, _ = resume.read_state(state)
-        now = dict(weights=dict(engine.model.named_parameters()),
-                   optimizer=resume.optimizer_tensors(engine.model, engine.optimizers))  # fmt: skip
         result["changed"] = sum(
             not torch.equal(tensor, tensors[kind][name]) for kind in now for name, tensor in now[kind].items()
         )
@@ -75,46 +77,57 @@ def meet(folder: Path, where: str, optimizer: str, accumulation_steps: int, back
     return result | dict(agree=bool((everyone == everyone[0]).all()))
 
 
-def run(cases, backend: Backend, folder: Path) -> list[str]:
+def report(title: str, cases, make, folder: Path) -> int:
+    """make() -> the backend of a case."""
+    folder.mkdir(exist_ok=True)
     faults = []
     for i, case in enumerate(cases):
-        here = folder / str(i)
+        backend, here = make(), folder / str(i)
         if backend.main:
             here.mkdir()
             write_sft(here / "sft.jsonl")
         backend.barrier()
         found = meet(here, *case, backend)
         if found != dict(ended=True, changed=0, saved=0, named=True, agree=True):
-            faults.append(f"{case}, {backend.world} processes: {found}")
-    return faults
-
-
-def report(cases, backend: Backend, folder: Path) -> int:
-    faults = run(cases, backend, folder)
+            faults.append(f"{case}: {found}")
     if backend.main:
         print(
-            f"NaN, {backend.world} process(es): {len(cases)} cases, in {len(cases) - len(faults)} of them 0 weights "
-            "changed, 0 saves, the row named, all agree"
+            f"NaN, {title}: {len(cases)} cases, in {len(cases) - len(faults)} of them 0 weights changed, 0 saves, "
+            "the row named, all agree"
         )
         print("".join(f"    {fault}\n" for fault in faults), end="", flush=True)
     return int(bool(faults))
 
 
-def two_processes(folder: Path, first: int = 0, every: int = 1) -> subprocess.CompletedProcess:
-    """The same under torchrun, or some of it; the row is on one of them only."""
+def of_two(first: int, every: int, stages: list[int], folder: Path) -> int:
+    """What each of two processes does. Under ZeRO: AdamW, the one that it can shard."""
+    with start(parse(SFTConfig, ["--device=cpu"])) as backend:
+        status = report("two processes", CASES[first::every], lambda: backend, folder / "ddp")
+        for stage in stages:
+            from trainer.zero import STAGES
+
+            config = parse(SFTConfig, [*FLAGS, f"--zero_stage={stage}"])
+            make = lambda: STAGES[stage](backend.device, deepspeed_config(config, backend.world))  # noqa: B023
+            adamw = [case for case in CASES if case[1] == "adamw"]
+            status |= report(f"two processes, ZeRO-{stage}", adamw, make, folder / f"zero{stage}")
+    return status
+
+
+def two_processes(folder: Path, first: int = 0, every: int = 1, *stages: int) -> subprocess.CompletedProcess:
+    """The same under torchrun, or some of it, and under these stages of ZeRO; the row is on one of the two only."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__]
-    arguments = [str(argument) for argument in (folder, first, every)]
+    arguments = [str(argument) for argument in (folder, first, every, *stages)]
     return subprocess.run(command + arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def main() -> int:
     if os.environ.get("WORLD_SIZE"):
-        with start(parse(SFTConfig, ["--device=cpu"])) as backend:
-            return report(CASES[int(sys.argv[2]) :: int(sys.argv[3])], backend, Path(sys.argv[1]))
+        first, every, *stages = map(int, sys.argv[2:])
+        return of_two(first, every, stages, Path(sys.argv[1]))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        alone = report(CASES, Backend(torch.device("cpu")), Path(one))
-        return alone or two_processes(Path(two)).returncode
+        alone = report("one process", CASES, lambda: Backend(torch.device("cpu")), Path(one))
+        return alone or two_processes(Path(two), 0, 1, 1, 2, 3).returncode
 
 
 if __name__ == "__main__":
