@@ -97,6 +97,7 @@ class EvalConfig(Options):
 def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Checkpoint]:
     from model.checkpoint import check_stated, load_weights
     from model.device import pick_device, pick_dtype
+    from model.lora import merge, only_answers
 
     adapter = find_adapter(config)
     checkpoint = find_base_of(adapter, config) if adapter else load_weights(find_named(config))
@@ -104,19 +105,15 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     tokenizer = find_tokenizer(checkpoint, config.tokenizer_path)
     device = pick_device(config.device)
     dtype, remark = pick_dtype(config.dtype, device)
+    model = checkpoint.build()
     if adapter:
-        from model.lora import merge
-
-        model = adapter.apply(checkpoint.build())
+        model = adapter.apply(model)
         if config.merge_lora:
             merge(model)  # before rounding to the compute dtype
         merged = ", merged" if config.merge_lora else ""
         screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage
-        model = model.to(dtype)
-    else:
-        model = checkpoint.build(dtype)
-    model = model.to(device).eval()
+    model = only_answers(model, dtype).to(device)
     screen.note("\n".join(filter(None, (describe(checkpoint, model), remark))))
     return model, tokenizer, checkpoint
 

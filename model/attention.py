@@ -54,7 +54,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, sees: Visibility) -> Tenso
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before positions
     if sees.kernel == "blocked":
         return blocked_attention(q, k, v, sees.mask).transpose(1, 2)
-    causal = sees.mask is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
+    H, T = q.shape[1:3]
+    causal = sees.mask is None and T == k.shape[2] and T > 1
+    if q.device.type == "cuda" and T > 1:
+        # there only flash attention knows groups, and it takes no mask: what is left would keep (B, H, T, S) in fp32
+        k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees.mask, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
 

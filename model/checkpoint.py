@@ -52,11 +52,11 @@ class Checkpoint:
         self.hash  # noqa: B018 (computed while there is something to compute it from)
         self.state = {}
 
-    def build(self, dtype: torch.dtype = torch.float32) -> CausalLM:
-        """The model with these weights, on the CPU."""
+    def build(self) -> CausalLM:
+        """The model with these weights, fp32, on the CPU."""
         model = CausalLM(self.config)
         load_state(model, self.state, self.path)
-        return model.to(dtype)
+        return model
 
 
 def load_state(model: CausalLM, state: dict[str, Tensor], source: Path | str) -> None:
@@ -87,6 +87,19 @@ def atomic(path: Path):
     finally:
         with suppress(OSError):  # gone already, as it should; or the disk is, and the first error is the one to hear of
             temporary.unlink()
+
+
+def keep_previous(path: Path) -> Path | None:
+    """What is about to be replaced gets a second name, `<name>.previous.pth`, which no `--weight` means by chance."""
+    if not path.exists():
+        return None
+    kept = path.with_name(f"{path.stem}.previous{path.suffix}")
+    with atomic(kept) as temporary:
+        try:
+            os.link(path, temporary)  # takes no space
+        except OSError:  # a file system without links
+            shutil.copy2(path, temporary)
+    return kept
 
 
 def temporary_name(path: Path) -> Path:

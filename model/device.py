@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
+import shutil
 import sys
+import sysconfig
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """auto: the accelerator if there is one, else the CPU. local_rank picks among several of them."""
+    """auto: the accelerator if there is one, else the CPU. local_rank picks among several of them.
+
+    Apple's (mps) only by name: nobody has checked there that a step which is not finite leaves the weights alone."""
     if name == "npu":
         importlib.import_module("torch_npu")  # registers the device; untested here
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        name = accelerator.type if accelerator else "cpu"
+        name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -51,6 +57,15 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if wanted == torch.bfloat16 and not has_bf16(device) and device.type == "cuda":
         return best, f"--dtype bfloat16: this GPU has none; computing in {str(best).removeprefix('torch.')}"
     return wanted, ""
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds what it needs: a compiler and Python's headers, on GPUs Triton."""
+    from torch.utils._triton import has_triton
+
+    compilers = ("g++", "clang++") if device == "cpu" else ("gcc", "clang", "cc", os.environ.get("CC") or "cc")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return headers.is_file() and any(map(shutil.which, compilers)) and (device == "cpu" or has_triton())
 
 
 def keep_freed_memory() -> None:

@@ -207,9 +207,17 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
+def only_answers(model: CausalLM, dtype: torch.dtype) -> CausalLM:
+    """For a model that is not trained: it computes in `dtype` as in training, with what matters in fp32."""
+    freeze(model)
+    lower_frozen(model, dtype)
+    model.compute_dtype = dtype
+    return model.eval()
+
+
 def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Keeps frozen weights in the dtype they are used in: half the memory, and no cast at every step. Norms and routers
-    are computed in fp32 and stay, so that the model is the same to the last bit."""
+    are computed in fp32 and stay, RoPE's frequencies too, so that the model is the same to the last bit."""
     for module in model.modules():
         if isinstance(module, (Linear, nn.Embedding, Experts)):
             for parameter in module.parameters(recurse=False):

@@ -13,14 +13,14 @@ import torch
 import eval_model
 from dataset import benchmark, tiny_world
 from eval_model import Conversation, Screen, chat
-from model.checkpoint import save_weights
+from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.session import Session
 from model.transformer import CausalLM
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
-from trainer.config import run
+from trainer.config import parse, run
 
 GREEDY = Sampling(temperature=0)
 
@@ -421,3 +421,17 @@ def test_the_exam_report(say, monkeypatch, tmp_path):
     assert figures["score"] == 80 / 600 and figures["question_seed"] == 5 and len(figures["answers"]) == 840
     assert figures["scores"]["model"]["sum zh"] == 1 and figures["scores"]["model"]["fact en"] == 0
     assert figures["lineage"][-1]["stage"] == "full_sft"
+
+
+def test_in_bf16_it_is_the_model_that_was_trained(out):
+    """Norms, routers and RoPE's frequencies are fp32 in training; rounding those put tokens 500 apart at 0.8 rad."""
+    config = parse(eval_model.EvalConfig, ["--save_dir", str(out), "--dtype", "bfloat16", "--device", "cpu"])
+    model, *_ = eval_model.load(config, eval_model.Screen(io.StringIO(), io.StringIO()))
+    exact = load_weights(out / "full_sft_32.pth").build()
+    assert torch.equal(model.rope_frequencies, exact.rope_frequencies)
+    assert model.model.norm.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
+    exact.compute_dtype = torch.bfloat16  # fp32 weights, cast as they are used
+    tokens = torch.arange(200).view(2, 100)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, exact(tokens).logits)

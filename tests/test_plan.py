@@ -103,6 +103,7 @@ def test_mfu_is_the_work_of_the_batches_over_what_the_device_can_do(tmp_path, mo
     monkeypatch.setattr("trainer.meter.gemm_rate", lambda *_: 1e9)
     meter = Meter(engine.model, torch.float32, torch.device("cpu"), measure_peak=True)
     batches = engine.loader.batches(0)
+    meter.go()
     now = [meter.since + 2.0]
     monkeypatch.setattr("trainer.meter.time.perf_counter", lambda: now[0])
     meter.add({"loss": torch.tensor(60.0)}, 30, 30, torch.tensor(0.0), batches)
@@ -111,3 +112,29 @@ def test_mfu_is_the_work_of_the_batches_over_what_the_device_can_do(tmp_path, mo
     assert figures == {"loss": 2.0, "tokens_per_second": 15.0, "mfu": pytest.approx(work / 2 / 1e9)}
     meter.add({"loss": torch.tensor(float("nan"))}, 30, 30, torch.tensor(1.0), batches)
     assert meter.read(engine.backend)["loss"] == 2.0, "a bad step counts for nothing"
+
+
+def test_what_saving_takes_is_not_counted_as_training(tmp_path, monkeypatch):
+    """Saving at step 14 of 15 used to set the clock back to 0 and leave the tokens: 17 times the speed. A run that goes
+    on has the time of what it goes on from."""
+    write_sft(tmp_path / "sft.jsonl")
+    engine = sft_engine(tmp_path, 8, 1)
+    now = [100.0]
+    monkeypatch.setattr("trainer.meter.time.perf_counter", lambda: now[0])
+    meter = Meter(engine.model, torch.float32, torch.device("cpu"), measure_peak=False)
+    meter.go()
+    meter.add({"loss": torch.tensor(60.0)}, 30, 30, torch.tensor(0.0), [])
+    now[0] += 2  # the steps
+    meter.pause()
+    now[0] += 50  # the save
+    window = meter.gather(engine.backend)
+    meter.go()
+    now[0] += 1
+    assert meter.read(engine.backend)["tokens_per_second"] == 10.0
+
+    later = Meter(engine.model, torch.float32, torch.device("cpu"), measure_peak=False)
+    later.restore(["loss"], window, engine.backend)
+    now[0] += 500
+    later.go()
+    now[0] += 1
+    assert later.read(engine.backend) == {"loss": 2.0, "tokens_per_second": 10.0}

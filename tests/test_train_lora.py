@@ -228,3 +228,9 @@ def test_merging_before_rounding(world, tmp_path):
     expected = logits(model)
     merge(model)
     torch.testing.assert_close(logits(model.to(torch.bfloat16)).float(), expected, atol=0.2, rtol=0.1)
+
+
+def test_muon_takes_an_adapter_which_is_nothing_but_matrices(world, tmp_path):
+    """AdamW, which has the rest, has nothing then, and said so with a traceback."""
+    adapter = lora(world, tmp_path, "--optimizer=muon")
+    assert all(tensor.abs().max() > 0 for tensor in adapter.state.values())

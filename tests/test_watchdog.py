@@ -146,3 +146,28 @@ def test_steps_between_two_looks_are_all_judged(tmp_path):
         step(watch, number, NAN if number == 3 else 2.0, bad=float(number == 3))
     assert watch.look()  # the newest is sound
     assert len(said) == 1 and "at step 3" in said[0] and [r["step"] for r in reports(tmp_path)] == [3]
+
+
+def test_a_loss_scale_belongs_to_fp16(tmp_path):
+    """A run in bf16 goes on in fp16, and back: a scale of 1 would let gradients vanish and call the first overflow an
+    end, and one of 16384 would let bf16 pass over real NaN as if they were overflows."""
+    for scale, scaled, expected in ((1.0, True, LOSS_SCALE), (2.0**9, True, 2.0**9), (2.0**14, False, 1.0)):
+        folder = tmp_path / f"{scale}-{scaled}"
+        folder.mkdir()
+        write_sft(folder / "sft.jsonl")
+        first = sft_engine(folder, 8, 1, max_steps=2)
+        first.watch.scale = scale
+        first.save()
+        (state,) = folder.glob("out/resume/*/*/step_*")
+        second = sft_engine(folder, 8, 1, max_steps=2)
+        second.watch = Watchdog(second.config, second.backend, second.loader, scaled, folder / "x.jsonl", print)
+        second._restore(state)
+        assert second.watch.scale == expected
+
+
+def test_a_scale_of_one_grows_again(tmp_path):
+    watch, _ = watchdog(tmp_path, scaled=True)
+    watch.scale, watch.good = 1.0, 1999
+    watch.saw(torch.tensor(4.0))
+    watch.note(1, 4.0, torch.tensor(1.0), torch.tensor(0.0))
+    assert watch.look() and watch.scale == 2.0

@@ -7,6 +7,12 @@ from pathlib import Path
 from tokenizer.text import SHIPPED, Tokenizer
 
 
+def set_aside(directory: Path, hash: str) -> Path:
+    """Where a tokenizer stays that another one replaces: weights may still need it."""
+    directory = directory.absolute()
+    return directory.parent / f"{directory.name}-{hash[:12]}"
+
+
 def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | None = None) -> Tokenizer:
     """The tokenizer that `weights` were trained with.
 
@@ -19,6 +25,8 @@ def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | Non
     else:  # a path below the repository is recorded relative to it, so that a clone can be moved
         places = [SHIPPED.parent / recorded["path"]] if recorded.get("path") else []
         places += [folder, folder / "tokenizer"] + ([SHIPPED] if recorded else [])
+    if recorded.get("hash"):
+        places += [set_aside(place, recorded["hash"]) for place in places if place != SHIPPED]
     found = []
     for place in places:
         if (place / "tokenizer.json").is_file() or place.suffix == ".json":

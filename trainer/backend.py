@@ -114,10 +114,10 @@ class Backend:
 class DDP(Backend):
     """One process per device."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, timeout: timedelta):
         super().__init__(device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.host = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self.host = dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() != "gloo" else None
 
     def _wrapped(self, model):
         on_device = dict(device_ids=[self.device.index]) if self.device.type == "cuda" else {}
@@ -175,23 +175,23 @@ def start(config: StageConfig):
     """The backend that the launcher asked for, for as long as the block lasts."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     sharded = config.backend == "deepspeed"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what is measured, too, is the current one
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not sharded:
         yield Backend(device)
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     kind = {"cuda": "nccl", "npu": "hccl"}.get(device.type, "gloo")
     timeout = timedelta(seconds=config.ddp_timeout)
     dist.init_process_group(kind, timeout=timeout, **_meeting_place(timeout))
     try:
-        yield _sharded(device, config) if sharded else DDP(device)
+        yield _sharded(device, timeout, config) if sharded else DDP(device, timeout)
     finally:
         dist.destroy_process_group()
 
 
-def _sharded(device: torch.device, config: StageConfig) -> Backend:
+def _sharded(device: torch.device, timeout: timedelta, config: StageConfig) -> Backend:
     from trainer.launch import deepspeed_config
     from trainer.zero import STAGES
 
     merged = deepspeed_config(config, dist.get_world_size())
-    return STAGES[merged["zero_optimization"]["stage"]](device, merged)
+    return STAGES[merged["zero_optimization"]["stage"]](device, timeout, merged)

@@ -47,7 +47,7 @@ class StageConfig(Options):
 
     # model and data
     from_weight: str | None = option(
-        None, "weights to start from: a name in save_dir or out/, a file, a Hugging Face directory, a hub id",
+        None, "weights to start from: a name in save_dir or out/, a file, a Hugging Face directory",
         aliases=("model_path", "model_name_or_path", "base_model_path", "base_model"))
     tokenizer_path: str | None = option(None, "directory with a tokenizer.json (default: the weights' own)", path=True)
     preset: str | None = option(None, "size of the model", choices=("nano", "small", "base", "moe"))

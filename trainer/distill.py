@@ -33,7 +33,7 @@ from dataset.loader import IGNORED, Batch, Loader
 from dataset.teacher import read_header, writing
 from dataset.token_cache import Progress
 from model.checkpoint import Checkpoint, atomic, find_weights, load_weights
-from model.lora import freeze, lower_frozen
+from model.lora import only_answers
 from tokenizer.resolve import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.backend import Backend
@@ -68,10 +68,7 @@ class Teacher:
     """Frozen, in the dtype it computes in. Its head is kept apart, so that logits are made a chunk at a time."""
 
     def __init__(self, weights: Checkpoint, dtype: torch.dtype, device: torch.device):
-        self.model = weights.build().to(device).eval()
-        freeze(self.model)
-        lower_frozen(self.model, dtype)
-        self.model.compute_dtype = dtype
+        self.model = only_answers(weights.build(), dtype).to(device)
         self.hash, self.about = weights.hash, f"{weights.path}, {self.model.num_parameters():,} parameters"
         self.head, self.model.lm_head = self.model.lm_head, nn.Identity()
 

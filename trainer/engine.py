@@ -14,18 +14,16 @@ saving.
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from dataset.loader import Loader
-from model.checkpoint import Checkpoint, weights_name
-from model.device import pick_dtype
+from model.checkpoint import Checkpoint, keep_previous, weights_name
+from model.device import can_compile, pick_dtype
 from model.lora import lower_frozen
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
@@ -73,12 +71,15 @@ class Engine:
         lower_frozen(self.model, self.dtype)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.step, self.tokens, self.best = 0, 0, float("inf")
+        self.written: set[Path] = set()
         self.losses: dict[str, float] = {}  # the newest figures, for the lineage
         self.name = weights_name(config.save_weight, self.model.config)
         self.save_dir = Path(config.save_dir)
         self.folder = self.save_dir / job.output.folder
+        self._spare_parent()
         states = self.save_dir / "resume" / Path(self.name).stem
         found = self._find(states)
+        self.resumed = found is not None
         self.run_id = found.parent.name if found and resume.is_newest(found) else resume.new_run(states)
         self.states = states / self.run_id
         self.loader = self._loader(job.data.train, self._accumulation(found), shuffle=True)
@@ -96,6 +97,13 @@ class Engine:
         self.wrapped = backend.wrap(self.model, self.optimizers)
         if found:
             self._restore(found)
+
+    def _spare_parent(self) -> None:
+        """A run whose weights replace the ones it started from could not be continued: they would be gone."""
+        for path in (self.folder / self.name, self.folder / "best" / self.name):
+            if self.job.parent and Path(self.job.parent.path).resolve() == path.resolve():
+                raise ValueError(f"{path}: this run starts from these weights and would write over them; give its own "
+                                 f"another name with --save_weight, {self.config.save_weight}_2 for instance")
 
     def _find(self, states: Path) -> Path | None:
         """The state to continue from. The first rank looks, so that all take the same one."""
@@ -166,7 +174,7 @@ class Engine:
         logger.start(self.step, self.total)
         self.model.train()
         meter, saved, owed = self.meter, self.step, set()
-        meter.since = time.perf_counter()
+        meter.go()
         with catch_signals() as received, explained(config, self.model, self.backend.world):
             for step, batches in self.loader.prefetch(self.step, self.total):
                 own = [sum(map(self.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)]
@@ -184,10 +192,12 @@ class Engine:
                 if "save" in due and not config.val_interval:
                     due.add("val")
                 # on an accelerator, looking waits for it
-                sound = self.watch.look() if due or self.watch.scale > 1 or self.backend.device.type == "cpu" else True
+                sound = self.watch.look() if due or self.watch.scaled or self.backend.device.type == "cpu" else True
                 # nothing is kept after a bad step: that waits for a good one, or the end
                 owed = set() if sound or self.step == self.total else due - {"log"}
                 due -= owed
+                if due:
+                    meter.pause()
                 if "log" in due:
                     figures = dict(meter.read(self.backend), lr=rate, grad_norm=float(norm), tokens=self.tokens)
                     if "val" in due:
@@ -199,11 +209,14 @@ class Engine:
                 if "save" in due:
                     self.save()
                     saved = self.step
-                if due - {"log"}:
-                    meter.since = time.perf_counter()
+                if due:
+                    meter.go()
             if self.step < self.total:
                 self._leave(received, saved)
         path = self.folder / self.name
+        if path not in self.written:  # continued from its last state: killed before these were on the disk, perhaps
+            with self.backend.whole():
+                self._write(path)
         if self.backend.main:
             for line in self.job.output.finish(path, config, self.job.tokenizer):
                 logger.print(line)
@@ -287,8 +300,11 @@ class Engine:
         self.backend.barrier()
 
     def _write(self, path: Path) -> None:
-        """Inside `whole`."""
+        """Inside `whole`. What another run left under this name is kept once."""
+        first, self.written = path not in self.written, self.written | {path}
         if self.backend.main:
+            if first and not self.resumed and (kept := keep_previous(path)):
+                self.logger.print(f"{path} is replaced; what it was is now {kept.name}")
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
             tokenizer = dict(path=_relative(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
             self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage)
@@ -346,7 +362,8 @@ class Engine:
         random = tensors["ranks"]["random"]
         resume.set_random_state(random[self.backend.rank % len(random)], self.backend.device)
         self.step, self.tokens, self.losses = (state[k] for k in ("step", "tokens", "losses"))
-        self.watch.scale = state["scale"]
+        if self.watch.scaled and state["scale"] > 1:  # of a run in fp16; others have none
+            self.watch.scale = state["scale"]
         self.meter.restore(state["window"], tensors["ranks"]["window"], self.backend)
         self.best = float("inf") if state["best"] is None else state["best"]
         say, now = self.logger.print, self._state()
@@ -372,6 +389,9 @@ class Engine:
     def _compile(self) -> bool:
         """torch.compile, block by block (one small graph serves all layers), and the head with its loss."""
         mode = self.config.compile
+        if mode == "on" and not can_compile(self.backend.device.type):
+            raise ValueError("--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
+                             "python3-dev), on GPUs Triton too; install them, or leave it at auto")
         if mode == "off" or (mode == "auto" and not self._compiling_pays()):
             return False
         torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows, and few of those
@@ -384,9 +404,9 @@ class Engine:
 
     def _compiling_pays(self) -> bool:
         device = self.backend.device.type
+        if not can_compile(device):
+            return False
         if device == "cpu":
-            if not (shutil.which("g++") or shutil.which("clang++")):
-                return False
             positions = self.total * self.config.batch_size * self.config.accumulation_steps * self.config.max_seq_len
             seconds = positions * 6 * self.model.num_parameters(active=True) / 1e11  # at 100 GFLOP/s
             return seconds > 900  # it saves a quarter to a third, and costs half a minute for each number of rows

@@ -1,6 +1,7 @@
 """What a run has done since it last spoke: mean losses, trained tokens a second, and the share of the machine it uses.
 
     meter = Meter(model, torch.bfloat16, device, measure_peak=True)
+    meter.go()
     meter.add(metrics, units, tokens, bad, batches)      # after every optimiser step; waits for no device
     meter.read(backend)                             # {"loss": ..., "tokens_per_second": ..., "mfu": 0.41}
     meter.restart()
@@ -31,8 +32,20 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        self.since, self.units, self.tokens, self.flops = time.perf_counter(), 0.0, 0.0, 0.0
+        self.units, self.tokens, self.flops = 0.0, 0.0, 0.0
+        self.seconds, self.since = 0.0, None  # what the clock shows, and since when it runs
         self.sums: dict[str, Tensor] = {}
+
+    def pause(self) -> None:
+        """Stops the clock: saving and validating is no training."""
+        self.seconds, self.since = self.elapsed(), None
+
+    def go(self) -> None:
+        """Starts it."""
+        self.since = time.perf_counter()
+
+    def elapsed(self) -> float:
+        return self.seconds + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
     def add(self, metrics: dict[str, Tensor], units: float, tokens: float, bad: Tensor, batches: list) -> None:
         """Metrics summed over this rank, units and tokens over all. A bad step counts for nothing but its time."""
@@ -45,20 +58,22 @@ class Meter:
             self.flops += step_flops(self.config, positions, batch.tokens.shape[1], heads, self.trained)
 
     def gather(self, backend) -> Tensor:
-        """(ranks, 2 + sums), for a state: a run that goes on from it logs what an undisturbed one does."""
-        own = [float(self.units), self.tokens, *map(float, self.sums.values())]
+        """(ranks, 4 + sums), for a state: a run that goes on from it logs what an undisturbed one does."""
+        own = [float(self.units), self.tokens, self.flops, self.elapsed(), *map(float, self.sums.values())]
         return torch.stack(backend.gather(torch.tensor(own, dtype=torch.float64)))
 
     def restore(self, names: list[str], everyone: Tensor, backend) -> None:
         """The inverse; the first rank takes all where the number of processes has changed."""
-        self.units, self.tokens = everyone[0, :2].tolist()
-        own = everyone[backend.rank] if len(everyone) == backend.world else everyone.sum(0) * backend.main
-        self.sums = {name: value.float().to(backend.device) for name, value in zip(names, own[2:])}
+        same = len(everyone) == backend.world
+        own = everyone[backend.rank] if same else everyone.sum(0) * backend.main
+        self.units, self.tokens, _, self.seconds = everyone[0, :4].tolist()
+        self.flops = float(own[2] if same else everyone[:, 2].sum() / backend.world)
+        self.sums = {name: value.float().to(backend.device) for name, value in zip(names, own[4:])}
 
     def read(self, backend) -> dict[str, float]:
         """Means over all ranks' units, trained tokens a second of all ranks, MFU of this one."""
         totals, units = backend.sum(*map(float, self.sums.values())), float(self.units)
-        seconds = max(time.perf_counter() - self.since, 1e-9)
+        seconds = max(self.elapsed(), 1e-9)
         figures = {name: total / units for name, total in zip(self.sums, totals)} if units else {}
         figures["tokens_per_second"] = self.tokens / seconds
         return figures | ({"mfu": self.flops / seconds / self.peak} if self.peak else {})

@@ -43,7 +43,8 @@ def build_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[t
     matrices, others = [p for n, p in named if n in inside], [p for n, p in named if n not in inside]
     adamw = dict(lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if name == "muon":
-        return [Muon(matrices, weight_decay=weight_decay), torch.optim.AdamW(others, weight_decay=0.0, **adamw)]
+        muon = [Muon(matrices, weight_decay=weight_decay)] if matrices else []  # LoRA has nothing but matrices
+        return muon + ([torch.optim.AdamW(others, weight_decay=0.0, **adamw)] if others else [])
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]
 
@@ -117,7 +118,8 @@ def clip_and_check(params: list[Tensor], limit: float, scale: float, healthy: Te
         norms = torch.cat([torch.linalg.vector_norm(g, dim=-1).flatten() for g in gradients])
     else:
         norms = torch.stack(torch._foreach_norm(gradients))
-    norm = torch.linalg.vector_norm(norms, dtype=torch.float64).float() / scale
+    wide = torch.float32 if norms.device.type == "mps" else torch.float64  # which it does not have
+    norm = torch.linalg.vector_norm(norms, dtype=wide).float() / scale
     factor = (limit / (norm + 1e-6)).clamp(max=1.0) / scale if limit else torch.ones_like(norm) / scale
     torch._foreach_mul_(gradients, factor)
     return norm, (~(torch.isfinite(norm) & healthy)).float()

@@ -159,6 +159,7 @@ def measure(engine, rows: int) -> dict[str, float]:
     forget_peak(engine.backend.device)
     backend, begin = engine.backend, time.perf_counter()
     meter = Meter(engine.model, engine.dtype, backend.device, engine.config.measure_peak)
+    meter.go()
     seconds, computed, tokens = [], [], 0.0
     steps = min(STEPS, engine.total)
     for step, batches in engine.loader.prefetch(0, steps):

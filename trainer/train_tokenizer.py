@@ -28,6 +28,7 @@ from trainer.config import ROOT, Options, check_writable, option, parse, run
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 MARKUP = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/"))
 SPARE = tuple(f"<|spare_{n}|>" for n in range(5))  # for what comes later, without a new vocabulary
+FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json")
 SMALLEST = len(SPECIAL + MARKUP + SPARE) + 256
 
 # Qwen2's (huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json), which llama.cpp knows as "qwen2": digits one by one
@@ -84,19 +85,30 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
 
 
 def save(tokenizer, directory: str | Path) -> None:
-    """tokenizer.json with the shipped chat template and configuration beside it, so that there is only one format."""
-    from tokenizer.text import SHIPPED
+    """tokenizer.json with the shipped chat template and configuration beside it, so that there is only one format.
+    Another one that was there is kept beside the directory, where the weights that need it find it."""
+    from tokenizer.resolve import set_aside
+    from tokenizer.text import SHIPPED, Tokenizer
 
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
+    text = tokenizer.to_str(pretty=True) + "\n"
+    former = directory / "tokenizer.json"
+    if former.is_file() and former.read_bytes() != text.encode() and directory != SHIPPED:
+        kept = set_aside(directory, Tokenizer.load(directory).hash)
+        kept.mkdir(exist_ok=True)
+        for name in FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, kept / name)
+        print(f"the tokenizer that was in {directory} is now in {kept}, for the weights that were trained with it")
     temporary = directory / f"tokenizer.json.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(tokenizer.to_str(pretty=True) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, directory / "tokenizer.json")
-    if directory.resolve() != SHIPPED:
-        for name in ("chat_template.jinja", "tokenizer_config.json"):
+    if directory != SHIPPED:
+        for name in FILES[1:]:
             shutil.copyfile(SHIPPED / name, directory / name)
 
 

@@ -46,7 +46,7 @@ class Step:
 class Watchdog:
     def __init__(self, config: StageConfig, backend: Backend, loader: Loader, scaled: bool, path: Path, say):
         self.config, self.backend, self.loader, self.path, self.say = config, backend, loader, path, say
-        self.scale = LOSS_SCALE if scaled else 1.0
+        self.scaled, self.scale = scaled, LOSS_SCALE if scaled else 1.0
         self.losses: list[Tensor] = []
         self.steps: list[Step] = []
         self.recent: deque[float] = deque(maxlen=HISTORY)
@@ -66,7 +66,7 @@ class Watchdog:
         if not self.steps:
             return not self.bad_in_a_row
         steps, self.steps = self.steps, []
-        own = torch.stack([loss.double() for step in steps for loss in step.losses]).cpu()
+        own = torch.stack([loss for step in steps for loss in step.losses]).cpu().double()
         everyone = torch.stack(self.backend.gather(own)).split([len(step.losses) for step in steps], dim=1)
         verdicts = torch.stack([torch.stack([step.norm, step.bad]) for step in steps]).tolist()
         for step, losses, (norm, bad) in zip(steps, everyone, verdicts):  # losses: (ranks, micro-batches)
@@ -101,7 +101,7 @@ class Watchdog:
 
     def _judge_good(self, step: Step, losses: Tensor, norm: float) -> None:
         self.bad_in_a_row, self.good = 0, self.good + 1
-        if self.scale > 1 and self.good % 2000 == 0:
+        if self.scaled and self.good % 2000 == 0:
             self.scale *= 2
         loss, sigma = float(losses.sum()) / step.units, self.config.spike_sigma
         if sigma and len(self.recent) >= ENOUGH:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ from trainer.backend import DDP
 class DeepSpeed(DDP):
     """Stage 0: its engine, nothing sharded."""
 
-    def __init__(self, device: torch.device, config: dict):
-        super().__init__(device)
+    def __init__(self, device: torch.device, timeout: timedelta, config: dict):
+        super().__init__(device, timeout)
         self.config = config
 
     def wrap(self, model, optimizers):
@@ -54,8 +55,12 @@ class DeepSpeed(DDP):
         self.engine.backward(loss * scale, scale_wrt_gas=False)
 
     def _move(self, bad):
-        self.optimizer.found_inf = bad
+        # offloaded shards are on the CPU; torch would copy this there without waiting for it
+        self.optimizer.found_inf = bad.to(self._moved_on())
         self.engine.step()
+
+    def _moved_on(self) -> torch.device:
+        return self.device
 
 
 class ZeRO(DeepSpeed):
@@ -113,7 +118,8 @@ class ZeRO(DeepSpeed):
         kinds = {key.rpartition("/")[2]: value for key, value in optimizer.items()}
         for shard in self._shards():
             self.optimizer.state[shard] = {
-                kind: like.clone() if like.dim() == 0 else torch.zeros_like(shard) for kind, like in kinds.items()
+                kind: like.to(shard.device, copy=True) if like.dim() == 0 else torch.zeros_like(shard)
+                for kind, like in kinds.items()
             }
         self._link_states()
         for name, parameter in named.items():
@@ -128,6 +134,9 @@ class ZeRO(DeepSpeed):
     def _shards(self) -> list[Tensor]:
         """The fp32 tensors that the optimiser moves: flat pieces of many parameters."""
         return self.engine.optimizer.single_partition_of_fp32_groups
+
+    def _moved_on(self):
+        return self._shards()[0].device
 
     def _link_states(self) -> None:
         """Its own linking, at the first step of the first group of parameters, misses the other groups' states."""

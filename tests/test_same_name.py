@@ -1,0 +1,89 @@
+"""What is already there when a run writes: nothing that somebody may still need disappears without a word."""
+
+import pytest
+import torch
+from small_run import run_stage, write_pretrain, write_sft
+from test_engine import same, state_of
+
+from model.adapter import find_base, load_adapter
+from model.checkpoint import find_weights, load_weights
+from tokenizer.resolve import tokenizer_of
+from tokenizer.text import Tokenizer
+from trainer.train_tokenizer import save, train_bpe
+
+
+@pytest.fixture
+def pretrain(tmp_path):
+    data = write_pretrain(tmp_path / "text.jsonl")
+    return lambda *flags: run_stage(
+        "pretrain", f"--data_path={data}", f"--save_dir={tmp_path}", "--batch_size=8", *flags
+    )
+
+
+def test_weights_are_not_written_over_those_they_start_from(pretrain, tmp_path):
+    """`--from_weight pretrain` for a second round: after its first save the parent was gone, and with it what
+    --from_resume needs to know the run again."""
+    pretrain("--max_steps=2")
+    before = (tmp_path / "pretrain_32.pth").read_bytes()
+    with pytest.raises(ValueError, match="pretrain_32.pth: this run starts from these.*--save_weight, pretrain_2"):
+        pretrain("--max_steps=4", "--from_weight=pretrain")
+    assert (tmp_path / "pretrain_32.pth").read_bytes() == before
+    pretrain("--max_steps=4", "--from_weight=pretrain", "--save_weight=pretrain_2")
+    pretrain("--max_steps=6", "--from_weight=pretrain", "--save_weight=pretrain_2", "--from_resume=auto")
+    assert load_weights(tmp_path / "pretrain_2_32.pth").lineage[-1]["steps"] == 6
+
+
+def test_a_fresh_run_of_the_same_name_keeps_what_the_last_one_wrote(pretrain, tmp_path, capsys):
+    """A trial of 1 step after a week of training. What was trained on the older weights finds them by their hash."""
+    pretrain("--max_steps=3", "--val_fraction=0.2")
+    write_sft(tmp_path / "sft.jsonl")
+    run_stage("lora", f"--data_path={tmp_path / 'sft.jsonl'}", "--from_weight=pretrain", f"--save_dir={tmp_path}",
+              "--max_steps=1")  # fmt: skip
+    old = {path: state_of(path) for path in (tmp_path / "pretrain_32.pth", tmp_path / "best" / "pretrain_32.pth")}
+    pretrain("--max_steps=1", "--val_fraction=0.2", "--seed=7")
+    assert "pretrain_32.pth is replaced; what it was is now pretrain_32.previous.pth" in capsys.readouterr().out
+    for path, weights in old.items():
+        assert same(state_of(path.with_name("pretrain_32.previous.pth")), weights) and not same(state_of(path), weights)
+    assert find_weights("pretrain", tmp_path) == tmp_path / "pretrain_32.pth", "a bare name never means the previous"
+    adapter = load_adapter(tmp_path / "lora" / "lora_identity_32.pth")
+    assert find_base(adapter, None, tmp_path).path == tmp_path / "pretrain_32.previous.pth"
+
+    pretrain("--max_steps=2", "--val_fraction=0.2", "--seed=7", "--from_resume=auto")
+    kept = state_of(tmp_path / "pretrain_32.previous.pth")
+    assert same(kept, old[tmp_path / "pretrain_32.pth"]), "its own weights are no other run's"
+
+
+def test_a_finished_run_that_is_continued_has_its_weights(pretrain, tmp_path):
+    """Killed between the last state and the weights: nothing was left to do, and `done` named a file that was not."""
+    pretrain("--max_steps=3")
+    path = tmp_path / "pretrain_32.pth"
+    before = state_of(path)
+    path.unlink()
+    pretrain("--max_steps=3", "--from_resume=auto")
+    assert same(state_of(path), before)
+
+
+def test_a_tokenizer_that_is_replaced_stays_for_its_weights(tmp_path, capsys):
+    out = tmp_path / "out"
+    save(train_bpe(iter(["a sparrow is small"] * 9), 300), out / "tokenizer")
+    first = Tokenizer.load(out / "tokenizer")
+    save(train_bpe(iter(["a sparrow is small"] * 9), 300), out / "tokenizer")
+    assert [path.name for path in out.iterdir()] == ["tokenizer"], "the same again is no other one"
+    save(train_bpe(iter(["麻雀虽小"] * 9), 290), out / "tokenizer")
+    assert f"is now in {out / f'tokenizer-{first.hash[:12]}'}" in capsys.readouterr().out
+    recorded = dict(path=str(out / "tokenizer"), hash=first.hash)
+    assert tokenizer_of(recorded, out / "pretrain_32.pth", first.vocab_size).hash == first.hash
+    assert Tokenizer.load(out / "tokenizer").hash != first.hash
+
+
+def test_a_link_or_a_copy(tmp_path, monkeypatch):
+    """File systems without links get a copy."""
+    from model import checkpoint
+
+    path = tmp_path / "x_32.pth"
+    assert checkpoint.keep_previous(path) is None
+    monkeypatch.setattr(checkpoint.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    torch.save({"a": torch.ones(2)}, path)
+    kept = checkpoint.keep_previous(path)
+    assert kept.name == "x_32.previous.pth" and kept.read_bytes() == path.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x_32.previous.pth", "x_32.pth"]
