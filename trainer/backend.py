@@ -114,7 +114,7 @@ class Backend:
 class DDP(Backend):
     """One process per device."""
 
-    def __init__(self, device: torch.device, timeout: timedelta):
+    def __init__(self, device: torch.device, timeout: timedelta | None = None):
         super().__init__(device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.host = dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() != "gloo" else None
@@ -194,4 +194,4 @@ def _sharded(device: torch.device, timeout: timedelta, config: StageConfig) -> B
     from trainer.zero import STAGES
 
     merged = deepspeed_config(config, dist.get_world_size())
-    return STAGES[merged["zero_optimization"]["stage"]](device, timeout, merged)
+    return STAGES[merged["zero_optimization"]["stage"]](device, merged, timeout)

@@ -24,7 +24,7 @@ from trainer.backend import DDP
 class DeepSpeed(DDP):
     """Stage 0: its engine, nothing sharded."""
 
-    def __init__(self, device: torch.device, timeout: timedelta, config: dict):
+    def __init__(self, device: torch.device, config: dict, timeout: timedelta | None = None):
         super().__init__(device, timeout)
         self.config = config
 
