@@ -79,10 +79,12 @@ class Report:
 
 
 def examine(
-    path: str | Path, tokenizer: Tokenizer, *, max_seq_len: int = 512, batch_size: int = 16, kind: str | None = None,
-    mapping: Mapping | None = None, val_hashes: np.ndarray | None = None, sample: int = 4 << 20, cache_dir=None,
+    path: str | Path, tokenizer: Tokenizer, *, max_seq_len: int | None = None, batch_size: int | None = None,
+    kind: str | None = None, mapping: Mapping | None = None, val_hashes: np.ndarray | None = None,
+    sample: int = 4 << 20, cache_dir=None,
 ) -> Examination:  # fmt: skip
-    """`sample` is how many bytes of rows are tokenised, drawn at random; 0: all."""
+    """`sample` is how many bytes of rows are tokenised, drawn at random; 0: all. The length and the number of examples
+    in a step are by default those of the stage that reads such rows."""
     report = Report(str(path))
     try:
         if Path(path).suffix.lower() == ".txt":

@@ -5,49 +5,60 @@
     statistics.summary(exact=False, of=10_000_000)
 
 The rules are those of dataset/lm_dataset.py: a conversation of n ids is n - 1 positions, what is too long is cut from
-the left as long as its last answer fits, else it is left out. Of a pair each side counts as one conversation.
+the left as long as its last answer fits, else it is left out; and of dataset/preference.py: a pair is as long as its
+prompt with the longer answer, and takes the room of its prompt and both.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from dataset.packing import pack
-from dataset.token_cache import encode_conversations, encode_texts
+from dataset.packing import pack, pair_row_length
+from dataset.token_cache import encode_conversations, encode_preferences, encode_texts
 from tokenizer.text import Tokenizer
 
 STEP = 64  # suggested lengths are multiples of it
 SUGGEST_FOR = 0.99  # of the conversations
+DEFAULTS = {"preference": (1024, 4)}  # max_seq_len and batch_size of the stage that reads them
 
 
 class TokenStatistics:
-    def __init__(self, kind: str, tokenizer: Tokenizer, max_seq_len: int, batch_size: int):
-        self.kind, self.tokenizer, self.max_seq_len, self.batch_size = kind, tokenizer, max_seq_len, batch_size
-        self.lengths: list[np.ndarray] = []
-        self.counts: list[np.ndarray] = []  # trained tokens
+    def __init__(self, kind: str, tokenizer: Tokenizer, max_seq_len: int | None, batch_size: int | None):
+        length, examples = DEFAULTS.get(kind, (512, 16))
+        self.kind, self.tokenizer = kind, tokenizer
+        self.max_seq_len, self.batch_size = max_seq_len or length, batch_size or examples
+        self.lengths: list[np.ndarray] = []  # of what has to fit into max_seq_len + 1
+        self.sizes: list[np.ndarray] = []  # of what is computed
         self.answers: list[np.ndarray] = []  # where the last answer starts
+        self.trained = 0
 
     def add(self, rows: list[tuple[int, dict]]) -> list[tuple[int, str, bytes]]:
         """Tokenises these; what the chat template refused: (line, reason, row)."""
         bad: list[tuple[int, str, bytes]] = []
         if self.kind in ("text", "plain"):
             block = encode_texts(rows, bad, self.tokenizer, opens=self.kind == "text")
-            self.counts.append(block.lengths)
+            lengths, trained = block.lengths, block.lengths
+        elif self.kind == "preference":
+            block = encode_preferences(rows, bad, self.tokenizer)
+            lengths = block.prompts + np.maximum(block.chosen, block.lengths - block.prompts - block.chosen)
+            trained = block.trained
+            self.answers.append(block.prompts)
         else:
-            rows = [(line, side) for line, row in rows for side in _sides(row)]
             block = encode_conversations(rows, bad, self.tokenizer)
-            self.counts.append(block.counts)
+            lengths, trained = block.lengths, block.counts
             self.answers.append(block.answers)
-        self.lengths.append(block.lengths)
+        self.lengths.append(lengths)
+        self.sizes.append(block.lengths)
+        self.trained += int(trained.sum(dtype=np.int64))
         return bad
 
     def summary(self, exact: bool, of: int) -> dict:
         lengths = np.concatenate(self.lengths) if self.lengths else np.empty(0, np.int64)
         if not len(lengths):
             return {}
-        counts, total = np.concatenate(self.counts), int(lengths.sum())
+        total = sum(int(sizes.sum()) for sizes in self.sizes)
         found = {
-            "exact": exact, "sampled": len(lengths), "total": total, "trained_share": float(counts.sum() / total),
+            "exact": exact, "sampled": len(lengths), "total": total, "trained_share": self.trained / total,
             "median": int(np.median(lengths)), "p90": int(np.quantile(lengths, 0.9)),
             "p99": int(np.quantile(lengths, 0.99)), "max": int(lengths.max()), "histogram": _histogram(lengths),
             "max_seq_len": self.max_seq_len,
@@ -60,24 +71,29 @@ class TokenStatistics:
         return {"rows": int(rows), "rows_padded": int(padded)}
 
     def _packed(self, lengths: np.ndarray) -> dict:
-        """Conversations: packed step by step, against one in a row, filled up."""
+        """Conversations and pairs: packed step by step as they come when shuffled, against one in a row (of a pair each
+        side), filled up. Rows of max_seq_len."""
         most, answers = self.max_seq_len + 1, np.concatenate(self.answers)
         fits = lengths <= most
         kept = fits | (answers > lengths - most)
-        positions = np.minimum(lengths[kept], most) - 1
-        steps = [positions[i:i + self.batch_size] for i in range(0, len(positions), self.batch_size)]
+        cut_off = lengths - np.minimum(lengths, most)
+        positions = (np.concatenate(self.sizes) - cut_off - 1)[kept]
+        shuffled = np.random.default_rng(0).permutation(positions)
+        steps = [shuffled[i:i + self.batch_size].tolist() for i in range(0, len(shuffled), self.batch_size)]
         wanted = np.quantile(lengths - 1, SUGGEST_FOR, method="higher")
         return {
             "cut": int((kept & ~fits).sum()), "left_out": int((~kept).sum()), "batch_size": self.batch_size,
-            "rows": sum(len(pack(step.tolist(), self.max_seq_len)) for step in steps), "rows_padded": len(positions),
+            "rows": round(sum(map(self._rows, steps))),
+            "rows_padded": len(positions) * (2 if self.kind == "preference" else 1),
             "suggested_max_seq_len": int(-(-wanted // STEP) * STEP),
         }  # fmt: skip
 
-
-def _sides(row: dict) -> list[dict]:
-    if "chosen" not in row:
-        return [row]
-    return [{"messages": row[side], "tools": row.get("tools")} for side in ("chosen", "rejected")]
+    def _rows(self, lengths: list[int]) -> float:
+        """That a step of these positions takes."""
+        if self.kind != "preference":
+            return len(pack(lengths, self.max_seq_len))
+        length = pair_row_length(lengths, self.max_seq_len)
+        return len(pack(lengths, length)) * length / self.max_seq_len
 
 
 def _histogram(lengths: np.ndarray) -> list[list[int]]:

@@ -144,9 +144,11 @@ class Loader:
         examples = np.concatenate([self.examples(step) for step in asked])
         counts = [sum(map(bool, self.rows(step))) for step in asked]
         lengths = [self.row_length(step) for step in asked]
-        fill = int((self.dataset.lengths[examples] - 1).sum()) / sum(map(mul, counts, lengths))
+        computed = sum(map(mul, counts, lengths))
+        fill = int((self.dataset.lengths[examples] - 1).sum()) / computed
         about = "about " if self.packing and len(examples) < len(self.dataset) else ""
-        in_all = round(sum(counts) * len(self.dataset) / len(examples))
+        of_all = int((self.dataset.lengths - 1).sum()) / fill if about else computed * len(self.dataset) / len(examples)
+        in_all = round(of_all * sum(counts) / computed)
         up_to = "up to " if min(lengths) < max(lengths) else ""
         return (
             f"{len(self.dataset):,} examples -> {about}{in_all:,} rows of {up_to}{max(lengths):,} "

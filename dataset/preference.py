@@ -31,7 +31,7 @@ import torch
 
 from dataset.lm_dataset import TokenDataset, fingerprint_of, read_caches, repeated, rows_without_use
 from dataset.loader import IGNORED, Batch, Loader, select
-from dataset.packing import pack
+from dataset.packing import pair_row_length
 from dataset.reader import Mapping
 from tokenizer.text import Tokenizer
 
@@ -121,12 +121,7 @@ class PairLoader(Loader):
     ROWS_PER_EXAMPLE = 2
 
     def row_length(self, step: int) -> int:
-        """Of the multiples of max_seq_len / 4 that hold its longest pair, the cheapest. Unfilled positions cost time,
-        and so do long rows: in a `small` model of T = 800, attention takes about as much as everything else."""
-        lengths = (self.dataset.lengths[self.examples(step)] - 1).tolist()
-        unit = -(-self.max_seq_len // 4)
-        candidates = range(-(-max(lengths) // unit) * unit, 8 * unit + 1, unit)
-        return min(candidates, key=lambda length: len(pack(lengths, length)) * length * (1 + length / 800))
+        return pair_row_length((self.dataset.lengths[self.examples(step)] - 1).tolist(), self.max_seq_len)
 
     def _batch(self, rows: list[list[int]], length: int) -> PairBatch:
         shape = (len(rows), length)

@@ -32,9 +32,10 @@ class CheckConfig(Options):
                                         aliases=("data_file", "train_path"))
     val_path: tuple[str, ...] = option((), "validation files: rows of theirs are reported", path=True,
                                        aliases=("eval_data",))
-    max_seq_len: int = option(512, "length at which cuts and packing are counted", within="[2, inf)",
-                              aliases=("max_length", "cutoff_len"))
-    batch_size: int = option(16, "examples that packing may put together", within="[1, inf)")
+    max_seq_len: int | None = option(None, "length at which cuts and packing are counted (default: the stage's, 512, "
+                                     "of pairs 1024)", within="[2, inf)", aliases=("max_length", "cutoff_len"))
+    batch_size: int | None = option(None, "examples that packing may put together (default: the stage's: 16, of "
+                                    "pairs 4)", within="[1, inf)")
     kind: str | None = option(None, "what the rows must be", choices=("text", "chat", "preference", "rated"))
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     tokenizer_path: str | None = option(None, "directory with a tokenizer.json", path=True)
@@ -129,8 +130,9 @@ def token_lines(report) -> list[str]:
                    f"{found['rows_padded']:,}, of which {saved:.0%} are padding")  # fmt: skip
         return out
     out.append(f"{'trained':<{LABEL}}{found['trained_share']:.0%} of the tokens: what the assistant says")
+    what = "pairs" if report.kind == "preference" else "conversations"
     cut, left_out = (100 * found[key] / found["sampled"] for key in ("cut", "left_out"))
-    out.append(f"{'too long':<{LABEL}}at --max_seq_len {length}: {cut:.1f} % of the conversations lose their "
+    out.append(f"{'too long':<{LABEL}}at --max_seq_len {length}: {cut:.1f} % of the {what} lose their "
                f"beginning, {left_out:.1f} % are left out")  # fmt: skip
     out.append(f"{'packing':<{LABEL}}{found['rows']:,} rows instead of {found['rows_padded']:,} padded ones, "
                f"{saved:.0%} less to compute ({found['batch_size']} examples a step)")  # fmt: skip

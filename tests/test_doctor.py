@@ -9,6 +9,7 @@ from test_formats import PAIRS
 
 from dataset import doctor
 from dataset.doctor import examine, hashes_of
+from dataset.preference import PreferenceDataset
 from scripts import check_data
 
 ROOT = check_data.Path(check_data.__file__).parents[1]
@@ -84,10 +85,24 @@ def test_documents_and_pairs_and_plain_text(tmp_path):
     assert (texts.kind, texts.rows, texts.empty.lines) == ("text", 3, [3])
     assert texts.tokens["total"] == 4 + 6 and (texts.tokens["rows"], texts.tokens["rows_padded"]) == (3, 3)
     pairs = check(jsonl(tmp_path / "b.jsonl", *PAIRS.values()))  # nine layouts of one row: all but one are errors
-    assert (pairs.kind, pairs.rows, pairs.bad) == ("preference", 10, 9) and pairs.tokens["sampled"] == 2
+    assert (pairs.kind, pairs.rows, pairs.bad) == ("preference", 10, 9) and pairs.tokens["sampled"] == 1
     (tmp_path / "c.txt").write_text("a plain text", encoding="utf-8")
     plain = check(tmp_path / "c.txt")
     assert (plain.kind, plain.rows, plain.tokens["total"]) == ("plain", 1, 12)
+
+
+def test_pairs_are_cut_and_left_out_as_in_dpo(tmp_path):
+    """Counted a side at a time, 32 % of real pairs were too long, where training left 45 % out: a pair goes with its
+    longer answer, and is as long as its prompt and both."""
+    pairs = [{"prompt": "p" * p, "chosen": "c" * c, "rejected": "r" * r}
+             for p, c, r in ((5, 5, 9), (30, 5, 9), (5, 60, 3), (5, 3, 60), (9, 9, 1), (2, 2, 3))]  # fmt: skip
+    file = jsonl(tmp_path / "dpo.jsonl", *pairs)
+    found = check(file, max_seq_len=40, batch_size=2).tokens
+    ds = PreferenceDataset(file, ByteTokenizer(), max_seq_len=40)
+    assert f"{found['cut']} prompts cut, {found['left_out']} pairs left out" in ds.summary and found["left_out"] == 2
+    assert found["rows_padded"] == 2 * len(ds)
+    assert found["total"] == PreferenceDataset(file, ByteTokenizer(), max_seq_len=900).lengths.sum()
+    assert check(file).tokens["max_seq_len"] == 1024 and check(file).tokens["batch_size"] == 4, "as train_dpo.py has it"
 
 
 def test_a_sample_is_said_to_be_one(tmp_path):
