@@ -86,6 +86,11 @@ class EvalConfig(Options):
             found.append("--lora_name and --lora_path: both name an adapter; give one of them")
         if self.merge_lora and not (self.lora_name or self.lora_path):
             found.append("--merge_lora: needs --lora_name or --lora_path")
+        if self.model_mode == 0 and (self.system or self.enable_thinking is not None):
+            what = "system" if self.system else "enable_thinking"
+            found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")
+        if (self.prompts_file or "").endswith(".json"):
+            found.append(f"--prompts_file {self.prompts_file}: a prompt a line, or a .jsonl of rows with \"prompt\"")
         if self.benchmark is None and (self.json or self.question_seed):
             found.append(f"--{'json' if self.json else 'question_seed'}: only --benchmark takes it")
         return found
@@ -305,7 +310,8 @@ def read_prompts(file: Iterable[str], name: str) -> Iterator[str]:
             if line := line.strip():
                 yield _prompt_of(line, f"{name}:{number}") if name.endswith(".jsonl") else line
     except UnicodeDecodeError:
-        raise ValueError(f"{name}: not UTF-8 after line {number}; save it as UTF-8") from None
+        after = f" after line {number}" if number else ""
+        raise ValueError(f"{name}: not UTF-8{after}; save it as UTF-8") from None
 
 
 def _prompt_of(line: str, where: str) -> str:

@@ -39,6 +39,11 @@ class Report:
     left_out: int = 0  # worse answers, under `to` "chat"
     bad: int = 0
 
+    @property
+    def ratio(self) -> float:
+        """Task rows for each identity row, as written."""
+        return (self.written - self.repeated) / max(self.repeated, 1)
+
 
 def to_ours(row: dict) -> dict:
     """A canonical row as we keep it in files; reading it back gives the canonical row again."""

@@ -202,8 +202,8 @@ def read_plain(path: Path) -> dict:
     """The dictionary in a .pth file, read without running any code that may be in it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
-        raise
+    except (FileNotFoundError, PermissionError) as error:
+        raise ValueError(f"{path}: {error.strerror.lower()}") from None
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
@@ -250,7 +250,9 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     if Path(weight).exists():
         return Path(weight)
     if Path(weight).name != weight or weight.endswith(".pth"):
-        raise ValueError(f"{weight}: no such file or directory")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weight) and not weight.endswith(".pth")
+        raise ValueError(f"{weight}: no such file or directory" + (
+            "; if it is a name on a hub: nothing is downloaded yet, give the directory of a copy" if hub else ""))
     for folder in map(Path, folders):
         found = []
         for path in folder.glob(f"{weight}_*.pth"):
@@ -261,7 +263,7 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         if found:
             return newest(found, "")
     known = sorted({path.name for folder in map(Path, folders) for path in folder.glob("*.pth")})
-    wanted = f"{weight}_{hidden_size or '<hidden>'}.pth"
+    wanted = f"{weight}_{hidden_size or '<hidden>'}{'_moe' if moe else ''}.pth"
     searched = " or ".join(dict.fromkeys(map(str, folders)))
     advice = f"there are {', '.join(known)}" if known else "train them first, or give a path"
     raise ValueError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")

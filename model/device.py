@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import os
-import shutil
 import sys
-import sysconfig
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
@@ -57,15 +53,6 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if wanted == torch.bfloat16 and not has_bf16(device) and device.type == "cuda":
         return best, f"--dtype bfloat16: this GPU has none; computing in {str(best).removeprefix('torch.')}"
     return wanted, ""
-
-
-def can_compile(device: str) -> bool:
-    """Whether torch.compile finds what it needs: a compiler and Python's headers, on GPUs Triton."""
-    from torch.utils._triton import has_triton
-
-    compilers = ("g++", "clang++") if device == "cpu" else ("gcc", "clang", "cc", os.environ.get("CC") or "cc")
-    headers = Path(sysconfig.get_path("include"), "Python.h")
-    return headers.is_file() and any(map(shutil.which, compilers)) and (device == "cpu" or has_triton())
 
 
 def keep_freed_memory() -> None:

@@ -77,6 +77,8 @@ def merge(config: QuickstartConfig) -> None:
     print(f"📊 任务数据: {report.task} 条")
     repeated = f"，重复后 {report.repeated} 条" if config.ratio else ""
     print(f"📊 自认知数据: {report.identity} 条{repeated}")
+    if report.ratio < 0.9 * config.ratio:
+        print(f"⚠️ 自认知数据多于 {config.ratio:g}:1 所需，全部保留，实际比例 {report.ratio:.2g}:1")
     print(f"✅ 数据合并完成: {report.written} 条数据保存到 {target}")
 
 
@@ -127,16 +129,17 @@ def quick_test(config: QuickstartConfig) -> QuickstartConfig:
     print("🧪 快速测试：用内置数据走一遍全流程（自己的数据: --task_data --identity_data，见 --help）")
     folder = ROOT / "out/quickstart"
     files = tiny_world.generate(folder / "data", files=("pretrain", "sft", "lora_identity"))
-    task = folder / "data/task.jsonl"
-    with open(files["sft"], encoding="utf-8") as rows:
-        task.write_text("".join(row for _, row in zip(range(96), rows)), encoding="utf-8")
+    task, identity = folder / "data/task.jsonl", folder / "data/identity.jsonl"
+    for source, part, count in (("sft", task, 96), ("lora_identity", identity, 24)):
+        with open(files[source], encoding="utf-8") as rows:
+            part.write_text("".join(row for _, row in zip(range(count), rows)), encoding="utf-8")
     try:
         base = find_weights("full_sft", ROOT / "out")
     except ValueError:
         flags = [f"--data_path={files['pretrain']}", f"--save_dir={folder}", "--preset=nano", "--max_steps=20"]
         call([ROOT / "trainer/train_pretrain.py", *flags, "--data_limit=2000", "--batch_size=8", "--max_seq_len=128"])
         base = find_weights("pretrain", folder)
-    return replace(config, lora_name="quick_test", task_data=str(task), identity_data=str(files["lora_identity"]),
+    return replace(config, lora_name="quick_test", task_data=str(task), identity_data=str(identity),
                    merged_data=str(folder / "data/merged.jsonl"), out_dir=str(folder), from_weight=str(base), epochs=1,
                    max_steps=20, max_length=256)  # fmt: skip
 

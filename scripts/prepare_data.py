@@ -45,6 +45,10 @@ class PrepareConfig(Options):
     seed: int = option(42, "seed of the validation part", within="[0, inf)")
     cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
 
+    def problems(self) -> list[str]:
+        alone = self.ratio and not self.identity_data
+        return super().problems() + ([f"--ratio {self.ratio:g}: of what? --identity_data is missing"] if alone else [])
+
 
 def main():
     config = parse(PrepareConfig, description=__doc__)
@@ -53,7 +57,9 @@ def main():
     from dataset.reader import read_mapping
 
     target = Path(config.save_path)
-    if target.suffix not in (".jsonl", ".json"):
+    if target.suffix != ".jsonl":
+        if target.suffix in (".json", ".txt", ".csv", ".parquet"):
+            raise ValueError(f"--save_path {target}: what is written is .jsonl; name it so, or give a folder")
         target = target / "train.jsonl"
     val_target = target.with_name("val.jsonl" if target.name == "train.jsonl" else f"{target.stem}.val.jsonl")
     report = prepare(
@@ -66,8 +72,10 @@ def main():
         print(f"read: {path} ({layout})")
     print(f"task data: {report.task:,} rows")
     if config.identity_data:
-        times = f", written {report.repeated:,} times in all (ratio {config.ratio:g}:1)" if config.ratio else ""
+        times = f", written {report.repeated:,} times in all (ratio {report.ratio:.3g}:1)" if config.ratio else ""
         print(f"identity data: {report.identity:,} rows{times}")
+        if report.ratio < 0.9 * config.ratio:
+            print(f"warning: --ratio {config.ratio:g} asks for fewer of them than there are, and none is left out")
     if report.bad:
         print(f"left out: {report.bad:,} bad rows, see <file>.rejects.jsonl beside each file")
     if report.left_out:
@@ -75,6 +83,9 @@ def main():
     print(f"written: {report.written:,} rows to {target}")
     if config.val_fraction:
         print(f"written: {report.held_out:,} rows to {val_target}")
+    elif val_target.exists():
+        print(f"warning: {val_target} is from another time and may hold rows that are in {target} now; remove it, or "
+              "set some aside again with --val_fraction")
     if config.max_seq_len:
         tokenise(target, report.kind, config)
 

@@ -124,6 +124,21 @@ def test_two_spellings_that_disagree_are_a_contradiction_that_names_both(words, 
     assert all(flag in line for flag in flags) and "different values" in line
 
 
+def test_another_scripts_option_is_named_with_the_script(complaints):
+    """`--teacher` was answered with "did you mean cache_dir?"."""
+    words = "--teacher x --tag_weight 3 --vocab_size 300 --temperature 0 --lora_rank 4 --ratio 3".split()
+    know = {"teacher": "trainer/train_distillation.py knows", "tag_weight": "trainer/train_distill_reason.py knows",
+            "vocab_size": "trainer/train_tokenizer.py knows", "ratio": "scripts/prepare_data.py knows",
+            "temperature": "trainer/train_distillation.py, eval_model.py know",
+            "lora_rank": "trainer/train_dpo.py, trainer/train_lora.py know"}  # fmt: skip
+    lines = complaints(*words)
+    assert sorted(lines) == sorted(f"--{name}: not for this script; {scripts} it" for name, scripts in know.items())
+
+
+def test_an_empty_path_is_not_this_directory(complaints):
+    assert complaints("--data_path", "") == ["--data_path: needs a value"]
+
+
 def test_an_abbreviation_is_not_guessed(complaints):
     assert complaints("--epoch", "3") == ["--epoch: unknown option; did you mean epochs?"]
 
@@ -209,7 +224,7 @@ def test_problems_in_a_file_name_the_file_and_the_key(tmp_path, complaints):
 
 
 @pytest.mark.parametrize("content, reason", [
-    (b"a: [1\nb: 2", ":2: "), (b"- a\n- b", "expected `key: value` lines"), (b"a: \xff\xfe", "utf-8"),
+    (b"a: [1\nb: 2", ":2: "), (b"epochs: 3\nx: 1\nepochs: 2", ":3: epochs stands twice"), (b"- a\n- b", "expected `key: value` lines"), (b"a: \xff\xfe", "utf-8"),
     (None, "No such file")])
 def test_an_unreadable_file_is_one_line(tmp_path, complaints, content, reason):
     path = tmp_path / "recipe.yaml"
@@ -300,10 +315,10 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
         run(fails_on_purpose)
 
 
-def test_ctrl_c_is_quiet(capsys):
+def test_ctrl_c_is_one_word(capsys):
     def interrupted():
         raise KeyboardInterrupt
-    assert ending(interrupted, capsys) == (130, "")
+    assert ending(interrupted, capsys) == (130, "interrupted\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes of this kind")

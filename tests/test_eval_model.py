@@ -113,7 +113,7 @@ def test_prompts_from_a_file(say, tmp_path, model, tokenizer):
 @pytest.mark.parametrize("content, complaint", [
     (b'{"prompt": "a"}\n{"prompt" "b"}\n', "list.jsonl:2: not JSON"),
     (b'{"question": "a"}\n', 'list.jsonl:1: expected {"prompt": "..."}, found {"question": "a"}'),
-    ("早上好\n".encode("gbk"), "list.jsonl: not UTF-8 after line 0"),
+    ("早上好\n".encode("gbk"), "list.jsonl: not UTF-8; save it as UTF-8"),
 ])  # fmt: skip
 def test_a_bad_prompts_file_is_named_with_its_line(say, tmp_path, content, complaint):
     (tmp_path / "list.jsonl").write_bytes(content)
@@ -435,3 +435,15 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
     tokens = torch.arange(200).view(2, 100)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, exact(tokens).logits)
+
+
+@pytest.mark.parametrize("flags, complaint", (
+    (["--lora_path", "nothere"], "nothere: no such file or directory"),
+    (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; if it is a name on a hub"),
+    (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
+    (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
+    (["--prompts_file", "a.json"], "a prompt a line, or a .jsonl of rows"),
+))
+def test_what_is_not_there_ends_in_one_line(say, flags, complaint):
+    status, out, err = say(*flags, *([] if "--prompts_file" in flags else ["--prompt", "hi"]))
+    assert status == 2 and not out and err.startswith("error: ") and complaint in err and err.count("\n") == 1, err

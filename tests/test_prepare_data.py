@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+from small_run import run_script
 from test_dataset import jsonl
 from test_formats import CHATS, ONE, PAIRS
 
@@ -58,9 +59,13 @@ def test_identity_rows_are_repeated_until_the_ratio_holds(tmp_path, capsys):
     assert len(rows(merged)) == 15 and "written: 15 rows" in capsys.readouterr().out
     run(*flags, "--ratio=100")  # never fewer than there are
     assert len(rows(merged)) == 15
+    said = capsys.readouterr().out
+    assert "(ratio 4:1)" in said and "--ratio 100 asks for fewer of them than there are" in said
+    status, _, error = run_script("scripts/prepare_data.py", f"--data_path={task}", "--ratio=3")
+    assert status == 2 and "--ratio 3: of what? --identity_data is missing" in error
 
 
-def test_the_validation_part_is_exact_seeded_and_shares_no_row(tmp_path):
+def test_the_validation_part_is_exact_seeded_and_shares_no_row(tmp_path, capsys):
     """Equal rows go to one side: a row in training and in validation would measure memory, not learning."""
     data = alpaca(tmp_path / "a.jsonl", *[f"q{i}" for i in range(100)], *[f"q{i}" for i in range(100)])
     folder = tmp_path / "out"
@@ -71,6 +76,9 @@ def test_the_validation_part_is_exact_seeded_and_shares_no_row(tmp_path):
     assert asked(folder / "val.jsonl") == val
     run(f"--data_path={data}", f"--output_dir={folder}", "--val_fraction=0.1", "--seed=1")
     assert asked(folder / "val.jsonl") != val
+    capsys.readouterr()
+    run(f"--data_path={data}", f"--output_dir={folder}")  # everything is in train.jsonl now
+    assert f"warning: {folder / 'val.jsonl'} is from another time" in capsys.readouterr().out
     # a repeated identity row stays on its side, too
     run(f"--data_path={data}", f"--identity_data={alpaca(tmp_path / 'me.jsonl', *'abcdefghij')}", "--ratio=1",
         f"--save_path={tmp_path / 'm.jsonl'}", "--val_fraction=0.5")  # fmt: skip
@@ -133,3 +141,12 @@ def test_bad_rows_are_skipped_counted_and_kept_aside(tmp_path, capsys):
     assert len(rows(tmp_path / "o.jsonl")) == 300 and "left out: 2 bad rows" in capsys.readouterr().out
     assert [(r["line"], r["row"][:12]) for r in rows(tmp_path / "a.jsonl.rejects.jsonl")] == [
         (201, '{"prompt": "'), (302, '{"prompt": 1')]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ("all.json", "all.txt"))
+def test_a_name_that_promises_another_format_is_refused(name, tmp_path):
+    """.json is one array everywhere else; and all.txt became a folder."""
+    status, _, error = run_script("scripts/prepare_data.py", "--data_path", alpaca(tmp_path / "a.jsonl", "q"),
+                                  "--save_path", tmp_path / name)  # fmt: skip
+    assert status == 2 and f"--save_path {tmp_path / name}: what is written is .jsonl" in error
+    assert not (tmp_path / name).exists()

@@ -87,3 +87,18 @@ def test_a_link_or_a_copy(tmp_path, monkeypatch):
     kept = checkpoint.keep_previous(path)
     assert kept.name == "x_32.previous.pth" and kept.read_bytes() == path.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x_32.previous.pth", "x_32.pth"]
+
+
+def test_a_run_that_has_done_more_than_is_asked_for_says_so(pretrain):
+    """It printed `resumed after step 3 of 2 ... done`."""
+    pretrain("--max_steps=3")
+    with pytest.raises(ValueError, match="has done 3 steps, and --max_steps or --epochs ask for 2"):
+        pretrain("--max_steps=2", "--from_resume=auto")
+
+
+def test_rows_longer_than_the_model_is_made_for_are_refused(pretrain, capsys):
+    """They were trained on, and eval_model.py then refused prompts of that length."""
+    with pytest.raises(ValueError, match="--max_seq_len 32: the model is made for 16 positions"):
+        pretrain("--max_steps=1", "--max_position_embeddings=16")
+    pretrain("--max_steps=2", "--warmup_steps=100")
+    assert "warning: --warmup_steps 100 is not over in 2 steps: the rate stays below 0.01" in capsys.readouterr().out

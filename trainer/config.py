@@ -32,18 +32,13 @@ from trainer.options import ROOT, Options, describe, option, parse
 
 __all__ = ["ROOT", "Options", "StageConfig", "check_writable", "describe", "explain", "option", "parse", "run"]
 
-LORA_ONLY = ("lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")
-LORA = (*LORA_ONLY, "use_lora", "lora_name", "load_in_4bit", "use_4bit", "load_in_8bit", "use_8bit")
-
 
 @dataclass(frozen=True)
 class StageConfig(Options):
     """Options of every training stage"""
 
-    elsewhere: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(LORA, "trainer/train_lora.py"),
-        **dict.fromkeys(("beta", "dpo_beta", "max_prompt_length"), "trainer/train_dpo.py")}
-    moot: ClassVar[dict[str, tuple[str, ...]]] = {"use_lora": LORA_ONLY}
+    moot: ClassVar[dict[str, tuple[str, ...]]] = {"use_lora": (
+        "lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")}
 
     # model and data
     from_weight: str | None = option(
@@ -170,6 +165,7 @@ def run(main: Callable[[], Any]) -> None:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # `... | head`: the reader has left, so nothing more can be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

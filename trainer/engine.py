@@ -23,12 +23,13 @@ import torch
 
 from dataset.loader import Loader
 from model.checkpoint import Checkpoint, keep_previous, weights_name
-from model.device import can_compile, pick_dtype
+from model.device import pick_dtype
 from model.lora import lower_frozen
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer import resume
 from trainer.backend import Backend
+from trainer.compiling import compile_model
 from trainer.config import ROOT, StageConfig, describe
 from trainer.ends import catch_signals, explained
 from trainer.logger import RunLogger
@@ -37,7 +38,7 @@ from trainer.objectives import Objective
 from trainer.optim import build_optimizers, learning_rate
 from trainer.outputs import Weights
 from trainer.plan import plan, rehearsal
-from trainer.prepare import Data
+from trainer.prepare import Data, check_start
 from trainer.watchdog import Watchdog
 
 
@@ -76,7 +77,7 @@ class Engine:
         self.name = weights_name(config.save_weight, self.model.config)
         self.save_dir = Path(config.save_dir)
         self.folder = self.save_dir / job.output.folder
-        self._spare_parent()
+        check_start(config, self.model, job.parent, [self.folder / self.name, self.folder / "best" / self.name])
         states = self.save_dir / "resume" / Path(self.name).stem
         found = self._find(states)
         self.resumed = found is not None
@@ -93,17 +94,12 @@ class Engine:
         self.watch = Watchdog(config, backend, self.loader, self.dtype == torch.float16,
                               run_dir / "bad_batches.jsonl", self.logger.print)  # fmt: skip
         self._announce(notice)
-        self.compiled = self._compile()
+        self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing)
+        if self.compiled:
+            self.logger.print("compiling the blocks: the first step takes longer")
         self.wrapped = backend.wrap(self.model, self.optimizers)
         if found:
             self._restore(found)
-
-    def _spare_parent(self) -> None:
-        """A run whose weights replace the ones it started from could not be continued: they would be gone."""
-        for path in (self.folder / self.name, self.folder / "best" / self.name):
-            if self.job.parent and Path(self.job.parent.path).resolve() == path.resolve():
-                raise ValueError(f"{path}: this run starts from these weights and would write over them; give its own "
-                                 f"another name with --save_weight, {self.config.save_weight}_2 for instance")
 
     def _find(self, states: Path) -> Path | None:
         """The state to continue from. The first rank looks, so that all take the same one."""
@@ -162,6 +158,9 @@ class Engine:
         ranks = f", {self.backend.world} processes" if self.backend.world > 1 else ""
         say(f"device: {self.backend.device}, {dtype}, {torch.get_num_threads()} threads{ranks}")
         say(f"data: {self.loader.describe()}; {self.total:,} steps in all")
+        if self.config.warmup_steps >= max(self.total, 1):
+            say(f"warning: --warmup_steps {self.config.warmup_steps:g} is not over in {self.total:,} steps: the rate "
+                f"stays below {self.config.learning_rate:g}")
 
     # ---- one run ----
 
@@ -358,6 +357,9 @@ class Engine:
 
     def _restore(self, path: Path) -> None:
         tensors, state = resume.read_state(path)
+        if state["step"] > self.total:
+            raise ValueError(f"{path}: this run has done {state['step']:,} steps, and --max_steps or --epochs ask for "
+                             f"{self.total:,}; ask for more, or start afresh without --from_resume")
         self.backend.load(tensors["weights"], tensors["optimizer"])
         random = tensors["ranks"]["random"]
         resume.set_random_state(random[self.backend.rank % len(random)], self.backend.device)
@@ -383,34 +385,6 @@ class Engine:
                           "Continue with --from_resume auto")  # fmt: skip
         self.logger.close()
         raise SystemExit(128 + number)
-
-    # ---- speed ----
-
-    def _compile(self) -> bool:
-        """torch.compile, block by block (one small graph serves all layers), and the head with its loss."""
-        mode = self.config.compile
-        if mode == "on" and not can_compile(self.backend.device.type):
-            raise ValueError("--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
-                             "python3-dev), on GPUs Triton too; install them, or leave it at auto")
-        if mode == "off" or (mode == "auto" and not self._compiling_pays()):
-            return False
-        torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows, and few of those
-        for block in self.model.model.layers:
-            block.compile(dynamic=False)
-        # packed rows have another number of trained positions every time: one graph for all of them
-        self.model.token_loss = torch.compile(self.model.token_loss, dynamic=self.job.packing)
-        self.logger.print("compiling the blocks: the first step takes longer")
-        return True
-
-    def _compiling_pays(self) -> bool:
-        device = self.backend.device.type
-        if not can_compile(device):
-            return False
-        if device == "cpu":
-            positions = self.total * self.config.batch_size * self.config.accumulation_steps * self.config.max_seq_len
-            seconds = positions * 6 * self.model.num_parameters(active=True) / 1e11  # at 100 GFLOP/s
-            return seconds > 900  # it saves a quarter to a third, and costs half a minute for each number of rows
-        return device == "cuda" and self.total >= 200
 
 
 def _relative(path: str) -> str:

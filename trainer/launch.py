@@ -120,7 +120,8 @@ def _contradictions(config: StageConfig, file: dict) -> Iterator[str]:
             yield f"{name}: {key} {theirs} contradicts {flag} {ours}; change one of them, or write \"auto\""
     if (kind := _at(file, "optimizer.type")) not in (None, AUTO) and str(kind).lower() not in ("adamw", "adam"):
         yield f"{name}: optimizer.type {kind}: it is --optimizer adamw here; leave it out"
-    if any(value != AUTO for value in (_at(file, "scheduler.params") or {}).values()):
+    values = list((_at(file, "scheduler.params") or {}).values())
+    if file.get("scheduler") not in (None, AUTO) and (not values or any(value != AUTO for value in values)):
         yield f"{name}: scheduler: the rate follows --schedule and --warmup_steps; leave it out"
     for key in ("fp16", "amp"):
         if _at(file, f"{key}.enabled") is True:

@@ -12,6 +12,7 @@ sections may have any name and depth. All problems are reported at once, with ex
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import shutil
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("trainer/train_*.py", "eval_model.py", "scripts/*_data.py")  # that have options
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -43,8 +45,7 @@ def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: t
 class Options:
     """Base of everything that `parse` can fill."""
 
-    elsewhere: ClassVar[dict[str, str]] = {}           # name that people bring along -> the script that knows it
-    moot: ClassVar[dict[str, tuple[str, ...]]] = {}    # switch -> the names of `elsewhere` that its `false` settles
+    moot: ClassVar[dict[str, tuple[str, ...]]] = {}    # another script's switch -> what its `false` settles
 
     def adopted(self) -> Options:
         """These values, completed by what is known only where the program runs."""
@@ -164,6 +165,23 @@ def _flags(words: list[str]) -> Iterator[tuple[str, str, str]]:
         yield typed, typed.removeprefix("--"), value
 
 
+def _strict(yaml) -> type:
+    """yaml.SafeLoader, which takes the last of two equal keys without a word; this one refuses."""
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                    continue
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Strict
+
+
 def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple[str, Spec, str, Any]]:
     """A YAML file -> rows for `_settle`. Sections may have any name and depth."""
     try:
@@ -173,7 +191,7 @@ def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple
         return []
     try:
         with open(path, encoding="utf-8-sig") as file:
-            tree = yaml.safe_load(file) or {}
+            tree = yaml.load(file, _strict(yaml)) or {}
     except OSError as error:
         problems.append(f"--config {path}: {error.strerror}" if path else "--config: needs a file")
         return []
@@ -200,13 +218,31 @@ def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple
     return [(where, by_spelling[key], key, value) for where, key, value in found if key in by_spelling]
 
 
+def owners(key: str) -> dict[str, Spec]:
+    """The scripts that have this option, in our words or in others'."""
+    found = {}
+    scripts = [path for pattern in SCRIPTS for path in sorted(ROOT.glob(pattern))]
+    for path in scripts:
+        name = path.relative_to(ROOT)
+        module = importlib.import_module(".".join(name.with_suffix("").parts))
+        for cls in vars(module).values():
+            if isinstance(cls, type) and issubclass(cls, Options) and cls.__module__ == module.__name__:
+                found |= {name.as_posix(): spec for spec in specs(cls).values() if key in spec.spellings()}
+    return found
+
+
 def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list[str]) -> None:
     """(where, key, value) that this script does not know: name the script that does, or the nearest key."""
-    settled = {name for _, key, value in rows if _is_off(value) for name in (key, *cls.moot.get(key, ()))}
+    known = {key: owners(key) for _, key, _ in rows}
+    switches = {key for key, found in known.items() if any(spec.kind is bool for spec in found.values())}
+    off = [key for _, key, value in rows if key in switches and _is_off(value)]
+    settled = {name for key in off for name in (key, *cls.moot.get(key, ()))}
     for where, key, _ in rows:
-        if key in cls.elsewhere:
+        if known[key]:
             if key not in settled:
-                problems.append(f"{where}: not for this script; {cls.elsewhere[key]} knows it")
+                scripts = list(known[key])
+                listed = ", ".join(scripts[:3]) + (", ..." if scripts[3:] else "")
+                problems.append(f"{where}: not for this script; {listed} know{'s' * (len(scripts) == 1)} it")
             continue
         import difflib
         near = difflib.get_close_matches(key, [name for spec in specs(cls).values() for name in spec.spellings()], 1)
@@ -220,7 +256,7 @@ def _settle(rows: list[tuple[str, Spec, str, Any]], problems: list[str]) -> dict
         try:
             value, denied = _convert(spec, spelling, raw)
         except ValueError as error:
-            problems.append(f"{where} {raw}: {error}" if raw not in ("", None) else f"{where}: {error}")
+            problems.append(f"{where} {raw}: {error}" if raw not in ("", [""], None) else f"{where}: {error}")
             continue
         places = stated.setdefault(spec.name, {})
         if spec.many and where in places:  # --data_path a --data_path b
@@ -253,6 +289,8 @@ def _convert(spec: Spec, spelling: str, raw: Any) -> tuple[Any, Any]:
     if not spec.many:
         return _scalar(spec, raw), None
     items = raw if isinstance(raw, list) else [raw]
+    if "" in items:
+        raise ValueError("needs a value")
     if not spec.path:
         items = [part.strip() for item in items for part in str(item).split(",")]
     return tuple(_scalar(spec, item) for item in items), None
@@ -344,7 +382,7 @@ def _help(known: dict[str, Spec]) -> str:
             text += "; also " + " ".join(f"--{name}" for name in spec.spellings()[1:])
         text = textwrap.fill(text, width, initial_indent=" " * 32, subsequent_indent=" " * 32, break_on_hyphens=False)
         flag = f"  --{spec.name} {kind}".ljust(32)
-        blocks.setdefault(spec.owner, []).append(flag + text[32:] if len(flag) == 32 else f"{flag}\n{text}")
+        blocks.setdefault(spec.owner, []).append(flag + text[32:] if flag[31:] == " " else f"{flag}\n{text}")
 
     lines = ["  --config PATH".ljust(32) + "a YAML file with any of these"]
     for owner in sorted(blocks, key=lambda owner: -len(owner.__mro__)):

@@ -159,6 +159,7 @@ def measure(engine, rows: int) -> dict[str, float]:
     forget_peak(engine.backend.device)
     backend, begin = engine.backend, time.perf_counter()
     meter = Meter(engine.model, engine.dtype, backend.device, engine.config.measure_peak)
+    engine.logger.start(0, min(STEPS, engine.total))
     meter.go()
     seconds, computed, tokens = [], [], 0.0
     steps = min(STEPS, engine.total)
@@ -179,7 +180,6 @@ def measure(engine, rows: int) -> dict[str, float]:
     asked = range(steps, min(engine.total, steps + 64))
     mean = statistics.mean([*computed, *(-(-len(engine.loader.rows(step)) // backend.world) for step in asked)])
     result = dict(step=row * mean, first=sum(seconds[:timed.start]), steps=steps, tokens=tokens / steps)
-    engine.logger.start(0, engine.total)
     engine.logger.log(engine.step, **meter.read(backend), grad_norm=float(norm))
     result["validation"] = validation_seconds(engine)
     start = time.perf_counter()

@@ -88,6 +88,22 @@ def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> Mode
     return ModelConfig.preset(preset, vocab_size=tokenizer.vocab_size, **changes)
 
 
+def check_start(config: StageConfig, model: CausalLM, parent: Checkpoint | None, outputs: list[Path]) -> None:
+    """What would be noticed too late: `outputs` are the files that the run will write."""
+    for path in outputs:  # written over, the parent is gone, and the run could not be continued
+        if parent and Path(parent.path).resolve() == path.resolve():
+            raise ValueError(
+                f"{path}: this run starts from these weights and would write over them; give its own another name with "
+                f"--save_weight, {config.save_weight}_2 for instance"
+            )
+    most = model.config.max_position_embeddings
+    if config.max_seq_len > most:
+        raise ValueError(
+            f"--max_seq_len {config.max_seq_len}: the model is made for {most} positions, and would never be asked for "
+            "more; lower it, or give a fresh model a larger --max_position_embeddings"
+        )
+
+
 def open_student(config: StageConfig, theirs: Tokenizer | None) -> tuple[Checkpoint | None, CausalLM, Tokenizer, str]:
     """Who learns from a teacher with the tokenizer `theirs`: weights of the stage before, or with --preset alone a
     fresh model -> (weights, model, tokenizer, a line to print)."""

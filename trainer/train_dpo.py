@@ -16,19 +16,13 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from trainer.config import StageConfig, option, parse, run
-
-OWN = ("beta", "dpo_beta", "max_prompt_length", "lora_rank", "lora_r", "r", "lora_alpha", "lora_targets",
-       "target_modules")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DPOConfig(StageConfig):
     """Options of preference tuning"""
-
-    elsewhere: ClassVar[dict[str, str]] = {k: v for k, v in StageConfig.elsewhere.items() if k not in OWN}
 
     save_weight: str = "rlhf"
     epochs: int = 2
@@ -51,6 +45,11 @@ class DPOConfig(StageConfig):
         found = super().problems()
         if self.label_smoothing and self.loss_type not in ("sigmoid", "simpo"):
             found.append(f"--label_smoothing {self.label_smoothing:g}: --loss_type {self.loss_type} has none")
+        if self.simpo_gamma != DPOConfig.simpo_gamma and self.loss_type != "simpo":
+            found.append(f"--simpo_gamma {self.simpo_gamma:g}: only --loss_type simpo has it, not {self.loss_type}")
+        changed = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) != getattr(DPOConfig, name)]
+        if changed and not self.lora_rank:
+            found.append(f"--{changed[0]}: without --lora_rank all weights are trained; give it as well")
         return found
 
 

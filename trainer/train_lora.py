@@ -16,16 +16,14 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from trainer.config import LORA, StageConfig, option, parse, run
+from trainer.config import StageConfig, option, parse, run
 
 
 @dataclass(frozen=True)
 class LoRAConfig(StageConfig):
     """Options of LoRA"""
 
-    elsewhere: ClassVar[dict[str, str]] = {k: v for k, v in StageConfig.elsewhere.items() if k not in LORA}
     save_weight: str = option("lora_identity", "name of the adapter", aliases=("lora_name",))
     lora_rank: int = option(8, "inner size of the matrices", aliases=("lora_r", "r"), within="[1, inf)")
     lora_alpha: float = option(16.0, "what they add is multiplied by alpha / rank", within="(0, inf)")
@@ -49,7 +47,8 @@ class LoRAConfig(StageConfig):
         bits = [f"--{name}: training beside quantised weights is not built yet; leave it out, and see with --plan what "
                 "fits (--batch_size, --activation_checkpointing)" for name in ("load_in_4bit", "load_in_8bit")
                 if getattr(self, name)]  # fmt: skip
-        return super().problems() + without + bits
+        found = [line.replace("--save_weight", "--lora_name") for line in super().problems()]
+        return found + without + bits
 
 
 def main():

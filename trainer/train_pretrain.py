@@ -1,8 +1,8 @@
 """Pretraining: a model learns to continue text. Writes out/pretrain_<hidden>[_moe].pth.
 
-    python trainer/train_pretrain.py                                       # the built-in tiny world, some minutes on a
-    CPU python trainer/train_pretrain.py --data_path dataset/pretrain_hq.jsonl --preset small torchrun --nproc_per_node
-    2 trainer/train_pretrain.py --preset base
+    python trainer/train_pretrain.py                                       # the built-in tiny world: minutes on a CPU
+    python trainer/train_pretrain.py --data_path dataset/pretrain_hq.jsonl --preset small
+    torchrun --nproc_per_node 2 trainer/train_pretrain.py --preset base
 
 Data: {"text": ...} rows in .jsonl, or plain .txt files. The architecture is stated here, once; later stages read it
 from the weights.
