@@ -224,7 +224,8 @@ def test_problems_in_a_file_name_the_file_and_the_key(tmp_path, complaints):
 
 
 @pytest.mark.parametrize("content, reason", [
-    (b"a: [1\nb: 2", ":2: "), (b"epochs: 3\nx: 1\nepochs: 2", ":3: epochs stands twice"), (b"- a\n- b", "expected `key: value` lines"), (b"a: \xff\xfe", "utf-8"),
+    (b"a: [1\nb: 2", ":2: "), (b"epochs: 3\nx: 1\nepochs: 2", ":3: epochs stands twice"),
+    (b"- a\n- b", "expected `key: value` lines"), (b"a: \xff\xfe", "utf-8"),
     (None, "No such file")])
 def test_an_unreadable_file_is_one_line(tmp_path, complaints, content, reason):
     path = tmp_path / "recipe.yaml"
