@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -58,13 +59,13 @@ def entry(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[Path, d
     if (facts := _facts(path)) is not None:
         return path, facts
     lock = root / f"{name}.lock"
-    with _locked(lock, f"{name}: waiting for the process that is building it"):
+    with _locked(lock, f"{name}: waiting for the process that is building it") as alone:
         if (facts := _facts(path)) is not None:
             return path, facts
         for leftover in root.iterdir():  # of a build that was killed, or an entry that was damaged
-            if leftover.name == name or leftover.name.startswith(f"{name}.tmp"):
+            if leftover.name == name or alone and leftover.name.startswith(f"{name}.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        temporary = root / f"{name}.tmp{os.getpid()}"
+        temporary = root / f"{name}.tmp{socket.gethostname()}-{os.getpid()}"
         temporary.mkdir()
         try:
             facts = build(temporary)
@@ -72,7 +73,12 @@ def entry(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[Path, d
             (temporary / "facts.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
             for file in temporary.iterdir():
                 _sync(file)
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except OSError:  # without locks another process may have been first, with the same
+                if (facts := _facts(path)) is None:
+                    raise
+                shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):  # whoever waits for it will find the entry; Windows keeps it while it is open there
                 lock.unlink()
         except BaseException:
@@ -108,16 +114,19 @@ def _sync(file: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, message: str) -> Iterator[None]:
-    """Holds the lock file. The system frees it when its holder dies, so a killed build blocks nobody."""
+def _locked(path: Path, message: str) -> Iterator[bool]:
+    """Holds the lock file -> whether it does: on some network drives there are no locks, and at worst two processes do
+    the same work. The system frees it when its holder dies, so a killed build blocks nobody."""
     with open(path, "ab") as handle:
-        if not _try_lock(handle):
+        locked = _try_lock(handle)
+        if locked is False:
             print(message, file=sys.stderr, flush=True)
             _wait_for_lock(handle)
-        yield  # closing the file frees it
+        yield locked is not None  # closing the file frees it
 
 
-def _try_lock(handle) -> bool:
+def _try_lock(handle) -> bool | None:
+    """None: there are no locks here."""
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,15 +135,15 @@ def _try_lock(handle) -> bool:
         return True
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # a network drive without locks: at worst two processes do the same work, and one rename wins
-        return True
+    except OSError:
+        return None
 
 
 def _wait_for_lock(handle) -> None:
     if fcntl:
         fcntl.flock(handle, fcntl.LOCK_EX)
         return
-    while not _try_lock(handle):  # msvcrt's own waiting gives up after ten seconds
+    while _try_lock(handle) is False:  # msvcrt's own waiting gives up after ten seconds
         time.sleep(0.2)
 
 

@@ -96,6 +96,8 @@ def examine(
         report.failure = str(error)
         return Examination(report)
     report.size, report.kind, report.layout = source.size, read.kind, read.layout
+    if read.unread:
+        named(report.notes, f"columns that are not read: {', '.join(read.unread)}").add(read.line)
     examination = Examination(report, source, read)
     share = min(1.0, sample / source.size) if sample else 1.0
     examination.run(TokenStatistics(read.kind, tokenizer, max_seq_len, batch_size), val_hashes, share)

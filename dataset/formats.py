@@ -117,7 +117,8 @@ def _dialogue(row: dict, key: str) -> dict:
 
 
 def _exchange(row: dict, question: str, answer: str) -> dict:
-    """One question and its answer. Alpaca: an `input` below the instruction, earlier turns in `history`."""
+    """One question and its answer. Alpaca: an `input` below the instruction, earlier turns in `history`. Dolly: the
+    passage that is asked about in `context`."""
     reply = {key: row[key] for key in REASONING if key in row}
     return _with_tools(row, _asked(row, question) + _said(row[answer], "assistant", answer, reply))
 
@@ -152,8 +153,8 @@ def _asked(row: dict, key: str) -> list[dict]:
         messages = []
         for i, turn in enumerate(turns):
             messages += _turn(turn, f"{key}[{i}]")
-    elif key == "instruction":
-        parts = [_text(row[name], f'"{name}"') for name in ("instruction", "input") if row.get(name)]
+    elif key == "instruction" or isinstance(row[key], str):
+        parts = [_text(row[name], f'"{name}"') for name in (key, *BELOW) if row.get(name)]
         messages = [{"role": "user", "content": "\n".join(parts)}]
     else:
         messages = _said(row[key], "user", key)
@@ -164,7 +165,7 @@ def _asked(row: dict, key: str) -> list[dict]:
 
 
 def _with_system(row: dict, messages: list[dict]) -> list[dict]:
-    system = row.get("system")
+    system = row.get("system") or row.get("system_prompt")
     if system and messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     return messages
@@ -224,7 +225,11 @@ def _message(turn: dict, where: str) -> dict:
     content = turn["content"] if "content" in turn else turn.get("value")
     if len(turn) == 2 and content and isinstance(content, str) and isinstance(role, str) and role not in CALLS:
         return {"role": ROLES.get(role, role), "content": content}  # nearly always
-    calls, reasoning = turn.get("tool_calls"), None
+    calls, reasoning = turn.get("tool_calls") or turn.get("function_call"), None
+    for key in ("weight", "loss", "train"):
+        if turn.get(key) in (0, False) and ROLES.get(role, role) == "assistant":
+            raise ValueError(f'{where}: "{key}": {turn[key]!r} asks not to train on this answer, which cannot be '
+                             "done for single turns yet; end the row before it, or take the key out to train on it")
     for key in REASONING:
         reasoning = reasoning or turn.get(key)
     if isinstance(content, list):
@@ -280,6 +285,7 @@ def _call(call: object, where: str) -> dict:
 
 DIALOGUES = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "query", "question")
+BELOW = ("input", "context")  # what a question is about; stands below it
 PAIRED = (("human", "assistant"), ("user", "assistant"), ("input", "output"))  # inside one turn of a dialogue
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -297,7 +303,15 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("text", ("text",), _document),
 )
 LAYOUT_OF = {layout.columns: layout for layout in LAYOUTS}
-BESIDE = ("input", "history", "system", "tools", "functions", *REASONING, "label", "kto_tag")  # read where they are
+BESIDE = (*BELOW, "history", "system", "system_prompt", "tools", "functions", *REASONING, "label", "kto_tag")
+
+
+def unread(row: dict, layout: Layout) -> list[str]:
+    """Columns that are left aside. A document's are its own business."""
+    if layout.kind == "text":
+        return []
+    beside = BESIDE[len(BELOW):] if layout.columns[0] in (*DIALOGUES, "chosen") else BESIDE
+    return [key for key in row if key not in (*layout.columns, *beside)]
 
 
 def column_names() -> Iterable[str]:

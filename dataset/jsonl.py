@@ -167,6 +167,8 @@ def array_to_jsonl(path: Path, target: Path) -> tuple[np.ndarray, np.ndarray]:
             if not separator:
                 reader.fail("expected ',' or ']' after an element")
             end = separator == "]"
+        if not reader.at_end():
+            reader.fail("something stands after the array's end; a file is one array, or a row a line")
     return np.array(starts, np.int64), np.array(lines, np.int64)
 
 
@@ -205,6 +207,11 @@ class _ArrayReader:
                 self.at += len(found)
                 return found
             self.more()
+
+    def at_end(self) -> bool:
+        """Whether nothing but white space is left."""
+        self.skip("")
+        return self.at == len(self.text)
 
     def element(self) -> tuple[int, str]:
         """Its line, and its text on one line: JSON has line ends between its words only, never inside of one."""

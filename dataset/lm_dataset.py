@@ -298,5 +298,7 @@ def rows_without_use(caches: list[tuple[TokenCache, float]]) -> str:
     where = [place for cache, _ in caches for place in cache.facts["first_empty"]][:3]
     bad = sum(cache.facts["bad"] for cache, _ in caches)
     rejects = ", ".join(cache.facts["rejects"] for cache, _ in caches if cache.facts["bad"])
-    return (f"; {empty:,} rows with nothing to train on left out ({', '.join(where)})" if empty else "") + (
+    unread = dict.fromkeys(name for cache, _ in caches for name in cache.facts["unread"])
+    aside = f"; columns not read: {', '.join(unread)}" if unread else ""
+    return aside + (f"; {empty:,} rows with nothing to train on left out ({', '.join(where)})" if empty else "") + (
         f"; {bad:,} bad rows skipped (see {rejects})" if bad else "")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.formats import DIALOGUES, column_names, layout_of, not_that_kind
+from dataset.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
 from dataset.jsonl import Jsonl, decode, parse_row
 from dataset.pairs import check_pair
 from tokenizer.chat import check_messages, never_closed
@@ -89,6 +89,7 @@ class Reader:
     kind: str
     layout: str = ""  # what the head shows; empty: it shows nothing, each row says what is wrong with it
     line: int = 1  # where
+    unread: tuple[str, ...] = ()  # columns of that row that mean nothing to us
     mapping: Mapping | None = None
 
     def __call__(self, raw: bytes) -> dict:
@@ -127,7 +128,8 @@ def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None 
         columns |= dict.fromkeys(row)
         layout = layout_of(mapping(row) if mapping else row, kind)
         if not found and layout and kind in (None, layout.kind):
-            found = Reader(layout.kind, layout.name, source.line(i), mapping)
+            aside = () if mapping else tuple(unread(row, layout))  # a mapping says itself what is read
+            found = Reader(layout.kind, layout.name, source.line(i), aside, mapping)
     missing = [name for name in mapping.columns.values() if name not in columns] if mapping else []
     if missing:
         missing, there = (", ".join(f'"{name}"' for name in names) for names in (missing, columns))

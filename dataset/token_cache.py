@@ -32,7 +32,7 @@ from dataset.reader import Mapping, Reader, find_reader
 from tokenizer.chat import encode_chat, encode_chats
 from tokenizer.text import Tokenizer
 
-FORMAT = 3
+FORMAT = 4
 CHUNK = 1 << 20  # bytes of rows that are tokenised together
 PIECE = 1 << 18  # characters of one text that are tokenised together
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays
@@ -139,7 +139,7 @@ class _Builder:
             "source": str(self.source.path.resolve()), "content": self.source.content, "kind": self.kind,
             "tokenizer": self.tokenizer.hash, "dtype": token_dtype(self.tokenizer).name, "rows": rows,
             "entries": self.entries, "documents": documents, "tokens": self.total,
-            "empty": self.empty, "first_empty": self.first_empty,
+            "empty": self.empty, "first_empty": self.first_empty, "unread": list(self.reader.unread),
             "bad": errors.count, "first_bad": errors.first, "rejects": str(errors.target),
         }  # fmt: skip
 

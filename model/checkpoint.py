@@ -89,17 +89,25 @@ def atomic(path: Path):
             temporary.unlink()
 
 
-def keep_previous(path: Path) -> Path | None:
-    """What is about to be replaced gets a second name, `<name>.previous.pth`, which no `--weight` means by chance."""
+def keep_previous(path: Path) -> str:
+    """What is about to be replaced gets a second name, `<name>.previous.pth`, which no `--weight` means by chance -> a
+    line to print, empty if there was nothing. That it cannot be kept is no reason to end a run."""
     if not path.exists():
-        return None
+        return ""
     kept = path.with_name(f"{path.stem}.previous{path.suffix}")
-    with atomic(kept) as temporary:
+    temporary = temporary_name(kept)
+    try:
         try:
             os.link(path, temporary)  # takes no space
         except OSError:  # a file system without links
             shutil.copy2(path, temporary)
-    return kept
+        os.replace(temporary, kept)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        return f"warning: {path} is replaced and could not be kept ({error.strerror})"
+    return f"{path} is replaced; what it was is now {kept.name}"
 
 
 def temporary_name(path: Path) -> Path:

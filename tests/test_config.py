@@ -356,3 +356,15 @@ def test_a_directory_that_cannot_be_written_is_known_at_once(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(ValueError, match=re.escape(f"--save_dir {folder}: nothing can be written there")):
             check_writable(str(folder))
+
+
+def test_yaml_may_merge_what_it_overrides(tmp_path):
+    """The key stands once in the file; that a merge brings it along is what merges are for."""
+    text = "x: &a {epochs: 1, batch_size: 3}\n"
+    import yaml
+
+    from trainer.options import _read_yaml
+
+    tree = _read_yaml(yaml, text + "b: &b {<<: *a, epochs: 2}\nc: {<<: *b, seed: 1}\n")
+    assert tree["b"] == {"epochs": 2, "batch_size": 3} and tree["c"] == {"epochs": 2, "batch_size": 3, "seed": 1}
+    assert _read_yaml(yaml, "") is None

@@ -250,3 +250,10 @@ def test_memory_does_not_grow_with_what_is_wrong(tmp_path):
     assert report.bad == 3000 and len(report.errors) <= doctor.REASONS + 1
     assert all(len(f.lines) <= doctor.SHOWN and len(f.what) <= 300 for f in report.errors.values())
     assert examine(file, ByteTokenizer()).verdicts.nbytes == 3001, "a byte a row"
+
+
+def test_columns_that_are_left_aside_are_named(tmp_path):
+    row = {"instruction": "Who?", "context": "Lucy.", "response": "Lucy", "category": "qa", "score": 3}
+    report = check(jsonl(tmp_path / "a.jsonl", row))
+    assert list(finding.what for finding in report.notes.values()) == ["columns that are not read: category, score"]
+    assert "columns not read: category, score" in sft(tmp_path / "a.jsonl", max_seq_len=99).summary

@@ -283,3 +283,37 @@ def test_a_json_array_says_the_line_of_its_bad_row(tmp_path):
         sft(file)
     file.write_text(json.dumps(rows[:1], indent=1), encoding="utf-8")
     assert "a\nb" in text(sft(file).tokens(0))
+
+
+@pytest.mark.parametrize("row, asked", (
+    ({"instruction": "Who?", "context": "Lucy lives here.", "response": "Lucy", "category": "qa"},
+     "Who?\nLucy lives here."),
+    ({"prompt": "Add.", "input": "1+1", "completion": "2"}, "Add.\n1+1"),
+    ({"question": "Who?", "context": "", "answer": "Lucy"}, "Who?"),
+))
+def test_what_a_question_is_about_stands_below_it(row, asked):
+    """Dolly's passages were dropped, and the model learned to answer about texts that it had not seen."""
+    messages, _ = to_conversation(row)
+    assert messages[0] == {"role": "user", "content": asked} and len(messages) == 2
+
+
+def test_a_system_prompt_by_its_other_name():
+    row = {"system_prompt": "Be brief.", "question": "hi", "response": "yo"}  # OpenOrca
+    assert to_conversation(row)[0][0] == {"role": "system", "content": "Be brief."}
+    pair = to_preference({"system_prompt": "Be brief.", "prompt": "hi", "chosen": "yo", "rejected": "no"})
+    assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "system"
+
+
+@pytest.mark.parametrize("flag", ({"weight": 0}, {"loss": False}, {"train": False}))
+def test_an_answer_that_is_not_to_be_trained_on_is_refused(flag):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "bad"} | flag]
+    with pytest.raises(ValueError, match=r'messages\[1\]: "\w+": (0|False) asks not to train on this answer'):
+        to_conversation({"messages": turns})
+    turns[1] |= {key: 1 for key in flag}
+    assert to_conversation({"messages": turns})[0][1] == {"role": "assistant", "content": "bad"}
+
+
+def test_a_call_beside_text_is_kept():
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "Let me see.",
+             "function_call": {"name": "add", "arguments": "{\"a\": 1}"}}]  # fmt: skip
+    assert to_conversation({"messages": turns})[0][1]["tool_calls"] == [{"name": "add", "arguments": {"a": 1}}]

@@ -280,3 +280,14 @@ def test_a_text_file_comes_in_whole_characters_cut_at_line_ends(tmp_path_factory
     for before, chunk in zip(chunks, chunks[1:]):
         assert before.rows[0].endswith(b"\n") or b"\n" not in before.rows[0]
         assert chunk.lines[0] == 1 + b"".join(c.rows[0] for c in chunks[: chunks.index(chunk)]).count(b"\n")
+
+
+@pytest.mark.parametrize("rest", ('[{"text": "c"}]', '{"text": "c"}', "]", "x"))
+def test_what_stands_after_an_array_is_not_lost_silently(rest, tmp_path):
+    """`cat a.json b.json > all.json`: of 6 rows 3 were read."""
+    path = tmp_path / "all.json"
+    path.write_text('[{"text": "a"},\n{"text": "b"}]\n\n' + rest, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"all.json:4: broken JSON: something stands after the array's end"):
+        Jsonl(path)
+    path.write_text('[{"text": "a"},\n{"text": "b"}]\n\n', encoding="utf-8")
+    assert len(Jsonl(path)) == 2

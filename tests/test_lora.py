@@ -116,6 +116,15 @@ def test_a_directory_of_pefts_own_is_read(tmp_path):
     torch.testing.assert_close(logits(adapter.apply(base())), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", ("pissa", "pissa_niter_4", "olora"))
+def test_adapters_that_changed_their_base_are_refused(tmp_path, how):
+    """They were added to the base as it was before: other logits by 4."""
+    values = dict(peft_type="LORA", r=2, lora_alpha=2, init_lora_weights=how)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"init_lora_weights='{how}' changed the base too"):
+        load_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2})])
 def test_what_would_compute_something_else_is_refused(tmp_path, key, value):
     values = dict(peft_type="LORA", r=2, lora_alpha=2) | {key: value}

@@ -50,6 +50,28 @@ def test_logits_equal_transformers(name, tmp_path):
         torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family, left_out", (
+    ("Llama", ("tie_word_embeddings", "rms_norm_eps", "num_key_value_heads")),
+    ("Qwen3Moe", ("tie_word_embeddings", "rms_norm_eps", "norm_topk_prob")),
+))  # fmt: skip
+def test_what_a_config_does_not_say_is_what_transformers_takes_it_for(family, left_out, tmp_path):
+    """Configs of older versions lack keys. With our own defaults an untied head was silently tied."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    moe = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8) if "Moe" in family else {}
+    values = {key: value for key, value in (TINY | moe).items() if key not in left_out}
+    theirs = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**values)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    theirs.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k not in left_out}))
+    tokens = torch.randint(1, TINY["vocab_size"], (2, 50))
+    with torch.no_grad():
+        logits = load_weights(tmp_path).build()(tokens).logits
+        torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", [f"minimind{g}_{kind}" for g in (2, 3) for kind in ("dense", "moe", "yarn")])
 def test_logits_equal_minimind(name, shared):
     from safetensors.torch import load_file
@@ -63,6 +85,20 @@ def test_logits_equal_minimind(name, shared):
         logits = checkpoint.build()(expected["input_ids"]).logits
     if logits.shape != expected["logits"].shape:  # the long file keeps every 50th position
         logits = logits[:, ::50]
+    torch.testing.assert_close(logits, expected["logits"].float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_of_minimind_is_read_with_its_own_config(shared, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shared / "fixtures"
+    values = json.loads((folder / "minimind2_dense.json").read_text(encoding="utf-8")) | dict(model_type="minimind")
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    state = {name: tensor.clone() for name, tensor in load_weights(folder / "minimind2_dense.pth").state.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    expected = load_file(folder / "minimind2_dense.logits.safetensors")
+    with torch.no_grad():
+        logits = load_weights(tmp_path).build()(expected["input_ids"]).logits
     torch.testing.assert_close(logits, expected["logits"].float(), atol=1e-4, rtol=1e-4)
 
 

@@ -53,6 +53,29 @@ def test_a_fresh_run_of_the_same_name_keeps_what_the_last_one_wrote(pretrain, tm
     assert same(kept, old[tmp_path / "pretrain_32.pth"]), "its own weights are no other run's"
 
 
+def test_a_continued_run_does_not_take_another_ones_weights_for_its_own(pretrain, tmp_path, capsys):
+    """A was killed, B of the same name finished, A goes on: B's weights were replaced without a word."""
+    pretrain("--max_steps=2", "--seed=1")
+    pretrain("--max_steps=3", "--seed=2")
+    of_b = state_of(tmp_path / "pretrain_32.pth")
+    capsys.readouterr()
+    pretrain("--max_steps=4", "--seed=1", "--from_resume=auto")
+    assert "resumed after step 2" in (said := capsys.readouterr().out) and "is replaced" in said
+    assert same(state_of(tmp_path / "pretrain_32.previous.pth"), of_b)
+
+
+def test_merged_and_exported_weights_are_not_written_over_either(pretrain, tmp_path):
+    write_sft(tmp_path / "sft.jsonl")
+    common = [f"--data_path={tmp_path / 'sft.jsonl'}", "--max_steps=1"]
+    pretrain("--max_steps=1", f"--output_dir={tmp_path}")
+    lora = ["lora", *common, f"--save_dir={tmp_path}", "--lora_name=x", "--merge_lora"]
+    run_stage(*lora, "--from_weight=pretrain")
+    with pytest.raises(ValueError, match="x_merged_32.pth: this run starts from these weights"):
+        run_stage(*lora, "--from_weight=x_merged")
+    with pytest.raises(ValueError, match="final_model: this run starts from these weights"):
+        run_stage("full_sft", *common, f"--from_weight={tmp_path / 'final_model'}", f"--output_dir={tmp_path}")
+
+
 def test_a_finished_run_that_is_continued_has_its_weights(pretrain, tmp_path):
     """Killed between the last state and the weights: nothing was left to do, and `done` named a file that was not."""
     pretrain("--max_steps=3")
@@ -73,20 +96,33 @@ def test_a_tokenizer_that_is_replaced_stays_for_its_weights(tmp_path, capsys):
     assert f"is now in {out / f'tokenizer-{first.hash[:12]}'}" in capsys.readouterr().out
     recorded = dict(path=str(out / "tokenizer"), hash=first.hash)
     assert tokenizer_of(recorded, out / "pretrain_32.pth", first.vocab_size).hash == first.hash
-    assert Tokenizer.load(out / "tokenizer").hash != first.hash
+    second = Tokenizer.load(out / "tokenizer").hash
+    assert second != first.hash
+
+    (out / "tokenizer" / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}', encoding="utf-8")
+    save(train_bpe(iter(["麻雀虽小"] * 9), 290), out / "tokenizer")  # half an hour of training is not lost to that
+    assert Tokenizer.load(out / "tokenizer").hash == second
 
 
-def test_a_link_or_a_copy(tmp_path, monkeypatch):
-    """File systems without links get a copy."""
+def test_a_link_a_copy_or_a_warning(tmp_path, monkeypatch):
+    """File systems without links get a copy; where there is no space for one, the run goes on and says so."""
     from model import checkpoint
 
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
     path = tmp_path / "x_32.pth"
-    assert checkpoint.keep_previous(path) is None
-    monkeypatch.setattr(checkpoint.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    assert checkpoint.keep_previous(path) == ""
+    monkeypatch.setattr(checkpoint.os, "link", fails)
     torch.save({"a": torch.ones(2)}, path)
-    kept = checkpoint.keep_previous(path)
-    assert kept.name == "x_32.previous.pth" and kept.read_bytes() == path.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x_32.previous.pth", "x_32.pth"]
+    assert checkpoint.keep_previous(path) == f"{path} is replaced; what it was is now x_32.previous.pth"
+    kept = tmp_path / "x_32.previous.pth"
+    assert kept.read_bytes() == path.read_bytes()
+    kept.unlink()
+    monkeypatch.setattr(checkpoint.shutil, "copy2", fails)
+    line = f"warning: {path} is replaced and could not be kept (No space left on device)"
+    assert checkpoint.keep_previous(path) == line
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_run_that_has_done_more_than_is_asked_for_says_so(pretrain):

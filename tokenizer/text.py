@@ -35,7 +35,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.config = config or {}  # tokenizer_config.json: foreign chat templates ask it for bos_token and the like
         self.control: dict[str, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        self.hash = _hash(spec, chat_template)
+        self.hash = _hash(spec, chat_template, self.config)
         self._plain = _without_added_tokens(spec, path)
         self._bytes, self._drops_first_space = _bytes_of_ids(spec)
         self.vocab_size: int = max(self._bytes) + 1
@@ -219,11 +219,15 @@ def _from_sentencepiece(token: str) -> bytes:
     return token.replace("\u2581", " ").encode()
 
 
-def _hash(spec: dict, chat_template: str | None) -> str:
+def _hash(spec: dict, chat_template: str | None, config: dict) -> str:
     """Of what decides the ids and nothing else, so that other tools may reformat the file."""
     defining = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer", "model")}
     defining["added_tokens"] = sorted((token["id"], token["content"]) for token in spec["added_tokens"])
     defining["chat_template"] = chat_template
+    if not {END_OF_TEXT, IM_START, IM_END} <= {token["content"] for token in spec["added_tokens"]} or (
+        chat_template and "_token" in chat_template
+    ):  # then names in tokenizer_config.json decide too: a template writes {{ eos_token }}
+        defining["names"] = [config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")]
     return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()
 
 

@@ -38,7 +38,7 @@ from tokenizer.resolve import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.backend import Backend
 from trainer.config import ROOT
-from trainer.prepare import Data
+from trainer.prepare import Data, check_positions
 
 CHUNK = 1 << 24  # logits that exist at once, of each model
 
@@ -147,6 +147,7 @@ class Distill:
 def open_teacher(config) -> tuple[Checkpoint, Tokenizer, None]:
     """--teacher -> its weights and its tokenizer."""
     weights = load_weights(find_weights(config.teacher, config.save_dir, ROOT / "out"))
+    check_positions(config, weights.config, f"--teacher {config.teacher}")
     place = config.tokenizer_path if not weights.tokenizer else None  # of another project's file
     return weights, tokenizer_of(weights.tokenizer, Path(weights.path), weights.config.vocab_size, place), None
 

@@ -77,7 +77,7 @@ class Engine:
         self.name = weights_name(config.save_weight, self.model.config)
         self.save_dir = Path(config.save_dir)
         self.folder = self.save_dir / job.output.folder
-        check_start(config, self.model, job.parent, [self.folder / self.name, self.folder / "best" / self.name])
+        check_start(config, self.model, job.parent, job.output.writes(self.folder / self.name, config))
         states = self.save_dir / "resume" / Path(self.name).stem
         found = self._find(states)
         self.resumed = found is not None
@@ -302,8 +302,8 @@ class Engine:
         """Inside `whole`. What another run left under this name is kept once."""
         first, self.written = path not in self.written, self.written | {path}
         if self.backend.main:
-            if first and not self.resumed and (kept := keep_previous(path)):
-                self.logger.print(f"{path} is replaced; what it was is now {kept.name}")
+            if first and not (self.resumed and resume.is_of(self._lineage(), path)) and (line := keep_previous(path)):
+                self.logger.print(line)
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
             tokenizer = dict(path=_relative(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
             self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage)

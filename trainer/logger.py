@@ -78,7 +78,7 @@ class RunLogger(NoLogger):
         self._try("metrics.jsonl", self._open_metrics, step)
         for name in TRACKERS:
             if getattr(self.config, f"use_{name}", False):
-                self._try(name, getattr(self, f"_open_{name}"))
+                self._try(name, getattr(self, f"_open_{name}"), step)
         if sys.stderr.isatty():
             self._try("progress bar", self._open_bar, step)
 
@@ -163,14 +163,14 @@ class RunLogger(NoLogger):
     def _tracked(self) -> dict[str, Any]:
         return self.config.as_dict() | self.facts
 
-    def _open_wandb(self) -> None:
+    def _open_wandb(self, _step: int) -> None:
         import wandb
         run = wandb.init(project=self.config.wandb_project, name=self.config.wandb_run_name or self.run_dir.name,
                          id=self.run_dir.name, resume="allow", dir=str(self.run_dir), config=self._tracked())
         self.sinks["wandb"] = lambda step, numbers: run.log(numbers, step=step)
         self.closers["wandb"] = run.finish
 
-    def _open_swanlab(self) -> None:
+    def _open_swanlab(self, _step: int) -> None:
         import swanlab
         folder = self.run_dir / "swanlab"
         folder.mkdir(exist_ok=True)
@@ -179,9 +179,9 @@ class RunLogger(NoLogger):
         self.sinks["swanlab"] = lambda step, numbers: run.log(numbers, step=step)
         self.closers["swanlab"] = run.finish
 
-    def _open_tensorboard(self) -> None:
+    def _open_tensorboard(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(str(self.run_dir / "tensorboard"), flush_secs=10)
+        writer = SummaryWriter(str(self.run_dir / "tensorboard"), flush_secs=10, purge_step=step + 1)
         writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in self._tracked().items()))
 
         def write(step: int, numbers: dict) -> None:

@@ -64,6 +64,8 @@ class Meter:
 
     def restore(self, names: list[str], everyone: Tensor, backend) -> None:
         """The inverse; the first rank takes all where the number of processes has changed."""
+        if everyone.shape[1] == 2 + len(names):  # of a state that knew neither arithmetic nor time
+            everyone = torch.cat([everyone[:, :2], torch.zeros(len(everyone), 2), everyone[:, 2:]], 1)
         same = len(everyone) == backend.world
         own = everyone[backend.rank] if same else everyone.sum(0) * backend.main
         self.units, self.tokens, _, self.seconds = everyone[0, :4].tolist()

@@ -165,21 +165,21 @@ def _flags(words: list[str]) -> Iterator[tuple[str, str, str]]:
         yield typed, typed.removeprefix("--"), value
 
 
-def _strict(yaml) -> type:
-    """yaml.SafeLoader, which takes the last of two equal keys without a word; this one refuses."""
-
-    class Strict(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
-                    continue
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    return Strict
+def _read_yaml(yaml, file) -> Any:
+    """yaml.safe_load, which takes the last of two equal keys without a word; here they are an error."""
+    loader = yaml.SafeLoader(file)
+    root = loader.get_single_node()
+    nodes = [root]
+    for node in nodes:  # before aliases and merges (<<) are put in place: what is written is looked at
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            names = [key.value for key in keys]
+            for key in (key for i, key in enumerate(keys) if key.value in names[:i]):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            children = [value for _, value in node.value]
+        nodes += [child for child in children if child not in nodes]
+    return loader.construct_document(root) if root is not None else None
 
 
 def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple[str, Spec, str, Any]]:
@@ -191,7 +191,7 @@ def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple
         return []
     try:
         with open(path, encoding="utf-8-sig") as file:
-            tree = yaml.load(file, _strict(yaml)) or {}
+            tree = _read_yaml(yaml, file) or {}
     except OSError as error:
         problems.append(f"--config {path}: {error.strerror}" if path else "--config: needs a file")
         return []

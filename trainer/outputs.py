@@ -11,7 +11,7 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 from model.adapter import find_base, load_adapter, save_adapter
-from model.checkpoint import Checkpoint, load_weights, save_weights, weights_name
+from model.checkpoint import Checkpoint, keep_previous, load_weights, save_weights
 from model.export import copy_tokenizer, save_hf
 from model.interop.peft import save_peft
 from model.lora import LoRASettings, merge, remove_lora
@@ -25,6 +25,11 @@ class Weights:
 
     folder = ""  # below save_dir
     identity: dict = {}  # what else may not change when a run is continued
+
+    def writes(self, path: Path, config: StageConfig) -> list[Path]:
+        """Every place that is written to, `path` first."""
+        exported = [Path(config.output_dir) / "final_model"] if config.output_dir else []
+        return [path, path.parent / "best" / path.name, *exported]
 
     def save(self, path: Path, model: CausalLM, *, tokenizer: dict, lineage: list[dict]) -> None:
         save_weights(path, model, tokenizer=tokenizer, lineage=lineage)
@@ -47,7 +52,7 @@ class AdapterOnly(Weights):
     settings: LoRASettings
     parent: InitVar[Checkpoint]
     peft: bool = False  # also as a directory that peft reads
-    merged: str = ""  # name of full weights to write as well
+    merged: str = ""  # file of full weights to write as well
     folder = "lora"
     base: dict = field(init=False)
 
@@ -57,6 +62,9 @@ class AdapterOnly(Weights):
     @property
     def identity(self) -> dict:
         return dict(lora=self.settings.to_dict())
+
+    def writes(self, path, config):
+        return [*super().writes(path, config)[:2], *([Path(config.save_dir) / self.merged] if self.merged else [])]
 
     def save(self, path, model, *, tokenizer, lineage):
         save_adapter(path, model, self.settings, base=self.base, tokenizer=tokenizer, lineage=lineage)
@@ -73,7 +81,8 @@ class AdapterOnly(Weights):
             model = adapter.apply(find_base(adapter, None, config.save_dir).build())
             merge(model)
             remove_lora(model)
-            full = Path(config.save_dir) / weights_name(self.merged, model.config)
+            full = Path(config.save_dir) / self.merged
+            lines += filter(None, [keep_previous(full)])
             save_weights(full, model, tokenizer=adapter.tokenizer, lineage=adapter.lineage)
             lines.append(f"also: {full}, with the adapter merged into the weights")
         return lines

@@ -96,11 +96,15 @@ def check_start(config: StageConfig, model: CausalLM, parent: Checkpoint | None,
                 f"{path}: this run starts from these weights and would write over them; give its own another name with "
                 f"--save_weight, {config.save_weight}_2 for instance"
             )
-    most = model.config.max_position_embeddings
+    check_positions(config, model.config, "the model")
+
+
+def check_positions(config: StageConfig, shape: ModelConfig, whose: str) -> None:
+    most = shape.max_position_embeddings
     if config.max_seq_len > most:
         raise ValueError(
-            f"--max_seq_len {config.max_seq_len}: the model is made for {most} positions, and would never be asked for "
-            "more; lower it, or give a fresh model a larger --max_position_embeddings"
+            f"--max_seq_len {config.max_seq_len}: {whose} is made for {most} positions, and is never asked for more; "
+            "lower it, or give a fresh model a larger --max_position_embeddings"
         )
 
 

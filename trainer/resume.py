@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model.checkpoint import sweep
+from model.checkpoint import read_plain, sweep
 from trainer.durable import problem, remove, write_folder
 
 # What a continued run may not change, since it would no longer be the same run
@@ -105,6 +105,15 @@ def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
 def read_values(path: Path) -> dict:
     """Only the plain values of a state."""
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def is_of(run: dict, weights: Path) -> bool:
+    """Whether an earlier process of the run with this lineage entry has written that file."""
+    try:
+        last = read_plain(weights)["lineage"][-1]
+    except (ValueError, KeyError, IndexError):  # not there, damaged, or of somebody else
+        return False
+    return last["steps"] <= run["steps"] and all(last.get(k) == run[k] for k in ("stage", "data", "parent", "seed"))
 
 
 def new_run(states: Path) -> str:

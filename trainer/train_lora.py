@@ -57,6 +57,7 @@ def main():
     import torch
 
     from dataset.lm_dataset import SFTDataset
+    from model.checkpoint import weights_name
     from model.lora import LoRASettings, add_lora, freeze
     from trainer.backend import start
     from trainer.engine import Engine, Job
@@ -72,7 +73,7 @@ def main():
     model = parent.build()
     freeze(model)
     layers = add_lora(model, settings)
-    merged = f"{config.save_weight}_merged" if config.merge_lora else ""
+    merged = weights_name(f"{config.save_weight}_merged", model.config) if config.merge_lora else ""
     data = open_data(SFTDataset, config, config.save_weight, tokenizer, on_long=config.on_long)
     with start(config) as backend:
         torch.manual_seed(config.seed + backend.rank)  # dropout: other samples on every rank

@@ -93,14 +93,16 @@ def save(tokenizer, directory: str | Path) -> None:
     directory = Path(directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     text = tokenizer.to_str(pretty=True) + "\n"
-    former = directory / "tokenizer.json"
-    if former.is_file() and former.read_bytes() != text.encode() and directory != SHIPPED:
-        kept = set_aside(directory, Tokenizer.load(directory).hash)
+    former, kept = directory / "tokenizer.json", None
+    if former.is_file() and directory != SHIPPED:
+        try:
+            kept = set_aside(directory, known := Tokenizer.load(directory).hash)
+        except ValueError:  # of another kind
+            kept = set_aside(directory, known := hashlib.sha256(former.read_bytes()).hexdigest())
         kept.mkdir(exist_ok=True)
         for name in FILES:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, kept / name)
-        print(f"the tokenizer that was in {directory} is now in {kept}, for the weights that were trained with it")
     temporary = directory / f"tokenizer.json.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
@@ -110,6 +112,10 @@ def save(tokenizer, directory: str | Path) -> None:
     if directory != SHIPPED:
         for name in FILES[1:]:
             shutil.copyfile(SHIPPED / name, directory / name)
+    if kept and Tokenizer.load(directory).hash == known:  # the same again
+        shutil.rmtree(kept)
+    elif kept:
+        print(f"the tokenizer that was in {directory} is now in {kept}, for the weights that were trained with it")
 
 
 class Corpus:

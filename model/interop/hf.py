@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.interop.minimind import config_from_minimind
 
 SAME = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
@@ -26,6 +27,16 @@ FAMILIES = {
     "qwen3": dict(qk_norm=True),
     "qwen3_moe": dict(qk_norm=True),
 }
+# what transformers (5.2) takes where a file says nothing; llama's key/value heads: as many as query heads
+ABSENT = {
+    "llama": {},
+    "qwen2": dict(num_key_value_heads=32),
+    "qwen3": dict(num_key_value_heads=32, head_dim=128),
+    "qwen3_moe": dict(num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+                      norm_topk_prob=False, router_aux_loss_coef=0.001),
+}  # fmt: skip
+ROPE_KEYS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
+             "beta_slow", "attention_factor")  # fmt: skip
 
 
 def config_from_hf(values: dict) -> ModelConfig:
@@ -44,12 +55,17 @@ def config_from_hf(values: dict) -> ModelConfig:
     scaling = {**(values.get("rope_scaling") or rope)}
     theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    harmless = dict(truncate=True, finetuned=True, partial_rotary_factor=1.0)
+    scaling = {key: value for key, value in scaling.items() if value is not None and harmless.get(key) != value}
+    if strange := [f"{key}={value!r}" for key, value in scaling.items() if key not in ROPE_KEYS]:
+        raise ValueError(f"config.json: RoPE scaling not supported: {', '.join(strange)}")
     if kind == "yarn":
         scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
     if "num_local_experts" in values:  # transformers 5 writes Mixtral's name
         values = {**values, "num_experts": values["num_local_experts"]}
+    absent = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, num_key_value_heads=values.get("num_attention_heads"))
     return ModelConfig(
-        **{key: values[key] for key in SAME if values.get(key) is not None},
+        **absent | ABSENT[family] | {key: values[key] for key in SAME if values.get(key) is not None},
         **FAMILIES[family],
         rope_theta=theta,
         rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling},
@@ -62,7 +78,8 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     directory = Path(directory)
     try:
-        config = config_from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = (config_from_minimind if values.get("model_type") == "minimind" else config_from_hf)(values)
     except json.JSONDecodeError as error:
         raise ValueError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
     files = sorted(directory.glob("*.safetensors"))

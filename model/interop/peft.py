@@ -21,6 +21,7 @@ UNSUPPORTED = dict(
     rank_pattern=(None, {}), alpha_pattern=(None, {}), modules_to_save=(None, []), use_qalora=(None, False),
     alora_invocation_tokens=(None, []), trainable_token_indices=(None, []), target_parameters=(None, []),
 )  # fmt: skip
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")  # ways to begin that move weights around
 
 
 def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
@@ -33,6 +34,12 @@ def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
         raise ValueError(f"{directory / CONFIG}:{error.lineno}: {error.msg}") from None
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{directory / CONFIG}: peft_type {values.get('peft_type')!r} is not supported, only LORA")
+    start = str(values.get("init_lora_weights")).lower()
+    if start.startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"{directory / CONFIG}: init_lora_weights={start!r} changed the base too, which is not in this directory; "
+            "save it with peft's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
     if strange := [f"{k}={values[k]!r}" for k, plain in UNSUPPORTED.items() if values.get(k) not in plain]:
         raise ValueError(f"{directory / CONFIG}: not supported: {', '.join(strange)}")
     try:
