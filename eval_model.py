@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from trainer.config import ROOT, Options, option, parse, run
 
@@ -46,6 +46,14 @@ HARMLESS = {code: None for codes in STEERING for code in codes}
 @dataclass(frozen=True)
 class EvalConfig(Options):
     """Options of this script"""
+
+    needless: ClassVar[dict[str, str]] = {
+        "stream": "answers are always streamed", "show_speed": "the speed is always shown in a conversation",
+        "load": "what a file holds is told from the file", "interactive": "without --prompt it is a conversation",
+        **dict.fromkeys(("history_cnt", "historys"), "the conversation is kept as far as it fits; /reset forgets it")}
+    missing: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("base_model", "finetuned_model"), "comparing two models side by side is"),
+        "metrics": "BLEU, ROUGE and the like are"}
 
     model_mode: int | None = option(None, "0 pretrain completes text; 1 full_sft, 2 rlhf, 3 reason chat (default: 1 or "
                                     "what the named weights were trained for)", within="[0, 3]")

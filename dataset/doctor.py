@@ -98,6 +98,9 @@ def examine(
     report.size, report.kind, report.layout = source.size, read.kind, read.layout
     if read.unread:
         named(report.notes, f"columns that are not read: {', '.join(read.unread)}").add(read.line)
+    if read.kind == "rated":
+        what = "no stage trains on rated rows yet; scripts/prepare_data.py --to chat keeps the good ones"
+        named(report.notes, what).add(read.line)
     examination = Examination(report, source, read)
     share = min(1.0, sample / source.size) if sample else 1.0
     examination.run(TokenStatistics(read.kind, tokenizer, max_seq_len, batch_size), val_hashes, share)

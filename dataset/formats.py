@@ -100,7 +100,7 @@ def not_that_kind(row: dict, layout: Layout | None, kind: str | None) -> str:
 
 NEEDED = {
     None: "known layout", "text": '"text"', "chat": 'conversation ("conversations", "messages", "instruction", ...)',
-    "preference": 'pair of "chosen" and "rejected"', "rated": 'answer with a "label", true or false',
+    "preference": 'pair of "chosen" and "rejected"', "rated": 'rated answer ("label", true or false)',
 }  # fmt: skip
 
 

@@ -235,6 +235,9 @@ class _ArrayReader:
 def parse_row(raw: bytes) -> dict:
     """One row's object; a ValueError gives the reason, without the place, when it is none."""
     text = decode(raw)
+    if text.strip() in ("{", "["):
+        raise ValueError("a row has to stand on one line, and this one goes on below; what is spread over lines has to "
+                         "be a .json array")
     row = loads(text)
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object {{...}}, this is {type(row).__name__} {text[:40]!r}")

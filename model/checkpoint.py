@@ -193,7 +193,7 @@ def load_weights(path: Path | str) -> Checkpoint:
         if (path / "config.json").is_file():
             config, state = load_hf(path)
             return Checkpoint(path, state, config, {"path": str(path)} if (path / "tokenizer.json").is_file() else {})
-        path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside")
+        path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside{_adapter_in(path)}")
     content = read_plain(path)
     if content.get("format") == FORMAT:
         config = ModelConfig.from_dict(content["config"])
@@ -204,6 +204,12 @@ def load_weights(path: Path | str) -> Checkpoint:
         names = ", ".join(map(str, list(content)[:4]))
         raise ValueError(f"{path}: not weights of a language model (it begins with {names})")
     return Checkpoint(path, content, config_from_state(content))
+
+
+def _adapter_in(folder: Path) -> str:
+    """A hint for who looks for weights where LoRA has written."""
+    found = [f for f in (folder, folder / "lora_model") if (f / "adapter_config.json").is_file()]
+    return f"; {found[0]} is an adapter, which eval_model.py takes as --lora_path" if found else ""
 
 
 def read_plain(path: Path) -> dict:
@@ -259,7 +265,7 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         return Path(weight)
     if Path(weight).name != weight or weight.endswith(".pth"):
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weight) and not weight.endswith(".pth")
-        raise ValueError(f"{weight}: no such file or directory" + (
+        raise ValueError(f"{weight}: no such file or directory" + _adapter_in(Path(weight).parent) + (
             "; if it is a name on a hub: nothing is downloaded yet, give the directory of a copy" if hub else ""))
     for folder in map(Path, folders):
         found = []

@@ -16,6 +16,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import os
 import re
+import signal
 import subprocess
 import time
 from dataclasses import dataclass, replace
@@ -43,6 +44,14 @@ class QuickstartConfig(Options):
     lora_alpha: float = option(32.0, "what it adds is multiplied by alpha / r", within="(0, inf)")
     lora_dropout: float = option(0.1, "share of its inputs left out at random", within="[0, 1)")
     target_modules: tuple[str, ...] = option(("q_proj", "v_proj", "k_proj", "o_proj"), "layers that get one")
+    accumulation_steps: int = option(1, "batches summed into one step", within="[1, inf)",
+                                     aliases=("gradient_accumulation_steps",))
+    tokenizer_path: str | None = option(None, "directory with the model's tokenizer.json, where its file does not tell",
+                                        path=True)
+    dtype: str = option("auto", "compute precision", choices=("auto", "float32", "bfloat16", "float16"),
+                        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
+    seed: int = option(42, "seed of everything random", within="[0, inf)")
+    from_resume: str = option("0", "continue an interrupted training: 0, 1, auto", switch=("1", "0"))
     use_wandb: bool = option(False, "log to Weights & Biases as well")
     wandb_project: str = option("minimind_medical_chatbot", "its project")
     device: str = option("auto", "auto, cpu, cuda, ...")
@@ -90,8 +99,11 @@ def train(config: QuickstartConfig, base: Path) -> Path:
         epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size,
         learning_rate=config.learning_rate, max_seq_len=config.max_length, lora_rank=config.lora_r,
         lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, lora_targets=",".join(config.target_modules),
-        use_wandb=config.use_wandb, wandb_project=config.wandb_project, device=config.device,
+        use_wandb=config.use_wandb, wandb_project=config.wandb_project, device=config.device, dtype=config.dtype,
+        accumulation_steps=config.accumulation_steps, seed=config.seed, from_resume=config.from_resume,
     )  # fmt: skip
+    if config.tokenizer_path:
+        flags["tokenizer_path"] = config.tokenizer_path
     print("🚀 开始LoRA训练...\n📋 训练参数:")
     print(f"  - LoRA名称: {config.lora_name}\n  - 训练轮次: {config.epochs}")
     print(f"  - 批次大小: {config.batch_size}\n  - 学习率: {config.learning_rate:g}")
@@ -115,10 +127,17 @@ def call(command: list, shown=lambda line: line) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True,
                                encoding="utf-8", env=environment)  # fmt: skip
-    for line in process.stdout:
-        print(shown(line), end="", flush=True)
-    if process.wait():
-        raise SystemExit(process.returncode)
+    # the terminal sends Ctrl-C to the training too, which then saves and says so; what is sent to us alone is passed on
+    before = [signal.signal(signal.SIGINT, lambda *_: None),
+              signal.signal(signal.SIGTERM, lambda *_: process.terminate())]  # fmt: skip
+    try:
+        for line in process.stdout:
+            print(shown(line), end="", flush=True)
+        if process.wait():
+            raise SystemExit(process.returncode)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def quick_test(config: QuickstartConfig) -> QuickstartConfig:

@@ -46,8 +46,10 @@ class PrepareConfig(Options):
     cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
 
     def problems(self) -> list[str]:
-        alone = self.ratio and not self.identity_data
-        return super().problems() + ([f"--ratio {self.ratio:g}: of what? --identity_data is missing"] if alone else [])
+        alone = [f"--ratio {self.ratio:g}: of what? --identity_data is missing"]
+        hub = [f"--data_path {path}: no such file; nothing is downloaded from a hub yet, give a file that is here"
+               for path in self.data_path if not Path(path).suffix and not Path(path).exists()]  # fmt: skip
+        return super().problems() + hub + (alone if self.ratio and not self.identity_data else [])
 
 
 def main():
@@ -62,6 +64,11 @@ def main():
             raise ValueError(f"--save_path {target}: what is written is .jsonl; name it so, or give a folder")
         target = target / "train.jsonl"
     val_target = target.with_name("val.jsonl" if target.name == "train.jsonl" else f"{target.stem}.val.jsonl")
+    tokenizer = None
+    if config.max_seq_len:  # what is wrong with it is to be known before anything is written
+        from tokenizer.text import Tokenizer
+
+        tokenizer = Tokenizer.load(config.tokenizer_path)
     report = prepare(
         config.data_path, config.identity_data, target=target, val_target=val_target, ratio=config.ratio,
         val_fraction=config.val_fraction, data_limit=config.data_limit, to=config.to,
@@ -87,19 +94,17 @@ def main():
         print(f"warning: {val_target} is from another time and may hold rows that are in {target} now; remove it, or "
               "set some aside again with --val_fraction")
     if config.max_seq_len:
-        tokenise(target, report.kind, config)
+        tokenise(target, report.kind, tokenizer, config)
 
 
-def tokenise(path: Path, kind: str, config: PrepareConfig) -> None:
+def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:
     """Builds the token cache that training will find, and prints what fits."""
     from dataset.lm_dataset import PretrainDataset, SFTDataset
     from dataset.preference import PreferenceDataset
-    from tokenizer.text import Tokenizer
 
     dataset = {"text": PretrainDataset, "chat": SFTDataset, "preference": PreferenceDataset}.get(kind)
     if dataset is None:
         raise ValueError(f"--max_seq_len: no stage trains on {kind} rows yet; leave it out")
-    tokenizer = Tokenizer.load(config.tokenizer_path)
     print(f"tokenised: {dataset(path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir).summary}")
 
 

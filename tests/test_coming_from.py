@@ -32,7 +32,8 @@ def home(tmp_path_factory):
     for folder in ("data/mini", "dataset", "trainer", "../dataset/moemuu"):
         (home / folder).mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "configs", home / "configs")
-    shutil.copytree(ROOT / "tokenizer", home / "mini_tokenizer")
+    for name in ("mini_tokenizer", "tokenizer"):  # trained there; shipped here
+        shutil.copytree(ROOT / "tokenizer", home / name)
     write_pretrain(home / "data/pretrain.jsonl", 60)
     write_dpo(home / "data/dpo.jsonl")
     for name in ("data/mini/sft", "data/lora_medical", "dataset/medical_data_formatted", "dataset/medical_identity"):

@@ -135,6 +135,11 @@ def test_another_scripts_option_is_named_with_the_script(complaints):
     assert sorted(lines) == sorted(f"--{name}: not for this script; {scripts} it" for name, scripts in know.items())
 
 
+def test_what_needs_no_flag_here_is_said_and_passes(capsys):
+    assert read("--ddp", "--eval_steps", "50", "--save_total_limit", "3").val_interval == 50
+    assert capsys.readouterr().err == "note: --ddp: torchrun says so by itself\n"
+
+
 def test_an_empty_path_is_not_this_directory(complaints):
     assert complaints("--data_path", "") == ["--data_path: needs a value"]
 

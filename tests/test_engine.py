@@ -111,6 +111,34 @@ def stop_at(monkeypatch):
     return arrange
 
 
+def test_ctrl_c_that_also_hits_the_compiler_saves_all_the_same(tmp_path, monkeypatch):
+    """The terminal sends Ctrl-C to g++ as well, which torch.compile had started at step 3: the run ended with 1,500
+    lines of its complaints, and nothing was saved."""
+    write_sft(tmp_path / "sft.jsonl")
+    engine = sft_engine(tmp_path, 8, 1, max_steps=5)
+    engine.compiled, update = True, engine._update
+
+    def interrupted(batches, units):
+        if engine.step == 2:
+            torch.rand(3)  # dropout had begun
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("CppCompileError: g++ was killed")
+        return update(batches, units)
+
+    engine._update = interrupted
+    random = torch.get_rng_state()
+    with pytest.raises(SystemExit) as end:
+        engine.run()
+    assert end.value.code == 130 and torch.equal(torch.get_rng_state(), random), "as before the step"
+    assert [path.name for path in tmp_path.glob("out/resume/*/*/step_*")] == ["step_00000002"]
+
+    engine = sft_engine(tmp_path, 8, 1, max_steps=5)
+    engine.compiled = True
+    engine._update = lambda *_: (_ for _ in ()).throw(RuntimeError("a fault of ours"))
+    with pytest.raises(RuntimeError, match="a fault of ours"):  # without a Ctrl-C it is what it is
+        engine.run()
+
+
 def train_twice(stage, tmp_path, stop_at, stops, *flags):
     """-> (weights, optimiser state) of an undisturbed run and of one that was stopped and resumed at `stops`."""
     results = []

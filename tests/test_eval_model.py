@@ -442,8 +442,24 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
     (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; if it is a name on a hub"),
     (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
     (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
+    (["--base_model", "x"], "--base_model: comparing two models side by side is not built yet; leave it out"),
     (["--prompts_file", "a.json"], "a prompt a line, or a .jsonl of rows"),
 ))
 def test_what_is_not_there_ends_in_one_line(say, flags, complaint):
     status, out, err = say(*flags, *([] if "--prompts_file" in flags else ["--prompt", "hi"]))
     assert status == 2 and not out and err.startswith("error: ") and complaint in err and err.count("\n") == 1, err
+
+
+def test_a_folder_with_an_adapter_names_the_flag_that_takes_it(say, tmp_path):
+    """`--model_path DIR` after LoRA into DIR: there was no word about --lora_path."""
+    (tmp_path / "lora_model").mkdir()
+    (tmp_path / "lora_model/adapter_config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "lora_model", tmp_path / "final_model"):
+        status, _, err = say("--weight", path, "--prompt", "hi")
+        assert status == 2
+        assert f"{tmp_path / 'lora_model'} is an adapter, which eval_model.py takes as --lora_path" in err
+
+
+def test_minimind_s_flags_pass_with_a_note(say):
+    status, _, err = say("--stream", "1", "--history_cnt", "4", "--prompt", "hi", "--weight", "full_sft")
+    assert status == 0 and "note: --stream: answers are always streamed" in err and "/reset forgets it" in err

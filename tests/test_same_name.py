@@ -64,6 +64,22 @@ def test_a_continued_run_does_not_take_another_ones_weights_for_its_own(pretrain
     assert same(state_of(tmp_path / "pretrain_32.previous.pth"), of_b)
 
 
+def test_the_same_command_twice_starts_from_the_same_base(pretrain, tmp_path, monkeypatch):
+    """With --output_dir: the second time it found its own result first, under the base's name."""
+    from trainer import prepare
+
+    pretrain("--max_steps=1")
+    write_sft(tmp_path / "sft.jsonl")
+    (tmp_path / "out").mkdir()
+    base = (tmp_path / "pretrain_32.pth").rename(tmp_path / "out" / "full_sft_32.pth")
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    for _ in range(2):
+        run_stage("full_sft", f"--data_path={tmp_path / 'sft.jsonl'}", "--max_steps=1", "--from_weight=full_sft",
+                  f"--output_dir={tmp_path / 'mine'}")  # fmt: skip
+    parent = load_weights(tmp_path / "mine" / "full_sft_32.pth").lineage[-1]["parent"]
+    assert parent == load_weights(base).hash
+
+
 def test_merged_and_exported_weights_are_not_written_over_either(pretrain, tmp_path):
     write_sft(tmp_path / "sft.jsonl")
     common = [f"--data_path={tmp_path / 'sft.jsonl'}", "--max_steps=1"]

@@ -40,6 +40,12 @@ class StageConfig(Options):
     moot: ClassVar[dict[str, tuple[str, ...]]] = {"use_lora": (
         "lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")}
 
+    needless: ClassVar[dict[str, str]] = {
+        "ddp": "torchrun says so by itself", "per_device_eval_batch_size": "validation takes --batch_size",
+        "evaluation_strategy": "validation comes with every save, or as --val_interval says",
+        "eval_strategy": "validation comes with every save, or as --val_interval says",
+        "save_strategy": "saved is every --save_interval steps"}
+
     # model and data
     from_weight: str | None = option(
         None, "weights to start from: a name in save_dir or out/, a file, a Hugging Face directory",
@@ -92,10 +98,11 @@ class StageConfig(Options):
     save_weight: str = option("", "name of the weights file")
     save_interval: int = option(500, "save every N steps (0: at the end only)", aliases=("save_steps",),
                                 within="[0, inf)")
-    keep_last: int = option(2, "resume states kept", within="[1, inf)")
+    keep_last: int = option(2, "resume states kept", within="[1, inf)", aliases=("save_total_limit",))
     from_resume: str = option("0", "continue a killed run: 0, 1, auto or its path", aliases=("resume_from_checkpoint",),
                               switch=("1", "0"))
-    val_interval: int = option(0, "validate every N steps (0: at every save)", within="[0, inf)")
+    val_interval: int = option(0, "validate every N steps (0: at every save)", within="[0, inf)",
+                               aliases=("eval_steps",))
     log_interval: int = option(10, "log every N steps", aliases=("logging_steps",), within="[1, inf)")
     use_wandb: bool = option(False, "log to Weights & Biases as well (WANDB_MODE=offline: on this disk)")
     use_swanlab: bool = option(False, "log to SwanLab as well")

@@ -181,7 +181,10 @@ class Engine:
                 if stop:
                     break
                 rate = self._set_learning_rate()
-                metrics, norm, bad = self._update(batches, units)
+                with resume.undone(self.backend.device, received, self.compiled and self.backend.world == 1) as failed:
+                    metrics, norm, bad = self._update(batches, units)
+                if failed:
+                    break
                 self.step = step + 1
                 self.tokens += int(tokens)
                 meter.add(metrics, units, tokens, bad, batches)

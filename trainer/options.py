@@ -46,6 +46,8 @@ class Options:
     """Base of everything that `parse` can fill."""
 
     moot: ClassVar[dict[str, tuple[str, ...]]] = {}    # another script's switch -> what its `false` settles
+    needless: ClassVar[dict[str, str]] = {}            # what others have a flag for -> why nothing has to be said here
+    missing: ClassVar[dict[str, str]] = {}             # what others have a flag for -> what is not built yet
 
     def adopted(self) -> Options:
         """These values, completed by what is known only where the program runs."""
@@ -238,6 +240,12 @@ def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list
     off = [key for _, key, value in rows if key in switches and _is_off(value)]
     settled = {name for key in off for name in (key, *cls.moot.get(key, ()))}
     for where, key, _ in rows:
+        if key in cls.needless:
+            print(f"note: {where}: {cls.needless[key]}", file=sys.stderr)
+            continue
+        if key in cls.missing:
+            problems.append(f"{where}: {cls.missing[key]} not built yet; leave it out")
+            continue
         if known[key]:
             if key not in settled:
                 scripts = list(known[key])

@@ -125,9 +125,10 @@ def open_student(config: StageConfig, theirs: Tokenizer | None) -> tuple[Checkpo
 
 def open_weights(config: StageConfig, name: str) -> tuple[Checkpoint, Tokenizer, str]:
     """The weights to start from (--from_weight, by default the stage before), their tokenizer, and a line to print."""
-    path = find_weights(
-        config.from_weight or name, config.save_dir, ROOT / "out", hidden_size=config.hidden_size, moe=config.use_moe
-    )
+    wanted, folders = config.from_weight or name, [config.save_dir, ROOT / "out"]
+    if wanted == config.save_weight and Path(config.save_dir).resolve() != (ROOT / "out").resolve():
+        folders.reverse()  # the one in save_dir is what this very command has written the last time
+    path = find_weights(wanted, *folders, hidden_size=config.hidden_size, moe=config.use_moe)
     checkpoint = load_weights(path)
     stated = dict(PRESETS[config.preset]) if config.preset else {}
     stated |= {

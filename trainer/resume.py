@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -57,6 +58,21 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
     torch.set_rng_state(cpu.clone())  # it needs an aligned address
     if device.type == "cuda" and len(gpu):
         torch.cuda.set_rng_state(gpu.clone(), device)
+
+
+@contextmanager
+def undone(device: torch.device, received: list[int], alone: bool):
+    """A step that a Ctrl-C breaks off has not been. The terminal sends it to the compiler that torch.compile has
+    started as well, which ends with an error of its own; that is put into the list, instead of being raised."""
+    failed: list[Exception] = []
+    before = random_state(device) if alone else None
+    try:
+        yield failed
+    except Exception as error:
+        if not (alone and received):
+            raise
+        set_random_state(before, device)
+        failed.append(error)
 
 
 def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -74,6 +74,8 @@ def main():
     freeze(model)
     layers = add_lora(model, settings)
     merged = weights_name(f"{config.save_weight}_merged", model.config) if config.merge_lora else ""
+    named = config.save_weight != LoRAConfig.save_weight or not config.data_path
+    called = [] if named else [f"note: this adapter is called {config.save_weight}; --lora_name gives it another name"]
     data = open_data(SFTDataset, config, config.save_weight, tokenizer, on_long=config.on_long)
     with start(config) as backend:
         torch.manual_seed(config.seed + backend.rank)  # dropout: other samples on every rank
@@ -87,7 +89,7 @@ def main():
                 data=data,
                 packing=True,
                 parent=parent,
-                notes=[origin, f"adapters beside {len(layers)} layers: {', '.join(config.lora_targets)}"],
+                notes=[*called, origin, f"adapters beside {len(layers)} layers: {', '.join(config.lora_targets)}"],
                 output=AdapterOnly(settings, parent, config.save_peft, merged),
             ),
             backend,
