@@ -18,12 +18,12 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, st
 
     packing  rows have another number of trained positions in every step
     """
-    mode, possible = config.compile, can_compile(device.type)
-    if mode == "on" and not possible:
+    mode = config.compile
+    if mode == "off" or mode == "auto" and not (pays(model, config, device, steps) and can_compile(device.type)):
+        return False
+    if not can_compile(device.type):
         raise ValueError("--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
                          "python3-dev), on GPUs Triton too; install them, or leave it at auto")  # fmt: skip
-    if mode == "off" or mode == "auto" and not (possible and pays(model, config, device, steps)):
-        return False
     torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows, and few of those
     for block in model.model.layers:
         block.compile(dynamic=False)
@@ -33,11 +33,15 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, st
 
 def can_compile(device: str) -> bool:
     """Whether torch.compile finds what it needs: a compiler and Python's headers, on GPUs Triton."""
-    from torch.utils._triton import has_triton
-
     compilers = ("g++", "clang++") if device == "cpu" else ("gcc", "clang", "cc", os.environ.get("CC") or "cc")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return headers.is_file() and any(map(shutil.which, compilers)) and (device == "cpu" or has_triton())
+    if not headers.is_file() or not any(map(shutil.which, compilers)):
+        return False
+    if device == "cpu":
+        return True
+    from torch.utils._triton import has_triton  # brings torch's whole compiler along
+
+    return has_triton()
 
 
 def pays(model: CausalLM, config: StageConfig, device: torch.device, steps: int) -> bool:
