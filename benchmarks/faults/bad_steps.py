@@ -125,7 +125,7 @@ def main() -> int:
         first, every, *stages = map(int, sys.argv[2:])
         status = of_two(first, every, stages, Path(sys.argv[1]))
         sys.stdout.flush()
-        # torch 2.13 sometimes aborts in its own clearing up, after Python's end, where one process has made several DDPs
+        # torch 2.13 now and then aborts after Python's end, in a process that has made several DDPs
         os._exit(status)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
