@@ -197,7 +197,10 @@ def load_weights(path: Path | str) -> Checkpoint:
     content = read_plain(path)
     if content.get("format") == FORMAT:
         config = ModelConfig.from_dict(content["config"])
-        return Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
+        checkpoint = Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
+        if "model" in (known := content.get("sha256", {})):
+            checkpoint.hash = known["model"]  # `read_plain` has just computed it
+        return checkpoint
     if "model.embed_tokens.weight" not in content:
         if "lora" in content or any(".lora." in str(name) for name in content):
             raise ValueError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
