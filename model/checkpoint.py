@@ -197,10 +197,7 @@ def load_weights(path: Path | str) -> Checkpoint:
     content = read_plain(path)
     if content.get("format") == FORMAT:
         config = ModelConfig.from_dict(content["config"])
-        checkpoint = Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
-        if "model" in (known := content.get("sha256", {})):
-            checkpoint.hash = known["model"]  # `read_plain` has just computed it
-        return checkpoint
+        return Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
     if "model.embed_tokens.weight" not in content:
         if "lora" in content or any(".lora." in str(name) for name in content):
             raise ValueError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
