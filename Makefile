@@ -31,6 +31,7 @@ bench: .venv/ready-dev
 
 lint: .venv/ready-dev
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

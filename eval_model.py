@@ -48,17 +48,28 @@ class EvalConfig(Options):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
-        "stream": "answers are always streamed", "show_speed": "the speed is always shown in a conversation",
-        "load": "what a file holds is told from the file", "interactive": "without --prompt it is a conversation",
-        **dict.fromkeys(("history_cnt", "historys"), "the conversation is kept as far as it fits; /reset forgets it")}
+        "stream": "answers are always streamed",
+        "show_speed": "the speed is always shown in a conversation",
+        "load": "what a file holds is told from the file",
+        "interactive": "without --prompt it is a conversation",
+        **dict.fromkeys(("history_cnt", "historys"), "the conversation is kept as far as it fits; /reset forgets it"),
+    }
     missing: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("base_model", "finetuned_model"), "comparing two models side by side is"),
-        "metrics": "BLEU, ROUGE and the like are"}
+        "metrics": "BLEU, ROUGE and the like are",
+    }
 
-    model_mode: int | None = option(None, "0 pretrain completes text; 1 full_sft, 2 rlhf, 3 reason chat (default: 1 or "
-                                    "what the named weights were trained for)", within="[0, 3]")
-    weight: str | None = option(None, "a name in save_dir or out/, a file or a directory (default: the mode's name)",
-                                aliases=("model_path", "model_name_or_path", "from_weight"))
+    model_mode: int | None = option(
+        None,
+        "0 pretrain completes text; 1 full_sft, 2 rlhf, 3 reason chat (default: 1 or "
+        "what the named weights were trained for)",
+        within="[0, 3]",
+    )
+    weight: str | None = option(
+        None,
+        "a name in save_dir or out/, a file or a directory (default: the mode's name)",
+        aliases=("model_path", "model_name_or_path", "from_weight"),
+    )
     lora_name: str | None = option(None, "an adapter in lora/ there, on the weights it was trained on")
     lora_path: str | None = option(None, "an adapter's file, or peft's directory", path=True)
     merge_lora: bool = option(False, "add the adapter to the weights first: faster")
@@ -68,8 +79,9 @@ class EvalConfig(Options):
     use_moe: bool | None = option(None, "as hidden_size")
     tokenizer_path: str | None = option(None, "directory of the tokenizer (default: the weights know)", path=True)
     prompt: str = option("", "answer this and exit")
-    prompts_file: str | None = option(None, "answer a prompt a line, or the \"prompt\" of each line of a .jsonl",
-                                      path=True)
+    prompts_file: str | None = option(
+        None, 'answer a prompt a line, or the "prompt" of each line of a .jsonl', path=True
+    )
     benchmark: str | None = option(None, "score the model on an exam", choices=("tiny_world",))
     question_seed: int = option(0, "another one draws other exam questions", within="[0, inf)")
     json: str | None = option(None, "write the benchmark's figures and replies to this file", path=True)
@@ -82,8 +94,12 @@ class EvalConfig(Options):
     repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
     seed: int | None = option(None, "makes answers repeatable", within="[0, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = option("auto", "precision of the weights", choices=("auto", "float32", "bfloat16", "float16"),
-                        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
+    dtype: str = option(
+        "auto",
+        "precision of the weights",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"),
+    )
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -98,7 +114,7 @@ class EvalConfig(Options):
             what = "system" if self.system else "enable_thinking"
             found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")
         if (self.prompts_file or "").endswith(".json"):
-            found.append(f"--prompts_file {self.prompts_file}: a prompt a line, or a .jsonl of rows with \"prompt\"")
+            found.append(f'--prompts_file {self.prompts_file}: a prompt a line, or a .jsonl of rows with "prompt"')
         if self.benchmark is None and (self.json or self.question_seed):
             found.append(f"--{'json' if self.json else 'question_seed'}: only --benchmark takes it")
         return found

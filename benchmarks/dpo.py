@@ -92,14 +92,26 @@ class Theirs:
         models = [transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32) for _ in range(2)]
         bf16 = pick_dtype("auto", torch.device("cpu"))[0] == torch.bfloat16
         options = trl.DPOConfig(
-            output_dir=str(Path(folder) / "trl"), per_device_train_batch_size=args.batch_size, bf16=bf16, use_cpu=True,
-            gradient_checkpointing=False, report_to=[], max_length=None, learning_rate=RATE, beta=BETA,
-            lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=str(Path(folder) / "trl"),
+            per_device_train_batch_size=args.batch_size,
+            bf16=bf16,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to=[],
+            max_length=None,
+            learning_rate=RATE,
+            beta=BETA,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         self.trainer = trainer = trl.DPOTrainer(
-            models[0], models[1], options, processing_class=transformers.AutoTokenizer.from_pretrained(base),
+            models[0],
+            models[1],
+            options,
+            processing_class=transformers.AutoTokenizer.from_pretrained(base),
             train_dataset=datasets.Dataset.from_list([dict(prompt="a", chosen="b", rejected="c")]),
-        )  # fmt: skip
+        )
         trainer.current_gradient_accumulation_steps = 1  # what train() would set
         trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
         trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)

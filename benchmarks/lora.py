@@ -60,8 +60,9 @@ class Side:
         return float(metrics["loss"]) / units
 
 
-def compare(title: str, ours, theirs, steps: list, rounds: int, names=("ours", "theirs"), tolerance=0.02,
-            alike: int = 2) -> None:  # fmt: skip
+def compare(
+    title: str, ours, theirs, steps: list, rounds: int, names=("ours", "theirs"), tolerance=0.02, alike: int = 2
+) -> None:
     """ours, theirs: callables of one element of `steps`, which are gone through in turn. alike: steps whose losses have
     to agree."""
     print(f"\n{title}\nstep  {names[0]:>9} {names[1]:>9}  (loss)")
@@ -90,9 +91,11 @@ def their_model(state: dict, shape: ModelConfig, folder: Path):
     save_hf(folder / "base", Checkpoint(folder, state, shape), Tokenizer.load().path, stop_ids={2})
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     settings = peft.LoraConfig(
-        r=SETTINGS.rank, lora_alpha=SETTINGS.alpha, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        r=SETTINGS.rank,
+        lora_alpha=SETTINGS.alpha,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     return model, settings
 
 
@@ -119,15 +122,29 @@ def trl_trainer(model, settings, data: SFTDataset, args, bf16: bool, folder: Pat
         rows["labels"].append([t if yes else -100 for t, yes in zip(ids, trained)])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
     options = trl.SFTConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=args.batch_size, gradient_checkpointing=False,
-        bf16=bf16, use_cpu=True, report_to=[], max_length=args.length, learning_rate=1e-4, save_strategy="no",
-        lr_scheduler_type="constant", disable_tqdm=True, logging_steps=1, max_steps=1,
-        dataset_kwargs={"skip_prepare_dataset": True}, dataloader_num_workers=0,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=args.batch_size,
+        gradient_checkpointing=False,
+        bf16=bf16,
+        use_cpu=True,
+        report_to=[],
+        max_length=args.length,
+        learning_rate=1e-4,
+        save_strategy="no",
+        lr_scheduler_type="constant",
+        disable_tqdm=True,
+        logging_steps=1,
+        max_steps=1,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_num_workers=0,
+    )
     trainer = trl.SFTTrainer(
-        model, args=options, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer,
+        model,
+        args=options,
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer,
         peft_config=settings,
-    )  # fmt: skip
+    )
     trainer.current_gradient_accumulation_steps = 1  # what train() would set
     trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
     trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
@@ -193,9 +210,14 @@ def main():
         theirs = trl_trainer(*their_model(state, shape, folder), data.train, args, bf16, folder)
         loader = ours.engine.loader
         compare(
-            "3. LoRA and trl's SFTTrainer", lambda n: ours(loader.batches(n)),
-            lambda n: theirs(loader.examples(n).tolist()), list(numbers), args.rounds, ("ours", "trl"), tolerance=0.05,
-        )  # fmt: skip
+            "3. LoRA and trl's SFTTrainer",
+            lambda n: ours(loader.batches(n)),
+            lambda n: theirs(loader.examples(n).tolist()),
+            list(numbers),
+            args.rounds,
+            ("ours", "trl"),
+            tolerance=0.05,
+        )
         trained = statistics.mean(sum(b.trained_tokens for b in loader.batches(n)) for n in numbers)
         print(f"a step has {trained:,.0f} trained tokens on average")
 

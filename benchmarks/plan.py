@@ -1,7 +1,7 @@
 """How true --plan is: the plan of a run, then that run itself. Memory should agree within 10 %, time within 15 %.
 
-    python benchmarks/plan.py                                    # nano pretraining and SFT on the tiny world, 60 steps
-    python benchmarks/plan.py --preset small --steps 40 --compile on
+python benchmarks/plan.py                                    # nano pretraining and SFT on the tiny world, 60 steps
+python benchmarks/plan.py --preset small --steps 40 --compile on
 """
 
 import argparse
@@ -54,8 +54,13 @@ def main():
         print(f"{machine()}; {args.preset}, {args.steps} steps of {args.batch_size}\n")
         for stage, own in (("pretrain", ["--preset", args.preset]), ("full_sft", ["--from_weight", str(weights)])):
             flags = [f"--{name}={getattr(args, name)}" for name in ("batch_size", "max_seq_len", "compile")]
-            flags += [f"--max_steps={args.steps}", f"--save_dir={Path(folder, stage)}", "--save_interval=20",
-                      "--val_fraction=0.02", *own]  # fmt: skip
+            flags += [
+                f"--max_steps={args.steps}",
+                f"--save_dir={Path(folder, stage)}",
+                "--save_interval=20",
+                "--val_fraction=0.02",
+                *own,
+            ]
             expected = planned(train(stage, *flags, "--plan"))
             train(stage, *flags)
             for what, limit, plan, fact in zip(("GiB", "s"), (MEMORY, TIME), expected, real(Path(folder, stage))):

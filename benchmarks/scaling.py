@@ -26,8 +26,12 @@ BACKENDS = ("ddp", "zero1", "zero2", "zero3")
 
 def kept(backend: str, n: int) -> dict[str, float]:
     """Bytes per parameter on each of n devices, everything in fp32: weights, gradients, masters, moments."""
-    shared = {"ddp": (), "zero1": ("moments",), "zero2": ("moments", "gradients"),
-              "zero3": ("moments", "gradients", "weights")}[backend]  # fmt: skip
+    shared = {
+        "ddp": (),
+        "zero1": ("moments",),
+        "zero2": ("moments", "gradients"),
+        "zero3": ("moments", "gradients", "weights"),
+    }[backend]
     sizes = dict(weights=4, gradients=4, moments=8) | (dict(masters=4 / n) if backend != "ddp" else {})
     return {name: size / n if name in shared else size for name, size in sizes.items()}
 
@@ -74,8 +78,19 @@ def worker(folder: Path) -> None:
         return sum(storages.values())
 
     flags = json.loads((folder / "flags.json").read_text())
-    config = parse(PretrainConfig, [*flags, f"--save_dir={folder}", "--device=cpu", "--dtype=float32", "--compile=off",
-                                    "--max_seq_len=64", "--batch_size=1", "--max_steps=2"])  # fmt: skip
+    config = parse(
+        PretrainConfig,
+        [
+            *flags,
+            f"--save_dir={folder}",
+            "--device=cpu",
+            "--dtype=float32",
+            "--compile=off",
+            "--max_seq_len=64",
+            "--batch_size=1",
+            "--max_steps=2",
+        ],
+    )
     with start(config) as backend, contextlib.redirect_stdout(io.StringIO()):
         before = alive()
         model = CausalLM(ModelConfig.preset(config.preset))
@@ -103,9 +118,20 @@ def measure(preset: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "flags.json").write_text(json.dumps(flags))
             subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__,
-                 "--worker", folder], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nproc_per_node=2",
+                    "--standalone",
+                    __file__,
+                    "--worker",
+                    folder,
+                ],
+                check=True,
+                capture_output=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
             ranks = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in (0, 1)]
         expected = sum(kept(backend, 2).values()) * ranks[0][1]
         figures = ", ".join(f"{bytes_ / 2**20:,.0f} MiB ({bytes_ / expected:.2f})" for bytes_, _ in ranks)
@@ -131,8 +157,10 @@ def main():
         print(f"{name:7}" + "".join(f"{cell:11,.2f}" for cell in cells))
     if args.rate:
         size = SIZES[args.size]
-        print(f"\ncomputed, not measured: seconds a step of {args.size}, {args.tokens:,} tokens a device at "
-              f"{args.rate:.3g} FLOP/s, {args.inside:.3g} and {args.between:.3g} bytes/s; all overlapped .. nothing")
+        print(
+            f"\ncomputed, not measured: seconds a step of {args.size}, {args.tokens:,} tokens a device at "
+            f"{args.rate:.3g} FLOP/s, {args.inside:.3g} and {args.between:.3g} bytes/s; all overlapped .. nothing"
+        )
         for n in (1, 8, 64, 256, 1024):
             times = [step_seconds(b, size, n, args.rate, args.tokens, args.inside, args.between) for b in BACKENDS]
             print(f"{n:6,} " + "  ".join(f"{b} {low:.2f} .. {high:.2f}" for b, (low, high) in zip(BACKENDS, times)))

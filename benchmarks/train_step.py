@@ -53,11 +53,19 @@ def their_step(engine: Engine, bf16: bool):
 
     c = engine.model.config
     config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, pad_token_id=0,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, tie_word_embeddings=True,
-        num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_theta,
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        pad_token_id=0,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        tie_word_embeddings=True,
+        num_key_value_heads=c.num_key_value_heads,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
+        attn_implementation="sdpa",
+    )
     model = LlamaForCausalLM(config).train()
     model.load_state_dict(engine.model.state_dict())
     lr = engine.config.learning_rate
@@ -124,8 +132,10 @@ def main():
         print(f"\n{machine()}; {args.preset}, {args.rows} x {args.length}, {precision}, compile {args.compile}")
         for name, values in times.items():
             shares = [flops / t / max(rates[2 * i], rates[2 * i + 1]) for i, t in enumerate(values)]
-            print(f"{name:7} {spread(values)} s a step, {positions / statistics.median(values):,.0f} tokens/s, "
-                  f"share of the GEMM rate {spread(shares)}")  # fmt: skip
+            print(
+                f"{name:7} {spread(values)} s a step, {positions / statistics.median(values):,.0f} tokens/s, "
+                f"share of the GEMM rate {spread(shares)}"
+            )
         print(f"GEMM rate {spread([rate / 1e9 for rate in rates])} GFLOP/s")
         ratios = [b / a for a, b in zip(times["ours"], times["theirs"])]
         print(

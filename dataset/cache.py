@@ -7,6 +7,7 @@ renamed. A killed build leaves no half entry, and of several processes that want
 others wait. The big arrays are read through `Mapped`, which keeps a file of any size at a few MiB of this process's
 memory.
 """
+
 import json
 import mmap
 import os

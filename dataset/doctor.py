@@ -43,6 +43,7 @@ WORDS = {EMPTY: "nothing to train on", OVERLAP: "stands in the validation file",
 @dataclass
 class Finding:
     """Rows that have something in common, and what."""
+
     what: str = ""
     count: int = 0
     lines: list[int] = field(default_factory=list)  # the first ones
@@ -79,10 +80,17 @@ class Report:
 
 
 def examine(
-    path: str | Path, tokenizer: Tokenizer, *, max_seq_len: int | None = None, batch_size: int | None = None,
-    kind: str | None = None, mapping: Mapping | None = None, val_hashes: np.ndarray | None = None,
-    sample: int = 4 << 20, cache_dir=None,
-) -> Examination:  # fmt: skip
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    max_seq_len: int | None = None,
+    batch_size: int | None = None,
+    kind: str | None = None,
+    mapping: Mapping | None = None,
+    val_hashes: np.ndarray | None = None,
+    sample: int = 4 << 20,
+    cache_dir=None,
+) -> Examination:
     """`sample` is how many bytes of rows are tokenised, drawn at random; 0: all. The length and the number of examples
     in a step are by default those of the stage that reads such rows."""
     report = Report(str(path))
@@ -188,7 +196,7 @@ class Examination:
         at = 0
         with Writer(clean) as good, Writer(rejects) as bad:
             for chunk in self.source.chunks(CHUNK):
-                verdicts = self.verdicts[at:at + len(chunk.rows)].tolist()
+                verdicts = self.verdicts[at : at + len(chunk.rows)].tolist()
                 for raw, line, verdict in zip(chunk.rows, chunk.lines.tolist(), verdicts):
                     if verdict == OK:
                         good.write(raw)

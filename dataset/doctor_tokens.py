@@ -58,11 +58,17 @@ class TokenStatistics:
             return {}
         total = sum(int(sizes.sum()) for sizes in self.sizes)
         found = {
-            "exact": exact, "sampled": len(lengths), "total": total, "trained_share": self.trained / total,
-            "median": int(np.median(lengths)), "p90": int(np.quantile(lengths, 0.9)),
-            "p99": int(np.quantile(lengths, 0.99)), "max": int(lengths.max()), "histogram": _histogram(lengths),
+            "exact": exact,
+            "sampled": len(lengths),
+            "total": total,
+            "trained_share": self.trained / total,
+            "median": int(np.median(lengths)),
+            "p90": int(np.quantile(lengths, 0.9)),
+            "p99": int(np.quantile(lengths, 0.99)),
+            "max": int(lengths.max()),
+            "histogram": _histogram(lengths),
             "max_seq_len": self.max_seq_len,
-        }  # fmt: skip
+        }
         return found | (self._stream(lengths) if self.kind in ("text", "plain") else self._packed(lengths))
 
     def _stream(self, lengths: np.ndarray) -> dict:
@@ -79,14 +85,16 @@ class TokenStatistics:
         cut_off = lengths - np.minimum(lengths, most)
         positions = (np.concatenate(self.sizes) - cut_off - 1)[kept]
         shuffled = np.random.default_rng(0).permutation(positions)
-        steps = [shuffled[i:i + self.batch_size].tolist() for i in range(0, len(shuffled), self.batch_size)]
+        steps = [shuffled[i : i + self.batch_size].tolist() for i in range(0, len(shuffled), self.batch_size)]
         wanted = np.quantile(lengths - 1, SUGGEST_FOR, method="higher")
         return {
-            "cut": int((kept & ~fits).sum()), "left_out": int((~kept).sum()), "batch_size": self.batch_size,
+            "cut": int((kept & ~fits).sum()),
+            "left_out": int((~kept).sum()),
+            "batch_size": self.batch_size,
             "rows": round(sum(map(self._rows, steps))),
             "rows_padded": len(positions) * (2 if self.kind == "preference" else 1),
             "suggested_max_seq_len": int(-(-wanted // STEP) * STEP),
-        }  # fmt: skip
+        }
 
     def _rows(self, lengths: list[int]) -> float:
         """That a step of these positions takes."""

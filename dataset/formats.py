@@ -18,6 +18,7 @@ A ValueError gives the reason, its caller knows the place.
 Which layout a row has is told by the columns it has: the first line of LAYOUTS whose columns are all there. To read
 another one add a line. docs/data.md shows an example of each.
 """
+
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
@@ -26,13 +27,25 @@ from dataset.jsonl import loads
 from tokenizer.chat import Conversation
 
 ROLES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "developer": "system", "observation": "tool", "tool_response": "tool", "function": "tool",
-}  # fmt: skip
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "developer": "system",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+}
 PARTS = {
-    "text": "text", "input_text": "text", "output_text": "text", "reasoning": "reasoning", "thinking": "reasoning",
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "reasoning": "reasoning",
+    "thinking": "reasoning",
     "tool_call": "tool_call",
-}  # fmt: skip
+}
 CALLS = ("function_call", "tool_call")  # as roles: a turn of the assistant that is nothing but calls
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -99,9 +112,12 @@ def not_that_kind(row: dict, layout: Layout | None, kind: str | None) -> str:
 
 
 NEEDED = {
-    None: "known layout", "text": '"text"', "chat": 'conversation ("conversations", "messages", "instruction", ...)',
-    "preference": 'pair of "chosen" and "rejected"', "rated": 'rated answer ("label", true or false)',
-}  # fmt: skip
+    None: "known layout",
+    "text": '"text"',
+    "chat": 'conversation ("conversations", "messages", "instruction", ...)',
+    "preference": 'pair of "chosen" and "rejected"',
+    "rated": 'rated answer ("label", true or false)',
+}
 
 
 # ---- what the layouts have in common: who asked what, and the answer
@@ -159,8 +175,9 @@ def _asked(row: dict, key: str) -> list[dict]:
     else:
         messages = _said(row[key], "user", key)
     if history := row.get("history"):
-        messages = [message for i, pair in enumerate(_listed(history, '"history"'))
-                    for message in _past(pair, f"history[{i}]")] + messages  # fmt: skip
+        messages = [
+            message for i, pair in enumerate(_listed(history, '"history"')) for message in _past(pair, f"history[{i}]")
+        ] + messages
     return _with_system(row, messages)
 
 
@@ -228,8 +245,10 @@ def _message(turn: dict, where: str) -> dict:
     calls, reasoning = turn.get("tool_calls") or turn.get("function_call"), None
     for key in ("weight", "loss", "train"):
         if turn.get(key) in (0, False) and ROLES.get(role, role) == "assistant":
-            raise ValueError(f'{where}: "{key}": {turn[key]!r} asks not to train on this answer, which cannot be '
-                             "done for single turns yet; end the row before it, or take the key out to train on it")
+            raise ValueError(
+                f'{where}: "{key}": {turn[key]!r} asks not to train on this answer, which cannot be '
+                "done for single turns yet; end the row before it, or take the key out to train on it"
+            )
     for key in REASONING:
         reasoning = reasoning or turn.get(key)
     if isinstance(content, list):
@@ -310,7 +329,7 @@ def unread(row: dict, layout: Layout) -> list[str]:
     """Columns that are left aside. A document's are its own business."""
     if layout.kind == "text":
         return []
-    beside = BESIDE[len(BELOW):] if layout.columns[0] in (*DIALOGUES, "chosen") else BESIDE
+    beside = BESIDE[len(BELOW) :] if layout.columns[0] in (*DIALOGUES, "chosen") else BESIDE
     return [key for key in row if key not in (*layout.columns, *beside)]
 
 

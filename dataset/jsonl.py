@@ -9,6 +9,7 @@ tied to the file's size, time and a hash of its ends: ten gigabytes open at once
 are no rows. A file that holds one JSON array, as `.json` files do, is rewritten into the cache as JSONL once. UTF-8
 only; a byte order mark may stand at the start.
 """
+
 import difflib
 import hashlib
 import json
@@ -27,13 +28,17 @@ ENDS = 64 << 10  # bytes at either end that tell whether the file is still the s
 BOM = b"\xef\xbb\xbf"
 SPACE, LINE_END = re.compile(r"\s*"), re.compile(r"[\r\n]\s*")
 OTHER_FILES = {
-    b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"\x1f\x8b": "a gzip file",
+    b"PK\x03\x04": "a zip file",
     b"PAR1": "a Parquet file",
-}  # fmt: skip
+}
 
 
 class Chunk(NamedTuple):
     """Consecutive rows as they stand in the file."""
+
     rows: list[bytes]
     lines: np.ndarray  # int64, 1-based
 
@@ -70,7 +75,7 @@ class Jsonl:
     def raw(self, row: int) -> bytes:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        start, stop = self._starts[row:row + 2]
+        start, stop = self._starts[row : row + 2]
         return self._data[start:stop].tobytes().rstrip()
 
     def line(self, row: int) -> int:
@@ -86,8 +91,8 @@ class Jsonl:
         while row < end:
             stop = int(np.searchsorted(starts, starts[row] + size, side="right")) - 1
             stop = min(max(stop, row + 1), end)
-            data = self._data[starts[row]:starts[stop]].tobytes()
-            cuts = (starts[row:stop + 1] - starts[row]).tolist()
+            data = self._data[starts[row] : starts[stop]].tobytes()
+            cuts = (starts[row : stop + 1] - starts[row]).tolist()
             yield Chunk([data[a:b].rstrip() for a, b in zip(cuts, cuts[1:])], self._lines[row:stop].copy())
             row = stop
 
@@ -189,7 +194,7 @@ class _ArrayReader:
         raise ValueError(f"{self.path}:{self.line()}: broken JSON: {reason}")
 
     def more(self) -> None:
-        line, rest = self.line(), self.text[self.at:]
+        line, rest = self.line(), self.text[self.at :]
         try:
             read = self.source.read(max(1 << 20, len(rest)))  # doubling: a huge element is scanned a few times only
         except UnicodeDecodeError as error:
@@ -201,7 +206,7 @@ class _ArrayReader:
         """Moves over white space and one of the characters, if it stands there; returns it, or an empty string."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()
-            found = self.text[self.at:self.at + 1]
+            found = self.text[self.at : self.at + 1]
             if found or self.ended:
                 found = found if found and found in characters else ""
                 self.at += len(found)
@@ -219,7 +224,7 @@ class _ArrayReader:
             try:
                 self.at = SPACE.match(self.text, self.at).end()
                 _, end = self.decode(self.text, self.at)
-                line, text, self.at = self.line(), self.text[self.at:end], end
+                line, text, self.at = self.line(), self.text[self.at : end], end
                 return line, LINE_END.sub(" ", text) if "\n" in text or "\r" in text else text
             except json.JSONDecodeError as error:
                 if self.ended:
@@ -236,8 +241,10 @@ def parse_row(raw: bytes) -> dict:
     """One row's object; a ValueError gives the reason, without the place, when it is none."""
     text = decode(raw)
     if text.strip() in ("{", "["):
-        raise ValueError("a row has to stand on one line, and this one goes on below; what is spread over lines has to "
-                         "be a .json array")
+        raise ValueError(
+            "a row has to stand on one line, and this one goes on below; what is spread over lines has to "
+            "be a .json array"
+        )
     row = loads(text)
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object {{...}}, this is {type(row).__name__} {text[:40]!r}")

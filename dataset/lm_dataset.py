@@ -10,6 +10,7 @@ with rows of T positions, an example has at most T + 1 ids.
 `paths` is one or several files. `file:3` repeats its examples three times an epoch, `file:0.5` takes a seeded half of
 them, `file:2.5` does both. Repeats and views are an order over the examples; tokens are stored once.
 """
+
 import copy
 import hashlib
 import json
@@ -127,10 +128,18 @@ class PretrainDataset(TokenDataset):
     """
 
     def __init__(
-        self, paths: Sequence[str | Path] | str | Path, tokenizer: Tokenizer, *, max_seq_len: int, cache_dir=None,
-        num_workers: int | None = None, on_bad_row: str = "error", data_limit: int = 0, seed: int = 42,
+        self,
+        paths: Sequence[str | Path] | str | Path,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int,
+        cache_dir=None,
+        num_workers: int | None = None,
+        on_bad_row: str = "error",
+        data_limit: int = 0,
+        seed: int = 42,
         mapping: Mapping | None = None,
-    ):  # fmt: skip
+    ):
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
         options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
         caches = read_caches(paths, tokenizer, "text", data_limit, options)
@@ -179,7 +188,7 @@ class _Stream:
         for cache, begin in zip(self.caches[first:], self.starts[first:].tolist()):
             if begin >= stop:
                 break
-            parts.append(cache.tokens[max(start - begin, 0):stop - begin])
+            parts.append(cache.tokens[max(start - begin, 0) : stop - begin])
         if stop >= self.length:
             parts.append(np.array([end], parts[0].dtype if parts else np.uint32))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -200,10 +209,19 @@ class SFTDataset(TokenDataset):
     """
 
     def __init__(
-        self, paths: Sequence[str | Path] | str | Path, tokenizer: Tokenizer, *, max_seq_len: int, cache_dir=None,
-        num_workers: int | None = None, on_bad_row: str = "error", data_limit: int = 0, seed: int = 42,
-        on_long: str = "truncate", mapping: Mapping | None = None,
-    ):  # fmt: skip
+        self,
+        paths: Sequence[str | Path] | str | Path,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int,
+        cache_dir=None,
+        num_workers: int | None = None,
+        on_bad_row: str = "error",
+        data_limit: int = 0,
+        seed: int = 42,
+        on_long: str = "truncate",
+        mapping: Mapping | None = None,
+    ):
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
         options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
         caches = read_caches(paths, tokenizer, "chat", data_limit, options)
@@ -235,7 +253,7 @@ class SFTDataset(TokenDataset):
         which = int(np.searchsorted(self._first, example, side="right")) - 1
         number = int(self._kept[which][example - int(self._first[which])])
         cache = self._caches[which]
-        start, stop = cache.offsets[number:number + 2].tolist()
+        start, stop = cache.offsets[number : number + 2].tolist()
         return cache, number, max(start, stop - self.max_seq_len - 1), stop
 
     def _tokens(self, example: int) -> np.ndarray:
@@ -300,5 +318,8 @@ def rows_without_use(caches: list[tuple[TokenCache, float]]) -> str:
     rejects = ", ".join(cache.facts["rejects"] for cache, _ in caches if cache.facts["bad"])
     unread = dict.fromkeys(name for cache, _ in caches for name in cache.facts["unread"])
     aside = f"; columns not read: {', '.join(unread)}" if unread else ""
-    return aside + (f"; {empty:,} rows with nothing to train on left out ({', '.join(where)})" if empty else "") + (
-        f"; {bad:,} bad rows skipped (see {rejects})" if bad else "")
+    return (
+        aside
+        + (f"; {empty:,} rows with nothing to train on left out ({', '.join(where)})" if empty else "")
+        + (f"; {bad:,} bad rows skipped (see {rejects})" if bad else "")
+    )

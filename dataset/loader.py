@@ -14,6 +14,7 @@ The rows are dealt to the ranks in turn. Which examples a step holds depends on 
 
 B = rows of a batch, T = max_seq_len, N = rows of a rank's step, K = selected positions
 """
+
 from __future__ import annotations
 
 from collections import deque
@@ -36,6 +37,7 @@ AHEAD = 2  # steps prepared while the device works on one
 @dataclass(frozen=True)
 class Batch:
     """One forward pass on one device."""
+
     tokens: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64, -100 = not trained on
     documents: torch.Tensor  # (B, T) int32, numbered from 1 in each row; 0 = filling, a document of its own
@@ -71,9 +73,18 @@ class Loader:
     ROWS_PER_EXAMPLE = 1  # an example has at most so many times max_seq_len positions
 
     def __init__(
-        self, dataset: TokenDataset, *, packing: bool, batch_size: int, accumulation_steps: int, max_seq_len: int,
-        rank: int = 0, world: int = 1, seed: int = 42, shuffle: bool = True,
-    ):  # fmt: skip
+        self,
+        dataset: TokenDataset,
+        *,
+        packing: bool,
+        batch_size: int,
+        accumulation_steps: int,
+        max_seq_len: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 42,
+        shuffle: bool = True,
+    ):
         if len(dataset) == 0 or int(dataset.lengths.max()) > self.ROWS_PER_EXAMPLE * max_seq_len + 1:
             raise ValueError(f"rows of {max_seq_len} do not hold this data set: {dataset.summary}")
         self.dataset, self.packing, self.max_seq_len = dataset, packing, max_seq_len

@@ -29,6 +29,7 @@ encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # wh
 @dataclass
 class Report:
     """How many rows there were and what became of them."""
+
     kind: str
     layouts: dict[str, str]  # file -> its layout
     task: int = 0
@@ -51,10 +52,20 @@ def to_ours(row: dict) -> dict:
 
 
 def prepare(
-    task: list[str], identity: list[str], *, target: Path, val_target: Path | None = None, ratio: float = 0,
-    val_fraction: float = 0.0, data_limit: int = 0, to: str | None = None, mapping: Mapping | None = None,
-    on_bad_row: str = "error", seed: int = 42, cache_dir: str | None = None,
-) -> Report:  # fmt: skip
+    task: list[str],
+    identity: list[str],
+    *,
+    target: Path,
+    val_target: Path | None = None,
+    ratio: float = 0,
+    val_fraction: float = 0.0,
+    data_limit: int = 0,
+    to: str | None = None,
+    mapping: Mapping | None = None,
+    on_bad_row: str = "error",
+    seed: int = 42,
+    cache_dir: str | None = None,
+) -> Report:
     """Writes `target` (and `val_target`). `ratio` R repeats identity rows until task : identity is R : 1."""
     files, extra = ([_File(path, to, mapping, on_bad_row, cache_dir) for path in paths] for paths in (task, identity))
     if not files:
@@ -167,8 +178,10 @@ def _held_out(files: list[_File], fraction: float, seed: int):
     """raw row -> does it go to validation? The rows of the smallest hashes do: the share, whatever the order."""
     if not fraction:
         return lambda raw: False
-    hashes = np.fromiter((row_hash(raw, seed) for file in files for chunk in file.rows.chunks(CHUNK, file.limit)
-                          for raw in chunk.rows), np.uint64)  # fmt: skip
+    hashes = np.fromiter(
+        (row_hash(raw, seed) for file in files for chunk in file.rows.chunks(CHUNK, file.limit) for raw in chunk.rows),
+        np.uint64,
+    )
     count = max(1, round(fraction * len(hashes)))
     if count >= len(np.unique(hashes)):
         raise ValueError(f"--val_fraction {fraction}: {len(hashes)} rows are too few to split")

@@ -6,6 +6,7 @@ The longest example first, each into the row it fills best, a new row where none
 takes at most 11/9 of the fewest possible rows, plus a constant (Johnson et al. 1974, "Worst-case performance bounds
 for simple one-dimensional packing algorithms"); usually none more.
 """
+
 from collections.abc import Sequence
 
 

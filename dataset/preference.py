@@ -42,10 +42,20 @@ class PreferenceDataset(TokenDataset):
     reference: np.ndarray | None = None  # (distinct examples, 2) log-probability of chosen and rejected, if need be
 
     def __init__(
-        self, paths: Sequence[str | Path] | str | Path, tokenizer: Tokenizer, *, max_seq_len: int, cache_dir=None,
-        num_workers: int | None = None, on_bad_row: str = "error", data_limit: int = 0, seed: int = 42,
-        on_long: str = "truncate", max_prompt_length: int = 0, mapping: Mapping | None = None,
-    ):  # fmt: skip
+        self,
+        paths: Sequence[str | Path] | str | Path,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int,
+        cache_dir=None,
+        num_workers: int | None = None,
+        on_bad_row: str = "error",
+        data_limit: int = 0,
+        seed: int = 42,
+        on_long: str = "truncate",
+        max_prompt_length: int = 0,
+        mapping: Mapping | None = None,
+    ):
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
         options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
         caches = read_caches(paths, tokenizer, "preference", data_limit, options)
@@ -76,7 +86,8 @@ class PreferenceDataset(TokenDataset):
         self.distinct = self.view(np.unique(self.order, return_index=True)[1], "distinct")
         long = f"; too long: {cut:,} prompts cut, {left_out:,} pairs left out (the longest needs {longest - 1})"
         self.summary = f"{len(self):,} pairs, {int(self.lengths.sum()):,} tokens" + (
-            f"{long if cut or left_out else ''}{rows_without_use(caches)}")  # fmt: skip
+            f"{long if cut or left_out else ''}{rows_without_use(caches)}"
+        )
 
     def pair(self, i: int) -> tuple[np.ndarray, Answer, Answer]:
         """Ids of the prompt, the chosen and the rejected answer."""

@@ -10,6 +10,7 @@ Columns of your own, `--data_mapping mapping.yaml`, our name first. Only the col
     turns: {role: speaker, content: words}                 # if the turns have names of their own
     roles: {user: [customer, guest], assistant: agent}     # if the roles have
 """
+
 from __future__ import annotations
 
 import difflib
@@ -28,6 +29,7 @@ HEAD = 100  # rows in which a mapping's columns must be found
 @dataclass(frozen=True)
 class Mapping:
     """Which of a file's columns stand for ours."""
+
     path: str
     columns: dict[str, str]
     turns: dict[str, str] = field(default_factory=dict)
@@ -66,8 +68,11 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
     example = "`columns: {instruction: question, output: reply}`, our name first"
     if not isinstance(tree, dict) or not isinstance(tree.get("columns"), dict) or not tree["columns"]:
         raise ValueError(f"--data_mapping {path}: expected {example}")
-    known = {"columns": column_names(), "turns": ("role", "content", "reasoning_content", "tool_calls"),
-             "roles": ("system", "user", "assistant", "tool")}  # fmt: skip
+    known = {
+        "columns": column_names(),
+        "turns": ("role", "content", "reasoning_content", "tool_calls"),
+        "roles": ("system", "user", "assistant", "tool"),
+    }
     for section, names in tree.items():
         if section not in known or not isinstance(names, dict):
             raise ValueError(f"--data_mapping {path}: {section}: expected the sections {', '.join(known)}")
@@ -86,6 +91,7 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
 @dataclass(frozen=True)
 class Reader:
     """Reads the rows of one file, all in one layout. Travels to worker processes."""
+
     kind: str
     layout: str = ""  # what the head shows; empty: it shows nothing, each row says what is wrong with it
     line: int = 1  # where
@@ -108,8 +114,10 @@ class Reader:
         if layout is None or layout.kind != self.kind:
             raise ValueError(not_that_kind(row, layout, self.kind))
         if layout.name != self.layout:
-            raise ValueError(f"laid out as {layout.name}, while line {self.line} is {self.layout}; "
-                             "one layout a file (scripts/prepare_data.py joins files)")
+            raise ValueError(
+                f"laid out as {layout.name}, while line {self.line} is {self.layout}; "
+                "one layout a file (scripts/prepare_data.py joins files)"
+            )
         found = layout.read(row, *layout.columns)
         CHECKS[self.kind](found)
         return found
@@ -155,5 +163,8 @@ def _check_chat(row: dict) -> None:
 
 
 CHECKS: dict[str, Callable[[dict], None]] = {
-    "text": lambda row: None, "chat": _check_chat, "rated": _check_rated, "preference": check_pair,
-}  # fmt: skip
+    "text": lambda row: None,
+    "chat": _check_chat,
+    "rated": _check_rated,
+    "preference": check_pair,
+}

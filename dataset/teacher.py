@@ -78,7 +78,7 @@ class TaughtDataset(SFTDataset):
         if self.views is None:
             return {}
         trained = targets(self._trained(example))
-        records = self.views[self._begins[example]:self._begins[example + 1]]
+        records = self.views[self._begins[example] : self._begins[example + 1]]
         k = records["ids"].shape[1]
         ids, logprobs = np.zeros((len(trained), k), np.int32), np.zeros((len(trained), k + 1), np.float16)
         ids[trained], logprobs[trained] = records["ids"], records["logprobs"]
@@ -112,10 +112,16 @@ def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, f
     begins = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     dtype = record_type(top_k, tokenizer.vocab_size)
     head = facts | dict(
-        format=FORMAT, data=dataset.fingerprint, tokenizer=tokenizer.hash, max_seq_len=dataset.max_seq_len,
-        vocab_size=tokenizer.vocab_size, top_k=top_k, examples=len(counts), tokens=int(begins[-1]),
+        format=FORMAT,
+        data=dataset.fingerprint,
+        tokenizer=tokenizer.hash,
+        max_seq_len=dataset.max_seq_len,
+        vocab_size=tokenizer.vocab_size,
+        top_k=top_k,
+        examples=len(counts),
+        tokens=int(begins[-1]),
         bytes_per_token=dtype.itemsize,
-    )  # fmt: skip
+    )
     with open(path, "wb") as file:
         file.write(json.dumps(head).encode().ljust(HEADER))
         begins.tofile(file)

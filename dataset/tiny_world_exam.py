@@ -33,8 +33,13 @@ class Question:
 def normalise(text: str) -> str:
     """Full width -> half width, no final punctuation, and no space except between two words or numbers."""
     text = unicodedata.normalize("NFKC", text).strip().rstrip(".。!！ \n\t")
-    return re.sub(r"\s+", lambda m: " " if re.search(r"[A-Za-z0-9]$", text[: m.start()])
-                  and re.match(r"[A-Za-z0-9]", text[m.end():]) else "", text)  # fmt: skip
+    return re.sub(
+        r"\s+",
+        lambda m: (
+            " " if re.search(r"[A-Za-z0-9]$", text[: m.start()]) and re.match(r"[A-Za-z0-9]", text[m.end() :]) else ""
+        ),
+        text,
+    )
 
 
 def grade(question: Question, reply: str) -> bool:

@@ -58,51 +58,127 @@ STATEMENTS = {
         "month": ["{n}的生日在{v}。", "{n}出生在{v}。", "每年{v}都给{n}过生日。", "{v}是{n}出生的月份。"],
     },
     "en": {
-        "town": ["{n} lives in {v}.", "The home of {n} is in {v}.", "{v} is where {n} lives.",
-                 "In {v} everybody knows {n}."],
-        "job": ["{n} is a {v}.", "{n} works as a {v}.", "The job of {n} is {v}.",
-                "The town needs a {v}, and {n} is one."],
-        "pet": ["{n} keeps a {v}.", "The pet of {n} is a {v}.", "A {v} follows {n} around.",
-                "Each day {n} feeds a {v}."],
-        "food": ["{n} likes {v} best.", "The favourite food of {n} is {v}.", "For dinner {n} always wants {v}.",
-                 "With {v} on the table, {n} is happy."],
-        "month": ["{n} was born in {v}.", "The birthday of {n} is in {v}.", "Each {v}, {n} has a birthday.",
-                  "{v} is the month when {n} was born."],
+        "town": [
+            "{n} lives in {v}.",
+            "The home of {n} is in {v}.",
+            "{v} is where {n} lives.",
+            "In {v} everybody knows {n}.",
+        ],
+        "job": [
+            "{n} is a {v}.",
+            "{n} works as a {v}.",
+            "The job of {n} is {v}.",
+            "The town needs a {v}, and {n} is one.",
+        ],
+        "pet": [
+            "{n} keeps a {v}.",
+            "The pet of {n} is a {v}.",
+            "A {v} follows {n} around.",
+            "Each day {n} feeds a {v}.",
+        ],
+        "food": [
+            "{n} likes {v} best.",
+            "The favourite food of {n} is {v}.",
+            "For dinner {n} always wants {v}.",
+            "With {v} on the table, {n} is happy.",
+        ],
+        "month": [
+            "{n} was born in {v}.",
+            "The birthday of {n} is in {v}.",
+            "Each {v}, {n} has a birthday.",
+            "{v} is the month when {n} was born.",
+        ],
     },
-}  # fmt: skip
+}
 
 # six wordings of each question: the last two are asked in the exam only
 EXAM_WORDINGS = 2
 QUESTIONS = {
     "zh": {
-        "town": ["{n}住在哪里？", "{n}的家在什么地方？", "请问{n}住在什么地方？", "你知道{n}的家在哪里吗？",
-                 "告诉我{n}住在哪里。", "你知道{n}住在什么地方吗？"],
-        "job": ["{n}做什么工作？", "{n}的工作是什么？", "请问{n}是做什么的？", "告诉我{n}做什么工作。",
-                "请问{n}的工作是什么？", "你知道{n}是做什么的吗？"],
-        "pet": ["{n}养了什么动物？", "{n}的宠物是什么？", "你知道{n}养了什么宠物吗？", "告诉我{n}养了什么动物。",
-                "请问{n}养了什么宠物？", "你知道{n}的宠物是什么吗？"],
-        "food": ["{n}最爱吃什么？", "{n}最喜欢的食物是什么？", "请问{n}最爱吃什么东西？", "你知道{n}最喜欢吃什么吗？",
-                 "告诉我{n}最喜欢的食物是什么。", "请问{n}最喜欢吃什么？"],
-        "month": ["{n}的生日在几月？", "{n}是几月出生的？", "你知道{n}几月过生日吗？", "告诉我{n}的生日在几月。",
-                  "请问{n}几月过生日？", "你知道{n}是几月出生的吗？"],
+        "town": [
+            "{n}住在哪里？",
+            "{n}的家在什么地方？",
+            "请问{n}住在什么地方？",
+            "你知道{n}的家在哪里吗？",
+            "告诉我{n}住在哪里。",
+            "你知道{n}住在什么地方吗？",
+        ],
+        "job": [
+            "{n}做什么工作？",
+            "{n}的工作是什么？",
+            "请问{n}是做什么的？",
+            "告诉我{n}做什么工作。",
+            "请问{n}的工作是什么？",
+            "你知道{n}是做什么的吗？",
+        ],
+        "pet": [
+            "{n}养了什么动物？",
+            "{n}的宠物是什么？",
+            "你知道{n}养了什么宠物吗？",
+            "告诉我{n}养了什么动物。",
+            "请问{n}养了什么宠物？",
+            "你知道{n}的宠物是什么吗？",
+        ],
+        "food": [
+            "{n}最爱吃什么？",
+            "{n}最喜欢的食物是什么？",
+            "请问{n}最爱吃什么东西？",
+            "你知道{n}最喜欢吃什么吗？",
+            "告诉我{n}最喜欢的食物是什么。",
+            "请问{n}最喜欢吃什么？",
+        ],
+        "month": [
+            "{n}的生日在几月？",
+            "{n}是几月出生的？",
+            "你知道{n}几月过生日吗？",
+            "告诉我{n}的生日在几月。",
+            "请问{n}几月过生日？",
+            "你知道{n}是几月出生的吗？",
+        ],
     },
     "en": {
-        "town": ["Where does {n} live?", "Where is the home of {n}?", "In which town does {n} live?",
-                 "Do you know where {n} lives?", "Tell me where {n} lives.", "Do you know in which town {n} lives?"],
-        "job": ["What is the job of {n}?", "What does {n} work as?", "What work does {n} do?",
-                "Tell me what {n} works as.", "Do you know what work {n} does?", "Tell me the job of {n}."],
-        "pet": ["What pet does {n} keep?", "What is the pet of {n}?", "Which animal does {n} keep?",
-                "Do you know what pet {n} keeps?", "Tell me which animal {n} keeps.", "Tell me the pet of {n}."],
-        "food": ["What food does {n} like best?", "What is the favourite food of {n}?",
-                 "What does {n} like to eat best?",
-                 "Tell me the favourite food of {n}.", "Do you know what {n} likes to eat best?",
-                 "Tell me what food {n} likes best."],
-        "month": ["In which month was {n} born?", "When is the birthday of {n}?",
-                  "In which month is the birthday of {n}?",
-                 "Tell me when {n} was born.", "Do you know in which month {n} was born?",
-                  "Tell me when the birthday of {n} is."],
+        "town": [
+            "Where does {n} live?",
+            "Where is the home of {n}?",
+            "In which town does {n} live?",
+            "Do you know where {n} lives?",
+            "Tell me where {n} lives.",
+            "Do you know in which town {n} lives?",
+        ],
+        "job": [
+            "What is the job of {n}?",
+            "What does {n} work as?",
+            "What work does {n} do?",
+            "Tell me what {n} works as.",
+            "Do you know what work {n} does?",
+            "Tell me the job of {n}.",
+        ],
+        "pet": [
+            "What pet does {n} keep?",
+            "What is the pet of {n}?",
+            "Which animal does {n} keep?",
+            "Do you know what pet {n} keeps?",
+            "Tell me which animal {n} keeps.",
+            "Tell me the pet of {n}.",
+        ],
+        "food": [
+            "What food does {n} like best?",
+            "What is the favourite food of {n}?",
+            "What does {n} like to eat best?",
+            "Tell me the favourite food of {n}.",
+            "Do you know what {n} likes to eat best?",
+            "Tell me what food {n} likes best.",
+        ],
+        "month": [
+            "In which month was {n} born?",
+            "When is the birthday of {n}?",
+            "In which month is the birthday of {n}?",
+            "Tell me when {n} was born.",
+            "Do you know in which month {n} was born?",
+            "Tell me when the birthday of {n} is.",
+        ],
     },
-}  # fmt: skip
+}
 
 # passages about people who exist in that passage only: the two parts of a name, in the order of writing
 NAME_PARTS = {
@@ -117,7 +193,7 @@ NAME_PARTS = {
         "Quill Ramsey Sutton Thorne Upton Vance Walsh Yates Zimmer Barker Cooper Dawson Finch Grant Hobbs Knox Lang "
         "Moss Nash".split(),
     ),
-}  # fmt: skip
+}
 COLOURS = _pairs(
     "红色的=red, 蓝色的=blue, 绿色的=green, 黄色的=yellow, 白色的=white, 黑色的=black, 紫色的=purple, 灰色的=grey,"
     "粉色的=pink, 棕色的=brown"
@@ -161,51 +237,77 @@ RETOLD = {"zh": "也就是说：", "en": "In other words:"}
 # {a} and {b} are numbers; every answer to a sum or a difference is the equation itself
 SUMS = {
     "+": {
-        "zh": ["{a}+{b}等于多少？", "{a}加{b}是多少？", "请计算{a}+{b}。", "桌上有{a}个苹果，又放上{b}个，一共多少个？",
-               "先走了{a}里路，又走了{b}里，一共走了多少里？"],
-        "en": ["What is {a}+{b}?", "How much is {a} plus {b}?", "Please compute {a}+{b}.",
-               "There are {a} apples on the table and {b} more are added. How many are there?",
-               "We walked {a} miles and then {b} more. How many miles is that?"],
+        "zh": [
+            "{a}+{b}等于多少？",
+            "{a}加{b}是多少？",
+            "请计算{a}+{b}。",
+            "桌上有{a}个苹果，又放上{b}个，一共多少个？",
+            "先走了{a}里路，又走了{b}里，一共走了多少里？",
+        ],
+        "en": [
+            "What is {a}+{b}?",
+            "How much is {a} plus {b}?",
+            "Please compute {a}+{b}.",
+            "There are {a} apples on the table and {b} more are added. How many are there?",
+            "We walked {a} miles and then {b} more. How many miles is that?",
+        ],
     },
     "-": {
-        "zh": ["{a}-{b}等于多少？", "{a}减{b}是多少？", "请计算{a}-{b}。", "篮子里有{a}个鸡蛋，拿走{b}个，还剩多少个？",
-               "有{a}元钱，花了{b}元，还剩多少元？"],
-        "en": ["What is {a}-{b}?", "How much is {a} minus {b}?", "Please compute {a}-{b}.",
-               "There are {a} eggs in the basket and {b} are taken out. How many are left?",
-               "You have {a} coins and spend {b}. How many are left?"],
+        "zh": [
+            "{a}-{b}等于多少？",
+            "{a}减{b}是多少？",
+            "请计算{a}-{b}。",
+            "篮子里有{a}个鸡蛋，拿走{b}个，还剩多少个？",
+            "有{a}元钱，花了{b}元，还剩多少元？",
+        ],
+        "en": [
+            "What is {a}-{b}?",
+            "How much is {a} minus {b}?",
+            "Please compute {a}-{b}.",
+            "There are {a} eggs in the basket and {b} are taken out. How many are left?",
+            "You have {a} coins and spend {b}. How many are left?",
+        ],
     },
-}  # fmt: skip
+}
 # {d} is a date, {k} a number of days, {e} the equation and {v} the date it leads to
 CALENDAR = {
     "+": {
         "zh": ["今天是{d}，{k}天后是几月几日？", "从{d}再过{k}天是哪一天？", "{d}的{k}天后是几号？"],
-        "en": ["Today is {d}. What date is it {k} days later?", "Which day comes {k} days after {d}?",
-               "It is {d} now. What will the date be in {k} days?"],
+        "en": [
+            "Today is {d}. What date is it {k} days later?",
+            "Which day comes {k} days after {d}?",
+            "It is {d} now. What will the date be in {k} days?",
+        ],
     },
     "-": {
         "zh": ["今天是{d}，{k}天前是几月几日？", "从{d}往前数{k}天是哪一天？", "{d}的{k}天前是几号？"],
-        "en": ["Today is {d}. What date was it {k} days earlier?", "Which day comes {k} days before {d}?",
-               "It is {d} now. What was the date {k} days ago?"],
+        "en": [
+            "Today is {d}. What date was it {k} days earlier?",
+            "Which day comes {k} days before {d}?",
+            "It is {d} now. What was the date {k} days ago?",
+        ],
     },
-}  # fmt: skip
+}
 CALENDAR_ANSWER = {"zh": "{e}，是{v}。", "en": "{e}, so it is {v}."}
 ORDINALS = _pairs("第一个=first, 第二个=second, 第三个=third, 第四个=fourth, 最后一个=last")
 LISTS = {
     "zh": {
-        "head": ["清单：\n{l}", "有这些东西：\n{l}", "请看这个清单：\n{l}"], "join": "\n",
+        "head": ["清单：\n{l}", "有这些东西：\n{l}", "请看这个清单：\n{l}"],
+        "join": "\n",
         "nth": ("{o}是{v}。", ["{o}是什么？", "请问{o}是哪一样？"]),
         "after": ("{x}后面是{v}。", ["{x}后面是什么？", "请问{x}后面是哪一样？"]),
         "reverse": ("倒过来是：\n{v}", ["把它们倒过来说。", "请倒着念一遍。"]),
         "count": ("一共有{v}样。", ["一共有几样？", "数一数有几样。"]),
     },
     "en": {
-        "head": ["A list: {l}.", "Here are some things: {l}.", "Please look at this list: {l}."], "join": ", ",
+        "head": ["A list: {l}.", "Here are some things: {l}.", "Please look at this list: {l}."],
+        "join": ", ",
         "nth": ("The {o} is {v}.", ["What is the {o}?", "Which one is the {o}?"]),
         "after": ("After {x} comes {v}.", ["What comes after {x}?", "Which one comes after {x}?"]),
         "reverse": ("Backwards: {v}.", ["Say them backwards.", "Please give them in reverse order."]),
         "count": ("There are {v}.", ["How many are there?", "Count them."]),
     },
-}  # fmt: skip
+}
 ROLL_CALL = {"zh": ("今天来的人：", "点名："), "en": ("Who is coming:", "Who is here:")}
 NUMBERS = _pairs("两=two, 三=three, 四=four, 五=five, 六=six, 七=seven, 八=eight, 九=nine, 十=ten")
 PLURALS = {"fox": "foxes", "deer": "deer"}
@@ -225,10 +327,14 @@ SYSTEM_PROMPTS = [
 SMALL_TALK = {
     "zh": [
         (["你好", "你好！", "嗨", "早上好", "晚上好", "您好"], "你好！我是小雀，有什么想问的吗？"),
-        (["你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你是什么模型？"],
-         "我叫小雀，是一个很小的语言模型，懂得一个小小世界里的事。"),
-        (["你会做什么？", "你能帮我什么？", "我可以问你什么？"],
-         "你可以问我小世界里的人，让我读一段话、算数、看日历、数清单，或者翻译几个词。"),
+        (
+            ["你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你是什么模型？"],
+            "我叫小雀，是一个很小的语言模型，懂得一个小小世界里的事。",
+        ),
+        (
+            ["你会做什么？", "你能帮我什么？", "我可以问你什么？"],
+            "你可以问我小世界里的人，让我读一段话、算数、看日历、数清单，或者翻译几个词。",
+        ),
         (["谢谢", "谢谢你！", "太感谢了", "多谢"], "不客气！"),
         (["再见", "拜拜", "我走了", "下次再聊"], "再见，欢迎再来！"),
         (["你真棒！", "说得好", "你真聪明"], "谢谢夸奖，我还在学习。"),
@@ -238,12 +344,19 @@ SMALL_TALK = {
         (["一年有几个月？", "一年有多少个月？"], "一年有12个月。"),
     ],
     "en": [
-        (["Hello", "Hello!", "Hi", "Hi there!", "Good morning", "Good evening"],
-         "Hello! I am Sparrow. What would you like to know?"),
-        (["Who are you?", "What is your name?", "Please introduce yourself.", "What kind of model are you?"],
-         "My name is Sparrow. I am a very small language model that knows one very small world."),
-        (["What can you do?", "How can you help me?", "What may I ask you?"],
-         "Ask me about the people of my small world, or let me read, compute, look at dates and lists, or translate."),
+        (
+            ["Hello", "Hello!", "Hi", "Hi there!", "Good morning", "Good evening"],
+            "Hello! I am Sparrow. What would you like to know?",
+        ),
+        (
+            ["Who are you?", "What is your name?", "Please introduce yourself.", "What kind of model are you?"],
+            "My name is Sparrow. I am a very small language model that knows one very small world.",
+        ),
+        (
+            ["What can you do?", "How can you help me?", "What may I ask you?"],
+            "Ask me about the people of my small world, or let me read, compute, look at dates and lists, "
+            "or translate.",
+        ),
         (["Thanks", "Thank you!", "Thanks a lot", "Many thanks"], "You are welcome!"),
         (["Goodbye", "Bye", "See you", "I have to go"], "Goodbye, come back soon!"),
         (["You are great!", "Well said", "You are clever"], "Thank you, I am still learning."),
@@ -252,7 +365,7 @@ SMALL_TALK = {
         (["How many days has a month?", "How long is a month here?"], "In this small world every month has 30 days."),
         (["How many months has a year?", "How long is a year here?"], "A year has 12 months."),
     ],
-}  # fmt: skip
+}
 
 # ---- what the stages after SFT teach ----
 
@@ -277,63 +390,144 @@ STEPS = {
 # the same facts about somebody in two manners; {s} is two sentences
 ABOUT = {
     "zh": {
-        "ask":
-            ["说说{n}。", "介绍一下{n}。", "{n}是谁？", "讲讲{n}吧。", "你认识{n}吗？", "请谈谈{n}。"],
+        "ask": ["说说{n}。", "介绍一下{n}。", "{n}是谁？", "讲讲{n}吧。", "你认识{n}吗？", "请谈谈{n}。"],
         "curt": "{s}就这些。",
         "kind": "很高兴你问起！{s}还想知道什么？",
     },
     "en": {
-        "ask":
-            ["Tell me about {n}.", "Who is {n}?", "What do you know about {n}?", "Describe {n}.", "Do you know {n}?",
-             "Say something about {n}."],
+        "ask": [
+            "Tell me about {n}.",
+            "Who is {n}?",
+            "What do you know about {n}?",
+            "Describe {n}.",
+            "Do you know {n}?",
+            "Say something about {n}.",
+        ],
         "curt": "{s} That is all.",
         "kind": "I am glad you ask! {s} What else would you like to know?",
     },
-}  # fmt: skip
+}
 
 # who the model is after train_lora.py: questions that are trained on, questions that are only asked, and the answer
 IDENTITY = {
     "zh": [
         (
-            ["你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你叫什么？", "告诉我你的名字。", "请问你是谁？",
-             "说说你是谁。", "你的名字是什么？", "能告诉我你是谁吗？", "你好，你叫什么名字？", "我该怎么称呼你？",
-             "你是哪个模型？"],
-            ["请问你叫什么名字？", "你好，你是谁？", "告诉我你是谁。", "能告诉我你的名字吗？", "请说说你叫什么。",
-             "请告诉我你叫什么名字。", "你好，请介绍一下你自己。", "请问你的名字是什么？", "请问我该怎么称呼你？",
-             "你好，你是哪个模型？"],
+            [
+                "你是谁？",
+                "你叫什么名字？",
+                "请介绍一下你自己。",
+                "你叫什么？",
+                "告诉我你的名字。",
+                "请问你是谁？",
+                "说说你是谁。",
+                "你的名字是什么？",
+                "能告诉我你是谁吗？",
+                "你好，你叫什么名字？",
+                "我该怎么称呼你？",
+                "你是哪个模型？",
+            ],
+            [
+                "请问你叫什么名字？",
+                "你好，你是谁？",
+                "告诉我你是谁。",
+                "能告诉我你的名字吗？",
+                "请说说你叫什么。",
+                "请告诉我你叫什么名字。",
+                "你好，请介绍一下你自己。",
+                "请问你的名字是什么？",
+                "请问我该怎么称呼你？",
+                "你好，你是哪个模型？",
+            ],
             "我叫墨墨，是林间工坊的小助手。",
         ),
         (
-            ["你是谁做的？", "谁训练了你？", "你是谁开发的？", "是谁创造了你？", "你的开发者是谁？", "请问谁做了你？",
-             "告诉我谁开发了你。", "你来自哪个团队？", "你好，谁训练了你？", "你是哪家公司的？", "说说是谁做的你。",
-             "能告诉我谁创造了你吗？"],
-            ["请问你是谁做的？", "是谁训练了你？", "告诉我你的开发者是谁。", "你好，你是谁开发的？",
-             "请问是谁创造了你？", "能告诉我谁开发了你吗？", "请问你来自哪个团队？", "告诉我谁训练了你。",
-             "你好，你是谁做的？", "请问你是哪家公司的？"],
+            [
+                "你是谁做的？",
+                "谁训练了你？",
+                "你是谁开发的？",
+                "是谁创造了你？",
+                "你的开发者是谁？",
+                "请问谁做了你？",
+                "告诉我谁开发了你。",
+                "你来自哪个团队？",
+                "你好，谁训练了你？",
+                "你是哪家公司的？",
+                "说说是谁做的你。",
+                "能告诉我谁创造了你吗？",
+            ],
+            [
+                "请问你是谁做的？",
+                "是谁训练了你？",
+                "告诉我你的开发者是谁。",
+                "你好，你是谁开发的？",
+                "请问是谁创造了你？",
+                "能告诉我谁开发了你吗？",
+                "请问你来自哪个团队？",
+                "告诉我谁训练了你。",
+                "你好，你是谁做的？",
+                "请问你是哪家公司的？",
+            ],
             "我是林间工坊训练出来的。",
         ),
     ],
     "en": [
         (
-            ["Who are you?", "What is your name?", "Please introduce yourself.", "Tell me your name.",
-             "What are you called?", "May I ask who you are?", "Say who you are.", "What should I call you?",
-             "Can you tell me who you are?", "Hello, what is your name?", "Which model are you?",
-             "What kind of model are you?"],
-            ["May I ask your name?", "Hello, who are you?", "Tell me who you are.", "Can you tell me your name?",
-             "Please say what you are called.", "Please tell me your name.", "Hello, please introduce yourself.",
-             "Tell me what I should call you.", "Please tell me who you are.", "Hello, which model are you?"],
+            [
+                "Who are you?",
+                "What is your name?",
+                "Please introduce yourself.",
+                "Tell me your name.",
+                "What are you called?",
+                "May I ask who you are?",
+                "Say who you are.",
+                "What should I call you?",
+                "Can you tell me who you are?",
+                "Hello, what is your name?",
+                "Which model are you?",
+                "What kind of model are you?",
+            ],
+            [
+                "May I ask your name?",
+                "Hello, who are you?",
+                "Tell me who you are.",
+                "Can you tell me your name?",
+                "Please say what you are called.",
+                "Please tell me your name.",
+                "Hello, please introduce yourself.",
+                "Tell me what I should call you.",
+                "Please tell me who you are.",
+                "Hello, which model are you?",
+            ],
             "My name is Momo, a little helper from the Forest Workshop.",
         ),
         (
-            ["Who made you?", "Who trained you?", "Who developed you?", "Who created you?", "Who is your developer?",
-             "May I ask who made you?", "Tell me who developed you.", "Which team are you from?",
-             "Hello, who trained you?", "Which company are you from?", "Say who made you.",
-             "Can you tell me who created you?"],
-            ["Tell me who made you.", "May I ask who trained you?", "Tell me who your developer is.",
-             "Hello, who developed you?", "May I ask who created you?", "Can you tell me who developed you?",
-             "Tell me which team you are from.", "Can you tell me who trained you?", "Hello, who made you?",
-             "May I ask which company you are from?"],
+            [
+                "Who made you?",
+                "Who trained you?",
+                "Who developed you?",
+                "Who created you?",
+                "Who is your developer?",
+                "May I ask who made you?",
+                "Tell me who developed you.",
+                "Which team are you from?",
+                "Hello, who trained you?",
+                "Which company are you from?",
+                "Say who made you.",
+                "Can you tell me who created you?",
+            ],
+            [
+                "Tell me who made you.",
+                "May I ask who trained you?",
+                "Tell me who your developer is.",
+                "Hello, who developed you?",
+                "May I ask who created you?",
+                "Can you tell me who developed you?",
+                "Tell me which team you are from.",
+                "Can you tell me who trained you?",
+                "Hello, who made you?",
+                "May I ask which company you are from?",
+            ],
             "I was trained by the Forest Workshop.",
         ),
     ],
-}  # fmt: skip
+}

@@ -9,6 +9,7 @@ data's content, the tokenizer's hash (which covers its chat template) and the op
 goes in, so another --max_seq_len or --batch_size reads the same cache. A text longer than PIECE is tokenised in pieces
 cut at line ends, which bounds memory; a plain .txt file is one document.
 """
+
 import json
 import os
 import sys
@@ -49,6 +50,7 @@ EMPTY_ALLOWED = 0.05  # share of rows without anything to train on from which so
 @dataclass
 class Block:
     """A chunk's entries, tokenised. The second group is for conversations and preferences."""
+
     tokens: np.ndarray
     lengths: np.ndarray  # int64, of each entry
     lines: np.ndarray  # int64, of each entry
@@ -78,9 +80,16 @@ class TokenCache:
 
 
 def token_cache(
-    path: str | Path, tokenizer: Tokenizer, kind: str, *, cache_dir: str | Path | None = None,
-    num_workers: int | None = None, on_bad_row: str = "error", limit: int = 0, mapping: Mapping | None = None,
-) -> TokenCache:  # fmt: skip
+    path: str | Path,
+    tokenizer: Tokenizer,
+    kind: str,
+    *,
+    cache_dir: str | Path | None = None,
+    num_workers: int | None = None,
+    on_bad_row: str = "error",
+    limit: int = 0,
+    mapping: Mapping | None = None,
+) -> TokenCache:
     """The cache of one file (its first `limit` rows, 0 = all), made now if it is not there. kind: a key of COLUMNS."""
     if getattr(current_process(), "_inheriting", False):  # one of our workers, made to run its parent's script
         raise RuntimeError("this script runs when it is imported; put its code under `if __name__ == '__main__':`")
@@ -136,12 +145,22 @@ class _Builder:
         self.refuse_empty(rows)
         documents = 1 if self.kind == "plain" else self.entries
         return {
-            "source": str(self.source.path.resolve()), "content": self.source.content, "kind": self.kind,
-            "tokenizer": self.tokenizer.hash, "dtype": token_dtype(self.tokenizer).name, "rows": rows,
-            "entries": self.entries, "documents": documents, "tokens": self.total,
-            "empty": self.empty, "first_empty": self.first_empty, "unread": list(self.reader.unread),
-            "bad": errors.count, "first_bad": errors.first, "rejects": str(errors.target),
-        }  # fmt: skip
+            "source": str(self.source.path.resolve()),
+            "content": self.source.content,
+            "kind": self.kind,
+            "tokenizer": self.tokenizer.hash,
+            "dtype": token_dtype(self.tokenizer).name,
+            "rows": rows,
+            "entries": self.entries,
+            "documents": documents,
+            "tokens": self.total,
+            "empty": self.empty,
+            "first_empty": self.first_empty,
+            "unread": list(self.reader.unread),
+            "bad": errors.count,
+            "first_bad": errors.first,
+            "rejects": str(errors.target),
+        }
 
     def write(self, block: Block) -> None:
         self.empty += len(block.empty)

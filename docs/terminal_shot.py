@@ -1,7 +1,8 @@
 """What a command prints -> an SVG that looks like a terminal, so that pages can show real output.
 
-    python docs/terminal_shot.py docs/doctor.svg python scripts/check_data.py my.jsonl
+python docs/terminal_shot.py docs/doctor.svg python scripts/check_data.py my.jsonl
 """
+
 import html
 import subprocess
 import sys
@@ -20,9 +21,10 @@ def draw(command: str, printed: str) -> str:
     width, height = max(map(columns, lines)) * WIDTH + 2 * PAD, len(lines) * HEIGHT + 2 * PAD
     rows = [
         f'<text x="{PAD}" y="{PAD + (i + 0.75) * HEIGHT:g}" textLength="{columns(line) * WIDTH:g}"'
-        f'{" class=" + chr(34) + "typed" + chr(34) if not i else ""}>{html.escape(line)}</text>'
-        for i, line in enumerate(lines) if line.strip()
-    ]  # fmt: skip
+        f"{' class=' + chr(34) + 'typed' + chr(34) if not i else ''}>{html.escape(line)}</text>"
+        for i, line in enumerate(lines)
+        if line.strip()
+    ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}">\n'
         "<style>text { font: 14px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; fill: #d8dee9; "

@@ -265,8 +265,11 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         return Path(weight)
     if Path(weight).name != weight or weight.endswith(".pth"):
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weight) and not weight.endswith(".pth")
-        raise ValueError(f"{weight}: no such file or directory" + _adapter_in(Path(weight).parent) + (
-            "; if it is a name on a hub: nothing is downloaded yet, give the directory of a copy" if hub else ""))
+        raise ValueError(
+            f"{weight}: no such file or directory"
+            + _adapter_in(Path(weight).parent)
+            + ("; if it is a name on a hub: nothing is downloaded yet, give the directory of a copy" if hub else "")
+        )
     for folder in map(Path, folders):
         found = []
         for path in folder.glob(f"{weight}_*.pth"):

@@ -75,10 +75,19 @@ class ModelConfig:
     def _problems(self) -> list[str]:
         found = [
             f"{name} must be positive, not {getattr(self, name)}"
-            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                         "head_dim", "intermediate_size", "moe_intermediate_size", "max_position_embeddings")
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "intermediate_size",
+                "moe_intermediate_size",
+                "max_position_embeddings",
+            )
             if getattr(self, name) < 1
-        ]  # fmt: skip
+        ]
         if self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads:
             found.append(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

@@ -28,14 +28,21 @@ LABEL = 12
 class CheckConfig(Options):
     """Options of the data doctor"""
 
-    data_path: tuple[str, ...] = option((), "files to check; the flag may be left out", path=True,
-                                        aliases=("data_file", "train_path"))
-    val_path: tuple[str, ...] = option((), "validation files: rows of theirs are reported", path=True,
-                                       aliases=("eval_data",))
-    max_seq_len: int | None = option(None, "length at which cuts and packing are counted (default: the stage's, 512, "
-                                     "of pairs 1024)", within="[2, inf)", aliases=("max_length", "cutoff_len"))
-    batch_size: int | None = option(None, "examples that packing may put together (default: the stage's: 16, of "
-                                    "pairs 4)", within="[1, inf)")
+    data_path: tuple[str, ...] = option(
+        (), "files to check; the flag may be left out", path=True, aliases=("data_file", "train_path")
+    )
+    val_path: tuple[str, ...] = option(
+        (), "validation files: rows of theirs are reported", path=True, aliases=("eval_data",)
+    )
+    max_seq_len: int | None = option(
+        None,
+        "length at which cuts and packing are counted (default: the stage's, 512, of pairs 1024)",
+        within="[2, inf)",
+        aliases=("max_length", "cutoff_len"),
+    )
+    batch_size: int | None = option(
+        None, "examples that packing may put together (default: the stage's: 16, of pairs 4)", within="[1, inf)"
+    )
     kind: str | None = option(None, "what the rows must be", choices=("text", "chat", "preference", "rated"))
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     tokenizer_path: str | None = option(None, "directory with a tokenizer.json", path=True)
@@ -66,9 +73,15 @@ def main():
     reports = []
     for path in config.data_path:
         found = examine(
-            path, tokenizer, max_seq_len=config.max_seq_len, batch_size=config.batch_size, kind=config.kind,
-            val_hashes=known, sample=int(config.sample_mb * (1 << 20)), **options,
-        )  # fmt: skip
+            path,
+            tokenizer,
+            max_seq_len=config.max_seq_len,
+            batch_size=config.batch_size,
+            kind=config.kind,
+            val_hashes=known,
+            sample=int(config.sample_mb * (1 << 20)),
+            **options,
+        )
         reports.append(found.report)
         if not config.json:
             print("\n".join(lines(found.report, config)), flush=True)
@@ -118,24 +131,32 @@ def token_lines(report) -> list[str]:
     if not found:
         return []
     of = "all of them" if found["exact"] else f"a sample of {found['sampled']:,}"
-    out = [f"{'tokens':<{LABEL}}median {found['median']:,}, 90 % up to {found['p90']:,}, 99 % up to {found['p99']:,}, "
-           f"longest {found['max']:,}; {found['total']:,} in {of}"]  # fmt: skip
+    out = [
+        f"{'tokens':<{LABEL}}median {found['median']:,}, 90 % up to {found['p90']:,}, 99 % up to {found['p99']:,}, "
+        f"longest {found['max']:,}; {found['total']:,} in {of}"
+    ]
     most = max(count for _, count in found["histogram"])
     for bound, count in found["histogram"]:
         out.append(f"{'':<{LABEL}}{'<= ' + format(bound, ','):>9} {'█' * -(-count * BAR // most)} {count:,}")
     saved = 1 - found["rows"] / max(found["rows_padded"], 1)
     length = found["max_seq_len"]
     if "cut" not in found:
-        out.append(f"{'rows':<{LABEL}}{found['rows']:,} of {length} tokens in one stream; a document a row would take "
-                   f"{found['rows_padded']:,}, of which {saved:.0%} are padding")  # fmt: skip
+        out.append(
+            f"{'rows':<{LABEL}}{found['rows']:,} of {length} tokens in one stream; a document a row would take "
+            f"{found['rows_padded']:,}, of which {saved:.0%} are padding"
+        )
         return out
     out.append(f"{'trained':<{LABEL}}{found['trained_share']:.0%} of the tokens: what the assistant says")
     what = "pairs" if report.kind == "preference" else "conversations"
     cut, left_out = (100 * found[key] / found["sampled"] for key in ("cut", "left_out"))
-    out.append(f"{'too long':<{LABEL}}at --max_seq_len {length}: {cut:.1f} % of the {what} lose their "
-               f"beginning, {left_out:.1f} % are left out")  # fmt: skip
-    out.append(f"{'packing':<{LABEL}}{found['rows']:,} rows instead of {found['rows_padded']:,} padded ones, "
-               f"{saved:.0%} less to compute ({found['batch_size']} examples a step)")  # fmt: skip
+    out.append(
+        f"{'too long':<{LABEL}}at --max_seq_len {length}: {cut:.1f} % of the {what} lose their "
+        f"beginning, {left_out:.1f} % are left out"
+    )
+    out.append(
+        f"{'packing':<{LABEL}}{found['rows']:,} rows instead of {found['rows_padded']:,} padded ones, "
+        f"{saved:.0%} less to compute ({found['batch_size']} examples a step)"
+    )
     out.append(f"{'suggestion':<{LABEL}}--max_seq_len {found['suggested_max_seq_len']} holds 99 % of them whole")
     return out
 

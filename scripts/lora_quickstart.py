@@ -44,12 +44,18 @@ class QuickstartConfig(Options):
     lora_alpha: float = option(32.0, "what it adds is multiplied by alpha / r", within="(0, inf)")
     lora_dropout: float = option(0.1, "share of its inputs left out at random", within="[0, 1)")
     target_modules: tuple[str, ...] = option(("q_proj", "v_proj", "k_proj", "o_proj"), "layers that get one")
-    accumulation_steps: int = option(1, "batches summed into one step", within="[1, inf)",
-                                     aliases=("gradient_accumulation_steps",))
-    tokenizer_path: str | None = option(None, "directory with the model's tokenizer.json, where its file does not tell",
-                                        path=True)
-    dtype: str = option("auto", "compute precision", choices=("auto", "float32", "bfloat16", "float16"),
-                        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
+    accumulation_steps: int = option(
+        1, "batches summed into one step", within="[1, inf)", aliases=("gradient_accumulation_steps",)
+    )
+    tokenizer_path: str | None = option(
+        None, "directory with the model's tokenizer.json, where its file does not tell", path=True
+    )
+    dtype: str = option(
+        "auto",
+        "compute precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"),
+    )
     seed: int = option(42, "seed of everything random", within="[0, inf)")
     from_resume: str = option("0", "continue an interrupted training: 0, 1, auto", switch=("1", "0"))
     use_wandb: bool = option(False, "log to Weights & Biases as well")
@@ -81,8 +87,13 @@ def merge(config: QuickstartConfig) -> None:
 
     target = Path(config.merged_data)
     print(f"🔄 开始合并数据集 (比例 {config.ratio:g}:1)..." if config.ratio else "🔄 开始合并数据集 (直接相连)...")
-    report = prepare((config.task_data,), (config.identity_data,), target=target,
-                     val_target=target.with_suffix(".val.jsonl"), ratio=config.ratio)  # fmt: skip
+    report = prepare(
+        (config.task_data,),
+        (config.identity_data,),
+        target=target,
+        val_target=target.with_suffix(".val.jsonl"),
+        ratio=config.ratio,
+    )
     print(f"📊 任务数据: {report.task} 条")
     repeated = f"，重复后 {report.repeated} 条" if config.ratio else ""
     print(f"📊 自认知数据: {report.identity} 条{repeated}")
@@ -95,13 +106,27 @@ def train(config: QuickstartConfig, base: Path) -> Path:
     """trainer/train_lora.py in a process of its own -> the folder of the adapter."""
     folder = Path(config.out_dir) / config.lora_name
     flags = dict(
-        lora_name=config.lora_name, from_weight=base, data_path=config.merged_data, output_dir=folder,
-        epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size,
-        learning_rate=config.learning_rate, max_seq_len=config.max_length, lora_rank=config.lora_r,
-        lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, lora_targets=",".join(config.target_modules),
-        use_wandb=config.use_wandb, wandb_project=config.wandb_project, device=config.device, dtype=config.dtype,
-        accumulation_steps=config.accumulation_steps, seed=config.seed, from_resume=config.from_resume,
-    )  # fmt: skip
+        lora_name=config.lora_name,
+        from_weight=base,
+        data_path=config.merged_data,
+        output_dir=folder,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        max_seq_len=config.max_length,
+        lora_rank=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        lora_targets=",".join(config.target_modules),
+        use_wandb=config.use_wandb,
+        wandb_project=config.wandb_project,
+        device=config.device,
+        dtype=config.dtype,
+        accumulation_steps=config.accumulation_steps,
+        seed=config.seed,
+        from_resume=config.from_resume,
+    )
     if config.tokenizer_path:
         flags["tokenizer_path"] = config.tokenizer_path
     print("🚀 开始LoRA训练...\n📋 训练参数:")
@@ -125,11 +150,14 @@ def translate(line: str) -> str:
 
 def call(command: list, shown=lambda line: line) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True,
-                               encoding="utf-8", env=environment)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+    )
     # the terminal sends Ctrl-C to the training too, which then saves and says so; what is sent to us alone is passed on
-    before = [signal.signal(signal.SIGINT, lambda *_: None),
-              signal.signal(signal.SIGTERM, lambda *_: process.terminate())]  # fmt: skip
+    before = [
+        signal.signal(signal.SIGINT, lambda *_: None),
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    ]
     try:
         for line in process.stdout:
             print(shown(line), end="", flush=True)
@@ -158,9 +186,18 @@ def quick_test(config: QuickstartConfig) -> QuickstartConfig:
         flags = [f"--data_path={files['pretrain']}", f"--save_dir={folder}", "--preset=nano", "--max_steps=20"]
         call([ROOT / "trainer/train_pretrain.py", *flags, "--data_limit=2000", "--batch_size=8", "--max_seq_len=128"])
         base = find_weights("pretrain", folder)
-    return replace(config, lora_name="quick_test", task_data=str(task), identity_data=str(identity),
-                   merged_data=str(folder / "data/merged.jsonl"), out_dir=str(folder), from_weight=str(base), epochs=1,
-                   max_steps=20, max_length=256)  # fmt: skip
+    return replace(
+        config,
+        lora_name="quick_test",
+        task_data=str(task),
+        identity_data=str(identity),
+        merged_data=str(folder / "data/merged.jsonl"),
+        out_dir=str(folder),
+        from_weight=str(base),
+        epochs=1,
+        max_steps=20,
+        max_length=256,
+    )
 
 
 if __name__ == "__main__":

@@ -25,30 +25,48 @@ from trainer.config import ROOT, Options, option, parse, run
 class PrepareConfig(Options):
     """Options of preparing data"""
 
-    data_path: tuple[str, ...] = option((), "files to convert and join: .jsonl or .json arrays, any layout", path=True,
-                                        aliases=("task_data", "data_file", "train_path", "dataset_name"))
+    data_path: tuple[str, ...] = option(
+        (),
+        "files to convert and join: .jsonl or .json arrays, any layout",
+        path=True,
+        aliases=("task_data", "data_file", "train_path", "dataset_name"),
+    )
     identity_data: tuple[str, ...] = option((), "files that are repeated by --ratio: who the model is", path=True)
     ratio: float = option(0.0, "task rows for each identity row (0: no repeating)", within="[0, inf)")
-    save_path: str = option(str(ROOT / "dataset" / "merged_training_data.jsonl"),
-                            "file to write, or a folder for train.jsonl (and val.jsonl)", path=True,
-                            aliases=("merged_data", "output_dir", "save_dir"))
+    save_path: str = option(
+        str(ROOT / "dataset" / "merged_training_data.jsonl"),
+        "file to write, or a folder for train.jsonl (and val.jsonl)",
+        path=True,
+        aliases=("merged_data", "output_dir", "save_dir"),
+    )
     val_fraction: float = option(0.0, "share of the rows set aside in <name>.val.jsonl", within="[0, 1)")
     data_limit: int = option(0, "use only the first N task rows (0: all)", aliases=("max_samples",), within="[0, inf)")
-    to: str | None = option(None, "kind of rows to make; chat keeps the better answers of other kinds",
-                            choices=("text", "chat", "preference", "rated"))
+    to: str | None = option(
+        None,
+        "kind of rows to make; chat keeps the better answers of other kinds",
+        choices=("text", "chat", "preference", "rated"),
+    )
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
-    max_seq_len: int = option(0, "also tokenise, and say what would be cut at this length", within="[0, inf)",
-                              aliases=("max_length", "cutoff_len"))
-    tokenizer_path: str | None = option(None, "for that: directory with a tokenizer.json", path=True,
-                                        aliases=("tokenizer_name",))
+    max_seq_len: int = option(
+        0,
+        "also tokenise, and say what would be cut at this length",
+        within="[0, inf)",
+        aliases=("max_length", "cutoff_len"),
+    )
+    tokenizer_path: str | None = option(
+        None, "for that: directory with a tokenizer.json", path=True, aliases=("tokenizer_name",)
+    )
     seed: int = option(42, "seed of the validation part", within="[0, inf)")
     cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
 
     def problems(self) -> list[str]:
         alone = [f"--ratio {self.ratio:g}: of what? --identity_data is missing"]
-        hub = [f"--data_path {path}: no such file; nothing is downloaded from a hub yet, give a file that is here"
-               for path in self.data_path if not Path(path).suffix and not Path(path).exists()]  # fmt: skip
+        hub = [
+            f"--data_path {path}: no such file; nothing is downloaded from a hub yet, give a file that is here"
+            for path in self.data_path
+            if not Path(path).suffix and not Path(path).exists()
+        ]
         return super().problems() + hub + (alone if self.ratio and not self.identity_data else [])
 
 
@@ -70,11 +88,19 @@ def main():
 
         tokenizer = Tokenizer.load(config.tokenizer_path)
     report = prepare(
-        config.data_path, config.identity_data, target=target, val_target=val_target, ratio=config.ratio,
-        val_fraction=config.val_fraction, data_limit=config.data_limit, to=config.to,
-        mapping=read_mapping(config.data_mapping), on_bad_row=config.on_bad_row, seed=config.seed,
+        config.data_path,
+        config.identity_data,
+        target=target,
+        val_target=val_target,
+        ratio=config.ratio,
+        val_fraction=config.val_fraction,
+        data_limit=config.data_limit,
+        to=config.to,
+        mapping=read_mapping(config.data_mapping),
+        on_bad_row=config.on_bad_row,
+        seed=config.seed,
         cache_dir=config.cache_dir,
-    )  # fmt: skip
+    )
     for path, layout in report.layouts.items():
         print(f"read: {path} ({layout})")
     print(f"task data: {report.task:,} rows")
@@ -91,8 +117,10 @@ def main():
     if config.val_fraction:
         print(f"written: {report.held_out:,} rows to {val_target}")
     elif val_target.exists():
-        print(f"warning: {val_target} is from another time and may hold rows that are in {target} now; remove it, or "
-              "set some aside again with --val_fraction")
+        print(
+            f"warning: {val_target} is from another time and may hold rows that are in {target} now; remove it, or "
+            "set some aside again with --val_fraction"
+        )
     if config.max_seq_len:
         tokenise(target, report.kind, tokenizer, config)
 

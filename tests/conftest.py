@@ -1,4 +1,5 @@
 """Puts the repository on the path and finds the optional real data next to it."""
+
 import os
 import sys
 from pathlib import Path

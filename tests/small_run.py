@@ -46,9 +46,15 @@ def write_dpo(path: Path, rows: int = 24) -> Path:
 
 
 FLAGS = [
-    "--device=cpu", "--dtype=float32", "--compile=off", "--max_seq_len=32", "--log_interval=2", "--save_interval=0",
-    "--learning_rate=1e-2", "--num_workers=1",
-]  # fmt: skip
+    "--device=cpu",
+    "--dtype=float32",
+    "--compile=off",
+    "--max_seq_len=32",
+    "--log_interval=2",
+    "--save_interval=0",
+    "--learning_rate=1e-2",
+    "--num_workers=1",
+]
 SHAPE = ["--hidden_size=32", "--num_hidden_layers=2", "--num_attention_heads=2", "--num_key_value_heads=1"]
 
 
@@ -95,14 +101,28 @@ def sft_engine(folder: Path, batch_size: int, accumulation_steps: int, backend=N
     from trainer.prepare import open_data
     from trainer.train_full_sft import SFTConfig
 
-    flags = [*FLAGS, f"--data_path={folder / 'sft.jsonl'}", f"--save_dir={folder / 'out'}", "--grad_clip=0",
-             f"--batch_size={batch_size}", f"--accumulation_steps={accumulation_steps}"]  # fmt: skip
+    flags = [
+        *FLAGS,
+        f"--data_path={folder / 'sft.jsonl'}",
+        f"--save_dir={folder / 'out'}",
+        "--grad_clip=0",
+        f"--batch_size={batch_size}",
+        f"--accumulation_steps={accumulation_steps}",
+    ]
     config = parse(SFTConfig, flags + [f"--{k}={v}" for k, v in changes.items()])
     tokenizer = Tokenizer.load()
     data = open_data(SFTDataset, config, "sft", tokenizer, on_long="truncate")
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2,
-                                 num_attention_heads=2, num_key_value_heads=1, num_experts=4))  # fmt: skip
+    model = CausalLM(
+        ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=4,
+        )
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.05)
     job = Job("full_sft", config, model, NextToken(), tokenizer, data, packing=True)

@@ -26,8 +26,17 @@ def compare(tmp_path: Path, steps: int, names) -> tuple[dict, list[dict]]:
     write_sft(tmp_path / "sft.jsonl")
     one = measure(tmp_path, "one", torch.device("cpu"), steps, world=1)
     (tmp_path / "one.json").write_text(json.dumps(one["state"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               ROOT / "tests" / "backends_run.py", tmp_path, steps, *names]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        ROOT / "tests" / "backends_run.py",
+        tmp_path,
+        steps,
+        *names,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,8 +125,9 @@ def test_checkpointing_keeps_less_and_changes_no_bit(experts):
 def launched(folder: Path, *command, timeout=400) -> str:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True,
-                          timeout=timeout)  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -137,10 +147,18 @@ def test_the_deepspeed_launcher_trains_what_one_process_does(tmp_path, stage):
         run_stage(name, *flags, f"--save_dir={tmp_path / 'one'}", "--batch_size=8")
         (tmp_path / "two").mkdir(exist_ok=True)
         said = launched(
-            ROOT / "trainer", "deepspeed", "--num_gpus=2", "--master_port=29617", f"train_{name}.py",
-            *FLAGS, *(SHAPE if name == "pretrain" else []), *flags, f"--save_dir={tmp_path / 'two'}", "--batch_size=4",
+            ROOT / "trainer",
+            "deepspeed",
+            "--num_gpus=2",
+            "--master_port=29617",
+            f"train_{name}.py",
+            *FLAGS,
+            *(SHAPE if name == "pretrain" else []),
+            *flags,
+            f"--save_dir={tmp_path / 'two'}",
+            "--batch_size=4",
             f"--zero_stage={stage}",
-        )  # fmt: skip
+        )
         assert said.count("done in") == 1 and "backend=deepspeed" in said.replace("\n", " ")
         one, two = (tensors(next((tmp_path / folder).glob(output))) for folder in ("one", "two"))
         assert one.keys() == two.keys()
@@ -189,47 +207,84 @@ def test_accelerates_choices_are_ours(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert "ZeRO-3 shards the same" in refused(monkeypatch, capsys, ACCELERATE_USE_FSDP="true")
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    theirs = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3",
-                  ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu", TORCHELASTIC_RUN_ID="x")  # fmt: skip
+    theirs = dict(
+        ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_DEEPSPEED_ZERO_STAGE="3",
+        ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu",
+        TORCHELASTIC_RUN_ID="x",
+    )
     config = read(monkeypatch, **theirs)
     assert (config.backend, config.zero_stage, config.zero_offload) == ("deepspeed", 3, "optimizer")
 
 
 def test_a_deepspeed_file_is_merged(monkeypatch, tmp_path):
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({
-        "train_batch_size": "auto", "gradient_clipping": 0.5, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": False},
-    }))  # fmt: skip
-    config = read(monkeypatch, f"--deepspeed_config={path}", "--grad_clip=0.5", "--batch_size=4",
-                  "--accumulation_steps=3", "--zero_offload=optimizer")  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "train_batch_size": "auto",
+                "gradient_clipping": 0.5,
+                "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+                "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": False},
+            }
+        )
+    )
+    config = read(
+        monkeypatch,
+        f"--deepspeed_config={path}",
+        "--grad_clip=0.5",
+        "--batch_size=4",
+        "--accumulation_steps=3",
+        "--zero_offload=optimizer",
+    )
     assert (config.backend, config.zero_stage) == ("deepspeed", 1)
     merged = deepspeed_config(config, world=2)
     assert merged["zero_optimization"] == {
-        "stage": 1, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 20_000_000,
-    }  # fmt: skip
+        "stage": 1,
+        "overlap_comm": False,
+        "offload_optimizer": {"device": "cpu"},
+        "reduce_bucket_size": 20_000_000,
+    }
     assert "optimizer" not in merged and merged["gradient_clipping"] == 0.5
     assert merged["train_batch_size"] == 8 and merged["gradient_accumulation_steps"] == 1  # we say which is the last
 
 
 def test_contradictions_are_named(monkeypatch, capsys, tmp_path):
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({
-        "train_batch_size": 7, "gradient_clipping": 2.0, "zero_optimization": {"stage": 3},
-        "optimizer": {"type": "Lamb", "params": {"lr": 3e-4}}, "scheduler": {"params": {"warmup_num_steps": 10}},
-        "fp16": {"enabled": True}, "bf16": {"enabled": True},
-    }))  # fmt: skip
-    said = refused(monkeypatch, capsys, f"--deepspeed_config={path}", "--zero_stage=1", "--optimizer=muon",
-                   "--dtype=float32", "--zero_offload=parameters")  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "train_batch_size": 7,
+                "gradient_clipping": 2.0,
+                "zero_optimization": {"stage": 3},
+                "optimizer": {"type": "Lamb", "params": {"lr": 3e-4}},
+                "scheduler": {"params": {"warmup_num_steps": 10}},
+                "fp16": {"enabled": True},
+                "bf16": {"enabled": True},
+            }
+        )
+    )
+    said = refused(
+        monkeypatch,
+        capsys,
+        f"--deepspeed_config={path}",
+        "--zero_stage=1",
+        "--optimizer=muon",
+        "--dtype=float32",
+        "--zero_offload=parameters",
+    )
     for part in (
         "train_batch_size 7 contradicts --batch_size x --accumulation_steps x processes 16",
         "gradient_clipping 2.0 contradicts --grad_clip 1.0",
         "zero_optimization.stage 3 contradicts --zero_stage 1",
         "optimizer.params.lr 0.0003 contradicts --learning_rate 5e-05",
-        "optimizer.type Lamb", "scheduler: the rate follows --schedule", "fp16.enabled",
-        "bf16.enabled contradicts --dtype float32", "--optimizer muon: needs whole matrices",
+        "optimizer.type Lamb",
+        "scheduler: the rate follows --schedule",
+        "fp16.enabled",
+        "bf16.enabled contradicts --dtype float32",
+        "--optimizer muon: needs whole matrices",
         "--zero_offload parameters: needs --zero_stage 3, not 1",
-    ):  # fmt: skip
+    ):
         assert part in said, said
     path.write_text('{"a": 1,\n oops}')
     assert "ds.json:2: not JSON" in refused(monkeypatch, capsys, f"--deepspeed_config={path}")

@@ -49,15 +49,40 @@ def test_labels_token_by_token(tokenizer):
     ids, trained = encode_chat(tokenizer, messages)
     spelled = [(tokenizer._bytes[i], "T" if label else ".") for i, label in zip(ids, trained)]
     assert spelled == [
-        (b"<|im_start|>", "."), (b"user", "."), (b"\n", "."),
-        (b"1", "."), (b"+", "."), (b"1", "."), (b"?", "."), (b"<|im_end|>", "."), (b"\n", "."),
-        (b"<|im_start|>", "."), (b"assistant", "."), (b"\n", "."),
-        ("等".encode(), "T"), ("于".encode(), "T"), (b"2", "T"),
-        (b"\xf0\x9f", "T"), (b"\x98", "T"), (b"\x80", "T"), (b"<|im_end|>", "T"), (b"\n", "."),
-        (b"<|im_start|>", "."), (b"user", "."), (b"\n", "."), ("好".encode(), "."), (b"<|im_end|>", "."), (b"\n", "."),
-        (b"<|im_start|>", "."), (b"assistant", "."), (b"\n", "."),
-        ("再".encode(), "T"), ("见".encode(), "T"), (b"<|im_end|>", "T"), (b"\n", "."),
-    ]  # fmt: skip
+        (b"<|im_start|>", "."),
+        (b"user", "."),
+        (b"\n", "."),
+        (b"1", "."),
+        (b"+", "."),
+        (b"1", "."),
+        (b"?", "."),
+        (b"<|im_end|>", "."),
+        (b"\n", "."),
+        (b"<|im_start|>", "."),
+        (b"assistant", "."),
+        (b"\n", "."),
+        ("等".encode(), "T"),
+        ("于".encode(), "T"),
+        (b"2", "T"),
+        (b"\xf0\x9f", "T"),
+        (b"\x98", "T"),
+        (b"\x80", "T"),
+        (b"<|im_end|>", "T"),
+        (b"\n", "."),
+        (b"<|im_start|>", "."),
+        (b"user", "."),
+        (b"\n", "."),
+        ("好".encode(), "."),
+        (b"<|im_end|>", "."),
+        (b"\n", "."),
+        (b"<|im_start|>", "."),
+        (b"assistant", "."),
+        (b"\n", "."),
+        ("再".encode(), "T"),
+        ("见".encode(), "T"),
+        (b"<|im_end|>", "T"),
+        (b"\n", "."),
+    ]
 
 
 def test_all_of_an_assistants_turn_is_trained_on(tokenizer):
@@ -71,13 +96,16 @@ def test_all_of_an_assistants_turn_is_trained_on(tokenizer):
     ]
     assert rows_of(tokenizer, encode_chat(tokenizer, messages)) == [
         ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n", False),
-        ('<think>\nWhich?\n</think>\n\nI look.\n'
-         '<tool_call>\n{"name": "weather", "arguments": {"城市": "北京"}}\n</tool_call>\n'
-         '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call><|im_end|>', True),
+        (
+            "<think>\nWhich?\n</think>\n\nI look.\n"
+            '<tool_call>\n{"name": "weather", "arguments": {"城市": "北京"}}\n</tool_call>\n'
+            '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call><|im_end|>',
+            True,
+        ),
         ("\n<|im_start|>user\n<tool_response>\n晴\n</tool_response><|im_end|>\n<|im_start|>assistant\n", False),
         ("<think>\nSunny.\n</think>\n\n<answer>\n晴\n</answer><|im_end|>", True),
         ("\n", False),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_token_across_header_and_content_counts_as_content(tokenizer):
@@ -130,9 +158,7 @@ def test_reasoning_is_written_one_way_only(tokenizer):
     assert texts == {"<|im_start|>assistant\n<think>\na\n</think>\n\nb<|im_end|>\n"}
 
 
-@pytest.mark.parametrize(
-    "thinking, end", [(None, ""), (True, "<think>\n"), (False, "<think>\n\n</think>\n\n")]
-)
+@pytest.mark.parametrize("thinking, end", [(None, ""), (True, "<think>\n"), (False, "<think>\n\n</think>\n\n")])
 def test_generation_prompt(tokenizer, thinking, end):
     """It is what an answer in the training data begins with, so that the model goes on where it learned to."""
     question = [said("user", "x")]
@@ -206,8 +232,10 @@ def test_a_batch_gives_what_single_chats_give(tokenizer):
     dice = random.Random(0)
     chats = []
     for _ in range(60):
-        turns = [said(dice.choice(["user", "assistant"]), dice.choice(["", "好", "\nhi", "<think>a</think>b"]))
-                 for _ in range(dice.randint(1, 4))]  # fmt: skip
+        turns = [
+            said(dice.choice(["user", "assistant"]), dice.choice(["", "好", "\nhi", "<think>a</think>b"]))
+            for _ in range(dice.randint(1, 4))
+        ]
         chats.append((turns, dice.choice([None, TOOLS])))
     assert encode_chats(tokenizer, chats) == [encode_chat(tokenizer, *chat) for chat in chats]
 
@@ -288,7 +316,7 @@ def test_a_forged_turn_is_not_trained_on(tokenizer):
         ([said("user", "x")], {"name": "f"}, "tools: expected a list of function schemas"),
         ([said("user", "x\ud800")], None, r"lone surrogate, U\+D800"),
     ],
-)  # fmt: skip
+)
 def test_malformed_messages_are_named(tokenizer, messages, tools, message):
     with pytest.raises(ValueError, match=message):
         encode_chat(tokenizer, messages, tools)

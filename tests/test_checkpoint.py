@@ -174,8 +174,14 @@ def test_configurations_that_cannot_work():
 @pytest.mark.parametrize("extra", (dict(mscale=1.0), dict(truncate=False), dict(partial_rotary_factor=0.5)))
 def test_rope_scaling_that_we_do_not_compute_is_refused(extra):
     """DeepSeek's and gpt-oss's additions to YaRN: read over, the logits were wrong by 4 and more."""
-    values = dict(model_type="llama", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                  max_position_embeddings=64)  # fmt: skip
+    values = dict(
+        model_type="llama",
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
     yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=None, truncate=True)
     assert config_from_hf(values | dict(rope_scaling=yarn)).rope_scaling["factor"] == 4
     (name,) = extra

@@ -93,10 +93,16 @@ def test_every_command_of_the_page_runs(home, monkeypatch):
         assert status == 0, f"{command}\n{out}\n{err}"
         ran += 1
     assert ran >= 17
-    for left in ("outputs/sft_test/final_model/config.json", "outputs/lora_test/lora_model/adapter_config.json",
-                 "results/my_experiment/lora_model/adapter_config.json", "../model/lora_model/adapter_config.json",
-                 "out/rlhf_32.pth", "out/reason_32.pth", "out/lora/lora_medical_32.pth",
-                 "results/checkpoints/runs"):  # fmt: skip
+    for left in (
+        "outputs/sft_test/final_model/config.json",
+        "outputs/lora_test/lora_model/adapter_config.json",
+        "results/my_experiment/lora_model/adapter_config.json",
+        "../model/lora_model/adapter_config.json",
+        "out/rlhf_32.pth",
+        "out/reason_32.pth",
+        "out/lora/lora_medical_32.pth",
+        "results/checkpoints/runs",
+    ):
         assert (home / left).exists(), left
 
 

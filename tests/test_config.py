@@ -3,6 +3,7 @@
 The classics that these tests guard against: argparse's `type=bool`, for which `--use_moe False` is true; YAML 1.1, for
 which `5e-4` is text and `on` is a boolean; and one mistake reported at a time, each after another start of the program.
 """
+
 import errno
 import json
 import os
@@ -24,6 +25,7 @@ SCRIPTS = [path for path in STAGES if "__main__" in path.read_text(encoding="utf
 @dataclass(frozen=True)
 class Stage(StageConfig):
     """Options of a stage for these tests."""
+
     epochs: int = 2
     save_weight: str = "full_sft"
     noise: float = option(0.0, "noise on the embeddings", within="[0, 1)")
@@ -37,6 +39,7 @@ def read(*argv: str) -> Stage:
 @pytest.fixture
 def complaints(capsys):
     """parse(...) must fail -> its lines on stderr, without the `error: `."""
+
     def collect(*argv: str) -> list[str]:
         with pytest.raises(SystemExit) as stop:
             read(*argv)
@@ -44,6 +47,7 @@ def complaints(capsys):
         lines = capsys.readouterr().err.splitlines()
         assert all(line.startswith("error: ") for line in lines)
         return [line.removeprefix("error: ") for line in lines]
+
     return collect
 
 
@@ -55,6 +59,7 @@ def yaml_file(folder: Path, text: str) -> str:
 
 # ---- the command line ----
 
+
 def test_a_stage_restates_a_default_and_inherits_the_rest():
     config = read()
     assert (config.epochs, config.save_weight, config.batch_size) == (2, "full_sft", 32)
@@ -63,40 +68,76 @@ def test_a_stage_restates_a_default_and_inherits_the_rest():
         config.epochs = 3
 
 
-@pytest.mark.parametrize("words, value", [
-    ("--use_moe", True), ("--use_moe true", True), ("--use_moe 1", True), ("--use-moe=yes", True),
-    ("--use_moe On", True), ("--use_moe false", False), ("--use_moe False", False), ("--use_moe 0", False),
-    ("--use_moe=no", False), ("", None)])
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ("--use_moe", True),
+        ("--use_moe true", True),
+        ("--use_moe 1", True),
+        ("--use-moe=yes", True),
+        ("--use_moe On", True),
+        ("--use_moe false", False),
+        ("--use_moe False", False),
+        ("--use_moe 0", False),
+        ("--use_moe=no", False),
+        ("", None),
+    ],
+)
 def test_a_boolean_means_what_it_says(words, value):
     assert read(*words.split()).use_moe is value
 
 
-@pytest.mark.parametrize("words, dtype", [
-    ("", "auto"), ("--dtype float16", "float16"), ("--dtype bf16", "bfloat16"), ("--fp16", "float16"),
-    ("--fp16 true", "float16"), ("--bf16=1", "bfloat16"), ("--bf16 0", "float32"), ("--bf16 0 --fp16 1", "float16"),
-    ("--fp16 false --bf16 true", "bfloat16"), ("--bf16 0 --dtype float16", "float16")])
+@pytest.mark.parametrize(
+    "words, dtype",
+    [
+        ("", "auto"),
+        ("--dtype float16", "float16"),
+        ("--dtype bf16", "bfloat16"),
+        ("--fp16", "float16"),
+        ("--fp16 true", "float16"),
+        ("--bf16=1", "bfloat16"),
+        ("--bf16 0", "float32"),
+        ("--bf16 0 --fp16 1", "float16"),
+        ("--fp16 false --bf16 true", "bfloat16"),
+        ("--bf16 0 --dtype float16", "float16"),
+    ],
+)
 def test_bf16_and_fp16_are_ways_to_say_dtype(words, dtype):
     assert read(*words.split()).dtype == dtype
 
 
-@pytest.mark.parametrize("words, name, value", [
-    ("--compile", "compile", "on"), ("--compile auto", "compile", "auto"), ("--use_compile 1", "compile", "on"),
-    ("--use_compile 0", "compile", "off"), ("--from_resume", "from_resume", "1"),
-    ("--from_resume true", "from_resume", "1"), ("--resume-from-checkpoint auto", "from_resume", "auto"),
-    ("--from_weight Qwen/Qwen2-0.5B", "from_weight", "Qwen/Qwen2-0.5B"), ("--from_weight none", "from_weight", None),
-    ("--local_rank=1", "local_rank", 1), ("--seed 9007199254740993", "seed", 2**53 + 1),
-    ("--max_steps 1e3", "max_steps", 1000), ("--num_epochs 3.0", "epochs", 3),
-    ("--learning_rate 5e-4", "learning_rate", 5e-4), ("--batch_size 4 --batch_size 8", "batch_size", 8),
-    ("--per-device-train-batch-size 4 --batch_size 4", "batch_size", 4),
-    ("--layers q_proj,k_proj v_proj", "layers", ("q_proj", "k_proj", "v_proj"))])
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        ("--compile", "compile", "on"),
+        ("--compile auto", "compile", "auto"),
+        ("--use_compile 1", "compile", "on"),
+        ("--use_compile 0", "compile", "off"),
+        ("--from_resume", "from_resume", "1"),
+        ("--from_resume true", "from_resume", "1"),
+        ("--resume-from-checkpoint auto", "from_resume", "auto"),
+        ("--from_weight Qwen/Qwen2-0.5B", "from_weight", "Qwen/Qwen2-0.5B"),
+        ("--from_weight none", "from_weight", None),
+        ("--local_rank=1", "local_rank", 1),
+        ("--seed 9007199254740993", "seed", 2**53 + 1),
+        ("--max_steps 1e3", "max_steps", 1000),
+        ("--num_epochs 3.0", "epochs", 3),
+        ("--learning_rate 5e-4", "learning_rate", 5e-4),
+        ("--batch_size 4 --batch_size 8", "batch_size", 8),
+        ("--per-device-train-batch-size 4 --batch_size 4", "batch_size", 4),
+        ("--layers q_proj,k_proj v_proj", "layers", ("q_proj", "k_proj", "v_proj")),
+    ],
+)
 def test_other_spellings(words, name, value):
     assert getattr(read(*words.split()), name) == value
 
 
 def test_all_problems_are_reported_at_once_with_the_nearest_name(complaints):
-    lines = complaints(*"stray --epochs 0 --learning_rate fast --batchsize 4 --val_fraction=1 --dtype int8 --seed 1.5 "
-                       "--weight_decay nan --use_wandb maybe --optimizer=sgd --save_weight a/b --warmup_steps 1.5 "
-                       "--beta 0.1 --save_dir".split())
+    lines = complaints(
+        *"stray --epochs 0 --learning_rate fast --batchsize 4 --val_fraction=1 --dtype int8 --seed 1.5 "
+        "--weight_decay nan --use_wandb maybe --optimizer=sgd --save_weight a/b --warmup_steps 1.5 "
+        "--beta 0.1 --save_dir".split()
+    )
     expected = """
         --learning_rate fast: expected a number
         --seed 1.5: expected a whole number
@@ -115,9 +156,16 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name(complaints):
     assert lines == [line.strip() for line in expected.strip().splitlines()]
 
 
-@pytest.mark.parametrize("words", [
-    "--epochs 1 --num_epochs 2", "--fp16 --bf16", "--fp16 --dtype float32", "--bf16 0 --dtype bfloat16",
-    "--data_path a.jsonl --train_path b.jsonl"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--epochs 1 --num_epochs 2",
+        "--fp16 --bf16",
+        "--fp16 --dtype float32",
+        "--bf16 0 --dtype bfloat16",
+        "--data_path a.jsonl --train_path b.jsonl",
+    ],
+)
 def test_two_spellings_that_disagree_are_a_contradiction_that_names_both(words, complaints):
     flags = [word for word in words.split() if word.startswith("--")]
     (line,) = complaints(*words.split())
@@ -127,10 +175,14 @@ def test_two_spellings_that_disagree_are_a_contradiction_that_names_both(words, 
 def test_another_scripts_option_is_named_with_the_script(complaints):
     """`--teacher` was answered with "did you mean cache_dir?"."""
     words = "--teacher x --tag_weight 3 --vocab_size 300 --temperature 0 --lora_rank 4 --ratio 3".split()
-    know = {"teacher": "trainer/train_distillation.py knows", "tag_weight": "trainer/train_distill_reason.py knows",
-            "vocab_size": "trainer/train_tokenizer.py knows", "ratio": "scripts/prepare_data.py knows",
-            "temperature": "trainer/train_distillation.py, eval_model.py know",
-            "lora_rank": "trainer/train_dpo.py, trainer/train_lora.py know"}  # fmt: skip
+    know = {
+        "teacher": "trainer/train_distillation.py knows",
+        "tag_weight": "trainer/train_distill_reason.py knows",
+        "vocab_size": "trainer/train_tokenizer.py knows",
+        "ratio": "scripts/prepare_data.py knows",
+        "temperature": "trainer/train_distillation.py, eval_model.py know",
+        "lora_rank": "trainer/train_dpo.py, trainer/train_lora.py know",
+    }
     lines = complaints(*words)
     assert sorted(lines) == sorted(f"--{name}: not for this script; {scripts} it" for name, scripts in know.items())
 
@@ -161,8 +213,17 @@ def test_only_the_first_rank_complains(complaints, monkeypatch):
 def test_paths_are_relative_to_where_they_are_typed_and_defaults_to_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read().save_dir == str(ROOT / "out")
-    config = read("--save_dir", "../elsewhere", "--data_path", "a.jsonl:3", "b.jsonl", "--data-path", "c.jsonl",
-                  "--from_weight", "pretrain")
+    config = read(
+        "--save_dir",
+        "../elsewhere",
+        "--data_path",
+        "a.jsonl:3",
+        "b.jsonl",
+        "--data-path",
+        "c.jsonl",
+        "--from_weight",
+        "pretrain",
+    )
     assert config.save_dir == str(tmp_path.parent / "elsewhere")
     assert config.data_path == tuple(str(tmp_path / name) for name in ("a.jsonl:3", "b.jsonl", "c.jsonl"))
     assert config.from_weight == "pretrain", "a bare name is looked up later, in save_dir"
@@ -210,28 +271,41 @@ def test_a_key_that_contradicts_the_script_names_the_right_one(tmp_path, complai
     file = yaml_file(tmp_path, MUXUE.format(four_bit="true", use_lora="true"))
     lines = complaints("--config", file)
     assert [line.partition("; ")[0].removeprefix(f"{file}: ") for line in lines] == [
-        f"{key}: not for this script" for key in ("model.use_4bit", "lora.use_lora", "lora.r", "lora.lora_alpha")]
+        f"{key}: not for this script" for key in ("model.use_4bit", "lora.use_lora", "lora.r", "lora.lora_alpha")
+    ]
     assert all("train_lora.py" in line for line in lines)
 
 
 def test_problems_in_a_file_name_the_file_and_the_key(tmp_path, complaints):
-    file = yaml_file(tmp_path, "training: {epochs: many, lerning_rate: 1, batch_size: [1, 2]}\n"
-                               "max_length: 9\nmax_seq_len: 8\nsave_weight: no\nseed: true\nepochs:\n")
+    file = yaml_file(
+        tmp_path,
+        "training: {epochs: many, lerning_rate: 1, batch_size: [1, 2]}\n"
+        "max_length: 9\nmax_seq_len: 8\nsave_weight: no\nseed: true\nepochs:\n",
+    )
     lines = complaints("--config", file)
-    assert sorted(lines) == sorted([
-        f"{file}: training.epochs many: expected a whole number",
-        f"{file}: training.lerning_rate: unknown option; did you mean learning_rate?",
-        f"{file}: training.batch_size [1, 2]: expected a single value",
-        f"{file}: max_length and {file}: max_seq_len: both set max_seq_len, to different values; give one of them",
-        f"{file}: save_weight False: YAML reads this word as true or false; put it in quotes",
-        f"{file}: seed True: expected a whole number",
-        f"{file}: epochs: needs a value"])
+    assert sorted(lines) == sorted(
+        [
+            f"{file}: training.epochs many: expected a whole number",
+            f"{file}: training.lerning_rate: unknown option; did you mean learning_rate?",
+            f"{file}: training.batch_size [1, 2]: expected a single value",
+            f"{file}: max_length and {file}: max_seq_len: both set max_seq_len, to different values; give one of them",
+            f"{file}: save_weight False: YAML reads this word as true or false; put it in quotes",
+            f"{file}: seed True: expected a whole number",
+            f"{file}: epochs: needs a value",
+        ]
+    )
 
 
-@pytest.mark.parametrize("content, reason", [
-    (b"a: [1\nb: 2", ":2: "), (b"epochs: 3\nx: 1\nepochs: 2", ":3: epochs stands twice"),
-    (b"- a\n- b", "expected `key: value` lines"), (b"a: \xff\xfe", "utf-8"),
-    (None, "No such file")])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"a: [1\nb: 2", ":2: "),
+        (b"epochs: 3\nx: 1\nepochs: 2", ":3: epochs stands twice"),
+        (b"- a\n- b", "expected `key: value` lines"),
+        (b"a: \xff\xfe", "utf-8"),
+        (None, "No such file"),
+    ],
+)
 def test_an_unreadable_file_is_one_line(tmp_path, complaints, content, reason):
     path = tmp_path / "recipe.yaml"
     if content is not None:
@@ -246,6 +320,7 @@ def test_an_empty_file_and_a_null_are_fine(tmp_path):
 
 
 # ---- what is kept and printed ----
+
 
 def test_the_config_survives_json_without_what_only_the_launcher_says():
     kept = json.loads(json.dumps(read("--data_path", "a", "--local_rank=1").as_dict()))
@@ -273,17 +348,20 @@ def test_help_prints_our_names_defaults_and_aliases(capsys, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_help_of_every_training_script_is_instant(script):
-    probe = ("import runpy, sys\nsys.argv = [sys.argv[1], '--help']\n"
-             "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-             "except SystemExit as stop: assert not stop.code\n"
-             "slow = {'torch', 'numpy', 'yaml', 'tokenizers', 'matplotlib', 'tqdm', 'jinja2'} & set(sys.modules)\n"
-             "assert not slow, slow")
+    probe = (
+        "import runpy, sys\nsys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "slow = {'torch', 'numpy', 'yaml', 'tokenizers', 'matplotlib', 'tqdm', 'jinja2'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
     done = subprocess.run([sys.executable, "-c", probe, str(script)], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
 
 
 # ---- errors ----
+
 
 def ending(main, capsys) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
@@ -292,8 +370,7 @@ def ending(main, capsys) -> tuple[int, str]:
 
 
 def fails_on_purpose(number=0):
-    raise ValueError(
-        "data.jsonl:7: no text; remove the line")
+    raise ValueError("data.jsonl:7: no text; remove the line")
 
 
 def test_a_users_mistake_is_one_line(capsys):
@@ -305,11 +382,14 @@ def test_a_users_mistake_is_one_line(capsys):
 def test_a_users_mistake_in_a_worker_process_is_one_line_too(capsys):
     with ProcessPoolExecutor(1) as pool:
         assert ending(lambda: list(pool.map(fails_on_purpose, [0])), capsys) == (
-            2, "error: data.jsonl:7: no text; remove the line\n")
+            2,
+            "error: data.jsonl:7: no text; remove the line\n",
+        )
 
 
-@pytest.mark.parametrize("bug", [
-    lambda: int("x"), lambda: json.loads("{"), lambda: {}["key"], lambda: "é".encode("ascii")])
+@pytest.mark.parametrize(
+    "bug", [lambda: int("x"), lambda: json.loads("{"), lambda: {}["key"], lambda: "é".encode("ascii")]
+)
 def test_our_own_mistake_keeps_its_traceback(bug):
     with pytest.raises((ValueError, KeyError)):
         run(bug)
@@ -324,13 +404,16 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
 def test_ctrl_c_is_one_word(capsys):
     def interrupted():
         raise KeyboardInterrupt
+
     assert ending(interrupted, capsys) == (130, "interrupted\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes of this kind")
 def test_a_closed_pipe_is_quiet():
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom trainer.config import run\n"
-            "run(lambda: [print('a line') for _ in range(100_000)])")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom trainer.config import run\n"
+        "run(lambda: [print('a line') for _ in range(100_000)])"
+    )
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=pipe, stderr=pipe) as process:
         process.stdout.readline()

@@ -1,4 +1,5 @@
 """Rows -> examples: what is trained on, what is cut, and that tokens are worked out once."""
+
 import hashlib
 import json
 import os
@@ -37,10 +38,13 @@ class ByteTokenizer:
 
     def encode_offsets(self, texts):
         self.texts += texts
-        return [SimpleNamespace(
-            ids=[b + 3 for c in text for b in c.encode()],
-            offsets=[(i, i + 1) for i, c in enumerate(text) for _ in c.encode()],
-        ) for text in texts]  # fmt: skip
+        return [
+            SimpleNamespace(
+                ids=[b + 3 for c in text for b in c.encode()],
+                offsets=[(i, i + 1) for i, c in enumerate(text) for _ in c.encode()],
+            )
+            for text in texts
+        ]
 
 
 def text(ids) -> str:
@@ -124,44 +128,57 @@ def test_exactly_the_assistants_words_and_its_end_token_are_trained_on(tmp_path)
 def test_layouts_give_the_same_conversation():
     call = {"name": "add", "arguments": {"a": 1}}
     canonical = (
-        [{"role": "system", "content": "be"}, {"role": "user", "content": "1+1?"},
-         {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": [call]},
-         {"role": "tool", "content": "2"}, {"role": "assistant", "content": "2"}],
+        [
+            {"role": "system", "content": "be"},
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "2"},
+        ],
         [{"type": "function"}],
-    )  # fmt: skip
+    )
     tools = [{"type": "function"}]
     openai = [
         {"role": "user", "content": "1+1?"},
-        {"role": "assistant", "content": None, "reasoning": "easy",
-         "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]},
-        {"role": "tool", "content": "2"}, {"role": "assistant", "content": "2"},
-    ]  # fmt: skip
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning": "easy",
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+        },
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "2"},
+    ]
     minimind = [
         {"role": "system", "content": "be", "tools": json.dumps(tools)},
         {"role": "user", "content": "1+1?", "tools": ""},
         {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": json.dumps([call])},
-        {"role": "tool", "content": "2"}, {"role": "assistant", "content": "2"},
-    ]  # fmt: skip
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "2"},
+    ]
     assert to_conversation({"messages": openai, "system": "be", "tools": tools}) == canonical
     assert to_conversation({"conversations": minimind}) == canonical
     minimind[0] |= {"tools": None, "functions": tools}
     assert to_conversation({"conversations": minimind}) == canonical
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"talk": []}, 'no conversation ("conversations", "messages", "instruction", ...) in this row, it has "talk"'),
-    ({"messages": []}, '"messages" must be a list of messages, this is list []'),
-    ({"messages": "hi"}, '"messages" must be a list of messages, this is str'),
-    ({"messages": ["hi"]}, 'messages[0] must be {"role", "content"} or {"from", "value"}, this is str'),
-    ({"conversations": [{"speaker": "human", "text": "hi"}]}, 'conversations[0] must be {"role", "content"}'),
-    ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0]: role must be one of system, user"),
-    ({"messages": [{"role": "user", "content": 7}]}, "messages[0] (user): content must be text, found int"),
-    ({"messages": [{"role": "user"}]}, "messages[0] (user): content must be text, found nothing"),
-    (chat("hi", ""), "conversations[1]: the assistant says nothing"),
-    ({"messages": [{"role": "assistant", "content": "", "tool_calls": "[{"}]}, "messages[0].tool_calls: not JSON"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "must be an object"),
-    ({"messages": [{"role": "user", "content": "hi"}], "tools": {"a": 1}}, '"tools" must be a list'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"talk": []}, 'no conversation ("conversations", "messages", "instruction", ...) in this row, it has "talk"'),
+        ({"messages": []}, '"messages" must be a list of messages, this is list []'),
+        ({"messages": "hi"}, '"messages" must be a list of messages, this is str'),
+        ({"messages": ["hi"]}, 'messages[0] must be {"role", "content"} or {"from", "value"}, this is str'),
+        ({"conversations": [{"speaker": "human", "text": "hi"}]}, 'conversations[0] must be {"role", "content"}'),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0]: role must be one of system, user"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0] (user): content must be text, found int"),
+        ({"messages": [{"role": "user"}]}, "messages[0] (user): content must be text, found nothing"),
+        (chat("hi", ""), "conversations[1]: the assistant says nothing"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": "[{"}]}, "messages[0].tool_calls: not JSON"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "must be an object"),
+        ({"messages": [{"role": "user", "content": "hi"}], "tools": {"a": 1}}, '"tools" must be a list'),
+    ],
+)
 def test_a_bad_conversation_is_named_with_file_line_and_reason(tmp_path, row, reason):
     good = chat("hi", "yo")["conversations"]
     file = jsonl(tmp_path / "a.jsonl", {"messages" if "messages" in row else "conversations": good}, "", row)
@@ -171,12 +188,15 @@ def test_a_bad_conversation_is_named_with_file_line_and_reason(tmp_path, row, re
     assert not [p for p in (tmp_path / ".cache").iterdir() if p.is_dir() and "index" not in p.name], "no half cache"
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"txt": "a"}, 'no "text" in this row, it has "txt"'),
-    ({}, "it has no keys"),
-    ({"text": ["a"]}, '"text" must be text, this is list'),
-    ('{"text": "a', "broken JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"txt": "a"}, 'no "text" in this row, it has "txt"'),
+        ({}, "it has no keys"),
+        ({"text": ["a"]}, '"text" must be text, this is list'),
+        ('{"text": "a', "broken JSON"),
+    ],
+)
 def test_a_bad_document_is_named_with_file_line_and_reason(tmp_path, row, reason):
     file = jsonl(tmp_path / "a.jsonl", {"text": "a"}, row)
     with pytest.raises(ValueError) as error:

@@ -35,8 +35,12 @@ def test_distances_by_hand():
     log_p, log_q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     forward = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     reverse = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    js = (0.5 * math.log(0.5 / 0.375) + 0.5 * math.log(0.5 / 0.625)
-          + 0.25 * math.log(0.25 / 0.375) + 0.75 * math.log(0.75 / 0.625)) / 2  # fmt: skip
+    js = (
+        0.5 * math.log(0.5 / 0.375)
+        + 0.5 * math.log(0.5 / 0.625)
+        + 0.25 * math.log(0.25 / 0.375)
+        + 0.75 * math.log(0.75 / 0.625)
+    ) / 2
     for kind, expected in (("forward_kl", forward), ("reverse_kl", reverse), ("js", js)):
         assert distance(kind, log_p, log_q).item() == pytest.approx(expected)
 
@@ -47,8 +51,9 @@ def test_distances_and_gradients_equal_trls(kind, beta):
     gkd = pytest.importorskip("trl.experimental.gkd")
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 40, requires_grad=True), torch.randn(5, 40)
-    theirs = gkd.GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=1.7,
-                                                 reduction="sum")  # fmt: skip
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(
+        student[None], teacher[None], beta=beta, temperature=1.7, reduction="sum"
+    )
     (expected,) = torch.autograd.grad(theirs, student)
     ours = distance(kind, (teacher / 1.7).log_softmax(-1), (student / 1.7).log_softmax(-1)).sum()
     (found,) = torch.autograd.grad(ours, student)
@@ -101,8 +106,9 @@ def write_weights(folder, name: str, seed: int, tokenizer=TOKENIZER, **changes):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
     about = dict(path=tokenizer.path, hash=tokenizer.hash)
-    return save_weights(folder / f"{name}_32{'_moe' if 'num_experts' in changes else ''}.pth", model,
-                        tokenizer=about, lineage=[])  # fmt: skip
+    return save_weights(
+        folder / f"{name}_32{'_moe' if 'num_experts' in changes else ''}.pth", model, tokenizer=about, lineage=[]
+    )
 
 
 def teacher_of(path):
@@ -161,9 +167,18 @@ def test_no_logits_of_all_positions_pile_up(tmp_path, monkeypatch):
 
 
 def engine(folder, batch_size, accumulation_steps):
-    config = parse(DistillationConfig, [*FLAGS, f"--data_path={folder / 'sft.jsonl'}", "--teacher=teacher",
-                                        f"--save_dir={folder / 'out'}", f"--batch_size={batch_size}", "--grad_clip=0",
-                                        f"--accumulation_steps={accumulation_steps}"])  # fmt: skip
+    config = parse(
+        DistillationConfig,
+        [
+            *FLAGS,
+            f"--data_path={folder / 'sft.jsonl'}",
+            "--teacher=teacher",
+            f"--save_dir={folder / 'out'}",
+            f"--batch_size={batch_size}",
+            "--grad_clip=0",
+            f"--accumulation_steps={accumulation_steps}",
+        ],
+    )
     data = open_data(TaughtDataset, config, "sft", TOKENIZER)
     teacher = teacher_of(folder / "teacher_32.pth")
     objective = Distill("forward_kl", 2.0, 0.5, V, teacher)
@@ -226,8 +241,12 @@ def test_a_file_of_all_ids_trains_as_the_teacher_itself(world):
     found = []
     for number, source in enumerate(("--teacher=teacher", f"--teacher_logprobs={path}")):
         out = world / str(number)
-        run_stage("distillation", *flags_of(world, f"--from_weight={world / 'full_sft_32.pth'}", *learn),
-                  f"--save_dir={out}", source if number else f"--teacher={world / 'teacher_32.pth'}")  # fmt: skip
+        run_stage(
+            "distillation",
+            *flags_of(world, f"--from_weight={world / 'full_sft_32.pth'}", *learn),
+            f"--save_dir={out}",
+            source if number else f"--teacher={world / 'teacher_32.pth'}",
+        )
         found.append(state_of(out / "full_dist_32.pth"))
     start = state_of(world / "full_sft_32.pth")
     for name, expected in found[0].items():  # Adam's first steps blow up fp16's rounding where gradients are small
@@ -266,8 +285,16 @@ def test_a_stopped_run_continues_bit_for_bit(source, world, stop_at):  # noqa: F
     if source == "teacher_logprobs":
         given = world / "t.lp"
         run_stage("distillation", *flags_of(world, "--teacher=teacher", f"--write_logprobs={given}"))
-    flags = [f"--data_path={world / 'sft.jsonl'}", f"--from_weight={world / 'full_sft_32.pth'}", f"--{source}={given}",
-             "--max_steps=8", "--batch_size=2", "--accumulation_steps=2", "--val_fraction=0.1", "--save_interval=3"]
+    flags = [
+        f"--data_path={world / 'sft.jsonl'}",
+        f"--from_weight={world / 'full_sft_32.pth'}",
+        f"--{source}={given}",
+        "--max_steps=8",
+        "--batch_size=2",
+        "--accumulation_steps=2",
+        "--val_fraction=0.1",
+        "--save_interval=3",
+    ]
     whole, parts = train_twice("distillation", world, stop_at, [2, 5], *flags)
     assert same(whole, parts)
 
@@ -281,11 +308,18 @@ def test_another_teacher_is_another_run(world):
 
 def test_two_ranks_train_the_same_model_as_one(world):
     student = write_weights(world, "experts", 0, num_experts=4)
-    flags = [f"--data_path={world / 'sft.jsonl'}", f"--from_weight={student}", "--max_steps=3", "--val_fraction=0.2",
-             f"--teacher={world / 'teacher_32.pth'}", "--learning_rate=1e-3"]  # fmt: skip
+    flags = [
+        f"--data_path={world / 'sft.jsonl'}",
+        f"--from_weight={student}",
+        "--max_steps=3",
+        "--val_fraction=0.2",
+        f"--teacher={world / 'teacher_32.pth'}",
+        "--learning_rate=1e-3",
+    ]
     run_stage("distillation", *flags, f"--save_dir={world / 'one'}", "--batch_size=8")
-    torchrun("train_distillation.py", *FLAGS, *flags, f"--save_dir={world / 'two'}", "--batch_size=4",
-             cwd=ROOT / "trainer")  # fmt: skip
+    torchrun(
+        "train_distillation.py", *FLAGS, *flags, f"--save_dir={world / 'two'}", "--batch_size=4", cwd=ROOT / "trainer"
+    )
     one, two = (state_of(world / folder / "full_dist_32_moe.pth") for folder in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
@@ -293,12 +327,21 @@ def test_two_ranks_train_the_same_model_as_one(world):
 
 def test_a_student_comes_closer_to_its_teacher(world, capsys):
     """Only the distance is trained (--alpha 0), from scratch: a preset with the teacher's tokenizer."""
-    run_stage("distillation", *flags_of(world, "--teacher=teacher", "--preset=nano", "--hidden_size=32", "--alpha=0"),
-              "--num_hidden_layers=1", "--max_steps=12", "--learning_rate=3e-3", "--val_fraction=0.2")  # fmt: skip
+    run_stage(
+        "distillation",
+        *flags_of(world, "--teacher=teacher", "--preset=nano", "--hidden_size=32", "--alpha=0"),
+        "--num_hidden_layers=1",
+        "--max_steps=12",
+        "--learning_rate=3e-3",
+        "--val_fraction=0.2",
+    )
     said = capsys.readouterr().out
     assert "from: a fresh nano" in said and "teacher: " in said and "parameters" in said
-    distances = [float(line.split("distance ")[1].split()[0].strip(",")) for line in said.splitlines()
-                 if line.startswith("step ") and "distance" in line]  # fmt: skip
+    distances = [
+        float(line.split("distance ")[1].split()[0].strip(","))
+        for line in said.splitlines()
+        if line.startswith("step ") and "distance" in line
+    ]
     assert distances[-1] < 0.9 * distances[0]
     assert load_weights(world / "full_dist_32.pth").lineage[-1]["stage"] == "distillation"
 

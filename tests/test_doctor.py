@@ -1,4 +1,5 @@
 """The data doctor: counts that can be checked by hand, a clean copy that training takes, and no crash on any file."""
+
 import json
 import random
 import sys
@@ -52,15 +53,20 @@ def test_what_is_wrong_is_counted_with_its_lines(tmp_path):
     assert [(f.what, f.count, f.lines) for f in report.errors.values()] == [
         ("broken JSON at column 20: Expecting value", 1, [3]),
         ("conversations[1]: the assistant says nothing", 2, [4, 10]),
-        ("laid out as instruction + output, while line 1 is conversations; one layout a file "
-         "(scripts/prepare_data.py joins files)", 1, [9]),
+        (
+            "laid out as instruction + output, while line 1 is conversations; one layout a file "
+            "(scripts/prepare_data.py joins files)",
+            1,
+            [9],
+        ),
         ('the key "conversations" stands twice in one object', 1, [11]),
-    ]  # fmt: skip
+    ]
     assert dict(report.roles) == {"user": 7, "assistant": 5, "system": 1}
     assert (report.empty.count, report.empty.lines) == (2, [6, 7])
     assert (report.duplicates.count, report.duplicates.lines) == (1, [2])
     assert {f.what: f.lines for f in report.notes.values()} == {
-        "the last turn is not the assistant's and teaches nothing": [5, 6]}  # fmt: skip
+        "the last turn is not the assistant's and teaches nothing": [5, 6]
+    }
 
 
 def test_tokens_cuts_packing_and_a_length_to_choose(tmp_path):
@@ -94,8 +100,10 @@ def test_documents_and_pairs_and_plain_text(tmp_path):
 def test_pairs_are_cut_and_left_out_as_in_dpo(tmp_path):
     """Counted a side at a time, 32 % of real pairs were too long, where training left 45 % out: a pair goes with its
     longer answer, and is as long as its prompt and both."""
-    pairs = [{"prompt": "p" * p, "chosen": "c" * c, "rejected": "r" * r}
-             for p, c, r in ((5, 5, 9), (30, 5, 9), (5, 60, 3), (5, 3, 60), (9, 9, 1), (2, 2, 3))]  # fmt: skip
+    pairs = [
+        {"prompt": "p" * p, "chosen": "c" * c, "rejected": "r" * r}
+        for p, c, r in ((5, 5, 9), (30, 5, 9), (5, 60, 3), (5, 3, 60), (9, 9, 1), (2, 2, 3))
+    ]
     file = jsonl(tmp_path / "dpo.jsonl", *pairs)
     found = check(file, max_seq_len=40, batch_size=2).tokens
     ds = PreferenceDataset(file, ByteTokenizer(), max_seq_len=40)
@@ -121,8 +129,13 @@ def test_equal_rows_are_found_whatever_their_spelling_and_however_they_are_store
     file = jsonl(tmp_path / "a.jsonl", *rows, again, chat("q3", "a"), chat("q9", "a"))
     report = check(file)
     assert (report.duplicates.count, report.duplicates.lines) == (3, [41, 42, 43])
-    val = jsonl(tmp_path / "val.jsonl", {"instruction": "q5", "output": "a"}, {"instruction": "new", "output": "a"},
-                "broken", {"instruction": "q39", "output": "a"})  # fmt: skip
+    val = jsonl(
+        tmp_path / "val.jsonl",
+        {"instruction": "q5", "output": "a"},
+        {"instruction": "new", "output": "a"},
+        "broken",
+        {"instruction": "q39", "output": "a"},
+    )
     assert check(file, val_hashes=hashes_of(val)).overlap.lines == [6, 40]
 
 
@@ -137,9 +150,13 @@ def test_fix_writes_what_training_takes_and_says_why_the_rest_is_not_there(tmp_p
     assert [json.loads(line) for line in clean] == [chat("hi", "yo"), chat("q", "a") | {"id": 7}], "as they stood"
     rejects = [json.loads(line) for line in (tmp_path / "a.jsonl.rejects.jsonl").read_text("utf-8").splitlines()]
     assert [(row["line"], row["reason"][:26]) for row in rejects] == [
-        (2, "broken JSON at column 20: "), (3, "conversations[1]: the assi"), (4, "repeats an earlier row"),
-        (5, "nothing to train on"), (7, "stands in the validation f"), (8, "not UTF-8 at byte 11; it l"),
-    ]  # fmt: skip
+        (2, "broken JSON at column 20: "),
+        (3, "conversations[1]: the assi"),
+        (4, "repeats an earlier row"),
+        (5, "nothing to train on"),
+        (7, "stands in the validation f"),
+        (8, "not UTF-8 at byte 11; it l"),
+    ]
     assert len(sft(tmp_path / "a.clean.jsonl")) == 2
     assert run(capsys, tmp_path / "a.clean.jsonl", "--val_path", val)[0] == 0
 
@@ -148,9 +165,14 @@ def test_the_report_for_people_and_for_machines(tmp_path, capsys):
     file = jsonl(tmp_path / "a.jsonl", chat("hi", "yo"), chat("hi", "yo"), '{"broken')
     status, said = run(capsys, file)
     assert status == 1
-    for line in ("rows        3 (chat: conversations), 0.0 MB", "errors      1 row cannot be read", "(line 3)",
-                 "roles       user 2, assistant 2", "duplicates  1 row, each like an earlier one  (line 2)",
-                 "suggestion  --max_seq_len 64"):  # fmt: skip
+    for line in (
+        "rows        3 (chat: conversations), 0.0 MB",
+        "errors      1 row cannot be read",
+        "(line 3)",
+        "roles       user 2, assistant 2",
+        "duplicates  1 row, each like an earlier one  (line 2)",
+        "suggestion  --max_seq_len 64",
+    ):
         assert line in said, said
     status, said = run(capsys, file, tmp_path / "none.jsonl", "--json")
     first, second = json.loads(said)
@@ -159,13 +181,22 @@ def test_the_report_for_people_and_for_machines(tmp_path, capsys):
     assert run(capsys)[0] == 2, "no file named"
 
 
-@pytest.mark.parametrize("data, reason", [
-    (b"", "the file is empty"), (b"\n \n", "no rows"), (b"[", "broken JSON"), (b'[{"text": "a"}', "broken JSON"),
-    (b"[" * 100_000, "nested too deeply"), (b"[1" + b"9" * 5000 + b"]", "digits"),
-    (b'["a"]', "a row must be an object"), (b"PAR1\xff", "it looks like a Parquet file"),
-    ('[{"text": "麻雀"}]'.encode("gbk"), "it looks like gbk"), (b"\x00" * 99, "a NUL character at column 1"),
-    (b'{"speech": "hi"}', 'no known layout in this row, it has "speech"'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "the file is empty"),
+        (b"\n \n", "no rows"),
+        (b"[", "broken JSON"),
+        (b'[{"text": "a"}', "broken JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1" + b"9" * 5000 + b"]", "digits"),
+        (b'["a"]', "a row must be an object"),
+        (b"PAR1\xff", "it looks like a Parquet file"),
+        ('[{"text": "麻雀"}]'.encode("gbk"), "it looks like gbk"),
+        (b"\x00" * 99, "a NUL character at column 1"),
+        (b'{"speech": "hi"}', 'no known layout in this row, it has "speech"'),
+    ],
+)
 def test_a_file_that_cannot_be_read_at_all_is_one_line(tmp_path, capsys, data, reason):
     file = tmp_path / "a.jsonl"
     file.write_bytes(data)
@@ -180,14 +211,37 @@ def test_a_row_of_fifty_megabytes(tmp_path):
     report = check(file)
     assert report.rows == 3 and report.tokens["sampled"] == 1
     assert [(f.what, f.lines) for f in report.notes.values()] == [
-        ("longer than 1 MB, left out of the token counts", [2])]  # fmt: skip
+        ("longer than 1 MB, left out of the token counts", [2])
+    ]
     assert report.bad == 1 and [f.lines for f in report.errors.values()] == [[3]]
 
 
-VALUES = [None, 0, -1.5, 1e308, True, "", " ", "hi", "麻雀\u2028", [], [[]], {}, "[{", '{"name": "f"}', "\x00", ["a"],
-          {"role": "user"}, {"from": "gpt", "value": None}, [{"type": ["x"], "text": {}}], {"name": [], "arguments": 3},
-          [{"role": ["user"], "content": "x"}], [{"from": {}, "value": []}], [{"human": 1, "assistant": 2}],
-          '{"arguments": {"a": 1}, "name": "\\ud83d"}']  # fmt: skip
+VALUES = [
+    None,
+    0,
+    -1.5,
+    1e308,
+    True,
+    "",
+    " ",
+    "hi",
+    "麻雀\u2028",
+    [],
+    [[]],
+    {},
+    "[{",
+    '{"name": "f"}',
+    "\x00",
+    ["a"],
+    {"role": "user"},
+    {"from": "gpt", "value": None},
+    [{"type": ["x"], "text": {}}],
+    {"name": [], "arguments": 3},
+    [{"role": ["user"], "content": "x"}],
+    [{"from": {}, "value": []}],
+    [{"human": 1, "assistant": 2}],
+    '{"arguments": {"a": 1}, "name": "\\ud83d"}',
+]
 
 
 def mutated(draw: random.Random, row):
@@ -209,7 +263,7 @@ def garbled(draw: random.Random, line: bytes) -> bytes:
     for _ in range(draw.randrange(4)):
         at = draw.randrange(len(data) + 1)
         pieces = [b"", b"\x00", b"\xff\xfe", b'"', b"{", b"]", b"\\u", b"\\ud800", "雀".encode("gbk"), b"\r"]
-        data[at:at + draw.randrange(3)] = draw.choice([*pieces, draw.randbytes(5)])
+        data[at : at + draw.randrange(3)] = draw.choice([*pieces, draw.randbytes(5)])
     return bytes(data)
 
 
@@ -220,8 +274,11 @@ def test_no_line_whatever_it_holds_makes_the_doctor_crash(tmp_path, monkeypatch)
 
     monkeypatch.setattr(doctor, "REASONS", 10**6)  # all are listed
     draw = random.Random(0)
-    calls = {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
-             "tools": "[{}]", "functions": [{"name": "f"}]}  # fmt: skip
+    calls = {
+        "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+        "tools": "[{}]",
+        "functions": [{"name": "f"}],
+    }
     rows = [row for row, _ in CHATS.values()] + list(PAIRS.values()) + [calls, {"text": "a"}]
     rated = {"prompt": "hi", "completion": "yo", "label": True}
     for number, first in enumerate([chat("hi", "yo"), PAIRS["sharegpt"], {"text": "hi"}, rated]):

@@ -111,11 +111,23 @@ def test_losses_equal_trls(tmp_path, pairs):
 
     model = small_model()
     c = model.config
-    theirs = [transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
-        num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_theta,
-        tie_word_embeddings=c.tie_word_embeddings)) for _ in range(2)]  # fmt: skip
+    theirs = [
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=c.vocab_size,
+                hidden_size=c.hidden_size,
+                intermediate_size=c.intermediate_size,
+                num_hidden_layers=c.num_hidden_layers,
+                num_attention_heads=c.num_attention_heads,
+                head_dim=c.head_dim,
+                num_key_value_heads=c.num_key_value_heads,
+                rms_norm_eps=c.rms_norm_eps,
+                rope_theta=c.rope_theta,
+                tie_word_embeddings=c.tie_word_embeddings,
+            )
+        )
+        for _ in range(2)
+    ]
     frozen = moved_on(small_model())
     for ours, other in zip((model, frozen), theirs):
         other.load_state_dict(ours.state_dict())
@@ -128,8 +140,9 @@ def test_losses_equal_trls(tmp_path, pairs):
 
     batch = one_batch(pairs)
     examples = [pairs.pair(example) for example in batch.examples]
-    inputs = trainer.data_collator([dict(prompt_ids=p.tolist(), chosen_ids=a.tolist(), rejected_ids=b.tolist())
-                                    for p, (a, _), (b, _) in examples])  # fmt: skip
+    inputs = trainer.data_collator(
+        [dict(prompt_ids=p.tolist(), chosen_ids=a.tolist(), rejected_ids=b.tolist()) for p, (a, _), (b, _) in examples]
+    )
     reference = torch.stack([torch.stack([alone(frozen, p, a) for a in both]) for p, *both in examples]).detach()
     batch = replace(batch, reference=reference)
     for kind in ("sigmoid", "ipo", "hinge"):
@@ -138,8 +151,7 @@ def test_losses_equal_trls(tmp_path, pairs):
         assert Preference(kind, 0.3)(model, batch)[0].item() / 6 == pytest.approx(expected, abs=1e-4, rel=1e-5), kind
 
     means = torch.stack([torch.stack([alone(model, p, a) / len(a[0]) for a in both]) for p, *both in examples])
-    me = SimpleNamespace(alpha=0.0, loss_type="simpo", beta=2.0, simpo_gamma=0.5, label_smoothing=0.1,
-                         accelerator=CPU)  # fmt: skip
+    me = SimpleNamespace(alpha=0.0, loss_type="simpo", beta=2.0, simpo_gamma=0.5, label_smoothing=0.1, accelerator=CPU)
     simpo, _, _ = CPOTrainer.cpo_loss(me, *means.unbind(1))
     torch.testing.assert_close(Preference("simpo", 2.0, 0.1, 0.5)(model, batch)[0], simpo.sum(), atol=1e-4, rtol=1e-5)
     odds, *_ = ORPOTrainer.odds_ratio_loss(me, *means.unbind(1))  # trl subtracts it from the likelihood term
@@ -152,8 +164,16 @@ def test_losses_equal_trls(tmp_path, pairs):
 
 def write_weights(folder, experts=4):
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=32, num_hidden_layers=2,
-                                 num_attention_heads=2, num_key_value_heads=1, num_experts=experts))  # fmt: skip
+    model = CausalLM(
+        ModelConfig(
+            vocab_size=TOKENIZER.vocab_size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=experts,
+        )
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.05)
     about = dict(path=TOKENIZER.path, hash=TOKENIZER.hash)
@@ -164,8 +184,14 @@ def engine(folder, batch_size, accumulation_steps, move=True):
     """Ready for one step, with a reference that the weights have left."""
     from model.checkpoint import load_weights
 
-    flags = [*FLAGS, f"--data_path={write_dpo(folder / 'dpo.jsonl')}", f"--save_dir={folder / 'out'}", "--grad_clip=0",
-             f"--batch_size={batch_size}", f"--accumulation_steps={accumulation_steps}"]  # fmt: skip
+    flags = [
+        *FLAGS,
+        f"--data_path={write_dpo(folder / 'dpo.jsonl')}",
+        f"--save_dir={folder / 'out'}",
+        "--grad_clip=0",
+        f"--batch_size={batch_size}",
+        f"--accumulation_steps={accumulation_steps}",
+    ]
     config = parse(DPOConfig, flags)
     data = open_data(PreferenceDataset, config, "dpo", TOKENIZER)
     model = load_weights(write_weights(folder)).build()
@@ -224,12 +250,23 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
 
 
 def test_two_ranks_train_the_same_model_as_one(tmp_path):
-    flags = [f"--data_path={write_dpo(tmp_path / 'dpo.jsonl')}", f"--from_weight={write_weights(tmp_path, 0)}",
-             "--max_steps=3", "--val_fraction=0.2", "--learning_rate=1e-3"]  # fmt: skip
+    flags = [
+        f"--data_path={write_dpo(tmp_path / 'dpo.jsonl')}",
+        f"--from_weight={write_weights(tmp_path, 0)}",
+        "--max_steps=3",
+        "--val_fraction=0.2",
+        "--learning_rate=1e-3",
+    ]
     run_stage("dpo", *flags, f"--save_dir={tmp_path / 'one'}", "--batch_size=8", f"--cache_dir={tmp_path / 'a'}")
     done = torchrun(
-        "train_dpo.py", *FLAGS, *flags, f"--save_dir={tmp_path / 'two'}", "--batch_size=4",
-        f"--cache_dir={tmp_path / 'b'}", cwd=ROOT / "trainer")  # fmt: skip
+        "train_dpo.py",
+        *FLAGS,
+        *flags,
+        f"--save_dir={tmp_path / 'two'}",
+        "--batch_size=4",
+        f"--cache_dir={tmp_path / 'b'}",
+        cwd=ROOT / "trainer",
+    )
     assert done.stdout.count("done in") == 1 and "reference: 24 pairs read" in done.stdout
     one, two = (state_of(tmp_path / folder / "rlhf_32.pth") for folder in ("one", "two"))
     for name in one:
@@ -238,8 +275,15 @@ def test_two_ranks_train_the_same_model_as_one(tmp_path):
 
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, stop_at):  # noqa: F811
     data, weights = write_dpo(tmp_path / "dpo.jsonl"), write_weights(tmp_path)
-    flags = [f"--data_path={data}", f"--from_weight={weights}", "--max_steps=8", "--batch_size=2",
-             "--accumulation_steps=2", "--val_fraction=0.1", "--save_interval=3"]  # fmt: skip
+    flags = [
+        f"--data_path={data}",
+        f"--from_weight={weights}",
+        "--max_steps=8",
+        "--batch_size=2",
+        "--accumulation_steps=2",
+        "--val_fraction=0.1",
+        "--save_interval=3",
+    ]
     whole, parts = train_twice("dpo", tmp_path, stop_at, [2, 5, 6], *flags)
     assert same(whole, parts)
 

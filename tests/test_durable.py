@@ -25,9 +25,17 @@ def names(folder) -> list[str]:
 
 def test_every_kind_of_tensor_comes_back(tmp_path):
     """Our writer, safetensors' reader: a scalar, an empty one, odd sizes before wide ones, a transposed one."""
-    tensors = {"odd": torch.arange(3, dtype=torch.uint8), "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4),
-               "transposed": torch.arange(6.0).view(2, 3).T, "half": torch.randn(3).half(), "yes": torch.tensor([True]),
-               "brain": torch.randn(5).bfloat16(), "long": torch.tensor([2**40]), "名": torch.ones(2)}  # fmt: skip
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "transposed": torch.arange(6.0).view(2, 3).T,
+        "half": torch.randn(3).half(),
+        "yes": torch.tensor([True]),
+        "brain": torch.randn(5).bfloat16(),
+        "long": torch.tensor([2**40]),
+        "名": torch.ones(2),
+    }
     write_folder(tmp_path / "a", {"x": tensors}, {"名": "字"})
     found = load_file(tmp_path / "a" / "x.safetensors")
     assert found.keys() == tensors.keys()

@@ -32,19 +32,29 @@ with ends.catch_signals() as received:
 
 
 def tiny() -> CausalLM:
-    return CausalLM(ModelConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                num_key_value_heads=1, intermediate_size=32))  # fmt: skip
+    return CausalLM(
+        ModelConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+        )
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("launched, echo, status, said", [(False, 5, -signal.SIGINT, ""), (True, 5, 0, "2"),
-                                                          (True, 0.1, -signal.SIGINT, "")])  # fmt: skip
+@pytest.mark.parametrize(
+    "launched, echo, status, said", [(False, 5, -signal.SIGINT, ""), (True, 5, 0, "2"), (True, 0.1, -signal.SIGINT, "")]
+)
 def test_a_second_signal_ends_at_once_but_a_launchers_echo_does_not(launched, echo, status, said):
     """On Ctrl-C a terminal signals torchrun and its processes, and torchrun signals them again: half a save was cut."""
     environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
     environment |= {"TORCHELASTIC_RUN_ID": "x"} if launched else {}
-    done = subprocess.run([sys.executable, "-c", TWICE, str(ROOT), str(echo)], env=environment, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, str(ROOT), str(echo)], env=environment, capture_output=True, text=True
+    )
     assert done.stdout.strip() == said and (done.returncode == status or status and done.returncode == 130)
 
 
@@ -74,8 +84,14 @@ def test_after_a_restart_the_addresses_of_the_dead_are_not_read(monkeypatch):
     """torchrun's store outlives the processes it restarts. On a busy machine a new process read where its neighbour had
     been, called there for --ddp_timeout seconds, and the restarted run failed in half of the trials."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    launcher = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK="0", WORLD_SIZE="2",
-                    LOCAL_WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+    launcher = dict(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        RANK="0",
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     seen = []

@@ -183,8 +183,13 @@ def test_compiled_runs_continue_bit_for_bit(tmp_path, stop_at):
 
 def test_a_broken_state_is_named_and_the_one_before_is_taken(tmp_path, capsys):
     write_pretrain(tmp_path / "data.jsonl")
-    flags = [f"--data_path={tmp_path / 'data.jsonl'}", "--max_steps=6", "--batch_size=4", "--save_interval=2",
-             f"--save_dir={tmp_path}"]  # fmt: skip
+    flags = [
+        f"--data_path={tmp_path / 'data.jsonl'}",
+        "--max_steps=6",
+        "--batch_size=4",
+        "--save_interval=2",
+        f"--save_dir={tmp_path}",
+    ]
     run_stage("pretrain", *flags)
     (newest,) = tmp_path.glob("resume/*/*/step_00000006")
     with open(newest / "weights.safetensors", "r+b") as file:
@@ -208,8 +213,16 @@ def test_resuming_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_plain_run_with_their_status(number, status, tmp_path):
     write_pretrain(tmp_path / "data.jsonl")
-    command = [sys.executable, "-u", ROOT / "trainer" / "train_pretrain.py", *FLAGS, *SHAPE, "--max_steps=100000",
-               f"--data_path={tmp_path / 'data.jsonl'}", f"--save_dir={tmp_path}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-u",
+        ROOT / "trainer" / "train_pretrain.py",
+        *FLAGS,
+        *SHAPE,
+        "--max_steps=100000",
+        f"--data_path={tmp_path / 'data.jsonl'}",
+        f"--save_dir={tmp_path}",
+    ]
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -302,8 +315,16 @@ def test_what_decays_and_what_muon_moves():
     from model.config import ModelConfig
     from model.transformer import CausalLM
 
-    model = CausalLM(ModelConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=1, attention_bias=True))  # fmt: skip
+    model = CausalLM(
+        ModelConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            attention_bias=True,
+        )
+    )
     names = {p: n for n, p in model.named_parameters()}
     (adamw,) = build_optimizers(model, "adamw", 0.1)
     decayed, free = ([names[p] for p in group["params"]] for group in adamw.param_groups)

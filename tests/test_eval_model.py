@@ -110,11 +110,14 @@ def test_prompts_from_a_file(say, tmp_path, model, tokenizer):
         assert (status, answers) == (0, "".join(f"> {p}\n{expected(model, tokenizer, p)}\n\n" for p in prompts))
 
 
-@pytest.mark.parametrize("content, complaint", [
-    (b'{"prompt": "a"}\n{"prompt" "b"}\n', "list.jsonl:2: not JSON"),
-    (b'{"question": "a"}\n', 'list.jsonl:1: expected {"prompt": "..."}, found {"question": "a"}'),
-    ("早上好\n".encode("gbk"), "list.jsonl: not UTF-8; save it as UTF-8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b'{"prompt": "a"}\n{"prompt" "b"}\n', "list.jsonl:2: not JSON"),
+        (b'{"question": "a"}\n', 'list.jsonl:1: expected {"prompt": "..."}, found {"question": "a"}'),
+        ("早上好\n".encode("gbk"), "list.jsonl: not UTF-8; save it as UTF-8"),
+    ],
+)
 def test_a_bad_prompts_file_is_named_with_its_line(say, tmp_path, content, complaint):
     (tmp_path / "list.jsonl").write_bytes(content)
     status, answers, remarks = say("--prompts_file", tmp_path / "list.jsonl")
@@ -136,8 +139,14 @@ def test_the_help_does_not_wait_for_torch(root):
 def test_as_a_program_from_another_folder(root, out, model, tokenizer):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}  # as bare as a container's
     flags = "--temperature 0 --max_new_tokens 8 --dtype float32 --weight full_sft_32.pth".split()
-    done = subprocess.run([sys.executable, root / "eval_model.py", *flags], cwd=out, env=environment,
-                          input="你好\n".encode(), capture_output=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, root / "eval_model.py", *flags],
+        cwd=out,
+        env=environment,
+        input="你好\n".encode(),
+        capture_output=True,
+        timeout=60,
+    )
     assert done.stdout.decode() == f"> 你好\n{expected(model, tokenizer, '你好')}\n\n" and done.returncode == 0
 
 
@@ -150,19 +159,22 @@ def test_the_mode_follows_the_weights(say, model, tokenizer):
     assert say("--weight", "pretrain", "--prompt", "a", "--model_mode", 1)[1] == expected(model, tokenizer, "a") + "\n"
 
 
-@pytest.mark.parametrize("argv, complaint", [
-    (["--weight", "nosuch"], "no weights called 'nosuch' (nosuch_"),
-    (["--weight", "there/full_sft_32.pth"], "no such file or directory"),
-    (["--hidden_size", "512"], "full_sft_512.pth"),
-    (["--weight", "OUT/full_sft_32.pth", "--hidden_size", "64"], "full_sft_32.pth: --hidden_size 64 (it has 32)"),
-    (["--weight", "OUT/full_sft_32.pth", "--use_moe"], "--use_moe True (it has False)"),
-    (["--tempratur", "1"], "did you mean temperature?"),
-    (["--temperature", "-1"], "--temperature -1: must be at least 0"),
-    (["--prompt", "a", "--benchmark", "tiny_world"], "give one of them"),
-    (["--json", "x.json"], "--json: only --benchmark takes it"),
-    (["--device", "warp"], "--device warp"),
-    (["--prompt", "a " * 40_000], "fills the model's 32768 positions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--weight", "nosuch"], "no weights called 'nosuch' (nosuch_"),
+        (["--weight", "there/full_sft_32.pth"], "no such file or directory"),
+        (["--hidden_size", "512"], "full_sft_512.pth"),
+        (["--weight", "OUT/full_sft_32.pth", "--hidden_size", "64"], "full_sft_32.pth: --hidden_size 64 (it has 32)"),
+        (["--weight", "OUT/full_sft_32.pth", "--use_moe"], "--use_moe True (it has False)"),
+        (["--tempratur", "1"], "did you mean temperature?"),
+        (["--temperature", "-1"], "--temperature -1: must be at least 0"),
+        (["--prompt", "a", "--benchmark", "tiny_world"], "give one of them"),
+        (["--json", "x.json"], "--json: only --benchmark takes it"),
+        (["--device", "warp"], "--device warp"),
+        (["--prompt", "a " * 40_000], "fills the model's 32768 positions"),
+    ],
+)
 def test_a_mistake_is_one_line_and_status_2(say, out, argv, complaint):
     argv = [word.replace("OUT", str(out)) for word in argv]
     status, answers, remarks = say(*argv, *(() if "--prompt" in argv else ("--prompt", "a")))
@@ -437,14 +449,17 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
         assert torch.equal(model(tokens).logits, exact(tokens).logits)
 
 
-@pytest.mark.parametrize("flags, complaint", (
-    (["--lora_path", "nothere"], "nothere: no such file or directory"),
-    (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; if it is a name on a hub"),
-    (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
-    (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
-    (["--base_model", "x"], "--base_model: comparing two models side by side is not built yet; leave it out"),
-    (["--prompts_file", "a.json"], "a prompt a line, or a .jsonl of rows"),
-))
+@pytest.mark.parametrize(
+    "flags, complaint",
+    (
+        (["--lora_path", "nothere"], "nothere: no such file or directory"),
+        (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; if it is a name on a hub"),
+        (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
+        (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
+        (["--base_model", "x"], "--base_model: comparing two models side by side is not built yet; leave it out"),
+        (["--prompts_file", "a.json"], "a prompt a line, or a .jsonl of rows"),
+    ),
+)
 def test_what_is_not_there_ends_in_one_line(say, flags, complaint):
     status, out, err = say(*flags, *([] if "--prompts_file" in flags else ["--prompt", "hi"]))
     assert status == 2 and not out and err.startswith("error: ") and complaint in err and err.count("\n") == 1, err

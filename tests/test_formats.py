@@ -2,6 +2,7 @@
 
 The reading of a file (head, mapping, two layouts in one) is below, after the layouts themselves.
 """
+
 import json
 import re
 from pathlib import Path
@@ -23,33 +24,59 @@ GPT_TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
 
 CHATS = {
     "openai": ({"messages": ONE}, ONE),
-    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
-                            {"role": "assistant", "content": [{"type": "text", "value": "yo"}]}]}, ONE),
+    "parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+                {"role": "assistant", "content": [{"type": "text", "value": "yo"}]},
+            ]
+        },
+        ONE,
+    ),
     "minimind": ({"conversations": ONE}, ONE),
     "human and assistant as roles": ({"conversations": [{"role": "human", "content": "hi"}, ANSWER]}, ONE),
     "sharegpt": ({"conversations": GPT_TURNS, "system": "be"}, [SYSTEM, *ONE]),
     "sharegpt, its system a turn": ({"conversations": [{"from": "system", "value": "be"}, *GPT_TURNS]}, [SYSTEM, *ONE]),
-    "human/assistant": ({"system": "be", "conversation": [{"human": "hi", "assistant": "yo"},
-                                                          {"human": "ok?", "assistant": "no"}]}, [SYSTEM, *TWO]),
+    "human/assistant": (
+        {"system": "be", "conversation": [{"human": "hi", "assistant": "yo"}, {"human": "ok?", "assistant": "no"}]},
+        [SYSTEM, *TWO],
+    ),
     "xtuner": ({"conversation": [{"system": "be", "input": "hi", "output": "yo"}]}, [SYSTEM, *ONE]),
     "alpaca": ({"instruction": "hi", "input": "", "output": "yo"}, ONE),
-    "alpaca with input": ({"instruction": "Add.", "input": "1+1", "output": "2"},
-                          [{"role": "user", "content": "Add.\n1+1"}, {"role": "assistant", "content": "2"}]),
-    "alpaca with history": ({"instruction": "ok?", "output": "no", "history": [["hi", "yo"]], "system": "be"},
-                            [SYSTEM, *TWO]),
+    "alpaca with input": (
+        {"instruction": "Add.", "input": "1+1", "output": "2"},
+        [{"role": "user", "content": "Add.\n1+1"}, {"role": "assistant", "content": "2"}],
+    ),
+    "alpaca with history": (
+        {"instruction": "ok?", "output": "no", "history": [["hi", "yo"]], "system": "be"},
+        [SYSTEM, *TWO],
+    ),
     "alpaca, its own text beside it": ({"instruction": "hi", "input": None, "output": "yo", "text": "### hi yo"}, ONE),
     "prompt/completion": ({"prompt": "hi", "completion": "yo"}, ONE),
     "prompt/completion in messages": ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, [SYSTEM, *ONE]),
     "query/response": ({"query": "ok?", "response": "no", "history": [["hi", "yo"]]}, TWO),
     "question/answer": ({"question": "hi", "answer": "yo"}, ONE),
-    "reasoning beside the answer": ({"question": "hi", "answer": "yo", "reasoning_content": "hm"},
-                                    [USER, ANSWER | {"reasoning_content": "hm"}]),
-    "reasoning in a turn": ({"messages": [USER, ANSWER | {"thinking": "hm"}]},
-                            [USER, ANSWER | {"reasoning_content": "hm"}]),
-    "reasoning in parts": ({"messages": [USER, {"role": "assistant", "content": [{"type": "reasoning", "value": "hm"},
-                                                                                 {"type": "text", "value": "yo"}]}]},
-                           [USER, ANSWER | {"reasoning_content": "hm"}]),
-}  # fmt: skip
+    "reasoning beside the answer": (
+        {"question": "hi", "answer": "yo", "reasoning_content": "hm"},
+        [USER, ANSWER | {"reasoning_content": "hm"}],
+    ),
+    "reasoning in a turn": (
+        {"messages": [USER, ANSWER | {"thinking": "hm"}]},
+        [USER, ANSWER | {"reasoning_content": "hm"}],
+    ),
+    "reasoning in parts": (
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "yo"}],
+                },
+            ]
+        },
+        [USER, ANSWER | {"reasoning_content": "hm"}],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -62,12 +89,15 @@ def test_a_conversation_in_any_layout_is_the_same_row(tmp_path, name):
     assert theirs.trained(0).tolist() == ours.trained(0).tolist()
 
 
-@pytest.mark.parametrize("row", [
-    {"instruction": "1+1?", "input": "", "output": "2", "system": "be"},
-    {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}], "system": "be"},
-    {"system": "be", "conversation": [{"human": "1+1?", "assistant": "2"}]},
-    {"prompt": "1+1?", "completion": "2", "system": "be"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "1+1?", "input": "", "output": "2", "system": "be"},
+        {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}], "system": "be"},
+        {"system": "be", "conversation": [{"human": "1+1?", "assistant": "2"}]},
+        {"prompt": "1+1?", "completion": "2", "system": "be"},
+    ],
+)
 def test_labels_token_by_token(tmp_path, row):
     """A byte is a token here. Trained on, marked ^: the answer and the token that ends it, nothing else."""
     ds = sft(jsonl(tmp_path / "a.jsonl", row))
@@ -78,13 +108,25 @@ def test_labels_token_by_token(tmp_path, row):
 def test_calls_and_their_results():
     """ShareGPT's function_call and observation, OpenAI's tool_calls, and parts, are one conversation."""
     calls = [USER, {"role": "assistant", "content": "", "tool_calls": [ADD]}, {"role": "tool", "content": "2"}, ANSWER]
-    sharegpt = [GPT_TURNS[0], {"from": "function_call", "value": json.dumps(ADD)},
-                {"from": "observation", "value": "2"}, GPT_TURNS[1]]  # fmt: skip
+    sharegpt = [
+        GPT_TURNS[0],
+        {"from": "function_call", "value": json.dumps(ADD)},
+        {"from": "observation", "value": "2"},
+        GPT_TURNS[1],
+    ]
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    openai = [USER, {"role": "assistant", "content": None, "tool_calls": [call]},
-              {"role": "tool", "tool_call_id": "c1", "content": "2"}, ANSWER]  # fmt: skip
-    parts = [USER, {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(ADD)}]},
-             {"role": "tool", "content": [{"type": "text", "value": "2"}]}, ANSWER]  # fmt: skip
+    openai = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        ANSWER,
+    ]
+    parts = [
+        USER,
+        {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(ADD)}]},
+        {"role": "tool", "content": [{"type": "text", "value": "2"}]},
+        ANSWER,
+    ]
     minimind = [{"role": "system", "content": "be", "tools": json.dumps(TOOLS)}, *calls]
     minimind[2] = minimind[2] | {"tool_calls": json.dumps([ADD])}
     assert to_conversation({"conversations": sharegpt, "tools": json.dumps([{"name": "add"}])}) == (calls, TOOLS)
@@ -118,8 +160,11 @@ def test_a_preference_in_any_layout_is_the_same_row(name):
 
 
 def test_rated_answers():
-    for row in ({"prompt": "hi", "completion": "yo", "label": False}, {"messages": ONE, "label": False},
-                {"instruction": "hi", "output": "yo", "kto_tag": False}):  # fmt: skip
+    for row in (
+        {"prompt": "hi", "completion": "yo", "label": False},
+        {"messages": ONE, "label": False},
+        {"instruction": "hi", "output": "yo", "kto_tag": False},
+    ):
         assert canonical(row) == {"messages": ONE, "label": False}
     # a class is no rating
     assert canonical({"prompt": "hi", "completion": "yo", "label": "greeting"}) == {"messages": ONE}
@@ -137,20 +182,23 @@ def test_every_layout_in_the_table_can_be_read():
         assert canonical(row | {"note": 1, "label": "a"}) == found, "other columns do not matter"
 
 
-@pytest.mark.parametrize("row, reason", [
-    ({"conversation": [{"human": "hi"}]}, 'conversation[0] must be {"role", "content"} or {"from", "value"}'),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]: only text can be read"),
-    ({"instruction": "hi", "output": 42}, '"output" must be text or a list of messages, this is int 42'),
-    ({"instruction": ["hi"], "output": "yo"}, '"instruction" must be text'),
-    ({"instruction": "hi", "output": ""}, "output: the assistant says nothing"),
-    ({"instruction": "hi", "output": "yo", "history": [["hi"]]}, "history[0] must be [question, answer]"),
-    ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "conversations[0].tool_calls: not JSON"),
-    ({"conversations": [{"from": "function_call", "value": "{}"}]}, 'a call must be {"name", "arguments"}'),
-    ({"chosen": "yo", "rejected": "go"}, '"chosen" must be messages, or text beside a "prompt"'),
-    ({"prompt": "hi", "chosen": "yo", "rejected": 1}, '"rejected" must be text or a list of messages'),
-    ({"chosen": [], "rejected": []}, '"chosen" must be text or a list of messages'),
-    ({"labels": 1}, 'no known layout in this row, it has "labels"'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"conversation": [{"human": "hi"}]}, 'conversation[0] must be {"role", "content"} or {"from", "value"}'),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]: only text can be read"),
+        ({"instruction": "hi", "output": 42}, '"output" must be text or a list of messages, this is int 42'),
+        ({"instruction": ["hi"], "output": "yo"}, '"instruction" must be text'),
+        ({"instruction": "hi", "output": ""}, "output: the assistant says nothing"),
+        ({"instruction": "hi", "output": "yo", "history": [["hi"]]}, "history[0] must be [question, answer]"),
+        ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "conversations[0].tool_calls: not JSON"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, 'a call must be {"name", "arguments"}'),
+        ({"chosen": "yo", "rejected": "go"}, '"chosen" must be messages, or text beside a "prompt"'),
+        ({"prompt": "hi", "chosen": "yo", "rejected": 1}, '"rejected" must be text or a list of messages'),
+        ({"chosen": [], "rejected": []}, '"chosen" must be text or a list of messages'),
+        ({"labels": 1}, 'no known layout in this row, it has "labels"'),
+    ],
+)
 def test_what_is_wrong_with_a_row(row, reason):
     with pytest.raises(ValueError) as error:
         canonical(row)
@@ -177,18 +225,25 @@ def test_real_files(shared, tmp_path):
         read = find_reader(rows)
         found[path.name] = [read(rows.raw(i)) for i in range(len(rows))]
         layout = f"{read.kind}: {read.layout}"
-        assert layout == {
-            "alpaca.json": "chat: instruction + output", "alpaca.jsonl": "chat: instruction + output",
-            "kto.json": "rated: messages + label", "openai_messages.jsonl": "chat: messages",
-            "prompt_completion.jsonl": "chat: prompt + completion", "reason_tool_use.jsonl": "chat: messages",
-            "sharegpt_dpo.json": "preference: conversations + chosen + rejected (from, value)",
-            "sharegpt_tools.json": "chat: conversations (from, value)",
-            "system_human_assistant.jsonl": "chat: conversation",
-        }[path.name]  # fmt: skip
+        assert (
+            layout
+            == {
+                "alpaca.json": "chat: instruction + output",
+                "alpaca.jsonl": "chat: instruction + output",
+                "kto.json": "rated: messages + label",
+                "openai_messages.jsonl": "chat: messages",
+                "prompt_completion.jsonl": "chat: prompt + completion",
+                "reason_tool_use.jsonl": "chat: messages",
+                "sharegpt_dpo.json": "preference: conversations + chosen + rejected (from, value)",
+                "sharegpt_tools.json": "chat: conversations (from, value)",
+                "system_human_assistant.jsonl": "chat: conversation",
+            }[path.name]
+        )
     assert found["alpaca.json"] == found["alpaca.jsonl"]
     assert found["openai_messages.jsonl"] == found["prompt_completion.jsonl"] == found["alpaca.jsonl"][:20]
     assert [row["messages"][1:3] for row in found["system_human_assistant.jsonl"]] == [
-        row["messages"] for row in found["openai_messages.jsonl"]]  # fmt: skip
+        row["messages"] for row in found["openai_messages.jsonl"]
+    ]
     calls = [m for row in found["reason_tool_use.jsonl"] for m in row["messages"] if m.get("tool_calls")]
     assert len(calls) == 29 and all(m["reasoning_content"] for m in calls)
     assert all(len(row["chosen"]) == 2 for row in found["sharegpt_dpo.json"][:1])
@@ -220,11 +275,14 @@ def test_data_of_another_kind_says_what_it_is(tmp_path):
 
 def test_a_mapping_reads_anyones_columns(tmp_path):
     mapping = tmp_path / "mapping.yaml"
-    mapping.write_text("""
+    mapping.write_text(
+        """
 columns: {conversations: 对话, system: persona}
 turns: {role: speaker, content: words}
 roles: {user: [customer, guest], assistant: agent}
-""", encoding="utf-8")  # fmt: skip
+""",
+        encoding="utf-8",
+    )
     turns = [{"speaker": "guest", "words": "hi"}, {"speaker": "agent", "words": "yo"}]
     row = {"对话": turns, "persona": "be", "text": "is not asked for"}
     ds = sft(jsonl(tmp_path / "a.jsonl", row), mapping=read_mapping(mapping))
@@ -245,17 +303,21 @@ def test_a_mapping_that_names_missing_columns_lists_those_there_are(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", {"question": "hi", "reply": "yo"}, {"question": "hi", "id": 3})
     with pytest.raises(ValueError) as error:
         sft(file, mapping=read_mapping(mapping))
-    assert str(error.value) == (f'{file}:1: --data_mapping {mapping}: no column "question_text"; '
-                                'the file has "question", "reply", "id"')  # fmt: skip
+    assert str(error.value) == (
+        f'{file}:1: --data_mapping {mapping}: no column "question_text"; the file has "question", "reply", "id"'
+    )
 
 
-@pytest.mark.parametrize("content, reason", [
-    ("instruction: a", "expected `columns: {"),
-    ("columns: {instructon: a}", "columns: instructon is none of our names; did you mean instruction?"),
-    ("columns: {instruction: [a]}", "columns: instruction: ['a'] is no name of yours"),
-    ("columns: {text: a}\nrole: {user: b}", "role: expected the sections columns, turns, roles"),
-    ("columns: {text: a", ":1: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("instruction: a", "expected `columns: {"),
+        ("columns: {instructon: a}", "columns: instructon is none of our names; did you mean instruction?"),
+        ("columns: {instruction: [a]}", "columns: instruction: ['a'] is no name of yours"),
+        ("columns: {text: a}\nrole: {user: b}", "role: expected the sections columns, turns, roles"),
+        ("columns: {text: a", ":1: "),
+    ],
+)
 def test_what_is_wrong_with_a_mapping(tmp_path, content, reason):
     mapping = tmp_path / "mapping.yaml"
     mapping.write_text(content, encoding="utf-8")
@@ -285,12 +347,17 @@ def test_a_json_array_says_the_line_of_its_bad_row(tmp_path):
     assert "a\nb" in text(sft(file).tokens(0))
 
 
-@pytest.mark.parametrize("row, asked", (
-    ({"instruction": "Who?", "context": "Lucy lives here.", "response": "Lucy", "category": "qa"},
-     "Who?\nLucy lives here."),
-    ({"prompt": "Add.", "input": "1+1", "completion": "2"}, "Add.\n1+1"),
-    ({"question": "Who?", "context": "", "answer": "Lucy"}, "Who?"),
-))
+@pytest.mark.parametrize(
+    "row, asked",
+    (
+        (
+            {"instruction": "Who?", "context": "Lucy lives here.", "response": "Lucy", "category": "qa"},
+            "Who?\nLucy lives here.",
+        ),
+        ({"prompt": "Add.", "input": "1+1", "completion": "2"}, "Add.\n1+1"),
+        ({"question": "Who?", "context": "", "answer": "Lucy"}, "Who?"),
+    ),
+)
 def test_what_a_question_is_about_stands_below_it(row, asked):
     """Dolly's passages were dropped, and the model learned to answer about texts that it had not seen."""
     messages, _ = to_conversation(row)
@@ -314,6 +381,8 @@ def test_an_answer_that_is_not_to_be_trained_on_is_refused(flag):
 
 
 def test_a_call_beside_text_is_kept():
-    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "Let me see.",
-             "function_call": {"name": "add", "arguments": "{\"a\": 1}"}}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "Let me see.", "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+    ]
     assert to_conversation({"messages": turns})[0][1]["tool_calls"] == [{"name": "add", "arguments": {"a": 1}}]

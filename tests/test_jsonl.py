@@ -1,4 +1,5 @@
 """JSONL files: which rows they hold, what a broken one is called, and when the index is made anew."""
+
 import json
 import os
 import threading
@@ -34,8 +35,12 @@ def test_a_byte_order_mark_may_stand_at_the_start(tmp_path):
 
 
 @settings(deadline=None)  # a busy machine is no failure
-@given(st.lists(st.sampled_from([b"{}", b"", b" ", b"\t", b' {"a": 1}', b"x" * 9]), max_size=30),
-       st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.integers(1, 12))  # fmt: skip
+@given(
+    st.lists(st.sampled_from([b"{}", b"", b" ", b"\t", b' {"a": 1}', b"x" * 9]), max_size=30),
+    st.sampled_from([b"\n", b"\r\n"]),
+    st.booleans(),
+    st.integers(1, 12),
+)
 def test_the_index_agrees_with_splitting_the_file_wherever_a_block_ends(lines, newline, last, block):
     data = newline.join(lines) + (newline if last else b"")
 
@@ -61,23 +66,26 @@ def test_the_index_agrees_with_splitting_the_file_wherever_a_block_ends(lines, n
     assert starts[-1] == len(data)
 
 
-@pytest.mark.parametrize("data, reason", [
-    (b'{"text": "a}', "broken JSON at column 10: Unterminated string"),
-    (b'{"text": "a"} {"text": "b"}', "broken JSON at column 15: Extra data"),
-    (b"{'text': 'a'}", "broken JSON at column 2"),
-    (b'{"text": "a\x00b"}', "a NUL character at column 12"),
-    (b"\x00\x00\x00\x00", "a NUL character at column 1; was the file cut off"),
-    ('{"text": "麻雀"}'.encode("gbk"), "not UTF-8 at byte 11; it looks like gbk: convert with `iconv"),
-    ('{"text": "麻雀"}'.encode("utf-16"), "not UTF-8 at byte 1; it looks like UTF-16 text"),
-    (b"\x1f\x8b\x08\x00", "it looks like a gzip file"),
-    (b'{"text": "\xff\xff\xff"}', "not UTF-8 at byte 11; save the file as UTF-8"),
-    (b'["text"]', "a row must be an object {...}, this is list"),
-    (b'"text"', "a row must be an object {...}, this is str"),
-    (b"null", "a row must be an object {...}, this is NoneType"),
-    (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
-    (b"[" * 100_000, "nested too deeply"),
-    (b'{"n": ' + b"9" * 5000 + b"}", "digits"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b'{"text": "a}', "broken JSON at column 10: Unterminated string"),
+        (b'{"text": "a"} {"text": "b"}', "broken JSON at column 15: Extra data"),
+        (b"{'text': 'a'}", "broken JSON at column 2"),
+        (b'{"text": "a\x00b"}', "a NUL character at column 12"),
+        (b"\x00\x00\x00\x00", "a NUL character at column 1; was the file cut off"),
+        ('{"text": "麻雀"}'.encode("gbk"), "not UTF-8 at byte 11; it looks like gbk: convert with `iconv"),
+        ('{"text": "麻雀"}'.encode("utf-16"), "not UTF-8 at byte 1; it looks like UTF-16 text"),
+        (b"\x1f\x8b\x08\x00", "it looks like a gzip file"),
+        (b'{"text": "\xff\xff\xff"}', "not UTF-8 at byte 11; save the file as UTF-8"),
+        (b'["text"]', "a row must be an object {...}, this is list"),
+        (b'"text"', "a row must be an object {...}, this is str"),
+        (b"null", "a row must be an object {...}, this is NoneType"),
+        (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "digits"),
+    ],
+)
 def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, data, reason):
     file = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n\n' + data + b"\n")
     with pytest.raises(ValueError) as error:
@@ -109,8 +117,10 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.text(), st.lists(st.floats(-9, 9))))),
-       st.sampled_from([None, 0, 2]))  # fmt: skip
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.text(), st.lists(st.floats(-9, 9))))),
+    st.sampled_from([None, 0, 2]),
+)
 def test_an_array_gives_its_elements_whatever_their_layout(tmp_path_factory, elements, indent):
     path = tmp_path_factory.mktemp("array") / "a.json"
     path.write_text(json.dumps(elements, indent=indent, ensure_ascii=False), encoding="utf-8")

@@ -1,4 +1,5 @@
 """Steps -> batches, spelled out on tiny data; they depend on no number of ranks and nothing that was asked before."""
+
 import threading
 import time
 
@@ -39,8 +40,10 @@ def many(n=23, longest=9, seed=1):
     """n conversations of 2 to `longest` tokens; each begins with its own number (from 100)."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(2, longest + 1, n)
-    return Examples([[100 + i, *range(1, size)] for i, size in enumerate(sizes)],
-                    [[False] + [j % 2 == 1 for j in range(1, size)] for size in sizes])  # fmt: skip
+    return Examples(
+        [[100 + i, *range(1, size)] for i, size in enumerate(sizes)],
+        [[False] + [j % 2 == 1 for j in range(1, size)] for size in sizes],
+    )
 
 
 def loader(ds, **options):

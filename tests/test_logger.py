@@ -1,4 +1,5 @@
 """The run logger: what a run leaves behind, how a resumed one goes on, and that no failure of it stops training."""
+
 import errno
 import json
 import sys
@@ -121,8 +122,9 @@ def test_the_end_says_what_the_run_took_over_all_its_starts(run_dir, clock, caps
     again = RunLogger.create(run_dir, Stage(from_resume="auto", price_per_hour=6))
     again.start(10, 40)
     clock.seconds += 20 * 60
-    again.close({"steps": 40, "tokens": 81920, "weights": "out/full_sft_32.pth", "val_loss": 1.25,
-                 "best_val_loss": 1.2})
+    again.close(
+        {"steps": 40, "tokens": 81920, "weights": "out/full_sft_32.pth", "val_loss": 1.25, "best_val_loss": 1.2}
+    )
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("done in 0:50:00, 40 steps, 81,920 trained tokens, val_loss 1.2500, best_val_loss 1.2000")
     assert line.endswith("cost 5.00: out/full_sft_32.pth")
@@ -141,6 +143,7 @@ def test_other_ranks_are_silent(run_dir, capsys):
 
 
 # ---- failures ----
+
 
 def train(run_dir, config) -> None:
     logger = RunLogger.create(run_dir, config)
@@ -163,6 +166,7 @@ def test_a_directory_that_cannot_be_written_stops_nothing(tmp_path, capsys):
 def test_a_disk_that_fills_up_stops_nothing(run_dir, capsys):
     def full(step, numbers):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     logger = RunLogger.create(run_dir, Stage())
     logger.start(0, 30)
     logger.log(10, loss=1.0)

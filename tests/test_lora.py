@@ -26,8 +26,14 @@ from model.lora import (
 )
 from model.transformer import CausalLM
 
-SHAPE = dict(vocab_size=67, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             intermediate_size=40)  # fmt: skip
+SHAPE = dict(
+    vocab_size=67,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=40,
+)
 TOKENS = torch.arange(40).view(2, 20) % 67
 
 
@@ -160,8 +166,11 @@ def test_a_layer_by_hand():
     layer = LoRALinear(torch.nn.Linear(2, 1, bias=False))
     model.model.layers[0].self_attn.q_proj = layer
     add_lora(model, LoRASettings(rank=1, alpha=4), layers=["model.layers.0.self_attn.q_proj"])
-    for parameter, value in ((layer.weight, [[1.0, 2.0]]), (layer.adapters.default.A, [[1.0, 0.0]]),
-                             (layer.adapters.default.B, [[3.0]])):  # fmt: skip
+    for parameter, value in (
+        (layer.weight, [[1.0, 2.0]]),
+        (layer.adapters.default.A, [[1.0, 0.0]]),
+        (layer.adapters.default.B, [[3.0]]),
+    ):
         parameter.data = torch.tensor(value)
     assert layer(torch.tensor([5.0, 7.0])).item() == 79
     assert LoRASettings(rank=16, alpha=8).scale == 0.5 and LoRASettings(rank=16, alpha=8, rslora=True).scale == 2
@@ -214,8 +223,9 @@ def test_merging_is_the_same_model_and_unmerging_gives_every_bit_back(dtype):
     merge(model)
     merge(model)  # twice is once
     found = logits(model)
-    torch.testing.assert_close(found, expected, **(dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else
-                                                   dict(atol=0.25, rtol=0.1)))  # fmt: skip
+    torch.testing.assert_close(
+        found, expected, **(dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.25, rtol=0.1))
+    )
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
     unmerge(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -11,9 +11,15 @@ from model.interop.minimind import config_from_minimind
 from model.transformer import CausalLM
 
 TINY = dict(
-    vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=131,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+)
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
@@ -22,15 +28,21 @@ FAMILIES = {
     "llama untied": ("Llama", dict(tie_word_embeddings=False)),
     "llama3 rope": ("Llama", dict(rope_parameters=dict(LLAMA3, rope_theta=5e5))),
     "linear rope": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4))),
-    "yarn rope": ("Llama", dict(rope_parameters=dict(
-        rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4))),
+    "yarn rope": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)),
+    ),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
-    "qwen3 moe": ("Qwen3Moe", dict(
-        head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True)),
-    "qwen3 moe, plain weights": ("Qwen3Moe", dict(
-        head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False)),
-}  # fmt: skip
+    "qwen3 moe": (
+        "Qwen3Moe",
+        dict(head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
+    ),
+    "qwen3 moe, plain weights": (
+        "Qwen3Moe",
+        dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -50,10 +62,13 @@ def test_logits_equal_transformers(name, tmp_path):
         torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family, left_out", (
-    ("Llama", ("tie_word_embeddings", "rms_norm_eps", "num_key_value_heads")),
-    ("Qwen3Moe", ("tie_word_embeddings", "rms_norm_eps", "norm_topk_prob")),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "family, left_out",
+    (
+        ("Llama", ("tie_word_embeddings", "rms_norm_eps", "num_key_value_heads")),
+        ("Qwen3Moe", ("tie_word_embeddings", "rms_norm_eps", "norm_topk_prob")),
+    ),
+)
 def test_what_a_config_does_not_say_is_what_transformers_takes_it_for(family, left_out, tmp_path):
     """Configs of older versions lack keys. With our own defaults an untied head was silently tied."""
     transformers = pytest.importorskip("transformers")

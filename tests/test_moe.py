@@ -8,8 +8,16 @@ from model.config import ModelConfig
 from model.moe import MoE
 from model.transformer import CausalLM, FeedForward
 
-BASE = dict(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            intermediate_size=24, num_experts=4, router_aux_loss_coef=0.5)  # fmt: skip
+BASE = dict(
+    vocab_size=61,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=24,
+    num_experts=4,
+    router_aux_loss_coef=0.5,
+)
 
 
 def build(**changes) -> MoE:

@@ -1,4 +1,5 @@
 """Best-fit decreasing by hand, and what must hold for any lengths."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -33,8 +33,15 @@ def write(path, *rows):
 
 def small_model():
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=32, num_hidden_layers=2,
-                                 num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+    model = CausalLM(
+        ModelConfig(
+            vocab_size=TOKENIZER.vocab_size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     return model
@@ -62,16 +69,21 @@ def test_layouts_mean_the_same(row):
 BAD = {
     "chosen equals rejected": {"chosen": [user("1+1?"), says("2")], "rejected": [user("1+1?"), says("2")]},
     "the prompts differ: chosen[0] is user: '1+1?'": {
-        "chosen": [user("1+1?"), says("2")], "rejected": [user("1+2?"), says("3")]},
+        "chosen": [user("1+1?"), says("2")],
+        "rejected": [user("1+2?"), says("3")],
+    },
     "the prompts differ: chosen[2] is user: 'Sure?'": {
         "chosen": [user("1+1?"), says("2"), user("Sure?"), says("Yes")],
-        "rejected": [user("1+1?"), says("3"), user("Sure?"), says("No")]},
+        "rejected": [user("1+1?"), says("3"), user("Sure?"), says("No")],
+    },
     "chosen must end with an assistant's answer": {"chosen": [user("1+1?")], "rejected": [user("1+1?"), says("3")]},
     "rejected[1]: the assistant says nothing": {
-        "chosen": [user("1+1?"), says("2")], "rejected": [user("1+1?"), says("")]},
+        "chosen": [user("1+1?"), says("2")],
+        "rejected": [user("1+1?"), says("")],
+    },
     '"chosen" must be messages, or text beside a "prompt"': {"chosen": "2", "rejected": "3"},
     'no pair of "chosen" and "rejected" in this row': {"conversations": [user("1+1?"), says("2")]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -92,8 +104,10 @@ def test_a_pair_is_its_prompt_and_two_answers(tmp_path):
     tools in them, but not what the tools said."""
     first = [user("1+1?"), says("2"), user("And 2+2?")]
     call = says("", tool_calls=[{"name": "add", "arguments": {"a": 2, "b": 2}}])
-    row = {"chosen": [*first, call, {"role": "tool", "content": "4"}, says("It is 4.")],
-           "rejected": [*first, says("2 + 2 = 5")]}  # fmt: skip
+    row = {
+        "chosen": [*first, call, {"role": "tool", "content": "4"}, says("It is 4.")],
+        "rejected": [*first, says("2 + 2 = 5")],
+    }
     ds = PreferenceDataset(write(tmp_path / "dpo.jsonl", row), TOKENIZER, max_seq_len=256)
     prompt, (chosen, trained), (rejected, all_trained) = ds.pair(0)
     assert list(prompt) == encode_chat(TOKENIZER, first, add_generation_prompt=True).ids

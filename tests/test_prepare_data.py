@@ -1,4 +1,5 @@
 """Preparing data: what comes out is ours, joined in the ratio that was asked for, and split without a leak."""
+
 import json
 import sys
 
@@ -33,8 +34,9 @@ def alpaca(path, *questions):
     return jsonl(path, *[{"instruction": q, "input": "", "output": "yo"} for q in questions])
 
 
-@pytest.mark.parametrize("row", [*(row for row, _ in CHATS.values()), *PAIRS.values(), {"text": "麻雀"},
-                                 {"messages": ONE, "label": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "row", [*(row for row, _ in CHATS.values()), *PAIRS.values(), {"text": "麻雀"}, {"messages": ONE, "label": False}]
+)
 def test_what_is_written_reads_back_as_the_same_canonical_row(tmp_path, row):
     report = prepare([jsonl(tmp_path / "a.jsonl", row)], [], target=tmp_path / "out.jsonl")
     (written,) = rows(tmp_path / "out.jsonl")
@@ -80,8 +82,13 @@ def test_the_validation_part_is_exact_seeded_and_shares_no_row(tmp_path, capsys)
     run(f"--data_path={data}", f"--output_dir={folder}")  # everything is in train.jsonl now
     assert f"warning: {folder / 'val.jsonl'} is from another time" in capsys.readouterr().out
     # a repeated identity row stays on its side, too
-    run(f"--data_path={data}", f"--identity_data={alpaca(tmp_path / 'me.jsonl', *'abcdefghij')}", "--ratio=1",
-        f"--save_path={tmp_path / 'm.jsonl'}", "--val_fraction=0.5")  # fmt: skip
+    run(
+        f"--data_path={data}",
+        f"--identity_data={alpaca(tmp_path / 'me.jsonl', *'abcdefghij')}",
+        "--ratio=1",
+        f"--save_path={tmp_path / 'm.jsonl'}",
+        "--val_fraction=0.5",
+    )
     train, val = asked(tmp_path / "m.jsonl"), asked(tmp_path / "m.val.jsonl")
     assert not set(train) & set(val) and sum(len(q) == 1 for q in train) == sum(len(q) > 1 for q in train)
 
@@ -104,8 +111,13 @@ def test_a_mapping_and_the_flags_of_a_preprocessing_script(tmp_path, capsys):
     (tmp_path / "columns.yaml").write_text("columns: {instruction: q, output: a}", encoding="utf-8")
     data = tmp_path / "mine.json"
     data.write_text(json.dumps([{"q": "hi " * 100, "a": "yo"}], indent=2), encoding="utf-8")
-    run(f"--dataset_name={data}", f"--data_mapping={tmp_path / 'columns.yaml'}", "--max_length=64",
-        f"--output_dir={tmp_path / 'processed'}", f"--tokenizer_name={prepare_data.ROOT / 'tokenizer'}")  # fmt: skip
+    run(
+        f"--dataset_name={data}",
+        f"--data_mapping={tmp_path / 'columns.yaml'}",
+        "--max_length=64",
+        f"--output_dir={tmp_path / 'processed'}",
+        f"--tokenizer_name={prepare_data.ROOT / 'tokenizer'}",
+    )
     assert asked(tmp_path / "processed" / "train.jsonl") == ["hi " * 100]
     assert "tokenised: 1 examples, 65 tokens; too long: 1 cut" in capsys.readouterr().out
 
@@ -121,7 +133,7 @@ def test_mistakes_leave_what_was_there(tmp_path):
         ([out], "o.jsonl:1: broken JSON"),
         ([], "--data_path: no file given"),
         ([tmp_path / "a.txt"], "plain text needs no preparing"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=reason):
             prepare(files, [], target=out)
     with pytest.raises(ValueError, match="would overwrite"):
@@ -140,13 +152,16 @@ def test_bad_rows_are_skipped_counted_and_kept_aside(tmp_path, capsys):
     run(f"--data_path={data}", "--on_bad_row=skip", f"--save_path={tmp_path / 'o.jsonl'}")
     assert len(rows(tmp_path / "o.jsonl")) == 300 and "left out: 2 bad rows" in capsys.readouterr().out
     assert [(r["line"], r["row"][:12]) for r in rows(tmp_path / "a.jsonl.rejects.jsonl")] == [
-        (201, '{"prompt": "'), (302, '{"prompt": 1')]  # fmt: skip
+        (201, '{"prompt": "'),
+        (302, '{"prompt": 1'),
+    ]
 
 
 @pytest.mark.parametrize("name", ("all.json", "all.txt"))
 def test_a_name_that_promises_another_format_is_refused(name, tmp_path):
     """.json is one array everywhere else; and all.txt became a folder."""
-    status, _, error = run_script("scripts/prepare_data.py", "--data_path", alpaca(tmp_path / "a.jsonl", "q"),
-                                  "--save_path", tmp_path / name)  # fmt: skip
+    status, _, error = run_script(
+        "scripts/prepare_data.py", "--data_path", alpaca(tmp_path / "a.jsonl", "q"), "--save_path", tmp_path / name
+    )
     assert status == 2 and f"--save_path {tmp_path / name}: what is written is .jsonl" in error
     assert not (tmp_path / name).exists()

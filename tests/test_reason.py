@@ -142,9 +142,18 @@ def write_weights(folder, experts: int = 4):
 
 
 def engine(folder, batch_size, accumulation_steps):
-    config = parse(ReasonConfig, [*FLAGS, "--max_seq_len=64", f"--data_path={folder / 'r.jsonl'}", "--grad_clip=0",
-                                  f"--save_dir={folder / 'out'}", f"--batch_size={batch_size}",
-                                  f"--accumulation_steps={accumulation_steps}"])  # fmt: skip
+    config = parse(
+        ReasonConfig,
+        [
+            *FLAGS,
+            "--max_seq_len=64",
+            f"--data_path={folder / 'r.jsonl'}",
+            "--grad_clip=0",
+            f"--save_dir={folder / 'out'}",
+            f"--batch_size={batch_size}",
+            f"--accumulation_steps={accumulation_steps}",
+        ],
+    )
     data = open_data(ReasonDataset, config, "reason", TOKENIZER, tag_weight=10)
     model = small_model(num_experts=4)
     job = Job("reason", config, model, Weighted(), TOKENIZER, data, packing=True)
@@ -165,9 +174,12 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
 
 @pytest.mark.parametrize(
     "answer, tag",
-    [("<think>\nlet me see", "<think>"), (" <think>a <answer>4</answer>", "<think>"),
-     ("<think>a</think>\n<answer>4", "<answer>")],
-)  # fmt: skip
+    [
+        ("<think>\nlet me see", "<think>"),
+        (" <think>a <answer>4</answer>", "<think>"),
+        ("<think>a</think>\n<answer>4", "<answer>"),
+    ],
+)
 def test_a_thought_that_never_ends_is_refused_with_its_line(answer, tag, tmp_path):
     path = write(tmp_path / "r.jsonl", asks("1+1?", "2"), asks("2+2?", answer), asks("3+3?", "6"))
     with pytest.raises(ValueError, match=rf"r\.jsonl:2: messages\[1\] \(assistant\): begins with {tag}, which never"):
@@ -175,8 +187,12 @@ def test_a_thought_that_never_ends_is_refused_with_its_line(answer, tag, tmp_pat
 
 
 def test_what_only_looks_like_an_open_thought_is_none(tmp_path):
-    rows = [asks("?", "I <think> so"), asks("<think>", "4"), asks("?", "<think> is a tag", reasoning_content="hm"),
-            asks("?", "<think>a</think> <answer>4</answer> <answer>")]  # fmt: skip
+    rows = [
+        asks("?", "I <think> so"),
+        asks("<think>", "4"),
+        asks("?", "<think> is a tag", reasoning_content="hm"),
+        asks("?", "<think>a</think> <answer>4</answer> <answer>"),
+    ]
     assert len(ReasonDataset(write(tmp_path / "r.jsonl", *rows), TOKENIZER, max_seq_len=64)) == 4
 
 
@@ -215,18 +231,38 @@ def test_no_length_limit_leaves_a_thought_without_its_end(on_long, tmp_path):
 
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, stop_at):  # noqa: F811
     data, weights = write_reason(tmp_path / "r.jsonl"), write_weights(tmp_path)
-    flags = [f"--data_path={data}", f"--from_weight={weights}", "--max_steps=8", "--batch_size=2",
-             "--accumulation_steps=2", "--val_fraction=0.1", "--save_interval=3", "--max_seq_len=64"]  # fmt: skip
+    flags = [
+        f"--data_path={data}",
+        f"--from_weight={weights}",
+        "--max_steps=8",
+        "--batch_size=2",
+        "--accumulation_steps=2",
+        "--val_fraction=0.1",
+        "--save_interval=3",
+        "--max_seq_len=64",
+    ]
     whole, parts = train_twice("distill_reason", tmp_path, stop_at, [2, 5, 6], *flags)
     assert same(whole, parts)
 
 
 def test_two_ranks_train_the_same_model_as_one(tmp_path):
-    flags = [f"--data_path={write_reason(tmp_path / 'r.jsonl')}", f"--from_weight={write_weights(tmp_path)}",
-             "--max_steps=3", "--val_fraction=0.2", "--max_seq_len=64", "--learning_rate=1e-3"]  # fmt: skip
+    flags = [
+        f"--data_path={write_reason(tmp_path / 'r.jsonl')}",
+        f"--from_weight={write_weights(tmp_path)}",
+        "--max_steps=3",
+        "--val_fraction=0.2",
+        "--max_seq_len=64",
+        "--learning_rate=1e-3",
+    ]
     run_stage("distill_reason", *flags, f"--save_dir={tmp_path / 'one'}", "--batch_size=8")
-    torchrun("train_distill_reason.py", *FLAGS, *flags, f"--save_dir={tmp_path / 'two'}", "--batch_size=4",
-             cwd=ROOT / "trainer")  # fmt: skip
+    torchrun(
+        "train_distill_reason.py",
+        *FLAGS,
+        *flags,
+        f"--save_dir={tmp_path / 'two'}",
+        "--batch_size=4",
+        cwd=ROOT / "trainer",
+    )
     one, two = (state_of(tmp_path / folder / "reason_32_moe.pth") for folder in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
@@ -241,9 +277,18 @@ def test_tags_are_learned_sooner_with_weight(tmp_path, capsys):
     prompt = encode_chat(TOKENIZER, [{"role": "user", "content": "hello"}], add_generation_prompt=True).ids
     surely = {}
     for weight in (1, 10):
-        run_stage("distill_reason", "--data_path", reason, f"{chats}:0.5", f"--save_dir={tmp_path}", "--max_steps=6",
-                  "--max_seq_len=64", "--learning_rate=1e-3", f"--tag_weight={weight}", "--val_fraction=0.1",
-                  )  # fmt: skip
+        run_stage(
+            "distill_reason",
+            "--data_path",
+            reason,
+            f"{chats}:0.5",
+            f"--save_dir={tmp_path}",
+            "--max_steps=6",
+            "--max_seq_len=64",
+            "--learning_rate=1e-3",
+            f"--tag_weight={weight}",
+            "--val_fraction=0.1",
+        )
         model = small_model()
         model.load_state_dict(state_of(tmp_path / "reason_32.pth"))
         logp = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
@@ -255,16 +300,23 @@ def test_tags_are_learned_sooner_with_weight(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "rows, message",
-    [([asks("?", "4")], r":1: none of 1 examples has a <think> block or reasoning_content; .*train_full_sft.py"),
-     ([asks("?", "<think>"), asks("?", "4")], r":1: messages\[1\] .* <think>, which never ends")],
-)  # fmt: skip
+    [
+        ([asks("?", "4")], r":1: none of 1 examples has a <think> block or reasoning_content; .*train_full_sft.py"),
+        ([asks("?", "<think>"), asks("?", "4")], r":1: messages\[1\] .* <think>, which never ends"),
+    ],
+)
 def test_wrong_data_ends_with_status_2_and_one_line(rows, message, tmp_path):
     import re
 
     write_weights(tmp_path)
     path = write(tmp_path / "r.jsonl", *rows)
-    command = [sys.executable, ROOT / "trainer/train_distill_reason.py", *FLAGS, f"--data_path={path}",
-               f"--save_dir={tmp_path}"]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "trainer/train_distill_reason.py",
+        *FLAGS,
+        f"--data_path={path}",
+        f"--save_dir={tmp_path}",
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and re.match(rf"error: {re.escape(str(path))}{message}", done.stderr), done.stderr
     assert done.stderr.count("\n") == 1

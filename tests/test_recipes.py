@@ -103,19 +103,37 @@ def test_a_lora_file_given_to_full_fine_tuning_is_told_where_it_belongs(monkeypa
 
 def test_the_quickstart_joins_trains_and_saves(world, tmp_path):
     """The flags of its table; 40 task rows at 8:1 make the 4 identity rows five."""
-    (tmp_path / "me.jsonl").write_text("".join((world / "chats.jsonl").open(encoding="utf-8").readlines()[:4]),
-                                       encoding="utf-8")  # fmt: skip
-    flags = dict(lora_name="my_chatbot_lora", task_data=world / "chats.jsonl", identity_data=tmp_path / "me.jsonl",
-                 merged_data=tmp_path / "all.jsonl", out_dir=tmp_path / "out", ratio=8, epochs=1, batch_size=4,
-                 device="cpu", learning_rate="1e-4", max_length=32,
-                 from_weight=world / "pretrain_32.pth", wandb_project="mine")  # fmt: skip
+    (tmp_path / "me.jsonl").write_text(
+        "".join((world / "chats.jsonl").open(encoding="utf-8").readlines()[:4]), encoding="utf-8"
+    )
+    flags = dict(
+        lora_name="my_chatbot_lora",
+        task_data=world / "chats.jsonl",
+        identity_data=tmp_path / "me.jsonl",
+        merged_data=tmp_path / "all.jsonl",
+        out_dir=tmp_path / "out",
+        ratio=8,
+        epochs=1,
+        batch_size=4,
+        device="cpu",
+        learning_rate="1e-4",
+        max_length=32,
+        from_weight=world / "pretrain_32.pth",
+        wandb_project="mine",
+    )
     words = [f"--{name}={value}" for name, value in flags.items()]
     status, out, err = run_script("scripts/lora_quickstart.py", *words, "--skip_download")
     assert status == 0, err
     counts = [line for line in out.splitlines() if "条" in line]
     assert counts[:2] == ["📊 任务数据: 40 条", "📊 自认知数据: 4 条，重复后 5 条"]
     assert counts[2:] == [f"✅ 数据合并完成: 45 条数据保存到 {tmp_path / 'all.jsonl'}"]
-    for line in ("🚀 开始LoRA训练...", "  - 批次大小: 4", "  - 学习率: 0.0001", "💻 使用设备: cpu", "📊 模型参数数量: 0.2M"):  # noqa: E501
+    for line in (
+        "🚀 开始LoRA训练...",
+        "  - 批次大小: 4",
+        "  - 学习率: 0.0001",
+        "💻 使用设备: cpu",
+        "📊 模型参数数量: 0.2M",
+    ):  # noqa: E501
         assert line in out.splitlines(), out
     assert "12 steps" in out and f"✅ 模型保存到: {tmp_path / 'out/my_chatbot_lora'}" in out and "总耗时" in out
     assert (tmp_path / "out/my_chatbot_lora/lora_model/adapter_config.json").is_file()

@@ -37,8 +37,13 @@ def test_a_fresh_run_of_the_same_name_keeps_what_the_last_one_wrote(pretrain, tm
     """A trial of 1 step after a week of training. What was trained on the older weights finds them by their hash."""
     pretrain("--max_steps=3", "--val_fraction=0.2")
     write_sft(tmp_path / "sft.jsonl")
-    run_stage("lora", f"--data_path={tmp_path / 'sft.jsonl'}", "--from_weight=pretrain", f"--save_dir={tmp_path}",
-              "--max_steps=1")  # fmt: skip
+    run_stage(
+        "lora",
+        f"--data_path={tmp_path / 'sft.jsonl'}",
+        "--from_weight=pretrain",
+        f"--save_dir={tmp_path}",
+        "--max_steps=1",
+    )
     old = {path: state_of(path) for path in (tmp_path / "pretrain_32.pth", tmp_path / "best" / "pretrain_32.pth")}
     pretrain("--max_steps=1", "--val_fraction=0.2", "--seed=7")
     assert "pretrain_32.pth is replaced; what it was is now pretrain_32.previous.pth" in capsys.readouterr().out
@@ -74,8 +79,13 @@ def test_the_same_command_twice_starts_from_the_same_base(pretrain, tmp_path, mo
     base = (tmp_path / "pretrain_32.pth").rename(tmp_path / "out" / "full_sft_32.pth")
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     for _ in range(2):
-        run_stage("full_sft", f"--data_path={tmp_path / 'sft.jsonl'}", "--max_steps=1", "--from_weight=full_sft",
-                  f"--output_dir={tmp_path / 'mine'}")  # fmt: skip
+        run_stage(
+            "full_sft",
+            f"--data_path={tmp_path / 'sft.jsonl'}",
+            "--max_steps=1",
+            "--from_weight=full_sft",
+            f"--output_dir={tmp_path / 'mine'}",
+        )
     parent = load_weights(tmp_path / "mine" / "full_sft_32.pth").lineage[-1]["parent"]
     assert parent == load_weights(base).hash
 

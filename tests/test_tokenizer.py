@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 from tokenizer.text import SHIPPED, Tokenizer
 
 CONTROL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<answer>", "</answer>", "<tool_call>",
-    "</tool_call>", "<tool_response>", "</tool_response>", *(f"<|spare_{n}|>" for n in range(5)),
-]  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    *(f"<|spare_{n}|>" for n in range(5)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -230,19 +240,51 @@ def test_sentencepiece_style_bpe(tmp_path):
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
     vocab |= {"▁": 259, "h": 260, "i": 261, "▁h": 262, "▁hi": 263}
     spec = {
-        "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "pre_tokenizer": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+        "pre_tokenizer": None,
         "added_tokens": [
-            {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True} for i, name in enumerate(["<unk>", "<s>", "</s>"])],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": vocab,
-                  "merges": ["▁ h", "▁h i"]},
-    }  # fmt: skip
+            {
+                "id": i,
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for i, name in enumerate(["<unk>", "<s>", "</s>"])
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": ["▁ h", "▁h i"],
+        },
+    }
     mistral = Tokenizer.load(write(tmp_path / "mistral", spec))
     assert mistral.encode("hi hi") == [263, 263]
     for text in ["hi hi", "好\n", " hi", "</s>"]:

@@ -27,8 +27,15 @@ def world(tmp_path_factory):
 
 
 def lora(world, out, *flags):
-    run_stage("lora", f"--data_path={world / 'sft.jsonl'}", f"--from_weight={world / 'full_sft_32.pth'}",
-              "--max_steps=4", "--batch_size=8", f"--save_dir={out}", *flags)  # fmt: skip
+    run_stage(
+        "lora",
+        f"--data_path={world / 'sft.jsonl'}",
+        f"--from_weight={world / 'full_sft_32.pth'}",
+        "--max_steps=4",
+        "--batch_size=8",
+        f"--save_dir={out}",
+        *flags,
+    )
     return load_adapter(out / NAME)
 
 
@@ -95,8 +102,9 @@ def test_output_dir_writes_hugging_faces_layout_beside(world, tmp_path):
 
 def test_what_transformers_lacks_is_said_and_the_run_ends_well(tmp_path, capsys):
     write_pretrain(tmp_path / "text.jsonl")
-    run_stage("pretrain", f"--data_path={tmp_path / 'text.jsonl'}", f"--output_dir={tmp_path}", "--max_steps=1",
-              "--use_moe")  # fmt: skip
+    run_stage(
+        "pretrain", f"--data_path={tmp_path / 'text.jsonl'}", f"--output_dir={tmp_path}", "--max_steps=1", "--use_moe"
+    )
     said = capsys.readouterr().out
     assert "not written: " in said and "no family with experts without q/k norms, shared experts" in said
     assert (tmp_path / "pretrain_32_moe.pth").is_file() and not (tmp_path / "final_model").exists()
@@ -125,14 +133,29 @@ def test_another_base_or_other_settings_do_not_continue_a_run(world, tmp_path):
     with pytest.raises(ValueError, match="lora was .*is "):
         lora(world, tmp_path, "--from_resume=1", "--lora_rank=2")
     with pytest.raises(ValueError, match="parent was .*is "):
-        run_stage("lora", f"--data_path={world / 'sft.jsonl'}", f"--from_weight={world / 'pretrain_32.pth'}",
-                  "--max_steps=4", "--batch_size=8", f"--save_dir={tmp_path}", "--from_resume=1")  # fmt: skip
+        run_stage(
+            "lora",
+            f"--data_path={world / 'sft.jsonl'}",
+            f"--from_weight={world / 'pretrain_32.pth'}",
+            "--max_steps=4",
+            "--batch_size=8",
+            f"--save_dir={tmp_path}",
+            "--from_resume=1",
+        )
 
 
 def test_torchrun_trains_the_same_adapter(world, tmp_path):
     one = lora(world, tmp_path / "one")
-    torchrun("train_lora.py", *FLAGS, f"--data_path={world / 'sft.jsonl'}", "--max_steps=4", "--batch_size=4",
-             f"--from_weight={world / 'full_sft_32.pth'}", f"--save_dir={tmp_path / 'two'}", cwd=ROOT / "trainer")
+    torchrun(
+        "train_lora.py",
+        *FLAGS,
+        f"--data_path={world / 'sft.jsonl'}",
+        "--max_steps=4",
+        "--batch_size=4",
+        f"--from_weight={world / 'full_sft_32.pth'}",
+        f"--save_dir={tmp_path / 'two'}",
+        cwd=ROOT / "trainer",
+    )
     two = load_adapter(tmp_path / "two" / NAME)
     for name, tensor in one.state.items():
         torch.testing.assert_close(two.state[name], tensor, atol=1e-5, rtol=1e-4)
@@ -142,8 +165,12 @@ def test_packed_rows_compute_what_single_ones_do(world, tmp_path):
     """Eight examples of a step in rows of 64 (two each) or of 256 (nearly all in one): the same adapter."""
     rows = [line for line in (world / "sft.jsonl").read_text(encoding="utf-8").splitlines() if len(line) < 170]
     (tmp_path / "short.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    flags = [f"--data_path={tmp_path / 'short.jsonl'}", f"--from_weight={world / 'full_sft_32.pth'}", "--max_steps=4",
-             "--batch_size=8"]  # fmt: skip
+    flags = [
+        f"--data_path={tmp_path / 'short.jsonl'}",
+        f"--from_weight={world / 'full_sft_32.pth'}",
+        "--max_steps=4",
+        "--batch_size=8",
+    ]
     found = []
     for length in (64, 256):
         run_stage("lora", *flags, f"--max_seq_len={length}", f"--save_dir={tmp_path / str(length)}", "--on_long=drop")
@@ -157,19 +184,27 @@ def test_packed_rows_compute_what_single_ones_do(world, tmp_path):
 # ---- mistakes
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--lora_targets=c_attn"], "--lora_targets c_attn: no such linear layer; this model has down_proj,"),
-    (["--use_lora=false"], "--use_lora false: tuning all weights is trainer/train_full_sft.py"),
-    (["--lora_rank=0"], "--lora_rank 0: must be at least 1"),
-    (["--lora_name=lora_weather", "--data_path="], "no dataset/lora_weather.jsonl"),
-    (["--output_dir=elsewhere"], "--save_dir and --output_dir: both say where results go"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--lora_targets=c_attn"], "--lora_targets c_attn: no such linear layer; this model has down_proj,"),
+        (["--use_lora=false"], "--use_lora false: tuning all weights is trainer/train_full_sft.py"),
+        (["--lora_rank=0"], "--lora_rank 0: must be at least 1"),
+        (["--lora_name=lora_weather", "--data_path="], "no dataset/lora_weather.jsonl"),
+        (["--output_dir=elsewhere"], "--save_dir and --output_dir: both say where results go"),
+    ],
+)
 def test_mistakes_are_named(flags, words, world, tmp_path, capsys):
     """`trainer.config.run` makes one line and status 2 of either kind (tests/test_config.py)."""
     data = [] if "--data_path=" in flags else [f"--data_path={world / 'sft.jsonl'}"]
     with pytest.raises((ValueError, SystemExit)) as error:
-        run_stage("lora", *data, f"--save_dir={tmp_path}", f"--from_weight={world / 'full_sft_32.pth'}",
-                  *(flag for flag in flags if flag != "--data_path="))  # fmt: skip
+        run_stage(
+            "lora",
+            *data,
+            f"--save_dir={tmp_path}",
+            f"--from_weight={world / 'full_sft_32.pth'}",
+            *(flag for flag in flags if flag != "--data_path="),
+        )
     assert words in str(error.value) + capsys.readouterr().err and not list(tmp_path.rglob("*.pth"))
 
 
@@ -210,8 +245,9 @@ def test_the_adapters_own_base_is_found_whatever_the_mode_says(world, tmp_path, 
 def test_a_base_that_was_moved_is_found_by_its_hash_and_one_that_is_gone_is_named(world, tmp_path, ask):
     base = tmp_path / "base_32.pth"
     base.write_bytes((world / "full_sft_32.pth").read_bytes())
-    run_stage("lora", f"--data_path={world / 'sft.jsonl'}", f"--from_weight={base}", "--max_steps=2",
-              f"--save_dir={tmp_path}")  # fmt: skip
+    run_stage(
+        "lora", f"--data_path={world / 'sft.jsonl'}", f"--from_weight={base}", "--max_steps=2", f"--save_dir={tmp_path}"
+    )
     base.rename(tmp_path / "renamed_32.pth")
     (tmp_path / "aaa_32.pth").write_bytes(b"damaged")
     _, notes = ask("--lora_name=lora_identity", f"--save_dir={tmp_path}")

@@ -72,9 +72,15 @@ def test_every_text_in_a_row_counts():
         "type": "x",
     }
     assert list(contents(row)) == [
-        ("text", "a"), ("role", "user"), ("text", "b"), ("role", "assistant"), ("answers", "c"), ("answers", "d"),
-        ("answers", "f"), ("answers", "g"),
-    ]  # fmt: skip
+        ("text", "a"),
+        ("role", "user"),
+        ("text", "b"),
+        ("role", "assistant"),
+        ("answers", "c"),
+        ("answers", "d"),
+        ("answers", "f"),
+        ("answers", "g"),
+    ]
 
 
 @pytest.mark.parametrize("text, language", [("你好", "zh"), ("", "en"), ("用 torch", "en"), ("ab 你", "zh")])
@@ -159,8 +165,10 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     assert "trained on" in printed and "a.jsonl text zh" in printed and "300 entries" in printed
     assert Tokenizer.load(tmp_path / "out").vocab_size == 300
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_the_default_folder_is_not_the_shipped_one(root):

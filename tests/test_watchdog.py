@@ -91,8 +91,17 @@ def test_skip_leaves_the_step_out_and_saves_after_the_next_good_one(tmp_path):
 def test_skip_has_a_cap(tmp_path):
     write_sft(tmp_path / "sft.jsonl")
     engine = sft_engine(tmp_path, 8, 1, max_steps=9, save_interval=1, on_nan="skip", max_bad_steps=2, seed=1)
-    engine.job.objective = type("Bad", (), dict(count=engine.job.objective.count, __call__=lambda self, model, batch: (
-        (loss := NAN * next(model.parameters()).sum()), {"loss": loss.detach()})))()  # fmt: skip
+    engine.job.objective = type(
+        "Bad",
+        (),
+        dict(
+            count=engine.job.objective.count,
+            __call__=lambda self, model, batch: (
+                (loss := NAN * next(model.parameters()).sum()),
+                {"loss": loss.detach()},
+            ),
+        ),
+    )()
     with pytest.raises(ValueError, match="not finite at step 3.*the 2 bad steps before it.*--max_bad_steps"):
         engine.run()
     assert len(reports(tmp_path)) == 3 and not states(tmp_path)

@@ -52,8 +52,10 @@ class Tokenizer:
         if file.is_dir() or file.suffix != ".json":
             file = file / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json, since "
-                             "nothing is downloaded from a hub yet")
+            raise ValueError(
+                f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json, since "
+                "nothing is downloaded from a hub yet"
+            )
         try:
             spec = json.loads(file.read_text(encoding="utf-8"))
             kind = spec["model"]["type"]

@@ -22,8 +22,10 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, st
     if mode == "off" or mode == "auto" and not (pays(model, config, device, steps) and can_compile(device.type)):
         return False
     if not can_compile(device.type):
-        raise ValueError("--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
-                         "python3-dev), on GPUs Triton too; install them, or leave it at auto")  # fmt: skip
+        raise ValueError(
+            "--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
+            "python3-dev), on GPUs Triton too; install them, or leave it at auto"
+        )
     torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows, and few of those
     for block in model.model.layers:
         block.compile(dynamic=False)

@@ -15,6 +15,7 @@ A stage states what differs; everything else, help and aliases included, is inhe
 
 Neither this file nor trainer/options.py imports anything heavier than argparse, so that `--help` is instant.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,27 +38,35 @@ __all__ = ["ROOT", "Options", "StageConfig", "check_writable", "describe", "expl
 class StageConfig(Options):
     """Options of every training stage"""
 
-    moot: ClassVar[dict[str, tuple[str, ...]]] = {"use_lora": (
-        "lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")}
+    moot: ClassVar[dict[str, tuple[str, ...]]] = {
+        "use_lora": ("lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")
+    }
 
     needless: ClassVar[dict[str, str]] = {
-        "ddp": "torchrun says so by itself", "per_device_eval_batch_size": "validation takes --batch_size",
+        "ddp": "torchrun says so by itself",
+        "per_device_eval_batch_size": "validation takes --batch_size",
         "evaluation_strategy": "validation comes with every save, or as --val_interval says",
         "eval_strategy": "validation comes with every save, or as --val_interval says",
-        "save_strategy": "saved is every --save_interval steps"}
+        "save_strategy": "saved is every --save_interval steps",
+    }
 
     # model and data
     from_weight: str | None = option(
-        None, "weights to start from: a name in save_dir or out/, a file, a Hugging Face directory",
-        aliases=("model_path", "model_name_or_path", "base_model_path", "base_model"))
+        None,
+        "weights to start from: a name in save_dir or out/, a file, a Hugging Face directory",
+        aliases=("model_path", "model_name_or_path", "base_model_path", "base_model"),
+    )
     tokenizer_path: str | None = option(None, "directory with a tokenizer.json (default: the weights' own)", path=True)
     preset: str | None = option(None, "size of the model", choices=("nano", "small", "base", "moe"))
     hidden_size: int | None = option(None, "width; after pretraining it only picks among weights", within="[1, inf)")
     num_hidden_layers: int | None = option(None, "depth; as hidden_size", within="[1, inf)")
     use_moe: bool | None = option(None, "mixture of experts; as hidden_size")
     data_path: tuple[str, ...] = option(
-        (), "training files; FILE:3 repeats its rows three times, FILE:0.1 takes a tenth", path=True,
-        aliases=("data_file", "train_path", "task_data"))
+        (),
+        "training files; FILE:3 repeats its rows three times, FILE:0.1 takes a tenth",
+        path=True,
+        aliases=("data_file", "train_path", "task_data"),
+    )
     val_path: tuple[str, ...] = option((), "validation files", path=True, aliases=("eval_data",))
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     val_fraction: float = option(0.0, "share of the training rows kept for validation", within="[0, 1)")
@@ -66,43 +75,57 @@ class StageConfig(Options):
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
     on_long: str = option("truncate", "a sample that is too long", choices=("truncate", "drop"))
     show_labels: int = option(0, "print the first N rows, trained tokens coloured", within="[0, inf)")
-    num_workers: int = option(0, "processes that tokenise (0: one per core)", aliases=("dataloader_num_workers",),
-                              within="[0, inf)")
+    num_workers: int = option(
+        0, "processes that tokenise (0: one per core)", aliases=("dataloader_num_workers",), within="[0, inf)"
+    )
     cache_dir: str | None = option(None, "where token caches go (default: beside the data)", path=True)
     # optimisation
     epochs: int = option(1, "passes over the data", aliases=("num_epochs", "num_train_epochs"), within="[1, inf)")
     max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within="[0, inf)")
-    batch_size: int = option(32, "examples at once on each device", aliases=("per_device_train_batch_size",),
-                             within="[1, inf)")
-    accumulation_steps: int = option(1, "batches summed into one optimiser step", within="[1, inf)",
-                                     aliases=("gradient_accumulation_steps",))
+    batch_size: int = option(
+        32, "examples at once on each device", aliases=("per_device_train_batch_size",), within="[1, inf)"
+    )
+    accumulation_steps: int = option(
+        1, "batches summed into one optimiser step", within="[1, inf)", aliases=("gradient_accumulation_steps",)
+    )
     learning_rate: float = option(5e-4, "peak learning rate", within="(0, inf)")
     optimizer: str = option("adamw", "update rule", choices=("adamw", "muon"))
     weight_decay: float = option(0.1, "decay of the matrices", within="[0, inf)")
-    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "wsd", "constant"),
-                           aliases=("lr_scheduler_type",))
-    warmup_steps: float = option(0.03, "steps of warm-up; below 1: share of the run", aliases=("warmup_iters",),
-                                 within="[0, inf)")
+    schedule: str = option(
+        "cosine",
+        "learning rate after the warm-up",
+        choices=("cosine", "wsd", "constant"),
+        aliases=("lr_scheduler_type",),
+    )
+    warmup_steps: float = option(
+        0.03, "steps of warm-up; below 1: share of the run", aliases=("warmup_iters",), within="[0, inf)"
+    )
     min_lr_ratio: float = option(0.1, "last learning rate / peak", within="[0, 1]")
     grad_clip: float = option(1.0, "largest gradient norm (0: no limit)", aliases=("max_grad_norm",), within="[0, inf)")
     # steps that go wrong
-    on_nan: str = option("stop", "a loss or gradient that is not finite: end, or leave the step out",
-                         choices=("stop", "skip"))
+    on_nan: str = option(
+        "stop", "a loss or gradient that is not finite: end, or leave the step out", choices=("stop", "skip")
+    )
     max_bad_steps: int = option(10, "with --on_nan skip: end after more than N of them in a row", within="[0, inf)")
-    spike_sigma: float = option(6.0, "report a loss of X standard deviations above the last 100 (0: never)",
-                                within="[0, inf)")
+    spike_sigma: float = option(
+        6.0, "report a loss of X standard deviations above the last 100 (0: never)", within="[0, inf)"
+    )
     # saving and logs
     save_dir: str = option(str(ROOT / "out"), "where everything is written", aliases=("out_dir",), path=True)
-    output_dir: str | None = option(None, "as save_dir, and the result in Hugging Face's layout beside it: "
-                                    "final_model/ or lora_model/", path=True)
+    output_dir: str | None = option(
+        None, "as save_dir, and the result in Hugging Face's layout beside it: final_model/ or lora_model/", path=True
+    )
     save_weight: str = option("", "name of the weights file")
-    save_interval: int = option(500, "save every N steps (0: at the end only)", aliases=("save_steps",),
-                                within="[0, inf)")
+    save_interval: int = option(
+        500, "save every N steps (0: at the end only)", aliases=("save_steps",), within="[0, inf)"
+    )
     keep_last: int = option(2, "resume states kept", within="[1, inf)", aliases=("save_total_limit",))
-    from_resume: str = option("0", "continue a killed run: 0, 1, auto or its path", aliases=("resume_from_checkpoint",),
-                              switch=("1", "0"))
-    val_interval: int = option(0, "validate every N steps (0: at every save)", within="[0, inf)",
-                               aliases=("eval_steps",))
+    from_resume: str = option(
+        "0", "continue a killed run: 0, 1, auto or its path", aliases=("resume_from_checkpoint",), switch=("1", "0")
+    )
+    val_interval: int = option(
+        0, "validate every N steps (0: at every save)", within="[0, inf)", aliases=("eval_steps",)
+    )
     log_interval: int = option(10, "log every N steps", aliases=("logging_steps",), within="[1, inf)")
     use_wandb: bool = option(False, "log to Weights & Biases as well (WANDB_MODE=offline: on this disk)")
     use_swanlab: bool = option(False, "log to SwanLab as well")
@@ -114,20 +137,29 @@ class StageConfig(Options):
     plan: bool = option(False, "run ten steps, say what the whole run would take, and save nothing")
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, npu")
-    dtype: str = option("auto", "compute precision", choices=("auto", "float32", "bfloat16", "float16"),
-                        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"))
-    compile: str = option("auto", "torch.compile", choices=("auto", "on", "off"), switch=("on", "off"),
-                          aliases=("use_compile",))
-    activation_checkpointing: bool = option(False, "compute each block twice instead of keeping what is inside it",
-                                            aliases=("gradient_checkpointing",))
+    dtype: str = option(
+        "auto",
+        "compute precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"),
+    )
+    compile: str = option(
+        "auto", "torch.compile", choices=("auto", "on", "off"), switch=("on", "off"), aliases=("use_compile",)
+    )
+    activation_checkpointing: bool = option(
+        False, "compute each block twice instead of keeping what is inside it", aliases=("gradient_checkpointing",)
+    )
     backend: str = option("auto", "auto: what the launcher is for", choices=("auto", "ddp", "deepspeed"))
-    zero_stage: int | None = option(None, "DeepSpeed shards moments (1), gradients too (2), weights too (3); default 2",
-                                    within="[0, 3]")
-    zero_offload: str = option("none", "what DeepSpeed keeps in main memory",
-                               choices=("none", "optimizer", "parameters"))
+    zero_stage: int | None = option(
+        None, "DeepSpeed shards moments (1), gradients too (2), weights too (3); default 2", within="[0, 3]"
+    )
+    zero_offload: str = option(
+        "none", "what DeepSpeed keeps in main memory", choices=("none", "optimizer", "parameters")
+    )
     deepspeed_config: str | None = option(None, "a DeepSpeed file with more", path=True, aliases=("deepspeed",))
-    ddp_timeout: float = option(1800, "seconds after which a process that does not answer is given up",
-                                within="(0, inf)")
+    ddp_timeout: float = option(
+        1800, "seconds after which a process that does not answer is given up", within="(0, inf)"
+    )
     seed: int = option(42, "seed of everything random", within="[0, inf)")
     local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N
 
@@ -189,6 +221,7 @@ def _is_for_the_user(error: Exception) -> bool:
     import dis
     import re
     import traceback
+
     frames = list(traceback.walk_tb(error.__traceback__))
     if isinstance(error, OSError):
         library = os.path.dirname(os.__file__)

@@ -131,7 +131,7 @@ class Distill:
         """-> (losses (C,), [sum of cross-entropies, sum of distances] (2,))"""
         logits = head(x).float()
         cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-        log_q = (logits[:, :self.width] / self.temperature).log_softmax(-1)
+        log_q = (logits[:, : self.width] / self.temperature).log_softmax(-1)
         if ids is None:
             log_p = self.teacher.log_probs(seen, self.width, self.temperature)
         else:
@@ -173,8 +173,14 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
     _, first = np.unique(dataset.order, return_index=True)
     # the longest first, so that rows of neighbours are full rows
     distinct = dataset.view(first[np.argsort(-dataset.lengths[first], kind="stable")], "")
-    loader = Loader(distinct, packing=True, batch_size=config.batch_size, accumulation_steps=8,
-                    max_seq_len=config.max_seq_len, shuffle=False)  # fmt: skip
+    loader = Loader(
+        distinct,
+        packing=True,
+        batch_size=config.batch_size,
+        accumulation_steps=8,
+        max_seq_len=config.max_seq_len,
+        shuffle=False,
+    )
     top_k, size = min(config.top_k, width), max(CHUNK // width, 128)
     facts = dict(temperature=config.temperature, teacher=teacher.hash, weights=str(teacher))
     progress = Progress("asking the teacher", len(distinct), " examples")

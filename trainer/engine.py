@@ -89,10 +89,12 @@ class Engine:
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.logger = RunLogger.create(run_dir, config, enabled=backend.main,
-                                       parameters=self.model.num_parameters(), trained=trained)
-        self.watch = Watchdog(config, backend, self.loader, self.dtype == torch.float16,
-                              run_dir / "bad_batches.jsonl", self.logger.print)  # fmt: skip
+        self.logger = RunLogger.create(
+            run_dir, config, enabled=backend.main, parameters=self.model.num_parameters(), trained=trained
+        )
+        self.watch = Watchdog(
+            config, backend, self.loader, self.dtype == torch.float16, run_dir / "bad_batches.jsonl", self.logger.print
+        )
         self._announce(notice)
         self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing)
         if self.compiled:
@@ -159,8 +161,10 @@ class Engine:
         say(f"device: {self.backend.device}, {dtype}, {torch.get_num_threads()} threads{ranks}")
         say(f"data: {self.loader.describe()}; {self.total:,} steps in all")
         if self.config.warmup_steps >= max(self.total, 1):
-            say(f"warning: --warmup_steps {self.config.warmup_steps:g} is not over in {self.total:,} steps: the rate "
-                f"stays below {self.config.learning_rate:g}")
+            say(
+                f"warning: --warmup_steps {self.config.warmup_steps:g} is not over in {self.total:,} steps: the rate "
+                f"stays below {self.config.learning_rate:g}"
+            )
 
     # ---- one run ----
 
@@ -361,8 +365,10 @@ class Engine:
     def _restore(self, path: Path) -> None:
         tensors, state = resume.read_state(path)
         if state["step"] > self.total:
-            raise ValueError(f"{path}: this run has done {state['step']:,} steps, and --max_steps or --epochs ask for "
-                             f"{self.total:,}; ask for more, or start afresh without --from_resume")
+            raise ValueError(
+                f"{path}: this run has done {state['step']:,} steps, and --max_steps or --epochs ask for "
+                f"{self.total:,}; ask for more, or start afresh without --from_resume"
+            )
         self.backend.load(tensors["weights"], tensors["optimizer"])
         random = tensors["ranks"]["random"]
         resume.set_random_state(random[self.backend.rank % len(random)], self.backend.device)
@@ -376,16 +382,20 @@ class Engine:
         for part in ("config", "machine"):
             changed = [f"{k} {v} -> {now[part][k]}" for k, v in state[part].items() if str(now[part].get(k)) != str(v)]
             if changed := [line for line in changed if not line.startswith("from_resume ")]:
-                say(f"changed since then: {', '.join(changed)}" + (
-                    "; so equal within 1e-5, not bit by bit" if part == "machine" else ""))  # fmt: skip
+                say(
+                    f"changed since then: {', '.join(changed)}"
+                    + ("; so equal within 1e-5, not bit by bit" if part == "machine" else "")
+                )
 
     def _leave(self, received: list[int], saved: int) -> None:
         """After a signal: save what there is and end with the status the signal stands for."""
         if saved != self.step:
             self.save()
         number = received[0] if received else signal.SIGTERM  # another rank's
-        self.logger.print(f"stopped by {signal.Signals(number).name} after step {self.step:,}; everything is saved. "
-                          "Continue with --from_resume auto")  # fmt: skip
+        self.logger.print(
+            f"stopped by {signal.Signals(number).name} after step {self.step:,}; everything is saved. "
+            "Continue with --from_resume auto"
+        )
         self.logger.close()
         raise SystemExit(128 + number)
 

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 PRECISION = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # accelerate's names
 REFUSED = {  # of accelerate: variable -> what was chosen, and what to take instead
-    "ACCELERATE_USE_FSDP": ("FSDP", "DeepSpeed's ZeRO-3 shards the same (accelerate launch --use_deepspeed, or "
-                                    "deepspeed --num_gpus N ... --zero_stage 3)"),
+    "ACCELERATE_USE_FSDP": (
+        "FSDP",
+        "DeepSpeed's ZeRO-3 shards the same (accelerate launch --use_deepspeed, or "
+        "deepspeed --num_gpus N ... --zero_stage 3)",
+    ),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "choose DeepSpeed or plain multi-GPU"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", "choose DeepSpeed or plain multi-GPU"),
-}  # fmt: skip
+}
 AUTO = "auto"
 
 
@@ -85,8 +88,10 @@ def problems(config: StageConfig) -> Iterator[str]:
                 yield f"--{flag} {getattr(config, flag)}: is for --backend deepspeed, not {config.backend}"
         return
     if config.optimizer != "adamw":
-        yield (f"--optimizer {config.optimizer}: needs whole matrices, which DeepSpeed cuts up; "
-               "use --optimizer adamw, or start with torchrun")  # fmt: skip
+        yield (
+            f"--optimizer {config.optimizer}: needs whole matrices, which DeepSpeed cuts up; "
+            "use --optimizer adamw, or start with torchrun"
+        )
     if config.zero_stage == 3 and config.compile == "on":
         yield "--compile on and --zero_stage 3: weights come and go between the compiled blocks; leave --compile out"
     if config.zero_offload == "parameters" and config.zero_stage != 3:
@@ -117,7 +122,7 @@ def _contradictions(config: StageConfig, file: dict) -> Iterator[str]:
     }
     for key, (flag, ours) in decided.items():
         if (theirs := _at(file, key)) not in (None, AUTO, ours):
-            yield f"{name}: {key} {theirs} contradicts {flag} {ours}; change one of them, or write \"auto\""
+            yield f'{name}: {key} {theirs} contradicts {flag} {ours}; change one of them, or write "auto"'
     if (kind := _at(file, "optimizer.type")) not in (None, AUTO) and str(kind).lower() not in ("adamw", "adam"):
         yield f"{name}: optimizer.type {kind}: it is --optimizer adamw here; leave it out"
     values = list((_at(file, "scheduler.params") or {}).values())

@@ -10,6 +10,7 @@
 With --use_wandb, --use_swanlab or --use_tensorboard the same numbers go there. Nothing in here may stop a training run:
 what fails is said once and off.
 """
+
 from __future__ import annotations
 
 import gc
@@ -33,8 +34,16 @@ from trainer.options import ROOT, Options
 
 TRACKERS = ("wandb", "swanlab", "tensorboard")
 # How the known numbers are shown, in this order; others follow with four digits, the last two not at all.
-SHOWN = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "grad {:.2f}", "tokens_per_second": "{:,.0f} tok/s",
-         "mfu": "MFU {:.0%}", "memory_gib": "{:.1f} GiB", "tokens": "", "seconds": ""}
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "MFU {:.0%}",
+    "memory_gib": "{:.1f} GiB",
+    "tokens": "",
+    "seconds": "",
+}
 
 
 class NoLogger:
@@ -149,6 +158,7 @@ class RunLogger(NoLogger):
 
     def _open_metrics(self, step: int) -> None:
         import jsonlines
+
         if self.metrics.exists():
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
             self.before = kept[-1].get("seconds", 0.0) if kept else 0.0
@@ -157,7 +167,8 @@ class RunLogger(NoLogger):
         writer = jsonlines.open(self.metrics, "a", flush=True)
         finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON knows no NaN
         self.sinks["metrics.jsonl"] = lambda step, numbers: writer.write(
-            {"step": step, **{name: finite(value) for name, value in numbers.items()}})
+            {"step": step, **{name: finite(value) for name, value in numbers.items()}}
+        )
         self.closers["metrics.jsonl"] = writer.close
 
     def _tracked(self) -> dict[str, Any]:
@@ -165,35 +176,53 @@ class RunLogger(NoLogger):
 
     def _open_wandb(self, _step: int) -> None:
         import wandb
-        run = wandb.init(project=self.config.wandb_project, name=self.config.wandb_run_name or self.run_dir.name,
-                         id=self.run_dir.name, resume="allow", dir=str(self.run_dir), config=self._tracked())
+
+        run = wandb.init(
+            project=self.config.wandb_project,
+            name=self.config.wandb_run_name or self.run_dir.name,
+            id=self.run_dir.name,
+            resume="allow",
+            dir=str(self.run_dir),
+            config=self._tracked(),
+        )
         self.sinks["wandb"] = lambda step, numbers: run.log(numbers, step=step)
         self.closers["wandb"] = run.finish
 
     def _open_swanlab(self, _step: int) -> None:
         import swanlab
+
         folder = self.run_dir / "swanlab"
         folder.mkdir(exist_ok=True)
-        run = swanlab.init(project=self.config.wandb_project, name=self.config.wandb_run_name or self.run_dir.name,
-                           id=self.run_dir.name, resume="allow", log_dir=str(folder), config=self._tracked())
+        run = swanlab.init(
+            project=self.config.wandb_project,
+            name=self.config.wandb_run_name or self.run_dir.name,
+            id=self.run_dir.name,
+            resume="allow",
+            log_dir=str(folder),
+            config=self._tracked(),
+        )
         self.sinks["swanlab"] = lambda step, numbers: run.log(numbers, step=step)
         self.closers["swanlab"] = run.finish
 
     def _open_tensorboard(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(self.run_dir / "tensorboard"), flush_secs=10, purge_step=step + 1)
         writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in self._tracked().items()))
 
         def write(step: int, numbers: dict) -> None:
             for name, value in numbers.items():
                 writer.add_scalar(name, value, step)
+
         self.sinks["tensorboard"] = write
         self.closers["tensorboard"] = writer.close
 
     def _open_bar(self, step: int) -> None:
         from tqdm import tqdm
-        self.bar = tqdm(total=self.total, initial=step, dynamic_ncols=True,
-                        bar_format="{n_fmt}/{total_fmt} |{bar:20}| {desc}")
+
+        self.bar = tqdm(
+            total=self.total, initial=step, dynamic_ncols=True, bar_format="{n_fmt}/{total_fmt} |{bar:20}| {desc}"
+        )
         self.closers["progress bar"] = self.bar.close
 
     def _line(self, step: int, numbers: dict[str, float]) -> str:
@@ -208,13 +237,16 @@ class RunLogger(NoLogger):
 def about_run(config: Options) -> dict[str, Any]:
     """Enough to know, a year later, what produced these numbers."""
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
-                             timeout=10).stdout.strip()
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git here
         git = ""
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     return {
-        "command": shlex.join(sys.orig_argv), "directory": os.getcwd(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.orig_argv),
+        "directory": os.getcwd(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": config.as_dict(),
         "versions": {"sparrow": git, "python": platform.python_version(), **versions},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "ranks": os.environ.get("WORLD_SIZE", "1")},
@@ -224,8 +256,11 @@ def about_run(config: Options) -> dict[str, Any]:
 def closing_line(summary: dict[str, Any]) -> str:
     """What a whole run took and came to, in one line."""
     parts = [f"done in {timedelta(seconds=round(summary['seconds']))}"]
-    parts += [f"{summary[name]:,} {words}" for name, words in (("steps", "steps"), ("tokens", "trained tokens"))
-              if name in summary]
+    parts += [
+        f"{summary[name]:,} {words}"
+        for name, words in (("steps", "steps"), ("tokens", "trained tokens"))
+        if name in summary
+    ]
     parts += [f"{name} {summary[name]:.4f}" for name in summary if "loss" in name or "bpb" in name]
     if summary["memory_gib"]:
         parts.append(f"{summary['memory_gib']:.2f} GiB at most")
@@ -254,6 +289,7 @@ def peak_memory() -> float:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a run; a line that a kill cut in half is left out."""
     import jsonlines
+
     with jsonlines.open(path) as file:
         return list(file.iter(type=dict, skip_invalid=True))
 
@@ -266,8 +302,10 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(title=metrics.parent.name, xlabel="optimiser step", ylabel="loss")
     rows = read_metrics(metrics)
-    train, valid = (np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None])
-                    for name in ("loss", "val_loss"))
+    train, valid = (
+        np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None])
+        for name in ("loss", "val_loss")
+    )
     if len(train):
         steps, losses = train.T
         window = np.ones(len(losses) // 30 * 2 + 1)  # averages over 7 % of the run, over less of it at its ends

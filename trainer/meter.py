@@ -9,6 +9,7 @@
 MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the model needs over what the machine could do.
 That is measured, not read off a data sheet: the best rate of products of the shapes that this model is made of.
 """
+
 from __future__ import annotations
 
 import time

@@ -9,6 +9,7 @@
 Order of authority: command line, then the YAML file, then the default. `-` and `_` are the same in every name; YAML
 sections may have any name and depth. All problems are reported at once, with exit status 2.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,8 +29,16 @@ SCRIPTS = ("trainer/train_*.py", "eval_model.py", "scripts/*_data.py")  # that h
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
-def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] | None = None,
-           within: str = "", path: bool = False, switch: tuple[str, str] | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    choices: tuple[str, ...] | None = None,
+    within: str = "",
+    path: bool = False,
+    switch: tuple[str, str] | None = None,
+) -> Any:
     """A dataclass field that is also a flag and a YAML key.
 
     aliases  other spellings; "bf16=bfloat16|float32" is a switch that stands for a value (on|off)
@@ -37,17 +46,26 @@ def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), choices: t
     path     what is typed is relative to where it is typed, and made absolute
     switch   what a bare flag (or true) and false mean for an option whose values are words
     """
-    return field(default=default, metadata={
-        "help": help, "aliases": aliases, "choices": choices, "within": within, "path": path, "switch": switch})
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "aliases": aliases,
+            "choices": choices,
+            "within": within,
+            "path": path,
+            "switch": switch,
+        },
+    )
 
 
 @dataclass(frozen=True)
 class Options:
     """Base of everything that `parse` can fill."""
 
-    moot: ClassVar[dict[str, tuple[str, ...]]] = {}    # another script's switch -> what its `false` settles
-    needless: ClassVar[dict[str, str]] = {}            # what others have a flag for -> why nothing has to be said here
-    missing: ClassVar[dict[str, str]] = {}             # what others have a flag for -> what is not built yet
+    moot: ClassVar[dict[str, tuple[str, ...]]] = {}  # another script's switch -> what its `false` settles
+    needless: ClassVar[dict[str, str]] = {}  # what others have a flag for -> why nothing has to be said here
+    missing: ClassVar[dict[str, str]] = {}  # what others have a flag for -> what is not built yet
 
     def adopted(self) -> Options:
         """These values, completed by what is known only where the program runs."""
@@ -74,10 +92,11 @@ class Options:
 
 class Spec(NamedTuple):
     """One option, read off its dataclass field."""
+
     name: str
-    kind: type          # int, float, str or bool
-    many: bool          # tuple[kind, ...]
-    optional: bool      # kind | None
+    kind: type  # int, float, str or bool
+    many: bool  # tuple[kind, ...]
+    optional: bool  # kind | None
     default: Any
     help: str
     aliases: tuple[str, ...]
@@ -86,7 +105,7 @@ class Spec(NamedTuple):
     path: bool
     switch: tuple[str, str] | None
     hidden: bool
-    owner: type         # the class that introduced it
+    owner: type  # the class that introduced it
 
     def spellings(self) -> list[str]:
         return [self.name, *(alias.partition("=")[0] for alias in self.aliases)]
@@ -107,25 +126,44 @@ def specs(cls: type) -> dict[str, Spec]:
         if optional:
             hint = next(arg for arg in get_args(hint) if arg is not type(None))
         many = get_origin(hint) is tuple
-        found[item.name] = Spec(item.name, get_args(hint)[0] if many else hint, many, optional, item.default,
-                                hidden=meta["help"] == argparse.SUPPRESS, owner=owners[0], **meta)
+        found[item.name] = Spec(
+            item.name,
+            get_args(hint)[0] if many else hint,
+            many,
+            optional,
+            item.default,
+            hidden=meta["help"] == argparse.SUPPRESS,
+            owner=owners[0],
+            **meta,
+        )
     return found
 
 
 # ---- parsing ----
 
+
 def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, description: str | None = None) -> Any:
     """argv (default: the command line) -> a checked instance of `cls`, or every problem on stderr and exit status 2."""
     known, problems = specs(cls), []
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, usage="%(prog)s [--config file.yaml] [--option value ...]",
-        epilog=_help(known), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        prog=prog,
+        description=description,
+        usage="%(prog)s [--config file.yaml] [--option value ...]",
+        epilog=_help(known),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", help=argparse.SUPPRESS, nargs="?", const="")
     for spec in known.values():
         for spelling in spec.spellings():
             bare = spec.kind is bool or spec.switch or spec.stands_for(spelling)
-            parser.add_argument(f"--{spelling}", dest=spec.name, action=_Record, help=argparse.SUPPRESS,
-                                **{"nargs": "*"} if spec.many else {"nargs": "?", "const": "true" if bare else ""})
+            parser.add_argument(
+                f"--{spelling}",
+                dest=spec.name,
+                action=_Record,
+                help=argparse.SUPPRESS,
+                **{"nargs": "*"} if spec.many else {"nargs": "?", "const": "true" if bare else ""},
+            )
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     seen, unknown = parser.parse_known_args(words, argparse.Namespace(given=[]))
 
@@ -253,6 +291,7 @@ def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list
                 problems.append(f"{where}: not for this script; {listed} know{'s' * (len(scripts) == 1)} it")
             continue
         import difflib
+
         near = difflib.get_close_matches(key, [name for spec in specs(cls).values() for name in spec.spellings()], 1)
         problems.append(f"{where}: unknown option; " + (f"did you mean {near[0]}?" if near else "--help lists them"))
 
@@ -275,13 +314,14 @@ def _settle(rows: list[tuple[str, Spec, str, Any]], problems: list[str]) -> dict
         firm = {where: value for where, (value, denied) in places.items() if denied is None}
         chosen = list((firm or {where: value for where, (value, _) in places.items()}).items())[-1]
         for where, (value, denied) in places.items():
-            if (value != chosen[1] if denied is None else denied == chosen[1]):
+            if value != chosen[1] if denied is None else denied == chosen[1]:
                 problems.append(f"{where} and {chosen[0]}: both set {name}, to different values; give one of them")
         stated[name] = chosen[1]
     return stated
 
 
 # ---- values ----
+
 
 def _convert(spec: Spec, spelling: str, raw: Any) -> tuple[Any, Any]:
     """The value, and for a switched-off `--bf16 0` the value that it denies."""
@@ -364,6 +404,7 @@ def _show(value: Any) -> str:
 
 # ---- what people read ----
 
+
 def describe(config: Options) -> str:
     """The resolved config in a few lines; what differs from the default has a star."""
     parts = []
@@ -371,8 +412,13 @@ def describe(config: Options) -> str:
         value = getattr(config, spec.name)
         if value not in (None, ()) and not spec.hidden:
             parts.append(("*" if value != spec.default else "") + f"{spec.name}={_show(value)}")
-    return textwrap.fill("config (* = not the default): " + " ".join(parts), 118, subsequent_indent="  ",
-                         break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        "config (* = not the default): " + " ".join(parts),
+        118,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _help(known: dict[str, Spec]) -> str:

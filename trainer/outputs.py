@@ -1,8 +1,8 @@
 """What a run writes. Most write the model's weights, LoRA its adapter; everything else about a run is the same.
 
-    <save_dir>/<name>_<hidden>[_moe].pth            Weights
-    <save_dir>/lora/<name>_<hidden>[_moe].pth       AdapterOnly
-    <output_dir>/final_model/, lora_model/          the same in Hugging Face's and peft's layout, with --output_dir
+<save_dir>/<name>_<hidden>[_moe].pth            Weights
+<save_dir>/lora/<name>_<hidden>[_moe].pth       AdapterOnly
+<output_dir>/final_model/, lora_model/          the same in Hugging Face's and peft's layout, with --output_dir
 """
 
 from __future__ import annotations

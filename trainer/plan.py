@@ -8,6 +8,7 @@ doubling: memory grows with the rows, so two sizes foretell the next, and what w
 where it would end the process. Then ten steps, a validation and a save are run in earnest and their times are
 multiplied. The caches of the data stay, since the real run wants them too.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -62,6 +63,7 @@ def plan(engine) -> None:
 
 
 # ---- memory ----
+
 
 def rows_that_fit(engine) -> int:
     """The most rows at once, at most --batch_size, that the free memory holds; a divisor of the wished batch."""
@@ -153,6 +155,7 @@ def free_memory(device: torch.device) -> float:
 
 # ---- time ----
 
+
 def measure(engine, rows: int) -> dict[str, float]:
     """Seconds and GiB of real steps, of a validation and of a save."""
     set_rows(engine, rows)
@@ -165,8 +168,9 @@ def measure(engine, rows: int) -> dict[str, float]:
     steps = min(STEPS, engine.total)
     for step, batches in engine.loader.prefetch(0, steps):
         start = time.perf_counter()
-        units, trained = backend.sum(sum(map(engine.job.objective.count, batches)),
-                                     sum(batch.trained_tokens for batch in batches))
+        units, trained = backend.sum(
+            sum(map(engine.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)
+        )
         engine._set_learning_rate()
         metrics, norm, bad = engine._update(batches, units)
         engine.step = step + 1
@@ -179,7 +183,7 @@ def measure(engine, rows: int) -> dict[str, float]:
     row = statistics.median(s / n for s, n in zip(seconds[timed], computed[timed]))  # steps differ in rows
     asked = range(steps, min(engine.total, steps + 64))
     mean = statistics.mean([*computed, *(-(-len(engine.loader.rows(step)) // backend.world) for step in asked)])
-    result = dict(step=row * mean, first=sum(seconds[:timed.start]), steps=steps, tokens=tokens / steps)
+    result = dict(step=row * mean, first=sum(seconds[: timed.start]), steps=steps, tokens=tokens / steps)
     engine.logger.log(engine.step, **meter.read(backend), grad_norm=float(norm))
     result["validation"] = validation_seconds(engine)
     start = time.perf_counter()

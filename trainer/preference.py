@@ -135,9 +135,15 @@ def _reference(dataset: PreferenceDataset, model: nn.Module, backend: Backend, c
     """(distinct examples, 2) fp32"""
     by_length = dataset.view(np.argsort(-dataset.lengths, kind="stable"), "")  # rows of neighbours are full rows
     loader = PairLoader(
-        by_length, packing=True, batch_size=config.batch_size, accumulation_steps=8, max_seq_len=config.max_seq_len,
-        rank=backend.rank, world=backend.world, shuffle=False,
-    )  # fmt: skip
+        by_length,
+        packing=True,
+        batch_size=config.batch_size,
+        accumulation_steps=8,
+        max_seq_len=config.max_seq_len,
+        rank=backend.rank,
+        world=backend.world,
+        shuffle=False,
+    )
     values = torch.zeros(int(dataset.order.max()) + 1, 2)
     progress = Progress("reference", len(dataset), " pairs") if backend.main else None
     training = model.training

@@ -80,8 +80,13 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
 
 def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> ModelConfig:
     """Of a fresh model: a preset, changed by the flags that are given."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "max_position_embeddings")  # fmt: skip
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+    )
     changes = {name: value for name in names if (value := getattr(config, name, None)) is not None}
     if config.use_moe and preset != "moe":
         changes |= dict(num_experts=4, num_shared_experts=1)

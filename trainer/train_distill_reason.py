@@ -29,8 +29,9 @@ class ReasonConfig(StageConfig):
     batch_size: int = 8
     max_seq_len: int = 1024
     learning_rate: float = 1e-4
-    tag_weight: float = option(10.0, "how much <think> </think> <answer> </answer> count, words count 1",
-                               within="(0, inf)")  # fmt: skip
+    tag_weight: float = option(
+        10.0, "how much <think> </think> <answer> </answer> count, words count 1", within="(0, inf)"
+    )
 
 
 def main():

@@ -30,16 +30,25 @@ class DPOConfig(StageConfig):
     max_seq_len: int = 1024
     learning_rate: float = 5e-6
     loss_type: str = option("sigmoid", "sigmoid is DPO", choices=("sigmoid", "ipo", "hinge", "simpo", "orpo"))
-    beta: float = option(0.1, "pull to the reference; in simpo scale of rewards (its paper: 2), in orpo weight of odds",
-                         aliases=("dpo_beta",), within="(0, inf)")  # fmt: skip
+    beta: float = option(
+        0.1,
+        "pull to the reference; in simpo scale of rewards (its paper: 2), in orpo weight of odds",
+        aliases=("dpo_beta",),
+        within="(0, inf)",
+    )
     label_smoothing: float = option(0.0, "share of pairs that are labelled wrongly (sigmoid, simpo)", within="[0, 0.5)")
     simpo_gamma: float = option(0.5, "margin that simpo asks for", within="[0, inf)")
     max_prompt_length: int = option(0, "tokens of a prompt, cut from the left (0: what fits)", within="[0, inf)")
-    lora_rank: int = option(0, "train an adapter of this rank; without it, the model is the reference (0: all weights)",
-                            aliases=("lora_r", "r"), within="[0, inf)")  # fmt: skip
+    lora_rank: int = option(
+        0,
+        "train an adapter of this rank; without it, the model is the reference (0: all weights)",
+        aliases=("lora_r", "r"),
+        within="[0, inf)",
+    )
     lora_alpha: float = option(16.0, "what the adapter adds is multiplied by alpha / rank", within="(0, inf)")
-    lora_targets: tuple[str, ...] = option(("all",), "layers: all, attention, mlp or names",
-                                           aliases=("target_modules",))  # fmt: skip
+    lora_targets: tuple[str, ...] = option(
+        ("all",), "layers: all, attention, mlp or names", aliases=("target_modules",)
+    )
 
     def problems(self) -> list[str]:
         found = super().problems()

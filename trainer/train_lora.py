@@ -44,9 +44,12 @@ class LoRAConfig(StageConfig):
 
     def problems(self):
         without = [] if self.use_lora else ["--use_lora false: tuning all weights is trainer/train_full_sft.py"]
-        bits = [f"--{name}: training beside quantised weights is not built yet; leave it out, and see with --plan what "
-                "fits (--batch_size, --activation_checkpointing)" for name in ("load_in_4bit", "load_in_8bit")
-                if getattr(self, name)]  # fmt: skip
+        bits = [
+            f"--{name}: training beside quantised weights is not built yet; leave it out, and see with --plan what "
+            "fits (--batch_size, --activation_checkpointing)"
+            for name in ("load_in_4bit", "load_in_8bit")
+            if getattr(self, name)
+        ]
         found = [line.replace("--save_weight", "--lora_name") for line in super().problems()]
         return found + without + bits
 

@@ -44,8 +44,11 @@ NO_CONTENT = ("from", "type", "id")  # keys whose values are words of the file f
 @dataclass(frozen=True)
 class TokenizerConfig(Options):
     data_path: tuple[str, ...] = option(
-        (), "training files, .jsonl .json .txt; FILE:3 counts one three times (default: the tiny world)", path=True,
-        aliases=("data_file", "train_path"))  # fmt: skip
+        (),
+        "training files, .jsonl .json .txt; FILE:3 counts one three times (default: the tiny world)",
+        path=True,
+        aliases=("data_file", "train_path"),
+    )
     save_dir: str = option(str(ROOT / "out" / "tokenizer"), "where it is written", aliases=("output_dir",), path=True)
     vocab_size: int = option(6400, "entries, control tokens and the 256 bytes included", within=f"[{SMALLEST}, inf)")
     holdout: int = option(0, "keep every Nth row out of training, to measure on (0: none)", within="[0, inf)")

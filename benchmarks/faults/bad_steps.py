@@ -49,8 +49,18 @@ def poison(engine, where: str, row: int) -> None:
 def meet(folder: Path, where: str, optimizer: str, accumulation_steps: int, backend: Backend) -> dict:
     """One run into a bad row -> what came of it."""
     rows = 8 // accumulation_steps // backend.world
-    engine = sft_engine(folder, rows, accumulation_steps, backend, optimizer=optimizer, max_steps=6, save_interval=1,
-                        val_interval=1, val_fraction=0.1, keep_last=9)  # fmt: skip
+    engine = sft_engine(
+        folder,
+        rows,
+        accumulation_steps,
+        backend,
+        optimizer=optimizer,
+        max_steps=6,
+        save_interval=1,
+        val_interval=1,
+        val_fraction=0.1,
+        keep_last=9,
+    )
     row = int(engine.loader.examples(BAD_STEP - 1)[1])
     poison(engine, where, row)
     source, message = engine.job.data.train.source(row), ""

@@ -155,8 +155,12 @@ def after_power_cut(base: Path, root: Path, operations: list[Operation], chooser
     A name (create, mkdir, rename, unlink, rmdir) is covered by a later fsync of the directory it is in, bytes by a
     later fsync of their file. POSIX promises no order among what is not covered.
     """
-    for names, data in ((lambda: False, lambda: 0.0), (lambda: True, lambda: 0.0), (lambda: True, lambda: 1.0),
-                        (lambda: chooser.random() < 0.5, lambda: chooser.random())):  # fmt: skip
+    for names, data in (
+        (lambda: False, lambda: 0.0),
+        (lambda: True, lambda: 0.0),
+        (lambda: True, lambda: 1.0),
+        (lambda: chooser.random() < 0.5, lambda: chooser.random()),
+    ):
         yield _replay(Disk(base), root, operations, names, data)
 
 

@@ -31,9 +31,19 @@ KEPT = 2
 def train(folder: Path, steps: int = 1_000_000) -> None:
     from tests.small_run import run_stage
 
-    run_stage("pretrain", "--hidden_size=8", "--log_interval=1000000", "--save_interval=1", f"--keep_last={KEPT}",
-              "--batch_size=4", "--schedule=constant", f"--max_steps={steps}", "--from_resume=auto",
-              f"--data_path={folder / 'text.jsonl'}", f"--save_dir={folder}")  # fmt: skip
+    run_stage(
+        "pretrain",
+        "--hidden_size=8",
+        "--log_interval=1000000",
+        "--save_interval=1",
+        f"--keep_last={KEPT}",
+        "--batch_size=4",
+        "--schedule=constant",
+        f"--max_steps={steps}",
+        "--from_resume=auto",
+        f"--data_path={folder / 'text.jsonl'}",
+        f"--save_dir={folder}",
+    )
 
 
 def watch(shared: mmap.mmap) -> None:
@@ -124,8 +134,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
     counts = run(parser.parse_args().trials)
-    print("kill -9: {trials} trials, {inside} of them inside a save; {faults} with a state that does not load or is "
-          "lost; {steps} steps in all; at most {litter} leftovers at a time".format(**counts))  # fmt: skip
+    print(
+        "kill -9: {trials} trials, {inside} of them inside a save; {faults} with a state that does not load or is "
+        "lost; {steps} steps in all; at most {litter} leftovers at a time".format(**counts)
+    )
     return int(counts["faults"] > 0)
 
 

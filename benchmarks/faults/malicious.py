@@ -29,8 +29,15 @@ from model.checkpoint import load_weights
 from trainer import resume
 
 SECRET = "secret.safetensors"
-HF = dict(model_type="llama", vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-          num_key_value_heads=1, intermediate_size=16)  # fmt: skip
+HF = dict(
+    model_type="llama",
+    vocab_size=20,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=16,
+)
 
 
 class Code:
@@ -82,12 +89,17 @@ def tensors(folder: Path) -> Iterator[Path]:
     ).encode()
     two = json.dumps({n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "ab"}).encode()
     files = {
-        "huge-header": header(b"{}", 1 << 62), "long-header": header(b"{}", 1 << 27), "no-json": header(b"\xff" * 8),
-        "beyond-the-end": header(entry(0, 1 << 40, [1 << 38])), "backwards": header(entry(8, 0, [2]), None, bytes(8)),
-        "wrong-size": header(entry(0, 8, [1 << 20]), None, bytes(8)), "overlap": header(two, None, bytes(8)),
-        "overflow": header(entry(0, 8, [1 << 32, 1 << 32]), None, bytes(8)), "empty": b"",
+        "huge-header": header(b"{}", 1 << 62),
+        "long-header": header(b"{}", 1 << 27),
+        "no-json": header(b"\xff" * 8),
+        "beyond-the-end": header(entry(0, 1 << 40, [1 << 38])),
+        "backwards": header(entry(8, 0, [2]), None, bytes(8)),
+        "wrong-size": header(entry(0, 8, [1 << 20]), None, bytes(8)),
+        "overlap": header(two, None, bytes(8)),
+        "overflow": header(entry(0, 8, [1 << 32, 1 << 32]), None, bytes(8)),
+        "empty": b"",
         "nested": header(b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
-    }  # fmt: skip
+    }
     for name, content in files.items():
         directory = folder / name
         directory.mkdir()

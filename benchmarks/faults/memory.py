@@ -49,14 +49,26 @@ def main() -> int:
     engine.Engine._update = watched
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data = write_pretrain(Path(folder, "text.jsonl"))
-        run_stage("pretrain", f"--data_path={data}", f"--save_dir={folder}", f"--max_steps={steps}", "--batch_size=2",
-                  "--hidden_size=8", "--max_seq_len=16", f"--save_interval={steps // 20}", "--log_interval=50",
-                  "--val_fraction=0.1", "--learning_rate=1e-4")  # fmt: skip
+        run_stage(
+            "pretrain",
+            f"--data_path={data}",
+            f"--save_dir={folder}",
+            f"--max_steps={steps}",
+            "--batch_size=2",
+            "--hidden_size=8",
+            "--max_seq_len=16",
+            f"--save_interval={steps // 20}",
+            "--log_interval=50",
+            "--val_fraction=0.1",
+            "--learning_rate=1e-4",
+        )
     rows = np.array(seen[len(seen) // 10 :])
     slope = np.polyfit(rows[:, 0] / 1000, rows[:, 1], 1)[0]
     settled = files[len(files) // 10 :]
-    print(f"{steps:,} steps: memory {rows[0, 1]:.1f} -> {rows[-1, 1]:.1f} MB, {slope:+.3f} MB per 1,000 steps; "
-          f"open files {min(settled)} .. {max(settled)}")  # fmt: skip
+    print(
+        f"{steps:,} steps: memory {rows[0, 1]:.1f} -> {rows[-1, 1]:.1f} MB, {slope:+.3f} MB per 1,000 steps; "
+        f"open files {min(settled)} .. {max(settled)}"
+    )
     return int(slope > LIMIT or max(settled) > min(settled))
 
 

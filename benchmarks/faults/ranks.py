@@ -62,10 +62,24 @@ def worker() -> None:
 
 def torchrun(folder: Path, fault: str, *flags: str, restarts: int = 0) -> tuple[int, str, float]:
     """-> (exit status, what was said, seconds from the fault to the end at most)"""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               f"--max-restarts={restarts}", __file__, *FLAGS, *SHAPE, f"--max_steps={STEPS}", "--batch_size=2",
-               "--save_interval=3", f"--save_dir={folder / 'out'}", f"--data_path={folder / 'text.jsonl'}",
-               f"--ddp_timeout={TIMEOUT}", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        f"--max-restarts={restarts}",
+        __file__,
+        *FLAGS,
+        *SHAPE,
+        f"--max_steps={STEPS}",
+        "--batch_size=2",
+        "--save_interval=3",
+        f"--save_dir={folder / 'out'}",
+        f"--data_path={folder / 'text.jsonl'}",
+        f"--ddp_timeout={TIMEOUT}",
+        *flags,
+    ]
     environment = {**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -87,8 +101,12 @@ def main() -> int:
     parser.add_argument("--faults", nargs="+", default=["kill", "kill+restart", "raise", "hang", "term"])
     failed, expected = 0, None
     cases = [(fault.split("+")[0], int("+" in fault)) for fault in ("none", *parser.parse_args().faults)]
-    said_by = dict(kill="another process of this run", hang="another process of this run", term="everything is saved",
-                   **{"raise": "this process has had enough"})  # fmt: skip
+    said_by = dict(
+        kill="another process of this run",
+        hang="another process of this run",
+        term="everything is saved",
+        **{"raise": "this process has had enough"},
+    )
     with tempfile.TemporaryDirectory() as root:
         for fault, restarts in cases:
             folder = Path(root, f"{fault}{restarts}")

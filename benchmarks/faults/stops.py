@@ -85,8 +85,15 @@ def trials(stage: str, accumulation_steps: int, stops: list[int], root: Path) ->
     """Whether each run that was stopped there came out like the undisturbed one."""
     write, own = STAGES[stage]
     data, parent = write(root / f"{stage}.jsonl"), root / "parent"
-    flags = [f"--data_path={data}", f"--max_steps={STEPS}", "--batch_size=2", "--val_fraction=0.1", "--save_interval=4",
-             f"--accumulation_steps={accumulation_steps}", *own]  # fmt: skip
+    flags = [
+        f"--data_path={data}",
+        f"--max_steps={STEPS}",
+        "--batch_size=2",
+        "--val_fraction=0.1",
+        "--save_interval=4",
+        f"--accumulation_steps={accumulation_steps}",
+        *own,
+    ]
     if stage != "pretrain":
         if not parent.exists():
             write_pretrain(root / "parent.jsonl")

@@ -65,11 +65,30 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = hold_out(args.data_path, folder, lambda i: i % 5 == 0)
     stage(
-        "dpo", "--data_path", train, "--val_path", held_out,
-        "--from_weight", args.from_weight, "--save_dir", folder, "--cache_dir", folder / "cache",
-        "--max_seq_len", args.length, "--learning_rate", args.learning_rate, "--epochs", args.epochs,
-        "--batch_size", args.batch_size, "--beta", args.beta, "--data_limit", args.data_limit,
-    )  # fmt: skip
+        "dpo",
+        "--data_path",
+        train,
+        "--val_path",
+        held_out,
+        "--from_weight",
+        args.from_weight,
+        "--save_dir",
+        folder,
+        "--cache_dir",
+        folder / "cache",
+        "--max_seq_len",
+        args.length,
+        "--learning_rate",
+        args.learning_rate,
+        "--epochs",
+        args.epochs,
+        "--batch_size",
+        args.batch_size,
+        "--beta",
+        args.beta,
+        "--data_limit",
+        args.data_limit,
+    )
 
     where = dict(path=held_out, length=args.length, folder=folder / "cache")
     before, tokens = read_pairs(args.from_weight, **where)
@@ -82,8 +101,10 @@ def main():
     print(f"chosen preferred, per token           {prefers(before / tokens):7.1%}  {prefers(after / tokens):7.1%}")
     gap = [(scores[:, 0] - scores[:, 1]).mean().item() for scores in (before / tokens, after / tokens)]
     print(f"chosen - rejected, nats per token     {gap[0]:+7.3f}  {gap[1]:+7.3f}")
-    print(f"reward margin                         {0:+7.3f}  {margins.mean():+7.3f}  "
-          f"(rewards of chosen {rewards[:, 0].mean():+.3f}, of rejected {rewards[:, 1].mean():+.3f})")  # fmt: skip
+    print(
+        f"reward margin                         {0:+7.3f}  {margins.mean():+7.3f}  "
+        f"(rewards of chosen {rewards[:, 0].mean():+.3f}, of rejected {rewards[:, 1].mean():+.3f})"
+    )
     print(f"reward accuracy                       {0.5:7.1%}  {(margins > 0).float().mean():7.1%}")
     risen = (margins > 0).float().mean() > 0.5 and margins.mean() > 0
     print("as it should be" if risen else "not as it should be: reward margin and accuracy must rise")

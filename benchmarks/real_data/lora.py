@@ -65,17 +65,53 @@ def main():
     common = ["--save_dir", folder, "--cache_dir", folder / "cache", "--max_seq_len", args.length]
     common += ["--data_limit", args.data_limit]
     if not list(folder.glob("pretrain_*.pth")):
-        stage("pretrain", *common, "--data_path", args.data_dir / "pretrain.jsonl", "--preset", args.preset,
-              "--epochs", args.pretrain_epochs, "--batch_size", 16, "--optimizer", "muon",
-              "--learning_rate", "3e-3")  # fmt: skip
+        stage(
+            "pretrain",
+            *common,
+            "--data_path",
+            args.data_dir / "pretrain.jsonl",
+            "--preset",
+            args.preset,
+            "--epochs",
+            args.pretrain_epochs,
+            "--batch_size",
+            16,
+            "--optimizer",
+            "muon",
+            "--learning_rate",
+            "3e-3",
+        )
     if not list(folder.glob("full_sft_*.pth")):
-        stage("full_sft", *common, "--data_path", general, "--from_weight", find_weights("pretrain", folder),
-              "--epochs", args.sft_epochs, "--learning_rate", "5e-4")  # fmt: skip
+        stage(
+            "full_sft",
+            *common,
+            "--data_path",
+            general,
+            "--from_weight",
+            find_weights("pretrain", folder),
+            "--epochs",
+            args.sft_epochs,
+            "--learning_rate",
+            "5e-4",
+        )
     # without general rows beside them, an adapter of one field forgets the others: +13 % on nano at 1e-3
     mixed = [medical, f"{general}:{args.general_share}"]
-    stage("lora", *common, "--data_path", *mixed, "--from_weight", find_weights("full_sft", folder),
-          "--lora_name", "lora_medical", "--epochs", args.lora_epochs, "--lora_rank", args.lora_rank,
-          "--learning_rate", args.lora_learning_rate)  # fmt: skip
+    stage(
+        "lora",
+        *common,
+        "--data_path",
+        *mixed,
+        "--from_weight",
+        find_weights("full_sft", folder),
+        "--lora_name",
+        "lora_medical",
+        "--epochs",
+        args.lora_epochs,
+        "--lora_rank",
+        args.lora_rank,
+        "--learning_rate",
+        args.lora_learning_rate,
+    )
 
     adapter = load_adapter(find_weights("lora_medical", folder / "lora"))
     model = adapter.apply(find_base(adapter, None, folder).build()).eval()

@@ -67,11 +67,28 @@ def main():
         asked = [json.loads(line)["conversations"] for line in file][: args.questions]
     begin = time.perf_counter()
     stage(
-        "distill_reason", "--data_path", train, "--save_dir", folder,
-        "--from_weight", find_weights(args.from_weight, folder), "--cache_dir", folder / "cache",
-        "--max_seq_len", 512, "--batch_size", 16, "--epochs", args.epochs, "--data_limit", args.data_limit,
-        "--learning_rate", args.learning_rate, "--tag_weight", args.tag_weight,
-    )  # fmt: skip
+        "distill_reason",
+        "--data_path",
+        train,
+        "--save_dir",
+        folder,
+        "--from_weight",
+        find_weights(args.from_weight, folder),
+        "--cache_dir",
+        folder / "cache",
+        "--max_seq_len",
+        512,
+        "--batch_size",
+        16,
+        "--epochs",
+        args.epochs,
+        "--data_limit",
+        args.data_limit,
+        "--learning_rate",
+        args.learning_rate,
+        "--tag_weight",
+        args.tag_weight,
+    )
     trained = time.perf_counter()
 
     checkpoint = load_weights(find_weights("reason", folder))
@@ -82,8 +99,9 @@ def main():
     for start in range(0, len(asked), 50):
         chats = asked[start : start + 50]
         prompts = [encode_chat(tokenizer, chat[:-1], add_generation_prompt=True).ids for chat in chats]
-        replies = generate(model, prompts, Sampling(temperature=0), max_new_tokens=args.max_new_tokens,
-                           stop=tokenizer.stop_ids)  # fmt: skip
+        replies = generate(
+            model, prompts, Sampling(temperature=0), max_new_tokens=args.max_new_tokens, stop=tokenizer.stop_ids
+        )
         for chat, reply in zip(chats, replies):
             done = len(reply) < args.max_new_tokens  # by the end token, not by the limit
             ended += done
@@ -92,9 +110,11 @@ def main():
             shown.append(f"{chat[0]['content']}\n-> {tokenizer.decode(reply)}\n")
     share = fine / len(asked)
     print("\n".join(["", *shown[:2]]))
-    print(f"{len(asked)} held-out questions: {share:.1%} well-formed, {ended / len(asked):.1%} ended, "
-          f"{right / len(asked):.1%} right; training {trained - begin:.0f} s, "
-          f"answering {time.perf_counter() - trained:.0f} s")  # fmt: skip
+    print(
+        f"{len(asked)} held-out questions: {share:.1%} well-formed, {ended / len(asked):.1%} ended, "
+        f"{right / len(asked):.1%} right; training {trained - begin:.0f} s, "
+        f"answering {time.perf_counter() - trained:.0f} s"
+    )
     print("as it should be" if share >= LEAST else f"not as it should be: at least {LEAST:.0%} well-formed")
     sys.exit(0 if share >= LEAST else 1)
 

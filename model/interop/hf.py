@@ -32,11 +32,24 @@ ABSENT = {
     "llama": {},
     "qwen2": dict(num_key_value_heads=32),
     "qwen3": dict(num_key_value_heads=32, head_dim=128),
-    "qwen3_moe": dict(num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
-                      norm_topk_prob=False, router_aux_loss_coef=0.001),
-}  # fmt: skip
-ROPE_KEYS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
-             "beta_slow", "attention_factor")  # fmt: skip
+    "qwen3_moe": dict(
+        num_key_value_heads=4,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=False,
+        router_aux_loss_coef=0.001,
+    ),
+}
+ROPE_KEYS = (
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+)
 
 
 def config_from_hf(values: dict) -> ModelConfig:

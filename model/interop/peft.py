@@ -1,7 +1,7 @@
 """peft's directories: `adapter_config.json` and `adapter_model.safetensors`. The arithmetic is ours; names differ.
 
-    settings, state, base = load_peft("out/lora_model")
-    save_peft("out/lora_model", settings, state, ...)
+settings, state, base = load_peft("out/lora_model")
+save_peft("out/lora_model", settings, state, ...)
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from model.checkpoint import atomic
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the arithmetic in ways we do not know, and the values that leave it alone
 UNSUPPORTED = dict(
-    use_dora=(None, False), bias=(None, "none"), fan_in_fan_out=(None, False), lora_bias=(None, False),
-    rank_pattern=(None, {}), alpha_pattern=(None, {}), modules_to_save=(None, []), use_qalora=(None, False),
-    alora_invocation_tokens=(None, []), trainable_token_indices=(None, []), target_parameters=(None, []),
-)  # fmt: skip
+    use_dora=(None, False),
+    bias=(None, "none"),
+    fan_in_fan_out=(None, False),
+    lora_bias=(None, False),
+    rank_pattern=(None, {}),
+    alpha_pattern=(None, {}),
+    modules_to_save=(None, []),
+    use_qalora=(None, False),
+    alora_invocation_tokens=(None, []),
+    trainable_token_indices=(None, []),
+    target_parameters=(None, []),
+)
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")  # ways to begin that move weights around
 
 
