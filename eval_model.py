@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
-from trainer.config import ROOT, Options, option, parse, run
+from common.console import run
+from common.options import ROOT, Options, option, parse
 
 if TYPE_CHECKING:  # torch is imported once the command line is known to be right: --help is instant
+    from inference.decode import Sampling
+    from inference.session import Session
     from model.adapter import AdapterFile
     from model.checkpoint import Checkpoint
-    from model.generate import Sampling
-    from model.session import Session
     from model.transformer import CausalLM
     from tokenizer.text import Tokenizer
 
@@ -125,8 +126,8 @@ class EvalConfig(Options):
 
 def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Checkpoint]:
     from model.checkpoint import check_stated, load_weights
-    from model.device import pick_device, pick_dtype
     from model.lora import merge, only_answers
+    from model.precision import pick_device, pick_dtype
 
     adapter = find_adapter(config)
     checkpoint = find_base_of(adapter, config) if adapter else load_weights(find_named(config))
@@ -174,7 +175,7 @@ def find_base_of(adapter: AdapterFile, config: EvalConfig) -> Checkpoint:
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
-    from tokenizer.resolve import tokenizer_of
+    from tokenizer.find import tokenizer_of
 
     rows = checkpoint.config.vocab_size
     tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, rows, path)
@@ -202,7 +203,7 @@ def describe(checkpoint: Checkpoint, model: CausalLM) -> str:
 
 @dataclass
 class Conversation:
-    """What was said, and how it becomes a prompt. `session` (model/session.py) computes the answers."""
+    """What was said, and how it becomes a prompt. `session` (inference/session.py) computes the answers."""
 
     session: Session
     tokenizer: Tokenizer
@@ -365,12 +366,12 @@ def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> No
 
 
 def measure(model: CausalLM, tokenizer: Tokenizer, checkpoint: Checkpoint, config: EvalConfig, screen: Screen) -> None:
-    from dataset.benchmark import run_benchmark
+    from evaluation.benchmark import run_benchmark
 
     result = run_benchmark(model, tokenizer, config.question_seed)
     screen.write(f"{result['table']}\n{result['score']:.1%} of all questions, answered in {result['seconds']} s\n")
     if config.json:
-        from model.checkpoint import atomic
+        from common.files import atomic
 
         with atomic(Path(config.json)) as temporary:
             content = {"weights": str(checkpoint.path), "lineage": checkpoint.lineage, **result}
@@ -392,8 +393,8 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer, checkpoint = load(config, screen)
     if config.benchmark:
         return measure(model, tokenizer, checkpoint, config, screen)
-    from model.generate import Sampling
-    from model.session import Session
+    from inference.decode import Sampling
+    from inference.session import Session
 
     stages = [entry.get("stage") for entry in checkpoint.lineage]
     completes = config.model_mode == 0 or config.model_mode is None and stages[-1:] == ["pretrain"]

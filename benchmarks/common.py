@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from dataset.lm_dataset import TokenDataset
+from dataset.tokens.examples import TokenDataset
 
 
 def machine() -> str:

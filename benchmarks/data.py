@@ -27,10 +27,10 @@ import numpy as np
 import torch  # noqa: F401  it is part of every start's baseline
 
 from benchmarks.common import machine, spread
-from dataset import token_cache
-from dataset.jsonl import Jsonl
-from dataset.lm_dataset import PretrainDataset, shuffled
-from dataset.loader import Loader
+from dataset.batches.loader import Loader
+from dataset.read.jsonl import Jsonl
+from dataset.tokens import token_cache
+from dataset.tokens.examples import PretrainDataset, shuffled
 from tokenizer.text import Tokenizer
 
 STEPS, PER_STEP, MAX_SEQ_LEN = 200, 32, 512

@@ -23,18 +23,18 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.common import data_flags, machine, seconds, spread
-from dataset.preference import PairLoader, PreferenceDataset
+from common.options import parse
+from dataset.batches.preference import PairLoader, PreferenceDataset
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.device import pick_dtype
 from model.export import save_hf
+from model.precision import pick_dtype
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
-from trainer.backend import Backend
-from trainer.config import parse
-from trainer.engine import Engine, Job
-from trainer.preference import Preference, read_answers
-from trainer.prepare import open_data
+from trainer.inputs import open_data
+from trainer.loop.backend import Backend
+from trainer.loop.engine import Engine, Job
+from trainer.losses.preference import Preference, read_answers
 from trainer.train_dpo import DPOConfig
 
 BETA, RATE = 0.1, 1e-6

@@ -23,9 +23,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from benchmarks.common import machine, spread
 from benchmarks.data import report
-from dataset.jsonl import Jsonl
-from dataset.mix import prepare
-from dataset.reader import find_reader
+from dataset.read.jsonl import Jsonl
+from dataset.read.mapping import find_reader
+from dataset.read.mix import prepare
 
 WORDS = "the a small sparrow river letter seven green walks because 麻雀 虽小 五脏俱全 今天 我们 学习 怎么样".split()
 
@@ -96,7 +96,7 @@ DOCTOR = """
 import json, sys, time
 sys.path[0] = {root!r}
 from benchmarks.data import memory
-from dataset.doctor import examine
+from dataset.doctor.examine import examine
 from tokenizer.text import Tokenizer
 tokenizer = Tokenizer.load()
 before, began = memory("VmRSS"), time.perf_counter()

@@ -23,18 +23,18 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.common import RandomRows, data_flags, hugging_face_step, machine, seconds, spread
-from dataset.lm_dataset import SFTDataset
+from common.options import parse
+from dataset.tokens.examples import SFTDataset
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.export import save_hf
 from model.lora import LoRASettings, add_lora, freeze
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
-from trainer.backend import Backend
-from trainer.config import parse
-from trainer.engine import Engine, Job
-from trainer.objectives import NextToken
-from trainer.prepare import Data, open_data
+from trainer.inputs import Data, open_data
+from trainer.loop.backend import Backend
+from trainer.loop.engine import Engine, Job
+from trainer.losses.base import NextToken
 from trainer.train_lora import LoRAConfig
 
 SETTINGS = LoRASettings(rank=8, alpha=16, targets=("attention",))

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.common import machine, seconds, spread
 from model.config import ModelConfig
-from model.device import pick_dtype
+from model.precision import pick_dtype
 from model.transformer import CausalLM
-from trainer.optim import build_optimizers, clip_and_check
+from trainer.loop.optim import build_optimizers, clip_and_check
 
 
 def build(experts: int, dtype: torch.dtype):

@@ -57,14 +57,14 @@ def worker(folder: Path) -> None:
     import torch
 
     from benchmarks.common import RandomRows
+    from common.options import parse
     from model.config import ModelConfig
     from model.transformer import CausalLM
     from tokenizer.text import Tokenizer
-    from trainer.backend import start
-    from trainer.config import parse
-    from trainer.engine import Engine, Job
-    from trainer.objectives import NextToken
-    from trainer.prepare import Data
+    from trainer.inputs import Data
+    from trainer.loop.engine import Engine, Job
+    from trainer.loop.processes import start
+    from trainer.losses.base import NextToken
     from trainer.train_pretrain import PretrainConfig
 
     def alive() -> int:

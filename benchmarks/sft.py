@@ -22,15 +22,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import data_flags, machine, seconds, spread
-from dataset.lm_dataset import SFTDataset
+from common.options import parse
+from dataset.tokens.examples import SFTDataset
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
-from trainer.backend import Backend
-from trainer.config import parse
-from trainer.engine import Engine, Job
-from trainer.objectives import NextToken
-from trainer.prepare import open_data
+from trainer.inputs import open_data
+from trainer.loop.backend import Backend
+from trainer.loop.engine import Engine, Job
+from trainer.losses.base import NextToken
 from trainer.train_full_sft import SFTConfig
 
 

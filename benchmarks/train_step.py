@@ -19,15 +19,15 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.common import RandomRows, hugging_face_step, machine, seconds, spread
+from common.options import parse
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
-from trainer.backend import Backend
-from trainer.config import parse
-from trainer.engine import Engine, Job
-from trainer.meter import gemm_rate, step_flops
-from trainer.objectives import NextToken
-from trainer.prepare import Data
+from trainer.inputs import Data
+from trainer.loop.backend import Backend
+from trainer.loop.engine import Engine, Job
+from trainer.losses.base import NextToken
+from trainer.run.meter import gemm_rate, step_flops
 from trainer.train_pretrain import PretrainConfig
 
 

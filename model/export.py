@@ -12,7 +12,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from model.checkpoint import Checkpoint, atomic
+from common.files import atomic
+from model.checkpoint import Checkpoint
 from model.interop.hf import config_to_hf
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")

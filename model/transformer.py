@@ -161,7 +161,7 @@ class CausalLM(nn.Module):
             outside must be -100, and an index may be repeated only where the target is -100.
         prefixes (B, T) number of another document in the row that a position sees too: a prompt that answers share.
         criterion another loss than cross-entropy: (head, what it reads (N, d), targets (N,)) -> (N,) fp32.
-        cache     a `model.generate.KVCache`, which is filled and read.
+        cache     a `inference.decode.KVCache`, which is filled and read.
         """
         B, T = tokens.shape
         past = 0

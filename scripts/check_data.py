@@ -18,7 +18,8 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import json
 from dataclasses import dataclass
 
-from trainer.config import Options, option, parse, run
+from common.console import run
+from common.options import Options, option, parse
 
 BAR = 40  # characters of the longest bar
 LABEL = 12
@@ -62,8 +63,8 @@ def main():
 
     import numpy as np
 
-    from dataset.doctor import examine, hashes_of
-    from dataset.reader import read_mapping
+    from dataset.doctor.examine import examine, hashes_of
+    from dataset.read.mapping import read_mapping
     from tokenizer.text import Tokenizer
 
     tokenizer, mapping = Tokenizer.load(config.tokenizer_path), read_mapping(config.data_mapping)

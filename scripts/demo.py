@@ -19,7 +19,8 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from trainer.config import ROOT, Options, option, parse, run
+from common.console import run
+from common.options import ROOT, Options, option, parse
 
 QUESTIONS = ("你好！", "Who are you?")  # the conversation at the end begins with these
 
@@ -57,7 +58,7 @@ def train(save_dir: Path) -> None:
     learn = lambda title, script, data, *flags: step(
         title, ROOT / f"trainer/{script}.py", "--data_path", data, *flags, *COMMON, "--save_dir", save_dir
     )
-    step("1. Invent a small world, in Chinese and English", ROOT / "dataset/tiny_world.py", "--save_dir", world)
+    step("1. Invent a small world, in Chinese and English", ROOT / "dataset/tiny_world", "--save_dir", world)
     flags = ["--vocab_size", 2000, "--save_dir", tokenizer, "--data_path", texts, chats]
     step("2. Train a tokenizer on its text", ROOT / "trainer/train_tokenizer.py", *flags)
     begin = ["--tokenizer_path", tokenizer, *PRETRAIN]
@@ -75,10 +76,10 @@ class Trained:
     """A model of out/ with its tokenizer, examined."""
 
     def __init__(self, weight: str, save_dir: Path, question_seed: int, adapter: str = ""):
-        from dataset.benchmark import preference_accuracy, run_benchmark
+        from evaluation.benchmark import preference_accuracy, run_benchmark
         from model.adapter import load_adapter
         from model.checkpoint import find_weights, load_weights
-        from tokenizer.resolve import tokenizer_of
+        from tokenizer.find import tokenizer_of
 
         checkpoint = load_weights(find_weights(weight, save_dir))
         self.name, self.path = adapter or weight, checkpoint.path
@@ -100,7 +101,7 @@ class Trained:
         }
 
     def say(self, prompt: str) -> str:
-        from model.generate import Sampling, generate
+        from inference.decode import Sampling, generate
         from tokenizer.chat import encode_chat
 
         ids = encode_chat(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids

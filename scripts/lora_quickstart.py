@@ -21,7 +21,8 @@ import subprocess
 import time
 from dataclasses import dataclass, replace
 
-from trainer.config import ROOT, Options, option, parse, run
+from common.console import run
+from common.options import ROOT, Options, option, parse
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def main():
 
 
 def merge(config: QuickstartConfig) -> None:
-    from dataset.mix import prepare
+    from dataset.read.mix import prepare
 
     target = Path(config.merged_data)
     print(f"🔄 开始合并数据集 (比例 {config.ratio:g}:1)..." if config.ratio else "🔄 开始合并数据集 (直接相连)...")
@@ -170,12 +171,12 @@ def call(command: list, shown=lambda line: line) -> None:
 
 def quick_test(config: QuickstartConfig) -> QuickstartConfig:
     """Everything once on the tiny world; a model of a few steps, where no better one is in out/."""
-    from dataset import tiny_world
+    from dataset.tiny_world.files import generate
     from model.checkpoint import find_weights
 
     print("🧪 快速测试：用内置数据走一遍全流程（自己的数据: --task_data --identity_data，见 --help）")
     folder = ROOT / "out/quickstart"
-    files = tiny_world.generate(folder / "data", files=("pretrain", "sft", "lora_identity"))
+    files = generate(folder / "data", files=("pretrain", "sft", "lora_identity"))
     task, identity = folder / "data/task.jsonl", folder / "data/identity.jsonl"
     for source, part, count in (("sft", task, 96), ("lora_identity", identity, 24)):
         with open(files[source], encoding="utf-8") as rows:

@@ -18,7 +18,8 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from trainer.config import ROOT, Options, option, parse, run
+from common.console import run
+from common.options import ROOT, Options, option, parse
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class PrepareConfig(Options):
 def main():
     config = parse(PrepareConfig, description=__doc__)
 
-    from dataset.mix import prepare
-    from dataset.reader import read_mapping
+    from dataset.read.mapping import read_mapping
+    from dataset.read.mix import prepare
 
     target = Path(config.save_path)
     if target.suffix != ".jsonl":
@@ -127,8 +128,8 @@ def main():
 
 def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:
     """Builds the token cache that training will find, and prints what fits."""
-    from dataset.lm_dataset import PretrainDataset, SFTDataset
-    from dataset.preference import PreferenceDataset
+    from dataset.batches.preference import PreferenceDataset
+    from dataset.tokens.examples import PretrainDataset, SFTDataset
 
     dataset = {"text": PretrainDataset, "chat": SFTDataset, "preference": PreferenceDataset}.get(kind)
     if dataset is None:

@@ -1,7 +1,7 @@
 """The commands of docs/coming_from.md, in a folder that holds the files those projects speak of, with a tiny model.
 
 Each runs as it stands there; trainings get one step and, where the page relies on our defaults, a few rows and a place
-to write. Launchers are left off, since tests/test_backends.py has them; the quickstart without arguments is a soak.
+to write. Launchers are left off, since test_backends.py has them; the quickstart without arguments is a soak.
 """
 
 import json
@@ -10,7 +10,8 @@ import shlex
 import shutil
 
 import pytest
-from small_run import ROOT, SHAPE, run_script, write_dpo, write_pretrain, write_sft
+
+from tests.helpers.small_run import ROOT, SHAPE, run_script, write_dpo, write_pretrain, write_sft
 
 STEP = "--device cpu --compile off --max_steps 1 --num_workers 1 --log_interval 1".split()
 DATA = {"train_pretrain": "pretrain", "train_dpo": "dpo", "train_distill_reason": "thoughts"}
@@ -122,7 +123,7 @@ def test_every_promise_has_a_row_and_what_shows_it_exists():
         assert number == f"{number[0]}.{counts[number[0]]}", "in order, none left out"
         for name in re.findall(r"`([^`\s]+\.(?:py|yaml)(?:::\w+)?)`", shown):
             file, _, test = name.partition("::")
-            path = ROOT / "tests" / file if file.startswith("test_") else ROOT / file
+            path = next((ROOT / "tests").rglob(file), ROOT / file) if file.startswith("test_") else ROOT / file
             if path.is_file():
                 assert not test or f"def {test}(" in path.read_text(encoding="utf-8"), f"{number}: {name}"
             else:

@@ -11,16 +11,18 @@ import pytest
 import torch
 
 import eval_model
-from dataset import benchmark, tiny_world
+from common.console import run
+from common.options import parse
+from dataset.tiny_world import exam
 from eval_model import Conversation, Screen, chat
+from evaluation import benchmark
+from inference.decode import Sampling, generate
+from inference.session import Session
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
-from model.generate import Sampling, generate
-from model.session import Session
 from model.transformer import CausalLM
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
-from trainer.config import parse, run
 
 GREEDY = Sampling(temperature=0)
 
@@ -405,7 +407,7 @@ def test_an_interrupt_between_two_layers_does_not_spoil_the_cache(model, tokeniz
 def test_exam_answers_come_back_in_their_order(model, tokenizer, monkeypatch):
     monkeypatch.setattr(benchmark, "ROWS", 3)
     monkeypatch.setattr(benchmark, "LONGEST", 8)
-    prompts = [question.prompt for question in tiny_world.exam()[::75]]
+    prompts = [question.prompt for question in exam.draw_questions()[::75]]
     together = benchmark.answer(model, tokenizer, prompts)
     for prompt, reply in zip(prompts, together):
         assert reply.translate(eval_model.HARMLESS) == expected(model, tokenizer, prompt).strip()
@@ -421,11 +423,11 @@ def test_a_thought_is_not_part_of_the_answer(tokenizer):
 
 def test_the_exam_report(say, monkeypatch, tmp_path):
     """Right answers to everything about sums and nothing else: 2 x 40 of 600 questions."""
-    questions = tiny_world.exam(question_seed=5)
+    questions = exam.draw_questions(question_seed=5)
     known = {q.prompt: q.answer for q in questions if q.kind == "sum"}
     monkeypatch.setattr(benchmark, "answer", lambda model, tokenizer, prompts: [known.get(p, "?") for p in prompts])
-    monkeypatch.setattr(tiny_world, "nearest_row_baseline", lambda asked, _: tiny_world.scores(asked, ["?"] * 600))
-    monkeypatch.setattr(tiny_world, "generate", lambda _: {"sft": None})
+    monkeypatch.setattr(exam, "nearest_row_baseline", lambda asked, _: exam.scores(asked, ["?"] * 600))
+    monkeypatch.setattr(benchmark, "generate_world", lambda _: {"sft": None})
     status, table, _ = say("--benchmark", "tiny_world", "--question_seed", 5, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert status == 0 and "13.3% of all questions" in table and "most frequent" in table

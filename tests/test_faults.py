@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from small_run import ROOT
 
 from benchmarks.faults import bad_steps, damage, operations, stops
-from trainer import durable
-from trainer.logger import RunLogger
+from tests.helpers.small_run import ROOT
+from trainer.run import durable
+from trainer.run.logger import RunLogger
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 

@@ -5,27 +5,29 @@ import os
 import re
 import subprocess
 import sys
-from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from trainer.config import ROOT
+from common.options import ROOT
 
-PACKAGES = ("model", "tokenizer", "dataset", "trainer", "scripts")
+FOLDERS = ("common", "model", "inference", "tokenizer", "dataset", "trainer", "evaluation", "scripts")
+PACKAGES = tuple(folder for folder in FOLDERS if (ROOT / folder).is_dir())
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))] + list(ROOT.glob("eval_*.py"))
 IDS = [path.relative_to(ROOT).as_posix() for path in FILES]
 
-# who -> whom it may reach, over any number of imports. How options are read and errors shown is open to every program.
-OPTIONS = ("trainer", "trainer.config", "trainer.options", "trainer.launch")
-MAY_REACH = {
-    "model": ("model*",),
-    "tokenizer": ("tokenizer*",),
-    "dataset": ("dataset*", "tokenizer*", "model*"),
-    "trainer": ("trainer*", "dataset*", "tokenizer*", "model*"),
-    "scripts": ("scripts*", "dataset*", "tokenizer*", "model*", *OPTIONS),
-    "eval_model": ("dataset*", "tokenizer*", "model*", *OPTIONS),
+# the floors: who -> whom it may import
+MAY_IMPORT = {
+    "common": ("common",),
+    "tokenizer": ("tokenizer", "common"),
+    "model": ("model", "tokenizer", "common"),
+    "dataset": ("dataset", "model", "tokenizer", "common"),
+    "inference": ("inference", "model", "tokenizer", "common"),
+    "trainer": ("trainer", "dataset", "model", "tokenizer", "common"),
+    "evaluation": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
+    "scripts": ("scripts", "evaluation", "inference", "dataset", "model", "tokenizer", "common"),
+    "eval_model": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
 }
 NEVER = ("transformers", "peft", "trl", "accelerate", "datasets")  # opponents and oracles, for tests and benchmarks
 MODULE_OF = {"pyyaml": "yaml"}
@@ -64,30 +66,33 @@ def is_script(path: Path) -> bool:
 
 
 MODULES = {name_of(path): path for path in FILES}
-SCRIPTS = [path for path in FILES if path.parent != ROOT and is_script(path)]
+SCRIPTS = [path for path in FILES if path.parent != ROOT and path.name != "__main__.py" and is_script(path)]
 
 
-@cache
-def reach(name: str) -> frozenset[str]:
-    """Every module of ours that importing this one can bring in, itself included."""
-    seen, waiting = set(), [name]
-    while waiting:
-        here = waiting.pop()
-        if here not in seen:
-            seen.add(here)
-            waiting += [other for other in imports(MODULES[here]) if other in MODULES]
-    return frozenset(seen)
+def ours(path: Path) -> set[str]:
+    """The modules of ours that this file imports anywhere: at its top, lazily, or under TYPE_CHECKING."""
+    return {dotted for dotted in imports(path) if dotted in MODULES} - {name_of(path)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_imports_run_one_way(path):
     name = name_of(path)
-    package = name.partition(".")[0]
-    for other in reach(name) - {name}:
-        assert any(fnmatch(other, pattern) for pattern in MAY_REACH[package]), f"{name} reaches {other}"
-        assert not other.startswith("trainer.train_"), f"{name} reaches {other}: stages are programs, not parts"
-    if package == "trainer" and not name.startswith("trainer.train_") and name != "trainer.engine":
-        assert "trainer.engine" not in reach(name), f"{name} knows the loop that uses it"
+    floor = name.partition(".")[0]
+    for other in ours(path):
+        assert other.partition(".")[0] in MAY_IMPORT[floor], f"{name} imports {other}, which stands above it"
+        assert not other.startswith("trainer.train_"), f"{name} imports {other}: stages are programs, not parts"
+
+
+def test_no_files_import_each_other():
+    """In a circle of any length, none of the files can be read, tested or changed alone. What is taken away, again and
+    again, is every file whose imports are gone already: a circle is what stays."""
+    waiting = {name: ours(path) for name, path in MODULES.items()}
+    while free := [name for name, others in waiting.items() if not others & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, "these import each other: " + ", ".join(
+        f"{name} -> {', '.join(sorted(others & waiting.keys()))}" for name, others in waiting.items()
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from small_run import ROOT, write_pretrain, write_sft
+
+from tests.helpers.small_run import ROOT, write_pretrain, write_sft
 
 IN_GIT = shutil.which("git") and (ROOT / ".git").exists()
 

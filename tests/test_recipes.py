@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_run import ROOT, run_script, run_stage, write_dpo, write_pretrain, write_sft
 
-from trainer.config import StageConfig
-from trainer.options import specs
+from common.options import specs
+from tests.helpers.small_run import ROOT, run_script, run_stage, write_dpo, write_pretrain, write_sft
+from trainer.stage import StageConfig
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 DATA = {"train_pretrain": "text.jsonl", "train_dpo": "pairs.jsonl", "train_distill_reason": "thoughts.jsonl"}

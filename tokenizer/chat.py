@@ -21,16 +21,15 @@ messages hold it, and a turn without reasoning has no think block.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenizer.messages import Conversation, Segment, check_messages, dumps, markup, split_reasoning
 from tokenizer.text import Tokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
 TEMPLATE = (Path(__file__).resolve().parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 TOOLS_BEFORE = (
@@ -42,17 +41,12 @@ TOOLS_AFTER = (
     "<tool_call></tool_call> XML tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 )
-THINKING = re.compile(r"\n*<think>(.*?)</think>(.*)", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*)</answer>(\s*)", re.DOTALL)
 
 
 class Encoded(NamedTuple):
     ids: list[int]
     trained: list[bool]  # ids[i] is something the model should learn to say
-
-
-Conversation = tuple[list[dict], list[dict] | None]  # messages, tools
-Segment = tuple[int | str, bool]  # a control id or plain text; whether it is trained on
 
 
 def encode_chat(
@@ -182,11 +176,6 @@ def _chatml(
     return out
 
 
-def markup(tokenizer: Tokenizer, text: str) -> int | str:
-    """The control id of a piece of markup; plain text in a tokenizer that has no such token, and text as it is."""
-    return tokenizer.control.get(text, text)
-
-
 def _assistant(tag, message: dict) -> Iterator[int | str]:
     reasoning, content = split_reasoning(message)
     if reasoning is not None:
@@ -202,56 +191,6 @@ def _assistant(tag, message: dict) -> Iterator[int | str]:
             yield "\n"
         body = f'\n{{"name": {dumps(call["name"])}, "arguments": {dumps(call["arguments"])}}}\n'
         yield from (tag("<tool_call>"), body, tag("</tool_call>"))
-
-
-def split_reasoning(message: dict) -> tuple[str | None, str]:
-    """An assistant message's (reasoning, rest of the content); None where there is no reasoning."""
-    if message.get("reasoning_content"):
-        return message["reasoning_content"], message["content"]
-    block = THINKING.fullmatch(message["content"])
-    return (block[1], block[2]) if block else (None, message["content"])
-
-
-def never_closed(message: dict) -> str | None:
-    """The tag that an assistant's message opens where it would be markup, and never closes: an answer that was cut."""
-    reasoning, rest = split_reasoning(message)
-    tag = "<think>" if reasoning is None else "<answer>"
-    return tag if rest.lstrip().startswith(tag) and tag.replace("<", "</") not in rest else None
-
-
-def dumps(value) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-# ---- checks
-
-
-def check_messages(messages: list[dict], tools: list[dict] | None = None) -> None:
-    """ValueError for the first thing that is not a canonical conversation; whoever read it adds file and line."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages: expected a list of at least one message")
-    for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise ValueError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, found {role!r}")
-        if not isinstance(message.get("content"), str):
-            found = "nothing" if message.get("content") is None else type(message["content"]).__name__
-            raise ValueError(f"messages[{i}] ({role}): content must be text, found {found}")
-        if len(message) == 2:
-            continue
-        for key in ("reasoning_content", "tool_calls"):
-            if message.get(key) and role != "assistant":
-                raise ValueError(f"messages[{i}] ({role}): only an assistant can have {key}")
-        if not isinstance(message.get("reasoning_content") or "", str):
-            raise ValueError(f"messages[{i}] (assistant): reasoning_content must be text")
-        calls = message.get("tool_calls") or []
-        for call in calls if isinstance(calls, list) else [calls]:
-            well_formed = isinstance(call, dict) and isinstance(call.get("name"), str)
-            if not isinstance(calls, list) or not well_formed or not isinstance(call.get("arguments"), dict):
-                expected = 'a list of {"name": text, "arguments": object}'
-                raise ValueError(f"messages[{i}] (assistant): tool_calls must be {expected}, found {call!r:.80}")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("tools: expected a list of function schemas (objects)")
 
 
 # ---- for the eye

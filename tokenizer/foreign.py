@@ -22,7 +22,7 @@ import re
 from datetime import datetime
 from itertools import pairwise
 
-from tokenizer.chat import Segment, dumps, markup, split_reasoning
+from tokenizer.messages import Segment, dumps, markup, split_reasoning
 from tokenizer.text import Tokenizer
 
 

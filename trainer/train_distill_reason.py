@@ -17,7 +17,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from trainer.config import StageConfig, option, parse, run
+from common.console import run
+from common.options import option, parse
+from trainer.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ def main():
 
     import torch
 
-    from dataset.reason import ReasonDataset
-    from trainer.backend import start
-    from trainer.engine import Engine, Job
-    from trainer.objectives import Weighted
-    from trainer.prepare import open_data, open_weights
+    from dataset.tokens.reason import ReasonDataset
+    from trainer.inputs import open_data, open_weights
+    from trainer.loop.engine import Engine, Job
+    from trainer.loop.processes import start
+    from trainer.losses.base import Weighted
 
     torch.manual_seed(config.seed)
     parent, tokenizer, origin = open_weights(config, "full_sft")

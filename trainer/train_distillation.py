@@ -17,7 +17,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from trainer.config import StageConfig, option, parse, run
+from common.console import run
+from common.options import option, parse
+from trainer.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,13 @@ def main():
 
     import torch
 
-    from dataset.teacher import TaughtDataset
-    from model.device import pick_dtype
-    from trainer.backend import start
-    from trainer.distill import Distill, Teacher, open_teacher, read_views, write_views
-    from trainer.engine import Engine, Job
-    from trainer.outputs import Weights
-    from trainer.prepare import open_data, open_student
+    from dataset.tokens.teacher import TaughtDataset
+    from model.precision import pick_dtype
+    from trainer.inputs import open_data, open_student
+    from trainer.loop.engine import Engine, Job
+    from trainer.loop.processes import start
+    from trainer.losses.distillation import Distill, Teacher, open_teacher, read_views, write_views
+    from trainer.run.artifacts import Weights
 
     torch.manual_seed(config.seed)
     weights, theirs, views = open_teacher(config) if config.teacher else (None, None, read_views(config))

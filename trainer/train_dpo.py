@@ -17,7 +17,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from trainer.config import StageConfig, option, parse, run
+from common.console import run
+from common.options import option, parse
+from trainer.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,14 @@ def main():
 
     import torch
 
-    from dataset.preference import PairLoader, PreferenceDataset
-    from model.device import pick_dtype
+    from dataset.batches.preference import PairLoader, PreferenceDataset
     from model.lora import LoRASettings, add_lora, freeze
-    from trainer.backend import start
-    from trainer.engine import Engine, Job
-    from trainer.outputs import AdapterOnly, Weights
-    from trainer.preference import WITHOUT_REFERENCE, Preference, add_reference
-    from trainer.prepare import open_data, open_weights
+    from model.precision import pick_dtype
+    from trainer.inputs import open_data, open_weights
+    from trainer.loop.engine import Engine, Job
+    from trainer.loop.processes import start
+    from trainer.losses.preference import WITHOUT_REFERENCE, Preference, add_reference
+    from trainer.run.artifacts import AdapterOnly, Weights
 
     torch.manual_seed(config.seed)
     parent, tokenizer, origin = open_weights(config, "full_sft")

@@ -16,7 +16,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from trainer.config import StageConfig, parse, run
+from common.console import run
+from common.options import parse
+from trainer.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ def main():
 
     import torch
 
-    from dataset.lm_dataset import SFTDataset
-    from trainer.backend import start
-    from trainer.engine import Engine, Job
-    from trainer.objectives import NextToken
-    from trainer.prepare import open_data, open_weights
+    from dataset.tokens.examples import SFTDataset
+    from trainer.inputs import open_data, open_weights
+    from trainer.loop.engine import Engine, Job
+    from trainer.loop.processes import start
+    from trainer.losses.base import NextToken
 
     torch.manual_seed(config.seed)
     parent, tokenizer, origin = open_weights(config, "pretrain")

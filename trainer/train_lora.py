@@ -17,7 +17,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from trainer.config import StageConfig, option, parse, run
+from common.console import run
+from common.options import option, parse
+from trainer.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,14 @@ def main():
 
     import torch
 
-    from dataset.lm_dataset import SFTDataset
+    from dataset.tokens.examples import SFTDataset
     from model.checkpoint import weights_name
     from model.lora import LoRASettings, add_lora, freeze
-    from trainer.backend import start
-    from trainer.engine import Engine, Job
-    from trainer.objectives import NextToken
-    from trainer.outputs import AdapterOnly
-    from trainer.prepare import open_data, open_weights
+    from trainer.inputs import open_data, open_weights
+    from trainer.loop.engine import Engine, Job
+    from trainer.loop.processes import start
+    from trainer.losses.base import NextToken
+    from trainer.run.artifacts import AdapterOnly
 
     torch.manual_seed(config.seed)
     parent, tokenizer, origin = open_weights(config, "full_sft")

@@ -16,7 +16,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from trainer.config import StageConfig, option, parse, run
+from common.console import run
+from common.options import option, parse
+from trainer.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,13 @@ def main():
 
     import torch
 
-    from dataset.lm_dataset import PretrainDataset
+    from dataset.tokens.examples import PretrainDataset
     from model.transformer import CausalLM
     from tokenizer.text import Tokenizer
-    from trainer.backend import start
-    from trainer.engine import Engine, Job
-    from trainer.objectives import NextToken
-    from trainer.prepare import architecture, open_data, open_weights
+    from trainer.inputs import architecture, open_data, open_weights
+    from trainer.loop.engine import Engine, Job
+    from trainer.loop.processes import start
+    from trainer.losses.base import NextToken
 
     torch.manual_seed(config.seed)
     parent, origin = None, ""

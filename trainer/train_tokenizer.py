@@ -23,7 +23,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.config import ROOT, Options, check_writable, option, parse, run
+from common.console import check_writable, run
+from common.options import ROOT, Options, option, parse
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 MARKUP = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/"))
@@ -90,7 +91,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
 def save(tokenizer, directory: str | Path) -> None:
     """tokenizer.json with the shipped chat template and configuration beside it, so that there is only one format.
     Another one that was there is kept beside the directory, where the weights that need it find it."""
-    from tokenizer.resolve import set_aside
+    from tokenizer.find import set_aside
     from tokenizer.text import SHIPPED, Tokenizer
 
     directory = Path(directory).resolve()
@@ -125,11 +126,11 @@ class Corpus:
     """Rows of weighted files. A row's hash decides its fate, so that order, other rows and threads do not matter."""
 
     def __init__(self, config: TokenizerConfig):
-        from dataset import tiny_world
-        from dataset.jsonl import Jsonl, TextFile
-        from dataset.lm_dataset import weighted
+        from dataset.read.jsonl import Jsonl, TextFile
+        from dataset.tiny_world.files import generate
+        from dataset.tokens.examples import weighted
 
-        specs = config.data_path or tiny_world.generate(ROOT / "out" / "tiny_world").values()
+        specs = config.data_path or generate(ROOT / "out" / "tiny_world").values()
         pairs = [weighted(spec) for spec in specs]
         self.config = config
         self.files = [((TextFile if path.suffix == ".txt" else Jsonl)(path), weight) for path, weight in pairs]
@@ -162,7 +163,7 @@ class Corpus:
         return bool(self.config.holdout) and number % 2**32 % self.config.holdout == 0
 
     def _rows(self, file) -> Iterator[tuple[list[tuple[str, str]], int]]:
-        from dataset.jsonl import Jsonl, decode, parse_row
+        from dataset.read.jsonl import Jsonl, decode, parse_row
 
         for chunk in file.chunks(1 << 16):
             for raw, line in zip(chunk.rows, chunk.lines):

@@ -19,11 +19,12 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from tests.small_run import FLAGS, ROOT, sft_engine, write_sft
-from trainer import resume
-from trainer.backend import Backend, start
-from trainer.config import parse
-from trainer.launch import deepspeed_config
+from common.options import parse
+from tests.helpers.small_run import FLAGS, ROOT, sft_engine, write_sft
+from trainer.loop.backend import Backend
+from trainer.loop.launch import deepspeed_config
+from trainer.loop.processes import start
+from trainer.run import resume
 from trainer.train_full_sft import SFTConfig
 
 CASES = list(product(("loss", "gradient"), ("adamw", "muon"), (1, 4)))  # where, optimizer, accumulation_steps
@@ -114,7 +115,7 @@ def of_two(first: int, every: int, stages: list[int], folder: Path) -> int:
     with start(parse(SFTConfig, ["--device=cpu"])) as backend:
         status = report("two processes", CASES[first::every], lambda: backend, folder / "ddp")
         for stage in stages:
-            from trainer.zero import STAGES
+            from trainer.loop.deepspeed import STAGES
 
             config = parse(SFTConfig, [*FLAGS, f"--zero_stage={stage}"])
             make = lambda: STAGES[stage](backend.device, deepspeed_config(config, backend.world))  # noqa: B023

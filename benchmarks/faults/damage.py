@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.faults.operations import save
-from trainer import resume
+from trainer.run import resume
 
 FLIPS, CUTS = 40, 20
 

@@ -29,7 +29,7 @@ KEPT = 2
 
 
 def train(folder: Path, steps: int = 1_000_000) -> None:
-    from tests.small_run import run_stage
+    from tests.helpers.small_run import run_stage
 
     run_stage(
         "pretrain",
@@ -49,8 +49,8 @@ def train(folder: Path, steps: int = 1_000_000) -> None:
 def watch(shared: mmap.mmap) -> None:
     """Lets runs tell (whether they are in a save, the last step whose save was finished), and nothing else."""
     from tokenizer.text import Tokenizer
-    from trainer.engine import Engine
-    from trainer.logger import NoLogger, RunLogger
+    from trainer.loop.engine import Engine
+    from trainer.run.logger import NoLogger, RunLogger
 
     save, tokenizer, here = Engine.save, Tokenizer.load(), os.getpid()
 
@@ -69,8 +69,8 @@ def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple
     """Killed `seconds` after its first save, or after a save begins if `aimed` -> (whether that was inside a save, the
     last step that had been saved, what is wrong then)"""
     from model.checkpoint import load_weights
-    from trainer import resume
-    from trainer.durable import problem
+    from trainer.run import resume
+    from trainer.run.durable import problem
 
     shared[0:8] = struct.pack("ii", 0, -1)
     child = os.fork()
@@ -104,7 +104,7 @@ def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple
 def run(trials: int, seed: int = 0) -> dict[str, int]:
     import torch
 
-    from tests.small_run import write_pretrain
+    from tests.helpers.small_run import write_pretrain
 
     torch.set_num_threads(1)
     chooser, shared = random.Random(seed), mmap.mmap(-1, 8)

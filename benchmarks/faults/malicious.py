@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from model.adapter import load_adapter
 from model.checkpoint import load_weights
-from trainer import resume
+from trainer.run import resume
 
 SECRET = "secret.safetensors"
 HF = dict(

@@ -25,15 +25,16 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from tests.small_run import FLAGS, ROOT, SHAPE, write_pretrain
-from trainer import resume
+from tests.helpers.small_run import FLAGS, ROOT, SHAPE, write_pretrain
+from trainer.run import resume
 
 STEPS, AT, TIMEOUT = 12, 7, 20
 
 
 def worker() -> None:
     """A training process with a fault: FAULT is what happens at step AT on the second one, in its first life."""
-    from trainer import engine, train_pretrain
+    from trainer import train_pretrain
+    from trainer.loop import engine
 
     update, fault = engine.Engine._update, os.environ["FAULT"]
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -55,7 +56,7 @@ def worker() -> None:
     engine.Engine._update = disturbed
     with contextlib.suppress(AttributeError):
         engine.RunLogger.draw = lambda self: None
-    from trainer.config import run
+    from common.console import run
 
     run(train_pretrain.main)
 

@@ -24,8 +24,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from tests.small_run import run_stage, write_dpo, write_pretrain, write_sft
-from trainer import engine, resume
+from tests.helpers.small_run import run_stage, write_dpo, write_pretrain, write_sft
+from trainer.loop import engine
+from trainer.run import resume
 
 STEPS = 10
 

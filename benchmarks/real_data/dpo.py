@@ -23,12 +23,12 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.real_data.common import hold_out, stage
-from dataset.preference import PairLoader, PreferenceDataset
+from common.options import ROOT
+from dataset.batches.preference import PairLoader, PreferenceDataset
 from model.checkpoint import find_weights, load_weights
-from model.device import pick_dtype
-from tokenizer.resolve import tokenizer_of
-from trainer.config import ROOT
-from trainer.preference import read_answers
+from model.precision import pick_dtype
+from tokenizer.find import tokenizer_of
+from trainer.losses.preference import read_answers
 
 
 @torch.no_grad()

@@ -19,14 +19,14 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.real_data.common import hold_out, stage
-from dataset.lm_dataset import SFTDataset
-from dataset.loader import Loader
+from common.options import ROOT
+from dataset.batches.loader import Loader
+from dataset.tokens.examples import SFTDataset
 from model.adapter import find_base, load_adapter
 from model.checkpoint import find_weights
 from model.lora import adapter_disabled
 from tokenizer.text import Tokenizer
-from trainer.config import ROOT
-from trainer.objectives import NextToken
+from trainer.losses.base import NextToken
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.real_data.common import hold_out, stage
+from common.options import ROOT
+from inference.decode import Sampling, generate
 from model.checkpoint import find_weights, load_weights
-from model.device import pick_device, pick_dtype
-from model.generate import Sampling, generate
+from model.precision import pick_device, pick_dtype
 from tokenizer.chat import encode_chat
-from tokenizer.resolve import tokenizer_of
+from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
-from trainer.config import ROOT
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LEAST = 0.9

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.checkpoint import atomic
+from common.files import atomic
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the arithmetic in ways we do not know, and the values that leave it alone

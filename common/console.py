@@ -1,0 +1,92 @@
+"""How a program meets its user: mistakes are told in one line, and what cannot work is said before it starts.
+
+if __name__ == "__main__":
+    run(main)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.options import ROOT
+
+
+def run(main: Callable[[], Any]) -> None:
+    """main(), with the user's mistakes in one line and ours with their traceback (everything: SPARROW_TRACEBACK=1)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that lacks a character is no reason to die
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `... | head`: the reader has left, so nothing more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except (ValueError, OSError) as error:
+        if os.environ.get("SPARROW_TRACEBACK", "0") != "0" or not _is_for_the_user(error):
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """A ValueError that a `raise` of ours made, or an OSError that we met through nothing but the standard library."""
+    import dis
+    import re
+    import traceback
+
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if isinstance(error, OSError):
+        library = os.path.dirname(os.__file__)
+        frames = [(frame, line) for frame, line in frames if not _belongs(frame.f_code.co_filename, library)]
+        return bool(frames) and _belongs(frames[-1][0].f_code.co_filename, str(ROOT))
+    if type(error.__cause__).__name__.endswith("RemoteTraceback"):  # from a worker process: only its text has come
+        return _belongs(re.findall(r'File "([^"]+)"', str(error.__cause__))[-1], str(ROOT))
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    return _belongs(code.co_filename, str(ROOT)) and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _belongs(filename: str, folder: str) -> bool:
+    """Whether a source file is part of this folder, installed packages in it aside (.venv)."""
+    path = os.path.realpath(filename)
+    if filename.startswith("<frozen "):  # parts of the standard library
+        return folder != str(ROOT)
+    return path.startswith(os.path.realpath(folder) + os.sep) and "site-packages" not in Path(path).parts
+
+
+def explain(error: BaseException) -> str:
+    """The message of a ValueError; for what the operating system says, words that name the way out."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return where + {
+        errno.ENOSPC: "the disk is full; free some space, then continue with --from_resume auto",
+        errno.ENOENT: "no such file or directory",
+        errno.EACCES: "permission denied; choose another place or change its owner",
+        errno.EROFS: "the file system is read-only; choose another place",
+        errno.EISDIR: "is a directory, expected a file",
+        errno.EADDRINUSE: "the port is in use; choose another",
+    }.get(error.errno, error.strerror or str(error))
+
+
+def check_writable(save_dir: str) -> None:
+    """What cannot be written is to be known before hours are spent on it."""
+    folder = next(place for place in (Path(save_dir), *Path(save_dir).absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"-")
+    except OSError as error:
+        reason = error.strerror if folder.is_dir() else f"{folder} is not a directory"
+        raise ValueError(f"--save_dir {save_dir}: nothing can be written there ({reason}); choose another") from None

@@ -1,0 +1,1 @@
+"""Token sequences -> this rank's batches."""

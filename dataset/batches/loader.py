@@ -1,0 +1,235 @@
+"""Optimiser step -> this rank's batches: pure arithmetic, the same whatever was asked before.
+
+    loader = Loader(ds, packing=True, batch_size=8, accumulation_steps=4, max_seq_len=512)
+    for step, batches in loader.prefetch(0, loader.steps_per_epoch):
+        for batch in batches:          # as many on every rank, of the same sizes
+            ...
+
+An epoch is a seeded permutation, so a step's examples are a slice of it. Two ways to fill rows:
+    packing=False   an example is a row (pretraining): batch_size x accumulation_steps x world rows a step
+    packing=True    the same number of *examples* a step, packed best-fit into as few rows as hold them; a rank's rows
+                    go in batches of batch_size, the rest in powers of two (5 rows = 4 + 1), so that only a few shapes
+                    occur and compiled code is reused
+The rows are dealt to the ranks in turn. Which examples a step holds depends on the product alone.
+
+B = rows of a batch, T = max_seq_len, N = rows of a rank's step, K = selected positions
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from operator import mul
+
+import numpy as np
+import torch
+
+from dataset.batches.packing import pack
+from dataset.tokens.examples import TokenDataset, shuffled
+
+IGNORED = -100  # a target that is not trained on
+SELECTED_MULTIPLE = 128
+AHEAD = 2  # steps prepared while the device works on one
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass on one device."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64, -100 = not trained on
+    documents: torch.Tensor  # (B, T) int32, numbered from 1 in each row; 0 = filling, a document of its own
+    positions: torch.Tensor  # (B, T) int64, from 0 in each document
+    selected: torch.Tensor | None  # (K,) int64, b * T + t of the positions with a target, then filling; None = all
+    trained_tokens: int
+    examples: tuple[int, ...]
+    # (B, T, ...) beside the targets, 0 in the filling
+    extras: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
+
+    def context(self) -> dict[str, torch.Tensor | None]:
+        """What the model has to know besides the tokens: its keyword arguments."""
+        names = ("targets", "documents", "positions", "selected")
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On the device; for CUDA through pinned memory, so that the copy runs beside the computation."""
+        if torch.device(device).type == "cpu":
+            return self
+        cuda = torch.device(device).type == "cuda"
+
+        def move(value):
+            if isinstance(value, dict):
+                return {name: move(own) for name, own in value.items()}
+            if isinstance(value, torch.Tensor):
+                value = (value.pin_memory() if cuda else value).to(device, non_blocking=cuda)
+            return value
+
+        return replace(self, **{own.name: move(getattr(self, own.name)) for own in fields(self)})
+
+
+class Loader:
+    ROWS_PER_EXAMPLE = 1  # an example has at most so many times max_seq_len positions
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        packing: bool,
+        batch_size: int,
+        accumulation_steps: int,
+        max_seq_len: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 42,
+        shuffle: bool = True,
+    ):
+        if len(dataset) == 0 or int(dataset.lengths.max()) > self.ROWS_PER_EXAMPLE * max_seq_len + 1:
+            raise ValueError(f"rows of {max_seq_len} do not hold this data set: {dataset.summary}")
+        self.dataset, self.packing, self.max_seq_len = dataset, packing, max_seq_len
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.seed, self.shuffle = seed, shuffle
+        self.examples_per_step = batch_size * accumulation_steps * world
+        self.steps_per_epoch = -(-len(dataset) // self.examples_per_step)
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._extras = {name: (own.shape[1:], own.dtype) for name, own in dataset.extras(0).items()}
+
+    def examples(self, step: int) -> np.ndarray:
+        """Of global step `step`, on all ranks together."""
+        epoch, nth = divmod(step, self.steps_per_epoch)
+        begin = nth * self.examples_per_step
+        end = min(begin + self.examples_per_step, len(self.dataset))
+        if not self.shuffle:
+            return np.arange(begin, end)
+        known, permutation = self._permutation
+        if known != epoch:
+            permutation = shuffled(len(self.dataset), self.seed, epoch)
+            self._permutation = (epoch, permutation)
+        return permutation[begin:end]
+
+    def row_length(self, step: int) -> int:
+        return self.max_seq_len
+
+    def rows(self, step: int) -> list[list[int]]:
+        """The examples of each row of the step, over all ranks; blank rows make it the same number for each."""
+        examples = self.examples(step).tolist()
+        if self.packing:
+            lengths = (self.dataset.lengths[examples] - 1).tolist()
+            rows = [[examples[i] for i in row] for row in pack(lengths, self.row_length(step))]
+            share = -(-len(rows) // self.world)
+        else:
+            rows = [[example] for example in examples]
+            share = -(-len(rows) // self.world)
+            # a step of full batches, all of one shape, except where the whole data set is less than one
+            share = -(-share // self.batch_size) * self.batch_size if self.steps_per_epoch > 1 else share
+        return rows + [[]] * (share * self.world - len(rows))
+
+    def batches(self, step: int) -> list[Batch]:
+        rows, length = self.rows(step)[self.rank :: self.world], self.row_length(step)
+        batches, begin = [], 0
+        for size in batch_sizes(len(rows), self.batch_size):
+            batches.append(self._batch(rows[begin : begin + size], length))
+            begin += size
+        return batches
+
+    def prefetch(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
+        """(step, batches) for start <= step < stop, prepared by one thread; an error there is raised here."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        try:
+            waiting = deque()
+            for step in range(start, stop):
+                waiting.append((step, pool.submit(self.batches, step)))
+                if len(waiting) > AHEAD:
+                    ready, future = waiting.popleft()
+                    yield ready, future.result()
+            for ready, future in waiting:
+                yield ready, future.result()
+        finally:  # also when the consumer leaves early
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def describe(self) -> str:
+        """Examples -> rows -> steps; of a long epoch 64 steps are looked at."""
+        steps = self.steps_per_epoch
+        asked = range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
+        examples = np.concatenate([self.examples(step) for step in asked])
+        counts = [sum(map(bool, self.rows(step))) for step in asked]
+        lengths = [self.row_length(step) for step in asked]
+        computed = sum(map(mul, counts, lengths))
+        fill = int((self.dataset.lengths[examples] - 1).sum()) / computed
+        about = "about " if self.packing and len(examples) < len(self.dataset) else ""
+        of_all = int((self.dataset.lengths - 1).sum()) / fill if about else computed * len(self.dataset) / len(examples)
+        in_all = round(of_all * sum(counts) / computed)
+        up_to = "up to " if min(lengths) < max(lengths) else ""
+        return (
+            f"{len(self.dataset):,} examples -> {about}{in_all:,} rows of {up_to}{max(lengths):,} "
+            f"-> {steps:,} steps an epoch (fill {fill:.0%})"
+        )
+
+    def _batch(self, rows: list[list[int]], length: int) -> Batch:
+        shape = (len(rows), length)
+        tokens = np.full(shape, self.dataset.end_of_text, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
+        documents = np.zeros(shape, np.int32)
+        positions = np.broadcast_to(np.arange(length), shape).copy()
+        extras = {name: np.zeros((*shape, *inner), dtype) for name, (inner, dtype) in self._extras.items()}
+        for r, row in enumerate(rows):
+            begin = 0
+            for number, example in enumerate(row, start=1):
+                ids, trained = self.dataset.tokens(example), self.dataset.trained(example)
+                here = slice(begin, begin + len(ids) - 1)
+                tokens[r, here] = ids[:-1]
+                targets[r, here] = ids[1:]
+                if trained is not None:
+                    targets[r, here][~trained[1:]] = IGNORED
+                for name, values in self.dataset.extras(example).items() if extras else ():
+                    extras[name][r, here] = values[1:]
+                documents[r, here] = number
+                positions[r, here] -= begin
+                begin = here.stop
+            positions[r, begin:] -= begin
+        if not self.packing:
+            documents, positions = self._documents_of_stream(tokens, documents)
+        trained_tokens = int((targets != IGNORED).sum())
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            targets=torch.from_numpy(targets),
+            documents=torch.from_numpy(documents),
+            positions=torch.from_numpy(positions),
+            selected=select(targets) if self.packing else None,
+            trained_tokens=trained_tokens,
+            examples=tuple(example for row in rows for example in row),
+            extras={name: torch.from_numpy(values) for name, values in extras.items()},
+        )
+
+    def _documents_of_stream(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A row of the stream holds several documents: each <|endoftext|> that is an input opens one. filled: 1, 0."""
+        opens = tokens == self.dataset.end_of_text
+        opens[:, 0] = True
+        opens &= filled > 0
+        opens[:, 1:] |= filled[:, 1:] < filled[:, :-1]  # the filling at the end is a document too, number 0
+        t = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        positions = t - np.maximum.accumulate(np.where(opens, t, 0), axis=1)
+        return np.cumsum(opens, axis=1, dtype=np.int32) * filled, positions
+
+
+def batch_sizes(rows: int, most: int) -> list[int]:
+    """As many batches of `most` rows as are full, then powers of two: 21 rows, 8 at most: [8, 8, 4, 1]."""
+    full, rest = divmod(rows, most)
+    return [most] * full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+
+
+def select(targets: np.ndarray) -> torch.Tensor | None:
+    """Where the head is needed: positions with a target, filled up to a multiple with one that has none.
+
+    Filling must not count, so it cannot point at a trained position. Where there is no other: None, all positions.
+    """
+    flat = targets.ravel()
+    trained = np.flatnonzero(flat != IGNORED)
+    size = max(-(-len(trained) // SELECTED_MULTIPLE), 1) * SELECTED_MULTIPLE
+    if size >= len(flat) or len(trained) == len(flat):
+        return None
+    filler = int(np.argmax(flat == IGNORED))
+    selected = np.full(size, filler, np.int64)
+    selected[: len(trained)] = trained
+    return torch.from_numpy(selected)

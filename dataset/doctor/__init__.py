@@ -1,0 +1,1 @@
+"""Checks a data file before anybody trains on it."""

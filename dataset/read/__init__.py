@@ -1,0 +1,1 @@
+"""Files in any layout -> canonical rows."""

@@ -1,0 +1,170 @@
+"""One file's rows -> canonical rows: its layout is told from its head, and every row must then have it.
+
+    rows = Jsonl("alpaca.jsonl")
+    read = find_reader(rows, "chat")                   # layout "instruction + output", seen in line 1
+    read(rows.raw(7))                                  # {"messages": [...]}, or a ValueError with the reason
+
+Columns of your own, `--data_mapping mapping.yaml`, our name first. Only the columns it names are read:
+
+    columns: {conversations: dialogue, system: persona}    # or {instruction: 问题, output: 回答}
+    turns: {role: speaker, content: words}                 # if the turns have names of their own
+    roles: {user: [customer, guest], assistant: agent}     # if the roles have
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
+from dataset.read.jsonl import Jsonl, decode, parse_row
+from dataset.read.pairs import check_pair
+from tokenizer.messages import check_messages, never_closed
+
+HEAD = 100  # rows in which a mapping's columns must be found
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Which of a file's columns stand for ours."""
+
+    path: str
+    columns: dict[str, str]
+    turns: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)  # theirs -> ours
+
+    def __call__(self, row: dict) -> dict:
+        found = {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
+        for name in DIALOGUES if self.turns or self.roles else ():
+            if isinstance(found.get(name), list):
+                found[name] = [self._turn(turn) for turn in found[name]]
+        return found
+
+    def _turn(self, turn: object) -> object:
+        if not isinstance(turn, dict):
+            return turn
+        turn = turn | {ours: turn[theirs] for ours, theirs in self.turns.items() if theirs in turn}
+        for name in ("role", "from"):
+            if isinstance(turn.get(name), str):
+                turn[name] = self.roles.get(turn[name], turn[name])
+        return turn
+
+
+def read_mapping(path: str | Path | None) -> Mapping | None:
+    """The mapping that a YAML file describes."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"--data_mapping {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise ValueError(f"--data_mapping {path}{line}: {getattr(error, 'problem', None) or error}") from None
+    example = "`columns: {instruction: question, output: reply}`, our name first"
+    if not isinstance(tree, dict) or not isinstance(tree.get("columns"), dict) or not tree["columns"]:
+        raise ValueError(f"--data_mapping {path}: expected {example}")
+    known = {
+        "columns": column_names(),
+        "turns": ("role", "content", "reasoning_content", "tool_calls"),
+        "roles": ("system", "user", "assistant", "tool"),
+    }
+    for section, names in tree.items():
+        if section not in known or not isinstance(names, dict):
+            raise ValueError(f"--data_mapping {path}: {section}: expected the sections {', '.join(known)}")
+        for name, theirs in names.items():
+            if name not in known[section]:
+                near = difflib.get_close_matches(str(name), known[section], 1)
+                hint = f"did you mean {near[0]}?" if near else f"ours are {', '.join(known[section])}"
+                raise ValueError(f"--data_mapping {path}: {section}: {name} is none of our names; {hint}")
+            if not isinstance(theirs, str) and not (section == "roles" and isinstance(theirs, list)):
+                raise ValueError(f"--data_mapping {path}: {section}: {name}: {theirs!r} is no name of yours")
+    pairs = [(ours, theirs) for ours, theirs in tree.get("roles", {}).items()]
+    roles = {str(t): ours for ours, theirs in pairs for t in (theirs if isinstance(theirs, list) else [theirs])}
+    return Mapping(str(path), tree["columns"], tree.get("turns", {}), roles)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the rows of one file, all in one layout. Travels to worker processes."""
+
+    kind: str
+    layout: str = ""  # what the head shows; empty: it shows nothing, each row says what is wrong with it
+    line: int = 1  # where
+    unread: tuple[str, ...] = ()  # columns of that row that mean nothing to us
+    mapping: Mapping | None = None
+
+    def __call__(self, raw: bytes) -> dict:
+        try:
+            return self._read(raw)
+        except RecursionError:  # what the parser takes may still be too deep to be looked at
+            raise ValueError("nested too deeply") from None
+
+    def _read(self, raw: bytes) -> dict:
+        if self.kind == "plain":
+            return {"text": decode(raw).replace("\r\n", "\n")}
+        row = parse_row(raw)
+        if self.mapping:
+            row = self.mapping(row)
+        layout = layout_of(row, self.kind)
+        if layout is None or layout.kind != self.kind:
+            raise ValueError(not_that_kind(row, layout, self.kind))
+        if layout.name != self.layout:
+            raise ValueError(
+                f"laid out as {layout.name}, while line {self.line} is {self.layout}; "
+                "one layout a file (scripts/prepare_data.py joins files)"
+            )
+        found = layout.read(row, *layout.columns)
+        CHECKS[self.kind](found)
+        return found
+
+
+def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None = None) -> Reader:
+    """By the first row that is of this kind; kind None: of any, and the reader says of which."""
+    found, columns = None, {}
+    for i in range(len(source)):
+        if found and (i == HEAD or not mapping):
+            break
+        try:
+            row = source[i]
+        except ValueError:
+            continue  # it will be reported when its turn comes
+        columns |= dict.fromkeys(row)
+        layout = layout_of(mapping(row) if mapping else row, kind)
+        if not found and layout and kind in (None, layout.kind):
+            aside = () if mapping else tuple(unread(row, layout))  # a mapping says itself what is read
+            found = Reader(layout.kind, layout.name, source.line(i), aside, mapping)
+    missing = [name for name in mapping.columns.values() if name not in columns] if mapping else []
+    if missing:
+        missing, there = (", ".join(f'"{name}"' for name in names) for names in (missing, columns))
+        raise ValueError(f"{source.where(0)}: --data_mapping {mapping.path}: no column {missing}; the file has {there}")
+    if not found and not kind:
+        row = source[0]
+        raise ValueError(f"{source.where(0)}: {not_that_kind(mapping(row) if mapping else row, None, None)}")
+    return found or Reader(kind, mapping=mapping)  # no row is of that kind: each says what it is instead
+
+
+def _check_rated(row: dict) -> None:
+    check_messages(row["messages"], row.get("tools"))
+
+
+def _check_chat(row: dict) -> None:
+    _check_rated(row)
+    for i, message in enumerate(row["messages"]):
+        if message["role"] == "assistant" and (tag := never_closed(message)):
+            raise ValueError(
+                f"messages[{i}] (assistant): begins with {tag}, which never ends; a model that learns from it would "
+                "not end it either: complete the row or take it out"
+            )
+
+
+CHECKS: dict[str, Callable[[dict], None]] = {
+    "text": lambda row: None,
+    "chat": _check_chat,
+    "rated": _check_rated,
+    "preference": check_pair,
+}

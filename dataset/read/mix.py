@@ -1,0 +1,189 @@
+"""Files in any layout -> one file in ours: joined, in a ratio, with a validation part set aside.
+
+    report = prepare(["alpaca.json"], ["identity.jsonl"], target="merged.jsonl", ratio=3, val_fraction=0.01)
+    print(report.task, report.identity, report.written, report.held_out)
+
+Rows keep their order; training shuffles. Validation rows are chosen by a hash of what stands in the file, so that
+equal rows are on one side. Memory: 8 bytes a row for that, and the identity rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset.read.jsonl import Jsonl, RowErrors
+from dataset.read.mapping import Mapping, Reader, find_reader
+
+CHUNK = 4 << 20  # bytes of rows read at a time
+encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # what came from JSON has no circles
+
+
+@dataclass
+class Report:
+    """How many rows there were and what became of them."""
+
+    kind: str
+    layouts: dict[str, str]  # file -> its layout
+    task: int = 0
+    identity: int = 0  # distinct ones
+    written: int = 0
+    repeated: int = 0  # rows written for the identity ones
+    held_out: int = 0
+    left_out: int = 0  # worse answers, under `to` "chat"
+    bad: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """Task rows for each identity row, as written."""
+        return (self.written - self.repeated) / max(self.repeated, 1)
+
+
+def to_ours(row: dict) -> dict:
+    """A canonical row as we keep it in files; reading it back gives the canonical row again."""
+    return {"conversations" if key == "messages" else key: value for key, value in row.items()}
+
+
+def prepare(
+    task: list[str],
+    identity: list[str],
+    *,
+    target: Path,
+    val_target: Path | None = None,
+    ratio: float = 0,
+    val_fraction: float = 0.0,
+    data_limit: int = 0,
+    to: str | None = None,
+    mapping: Mapping | None = None,
+    on_bad_row: str = "error",
+    seed: int = 42,
+    cache_dir: str | None = None,
+) -> Report:
+    """Writes `target` (and `val_target`). `ratio` R repeats identity rows until task : identity is R : 1."""
+    files, extra = ([_File(path, to, mapping, on_bad_row, cache_dir) for path in paths] for paths in (task, identity))
+    if not files:
+        raise ValueError("--data_path: no file given")
+    kinds = {file.rows.path: file.to for file in files + extra}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{path} holds {kind}" for path, kind in kinds.items())
+        raise ValueError(f"files of different kinds cannot be joined: {found}")
+    for file in files + extra:
+        if file.rows.path.resolve() in (target.resolve(), val_target and val_target.resolve()):
+            raise ValueError(f"{target}: would overwrite a file that is being read; choose another --save_path")
+    report = Report(files[0].to, {str(file.rows.path): file.read.layout for file in files + extra})
+    left = data_limit or sum(len(file.rows) for file in files)
+    for file in files:
+        file.limit = min(left, len(file.rows))
+        left -= file.limit
+    with ExitStack() as stack:
+        train = stack.enter_context(Writer(target))
+        val = stack.enter_context(Writer(val_target)) if val_fraction else None
+        held_out = _held_out(files + extra, val_fraction, seed)
+        for line, side in _lines(files, report, held_out):
+            report.task += 1
+            (val if side else train).write(line)
+        task_rows, kept = train.rows, []
+        for line, side in _lines(extra, report, held_out):
+            report.identity += 1
+            val.write(line) if side else kept.append(line)
+        wanted = max(len(kept), round(task_rows / ratio)) if ratio else len(kept)
+        for i in range(wanted if kept else 0):
+            train.write(kept[i % len(kept)])
+        report.written, report.repeated, report.held_out = train.rows, train.rows - task_rows, val.rows if val else 0
+        if not train.rows:
+            raise ValueError(f"{files[0].rows.path}: no row is left to write")
+    return report
+
+
+class _File:
+    """One file to read: its rows, its reader, and the kind that its rows are to become."""
+
+    def __init__(self, path: str, to: str | None, mapping: Mapping | None, on_bad_row: str, cache_dir: str | None):
+        if Path(path).suffix.lower() == ".txt":
+            raise ValueError(f"{path}: plain text needs no preparing; give it to train_pretrain.py as it is")
+        self.rows = Jsonl(path, cache_dir=cache_dir)
+        self.read: Reader = find_reader(self.rows, mapping=mapping)
+        self.to = to or self.read.kind
+        if self.to != self.read.kind and (self.to, self.read.kind) not in (("chat", "preference"), ("chat", "rated")):
+            raise ValueError(f"{self.rows.where(0)}: {self.read.kind} rows ({self.read.layout}) cannot become {to}")
+        self.on_bad_row, self.limit = on_bad_row, len(self.rows)
+
+    def canonical(self, report: Report) -> Iterator[tuple[bytes, dict | None]]:
+        """(raw, row in the wanted kind); None: a row that is left out."""
+        with RowErrors(self.rows.path, self.rows.cache, len(self.rows), self.on_bad_row) as errors:
+            for chunk in self.rows.chunks(CHUNK, self.limit):
+                for raw, line in zip(chunk.rows, chunk.lines.tolist()):
+                    try:
+                        row = self.read(raw)
+                    except ValueError as error:
+                        errors.add(line, str(error), raw)
+                        report.bad += 1
+                        continue
+                    yield raw, row if self.to == self.read.kind else _better_answer(row)
+
+
+def _better_answer(row: dict) -> dict | None:
+    if row.get("label") is False:
+        return None
+    found = {"messages": row.get("chosen") or row.get("messages"), "tools": row.get("tools")}
+    return {key: value for key, value in found.items() if value}
+
+
+def _lines(files: list[_File], report: Report, held_out) -> Iterator[tuple[bytes, bool]]:
+    """(line to write, is it for validation)"""
+    for file in files:
+        for raw, row in file.canonical(report):
+            if row is None:
+                report.left_out += 1
+            else:
+                yield encode(to_ours(row)).encode(), held_out(raw)
+
+
+class Writer:
+    """A file that is complete as soon as it has its name."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, 0
+
+    def __enter__(self) -> Writer:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = self.path.with_name(f"{self.path.name}.tmp{os.getpid()}")
+        self.file = open(self.temporary, "wb", buffering=1 << 20)
+        return self
+
+    def write(self, line: bytes) -> None:
+        self.file.write(line + b"\n")
+        self.rows += 1
+
+    def __exit__(self, failed, *_) -> None:
+        if not failed:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        os.unlink(self.temporary) if failed else os.replace(self.temporary, self.path)
+
+
+def row_hash(raw: bytes, seed: int = 0) -> int:
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def _held_out(files: list[_File], fraction: float, seed: int):
+    """raw row -> does it go to validation? The rows of the smallest hashes do: the share, whatever the order."""
+    if not fraction:
+        return lambda raw: False
+    hashes = np.fromiter(
+        (row_hash(raw, seed) for file in files for chunk in file.rows.chunks(CHUNK, file.limit) for raw in chunk.rows),
+        np.uint64,
+    )
+    count = max(1, round(fraction * len(hashes)))
+    if count >= len(np.unique(hashes)):
+        raise ValueError(f"--val_fraction {fraction}: {len(hashes)} rows are too few to split")
+    bound = int(np.partition(hashes, count - 1)[count - 1])
+    return lambda raw: row_hash(raw, seed) <= bound

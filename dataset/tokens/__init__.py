@@ -1,0 +1,1 @@
+"""Canonical rows -> token sequences, on disk."""

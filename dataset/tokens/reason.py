@@ -1,0 +1,61 @@
+"""Conversations in which an assistant may think first: the tags around thought and answer count more than words.
+
+    ds = ReasonDataset("dataset/reason.jsonl", tokenizer, max_seq_len=1024, tag_weight=10)
+    ds.extras(7)["weight"]     # (n,) fp32: 10 for <think> </think> <answer> </answer>, 1 for other trained tokens, or 0
+
+A tag is markup that begins, divides or ends an answer (tokenizer/chat.py), never a word that looks like one. In our
+tokenizer each is a token of its own. Where a foreign one spells it out, its place in the answer tells which tokens it
+is: `<`, `th`, `ink`, `>` occur in ordinary words as well, so looking for those ids would find too many.
+
+As in every chat, an answer is trained on whole or not at all. So no thought is learned without its end: where
+`max_seq_len` does not hold the last answer, the example is left out and counted in `summary`.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import accumulate
+
+import numpy as np
+
+from dataset.tokens.examples import SFTDataset
+from tokenizer.text import Tokenizer
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SPELLED = re.compile(rb"\s*(<think>).*?(</think>)(?:\s*(<answer>).*(</answer>))?", re.DOTALL)
+SAMPLE = 1000  # examples that show whether there are thoughts at all
+
+
+class ReasonDataset(SFTDataset):
+    def __init__(self, paths, tokenizer: Tokenizer, *, tag_weight: float = 10.0, **options):
+        super().__init__(paths, tokenizer, **options)
+        self.tokenizer, self.tag_weight = tokenizer, tag_weight
+
+    def _extras(self, example: int) -> dict[str, np.ndarray]:
+        trained = self._trained(example)
+        tags = find_tags(self.tokenizer, self._tokens(example), trained)
+        return {"weight": np.where(tags, self.tag_weight, trained).astype(np.float32)}
+
+    def thoughts(self) -> tuple[int, int]:
+        """(how many have a thought, of how many that were looked at)"""
+        seen = np.unique(np.linspace(0, len(self) - 1, SAMPLE).astype(int)).tolist()
+        return sum(bool(find_tags(self.tokenizer, self.tokens(i), self.trained(i)).any()) for i in seen), len(seen)
+
+
+def find_tags(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """(n,) bool: which of the trained tokens are, or are a part of, a tag."""
+    single = [tokenizer.control[tag] for tag in TAGS if tag in tokenizer.control]
+    found = np.isin(ids, single) & trained
+    if len(single) == len(TAGS):
+        return found
+    edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)).tolist()
+    for begin, end in zip(edges[::2], edges[1::2]):  # one answer each
+        pieces = tokenizer.bytes_of(ids[begin:end])
+        stops = list(accumulate(map(len, pieces)))
+        match = SPELLED.match(b"".join(pieces))
+        for group in range(1, len(TAGS) + 1) if match else ():
+            if TAGS[group - 1] in tokenizer.control or match[group] is None:
+                continue
+            for i, (piece, stop) in enumerate(zip(pieces, stops), start=begin):
+                found[i] |= stop > match.start(group) and stop - len(piece) < match.end(group)
+    return found

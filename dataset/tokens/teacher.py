@@ -1,0 +1,129 @@
+"""What a teacher expects of every trained token, in a file: its k most likely ids, and how likely each is.
+
+    with writing("teacher.lp", dataset, top_k=32, facts={...}) as records:
+        records[example] = ids, logprobs           # (n, 32), (n, 33) of its n trained tokens
+    TaughtDataset("sft.jsonl", tokenizer, max_seq_len=512, views=read_header("teacher.lp"))
+
+The last log-probability is that of all other ids together. So a token takes k * (2 + 2) + 2 bytes (130 for 32), or
+k * (4 + 2) + 2 for more than 65,536 ids. The file is mapped, never held in memory, and belongs to the examples it was
+made from: their tokens, their order and where they were cut.
+
+    4096 bytes    JSON, filled with blanks
+    8 * (n + 1)   int64: where each example's records begin
+    the rest      records: k ids, k + 1 fp16
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from dataset.tokens.examples import SFTDataset
+from tokenizer.text import Tokenizer
+
+HEADER = 4096
+FORMAT = "sparrow-teacher-1"
+LEAST = -30.0  # e^-30 is nothing, and finite in fp16
+
+
+def record_type(top_k: int, vocab_size: int) -> np.dtype:
+    id_type = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    return np.dtype([("ids", id_type, (top_k,)), ("logprobs", np.float16, (top_k + 1,))])
+
+
+def read_header(path: str | Path) -> dict:
+    """The facts it was written with, and its own path."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER)
+    try:
+        facts = json.loads(head.decode())
+        size = HEADER + 8 * (facts["examples"] + 1) + facts["tokens"] * facts["bytes_per_token"]
+    except (ValueError, KeyError, TypeError):
+        facts = {}
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"--teacher_logprobs {path}: not a file that --write_logprobs writes")
+    if Path(path).stat().st_size != size:
+        raise ValueError(f"--teacher_logprobs {path}: truncated, it should have {size:,} bytes; write it again")
+    return facts | {"path": str(path)}
+
+
+class TaughtDataset(SFTDataset):
+    """Conversations with the teacher's view of each trained token: extras `teacher_ids` (n, k) int32 and
+    `teacher_logprobs` (n, k + 1) fp16. Without a file, plain ones."""
+
+    def __init__(self, paths, tokenizer: Tokenizer, *, views: dict | None = None, **options):
+        super().__init__(paths, tokenizer, **options)
+        self.views = None
+        if views is None:
+            return
+        for what, theirs, ours in (
+            ("the tokenizer", views["tokenizer"][:12], tokenizer.hash[:12]),
+            ("--max_seq_len", views["max_seq_len"], self.max_seq_len),
+            ("the data (files, rows, --on_long)", views["data"][:12], self.fingerprint[:12]),
+        ):
+            if theirs != ours:
+                raise ValueError(
+                    f"--teacher_logprobs {views['path']}: was written for other examples: {what} was {theirs}, is "
+                    f"{ours}; write it again with --write_logprobs"
+                )
+        begin = HEADER + 8 * (views["examples"] + 1)
+        dtype = record_type(views["top_k"], views["vocab_size"])
+        self._begins = np.memmap(views["path"], np.int64, "r", HEADER, (views["examples"] + 1,))
+        self.views = np.memmap(views["path"], dtype, "r", begin, (views["tokens"],))
+
+    def _extras(self, example: int) -> dict[str, np.ndarray]:
+        if self.views is None:
+            return {}
+        trained = targets(self._trained(example))
+        records = self.views[self._begins[example] : self._begins[example + 1]]
+        k = records["ids"].shape[1]
+        ids, logprobs = np.zeros((len(trained), k), np.int32), np.zeros((len(trained), k + 1), np.float16)
+        ids[trained], logprobs[trained] = records["ids"], records["logprobs"]
+        return {"teacher_ids": ids, "teacher_logprobs": logprobs}
+
+
+def targets(trained: np.ndarray) -> np.ndarray:
+    """Which tokens of an example are ever a target: the trained ones but the first."""
+    return np.concatenate([[False], trained[1:]])
+
+
+class Records:
+    """What `writing` gives: records[example] = ids, logprobs, in any order of examples."""
+
+    def __init__(self, file, begins: np.ndarray, dtype: np.dtype):
+        self.file, self.begins, self.dtype = file, begins, dtype
+        self.start = file.tell()
+
+    def __setitem__(self, example: int, found: tuple[np.ndarray, np.ndarray]) -> None:
+        values = np.empty(len(found[0]), self.dtype)
+        values["ids"], logprobs = found
+        values["logprobs"] = np.maximum(logprobs, LEAST)
+        self.file.seek(self.start + int(self.begins[example]) * self.dtype.itemsize)
+        values.tofile(self.file)
+
+
+@contextmanager
+def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, facts: dict):
+    """`path` is the file to fill; facts: what else its readers have to know."""
+    counts = [int(targets(dataset._trained(example)).sum()) for example in range(int(dataset._first[-1]))]
+    begins = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    dtype = record_type(top_k, tokenizer.vocab_size)
+    head = facts | dict(
+        format=FORMAT,
+        data=dataset.fingerprint,
+        tokenizer=tokenizer.hash,
+        max_seq_len=dataset.max_seq_len,
+        vocab_size=tokenizer.vocab_size,
+        top_k=top_k,
+        examples=len(counts),
+        tokens=int(begins[-1]),
+        bytes_per_token=dtype.itemsize,
+    )
+    with open(path, "wb") as file:
+        file.write(json.dumps(head).encode().ljust(HEADER))
+        begins.tofile(file)
+        file.truncate(file.tell() + head["tokens"] * dtype.itemsize)
+        yield Records(file, begins, dtype)

@@ -1,0 +1,1 @@
+"""Saying something: the cache, sampling, decoding, a conversation."""

@@ -1,0 +1,442 @@
+"""Rows -> examples: what is trained on, what is cut, and that tokens are worked out once."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dataset.read.formats import to_conversation, to_text
+from dataset.tokens import token_cache as tc
+from dataset.tokens.examples import PretrainDataset, SFTDataset, weighted
+from tokenizer.chat import Encoded
+
+E, START, STOP = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
+
+
+class ByteTokenizer:
+    """A byte b is the id b + 3: enough to spell things out, and nothing to load."""
+
+    chat_template, path, vocab_size, hash = None, "", 259, "bytes"
+    end_of_text, im_start, im_end = E, START, STOP
+    control = {"<|endoftext|>": E, "<|im_start|>": START, "<|im_end|>": STOP}
+
+    def __init__(self):
+        self.texts = []  # all it was asked to encode
+
+    @classmethod
+    def load(cls, path):
+        return cls()
+
+    def encode_batch(self, texts):
+        return [encoding.ids for encoding in self.encode_offsets(texts)]
+
+    def encode_offsets(self, texts):
+        self.texts += texts
+        return [
+            SimpleNamespace(
+                ids=[b + 3 for c in text for b in c.encode()],
+                offsets=[(i, i + 1) for i, c in enumerate(text) for _ in c.encode()],
+            )
+            for text in texts
+        ]
+
+
+def text(ids) -> str:
+    """Control tokens as E [ ], bytes as themselves."""
+    return "".join("E[]"[i] if i < 3 else chr(i - 3) for i in np.asarray(ids).tolist())
+
+
+def jsonl(path, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def chat(*contents, system=None):
+    """chat("a", "b"): the user says a, the assistant b."""
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+    return {"conversations": turns}
+
+
+def pretrain(paths, tokenizer=None, **options):
+    return PretrainDataset(paths, tokenizer or ByteTokenizer(), **dict(max_seq_len=4) | options)
+
+
+def sft(paths, tokenizer=None, **options):
+    return SFTDataset(paths, tokenizer or ByteTokenizer(), **dict(max_seq_len=100) | options)
+
+
+# ---- pretraining
+
+
+def test_documents_make_one_stream_and_every_token_is_a_target_once(tmp_path):
+    """E opens a document as an input and ends the one before as a target: "abc", "defg" have 3 + 1 + 4 + 1 targets."""
+    ds = pretrain(jsonl(tmp_path / "a.jsonl", {"text": "abc"}, {"text": "defg"}))
+    rows = [text(ds.tokens(i)) for i in range(len(ds))]
+    assert rows == ["EabcE", "Edefg", "gE"]
+    assert "".join(row[1:] for row in rows) == "abcEdefgE"
+    assert ds.lengths.tolist() == [5, 5, 2] and ds.trained(0) is None
+    assert ds.summary == "2 documents, 9 tokens"
+
+
+def test_a_stream_goes_on_over_files_and_says_where_rows_come_from(tmp_path):
+    a, b = jsonl(tmp_path / "a.jsonl", {"text": "abc"}, {"text": "d"}), jsonl(tmp_path / "b.jsonl", {"text": "efghijk"})
+    ds = pretrain([a, b])
+    assert [text(ds.tokens(i)) for i in range(len(ds))] == ["EabcE", "EdEef", "fghij", "jkE"]
+    assert [ds.source(i) for i in range(len(ds))] == [f"{a}:1", f"{a}:2", f"{b}:1", f"{b}:1"]
+
+
+def test_a_stream_that_ends_with_a_row_has_no_row_of_nothing(tmp_path):
+    ds = pretrain(jsonl(tmp_path / "a.jsonl", {"text": "abcdefg"}))  # E + 7 = two rows of 4
+    assert [text(ds.tokens(i)) for i in range(len(ds))] == ["Eabcd", "defgE"]
+
+
+def test_a_text_file_is_one_document_tokenised_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(tc, "CHUNK", 16)
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"the first line\r\nthe second\nand a third that is longer\n")
+    tokenizer = ByteTokenizer()
+    ds = pretrain(file, tokenizer, max_seq_len=1000)
+    assert text(ds.tokens(0)) == "Ethe first line\nthe second\nand a third that is longer\nE"
+    assert len(tokenizer.texts) > 2 and ds.summary.startswith("1 documents")
+    assert pretrain(file, tokenizer, max_seq_len=16).source(1) == f"{file}:2"
+
+
+def test_a_long_text_in_jsonl_is_tokenised_in_pieces_cut_at_line_ends(monkeypatch):
+    monkeypatch.setattr(tc, "PIECE", 8)
+    assert tc.pieces("ab\ncd\nefghijklmnopqrst") == ["ab\ncd\n", "efghijkl", "mnopqrst"]
+
+
+# ---- conversations: the mask, spelled out
+
+
+def test_exactly_the_assistants_words_and_its_end_token_are_trained_on(tmp_path):
+    ds = sft(jsonl(tmp_path / "a.jsonl", chat("hi", "yo", "ok?", "no", system="be")))
+    ids, trained = ds.tokens(0), ds.trained(0)
+    assert text(ids) == "[system\nbe]\n[user\nhi]\n[assistant\nyo]\n[user\nok?]\n[assistant\nno]"
+    assert text(ids[trained]) == "yo]no]"
+    assert len(ids) == ds.lengths[0], "and nothing after the last trained token: it could teach nothing"
+
+
+def test_layouts_give_the_same_conversation():
+    call = {"name": "add", "arguments": {"a": 1}}
+    canonical = (
+        [
+            {"role": "system", "content": "be"},
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "2"},
+        ],
+        [{"type": "function"}],
+    )
+    tools = [{"type": "function"}]
+    openai = [
+        {"role": "user", "content": "1+1?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning": "easy",
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+        },
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "2"},
+    ]
+    minimind = [
+        {"role": "system", "content": "be", "tools": json.dumps(tools)},
+        {"role": "user", "content": "1+1?", "tools": ""},
+        {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": json.dumps([call])},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "2"},
+    ]
+    assert to_conversation({"messages": openai, "system": "be", "tools": tools}) == canonical
+    assert to_conversation({"conversations": minimind}) == canonical
+    minimind[0] |= {"tools": None, "functions": tools}
+    assert to_conversation({"conversations": minimind}) == canonical
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"talk": []}, 'no conversation ("conversations", "messages", "instruction", ...) in this row, it has "talk"'),
+        ({"messages": []}, '"messages" must be a list of messages, this is list []'),
+        ({"messages": "hi"}, '"messages" must be a list of messages, this is str'),
+        ({"messages": ["hi"]}, 'messages[0] must be {"role", "content"} or {"from", "value"}, this is str'),
+        ({"conversations": [{"speaker": "human", "text": "hi"}]}, 'conversations[0] must be {"role", "content"}'),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0]: role must be one of system, user"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0] (user): content must be text, found int"),
+        ({"messages": [{"role": "user"}]}, "messages[0] (user): content must be text, found nothing"),
+        (chat("hi", ""), "conversations[1]: the assistant says nothing"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": "[{"}]}, "messages[0].tool_calls: not JSON"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "must be an object"),
+        ({"messages": [{"role": "user", "content": "hi"}], "tools": {"a": 1}}, '"tools" must be a list'),
+    ],
+)
+def test_a_bad_conversation_is_named_with_file_line_and_reason(tmp_path, row, reason):
+    good = chat("hi", "yo")["conversations"]
+    file = jsonl(tmp_path / "a.jsonl", {"messages" if "messages" in row else "conversations": good}, "", row)
+    with pytest.raises(ValueError) as error:
+        sft(file)
+    assert str(error.value).startswith(f"{file}:3: ") and reason in str(error.value)
+    assert not [p for p in (tmp_path / ".cache").iterdir() if p.is_dir() and "index" not in p.name], "no half cache"
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"txt": "a"}, 'no "text" in this row, it has "txt"'),
+        ({}, "it has no keys"),
+        ({"text": ["a"]}, '"text" must be text, this is list'),
+        ('{"text": "a', "broken JSON"),
+    ],
+)
+def test_a_bad_document_is_named_with_file_line_and_reason(tmp_path, row, reason):
+    file = jsonl(tmp_path / "a.jsonl", {"text": "a"}, row)
+    with pytest.raises(ValueError) as error:
+        pretrain(file)
+    assert str(error.value).startswith(f"{file}:2: ") and reason in str(error.value)
+    assert to_text({"text": "a"}) == "a"
+
+
+def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes("麻雀\n".encode("gbk"))
+    with pytest.raises(ValueError, match=r"a\.txt:1: not UTF-8 at byte 1; it looks like gbk"):
+        pretrain(tmp_path / "a.txt")
+
+
+# ---- too long
+
+
+def test_a_long_conversation_is_cut_from_the_left_of_its_prompt(tmp_path):
+    """12 positions hold 13 ids: the answer, its end token, and what still fits of the prompt before it."""
+    ds = sft(jsonl(tmp_path / "a.jsonl", chat("a long question", "yes")), max_seq_len=12)
+    assert text(ds.tokens(0)) == "ssistant\nyes]"
+    assert text(ds.tokens(0)[ds.trained(0)]) == "yes]"
+    assert ds.summary == "1 examples, 13 tokens; too long: 1 cut, 0 left out (the longest needs --max_seq_len 37)"
+
+
+def test_an_answer_is_trained_on_whole_or_not_at_all(tmp_path):
+    """Of two answers the first has lost its beginning: it stays as context only."""
+    row = chat("q", "the first answer", "r", "the second")
+    ds = sft(jsonl(tmp_path / "a.jsonl", row), max_seq_len=44)
+    assert text(ds.tokens(0)) == "first answer]\n[user\nr]\n[assistant\nthe second]"
+    assert text(ds.tokens(0)[ds.trained(0)]) == "the second]"
+
+
+@pytest.mark.parametrize("max_seq_len, kept", [(11, 1), (10, 0)])
+def test_a_last_answer_that_does_not_fit_after_a_token_of_its_prompt_is_left_out(tmp_path, max_seq_len, kept):
+    """0123456789] is 11 ids; with the one before, which predicts the first of them, 12 ids are 11 positions."""
+    file = jsonl(tmp_path / "a.jsonl", chat("q", "0123456789"), chat("q", "a"))
+    ds = sft(file, max_seq_len=max_seq_len)
+    assert [text(ds.tokens(i)[ds.trained(i)]) for i in range(len(ds))] == ["0123456789]"][:kept] + ["a]"]
+    assert f"{1 + kept} cut, {1 - kept} left out" in ds.summary
+    assert ds.source(kept) == f"{file}:2"
+
+
+def test_drop_leaves_long_ones_out_and_none_left_is_an_error(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", chat("q" * 50, "yes"), chat("q", "a"))
+    ds = sft(file, max_seq_len=40, on_long="drop")
+    assert len(ds) == 1 and "too long: 0 cut, 1 left out" in ds.summary
+    with pytest.raises(ValueError, match="--max_seq_len 1: no example fits, the longest needs 72"):
+        sft(file, max_seq_len=1)
+
+
+# ---- nothing to train on
+
+
+def test_rows_without_an_answer_are_left_out_counted_and_named(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", *[chat("hi", "yo")] * 30, chat("hi"), chat("hi"))
+    with pytest.raises(ValueError) as error:  # 2 of 32 are more than 5 %
+        sft(file)
+    reason = "2 of 32 rows have no assistant's turn to train on; is this the right file?"
+    assert str(error.value) == f"{file}:31, {file}:32: {reason}"
+    ds = sft(jsonl(file, *[chat("hi", "yo")] * 40, chat("hi"), chat("hi")))
+    assert len(ds) == 40 and f"; 2 rows with nothing to train on left out ({file}:41, {file}:42)" in ds.summary
+
+
+def test_a_conversation_of_which_only_the_first_token_is_trained_on_teaches_nothing(monkeypatch):
+    """The first token is never predicted. (A foreign template may mark it.)"""
+    monkeypatch.setattr(tc, "encode_chats", lambda *_: [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])])
+    block = tc.encode_conversations([(1, {"messages": []}), (2, {"messages": []})], [], ByteTokenizer())
+    assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2], [5, 6])
+
+
+def test_empty_texts_are_left_out_and_a_file_of_them_is_refused(tmp_path):
+    ds = pretrain(jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": " \n"}))
+    assert text(ds.tokens(0)) == "EaE" and "1 rows with nothing to train on left out" in ds.summary
+    with pytest.raises(ValueError, match="1 of 1 rows have no text"):
+        pretrain(jsonl(tmp_path / "b.jsonl", {"text": ""}))
+
+
+# ---- bad rows
+
+
+def test_skipping_counts_writes_down_and_is_not_silently_inherited(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", *[{"text": "a"}] * 3, '{"text": "b', {"text": "c"})
+    ds = pretrain(file, on_bad_row="skip", max_seq_len=100)
+    assert text(ds.tokens(0)) == "EaEaEaEcE"
+    rejects = tmp_path / "a.jsonl.rejects.jsonl"
+    assert f"1 bad rows skipped (see {rejects})" in ds.summary
+    assert json.loads(rejects.read_text(encoding="utf-8"))["line"] == 4
+    assert f"1 bad rows skipped (see {rejects})" in pretrain(file, on_bad_row="skip").summary, "from the cache too"
+    with pytest.raises(ValueError, match=r"a\.jsonl:4: broken JSON"):
+        pretrain(file)
+
+
+# ---- the token cache
+
+
+def test_tokens_are_worked_out_once(tmp_path):
+    file, tokenizer = jsonl(tmp_path / "a.jsonl", chat("hi", "yo"), chat("a", "b")), ByteTokenizer()
+    first = sft(file, tokenizer)
+    assert tokenizer.texts
+    tokenizer.texts.clear()
+    for options in ({}, dict(max_seq_len=30), dict(on_long="drop"), dict(data_limit=2), dict(num_workers=2)):
+        again = sft(file, tokenizer, **options)
+        assert not tokenizer.texts
+    assert text(again.tokens(1)) == text(first.tokens(1)) and first.tokens(0).dtype == np.uint16
+
+
+def test_the_cache_is_made_anew_when_data_or_tokenizer_change(tmp_path):
+    file, tokenizer = jsonl(tmp_path / "a.jsonl", {"text": "abc"}), ByteTokenizer()
+    one = pretrain(file, tokenizer)
+    file.write_text('{"text": "abd"}\n', encoding="utf-8")
+    two = pretrain(file, tokenizer)
+    assert text(two.tokens(0)) == "EabdE" and one.fingerprint != two.fingerprint
+    tokenizer.texts.clear()
+    tokenizer.hash, tokenizer.vocab_size = "other", 70_000
+    three = pretrain(file, tokenizer)
+    assert tokenizer.texts == ["abd"] and three.tokens(0).dtype == np.uint32
+    assert three.fingerprint != two.fingerprint
+    tokenizer.texts.clear()
+    os.utime(file, (1, 1))
+    assert pretrain(file, tokenizer).fingerprint == three.fingerprint and not tokenizer.texts, "a copy is the same data"
+
+
+def test_an_interrupted_build_leaves_no_half_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(tc, "CHUNK", 20)
+    file, tokenizer = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(9)]), ByteTokenizer()
+    encode = tokenizer.encode_batch
+
+    def interrupted(texts):
+        if "text 5" in texts:
+            raise KeyboardInterrupt
+        return encode(texts)
+
+    tokenizer.encode_batch = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(file, tokenizer)
+    assert not [p for p in (tmp_path / ".cache").iterdir() if "-text-" in p.name and p.is_dir()]
+    tokenizer.encode_batch = encode
+    assert text(pretrain(file, tokenizer, max_seq_len=100).tokens(0)) == "".join(f"Etext {i}" for i in range(9)) + "E"
+
+
+def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(tc, "CHUNK", 100)
+    file = jsonl(tmp_path / "a.jsonl", *[chat(f"question {i} 麻雀", f"answer {i}") for i in range(40)])
+    alone = sft(file, cache_dir=tmp_path / "alone")
+    monkeypatch.setattr(tc, "PROCESSES_FROM", 0)
+    tokenizer = ByteTokenizer()
+    together = sft(file, tokenizer, cache_dir=tmp_path / "together", num_workers=2)
+    assert not tokenizer.texts, "this process encoded nothing"
+    digests = [
+        {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in next((tmp_path / d).glob("*-chat-*")).iterdir()}
+        for d in ("alone", "together")
+    ]
+    assert digests[0] == digests[1] and len(together) == len(alone) == 40
+
+
+class Dies(ByteTokenizer):
+    @classmethod
+    def load(cls, path):
+        os._exit(1)
+
+
+def test_when_the_processes_die_this_one_goes_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tc, "CHUNK", 20)
+    monkeypatch.setattr(tc, "PROCESSES_FROM", 0)
+    file = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(30)])
+    ds = pretrain(file, Dies(), num_workers=2, max_seq_len=1000)
+    assert text(ds.tokens(0)) == "".join(f"Etext {i}" for i in range(30)) + "E"
+    assert "a process died" in capfd.readouterr().err
+
+
+def test_a_script_without_a_main_guard_is_told_so_and_served(tmp_path):
+    """Its processes run the script again as they start: there they must not wait for the cache that is being built."""
+    file = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(30)])
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
+        "from test_dataset import ByteTokenizer, pretrain, tc\n"
+        "tc.PROCESSES_FROM, tc.CHUNK = 0, 20\n"
+        f"print(pretrain({str(file)!r}, num_workers=2).summary)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "30 documents, 230 tokens\n", done.stderr
+    assert "put its code under `if __name__ == '__main__':`" in done.stderr
+
+
+# ---- which examples
+
+
+def test_data_limit_takes_the_first_rows_of_all_files_together(tmp_path):
+    a, b = (jsonl(tmp_path / f"{n}.jsonl", *[chat("q", n * i) for i in range(1, 4)]) for n in "ab")
+    ds = sft([a, b], data_limit=4)
+    assert [text(ds.tokens(i)[ds.trained(i)]) for i in range(len(ds))] == ["a]", "aa]", "aaa]", "b]"]
+    assert len(sft([a, b], data_limit=2)) == 2
+
+
+def test_a_number_after_a_path_repeats_its_rows_or_takes_a_part(tmp_path):
+    a, b = (jsonl(tmp_path / f"{n}.jsonl", *[chat("q", f"{n}{i}") for i in range(10)]) for n in "ab")
+    tokenizer = ByteTokenizer()
+    ds = sft([f"{a}:2.3", f"{b}:0.5"], tokenizer)
+    said = [text(ds.tokens(i)[ds.trained(i)])[:-1] for i in range(len(ds))]
+    assert len(said) == 20 + 3 + 5 and len(set(said)) == 10 + 5
+    assert all(said.count(s) in ((2, 3) if s[0] == "a" else (1,)) for s in said)
+    assert said == [text(ds.tokens(i)[ds.trained(i)])[:-1] for i in range(len(ds))]
+    assert ds.order.tolist() == sft([f"{a}:2.3", f"{b}:0.5"]).order.tolist(), "seeded"
+    assert ds.order.tolist() != sft([f"{a}:2.3", f"{b}:0.5"], seed=1).order.tolist()
+    prints = {sft(p, seed=s).fingerprint for p in (a, f"{a}:2", f"{a}:0.5") for s in (1, 2)}
+    assert len(prints) == 4, "a seed changes the data only where it chooses some"
+    answers = [t for t in tokenizer.texts if t.startswith("assistant")]
+    assert answers == [f"assistant\n{n}{i}" for n in "ab" for i in range(10)], "each tokenised once"
+
+
+def test_numbers_after_paths(tmp_path):
+    assert weighted("a.jsonl:3") == (weighted("a.jsonl")[0], 3.0)
+    assert weighted("C:\\data\\a.jsonl")[1] == 1.0
+    (tmp_path / "a:3").write_text("")
+    assert weighted(tmp_path / "a:3") == (tmp_path / "a:3", 1.0)
+    for bad in ("a.jsonl:0", "a.jsonl:-1", "a.jsonl:nan", "a.jsonl:inf"):
+        with pytest.raises(ValueError, match="the number after the colon must be above 0"):
+            weighted(bad)
+
+
+def test_a_split_is_seeded_and_keeps_repeats_on_one_side(tmp_path):
+    ds = sft(f"{jsonl(tmp_path / 'a.jsonl', *[chat('q', f'{i}') for i in range(50)])}:2")
+    train, val = ds.split(0.1, seed=3)
+    assert (len(train), len(val)) == (90, 5), "validation asks each once"
+    assert not set(train.order.tolist()) & set(val.order.tolist())
+    assert sorted({*train.order.tolist(), *val.order.tolist()}) == list(range(50))
+    assert val.order.tolist() == ds.split(0.1, seed=3)[1].order.tolist() != ds.split(0.1, seed=4)[1].order.tolist()
+    assert len({ds.fingerprint, train.fingerprint, val.fingerprint, ds.split(0.1, seed=4)[0].fingerprint}) == 4
+    assert text(val.tokens(0)) == text(ds.tokens(int(val.order[0])))
+    for fraction in (0, 1, -0.5, 0.99999):
+        with pytest.raises(ValueError, match="--val_fraction"):
+            ds.split(fraction, seed=3)
+
+
+def test_pretraining_splits_whole_rows(tmp_path):
+    ds = pretrain(jsonl(tmp_path / "a.jsonl", *[{"text": f"text number {i}"} for i in range(20)]))
+    train, val = ds.split(0.25, seed=0)
+    assert len(train) + len(val) == len(ds) and len(val) == round(len(ds) / 4)
+    everything = [text(ds.tokens(i)) for i in range(len(ds))]
+    assert sorted(text(part.tokens(i)) for part in (train, val) for i in range(len(part))) == sorted(everything)

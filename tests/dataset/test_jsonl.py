@@ -1,0 +1,311 @@
+"""JSONL files: which rows they hold, what a broken one is called, and when the index is made anew."""
+
+import json
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset.read import jsonl
+from dataset.read.jsonl import Jsonl, RowErrors, TextFile, parse_row
+from dataset.tokens import cache
+from dataset.tokens.cache import Mapped, entry
+
+
+def write(path, data: bytes):
+    path.write_bytes(data)
+    return path
+
+
+def test_a_row_is_a_line_that_is_not_blank_and_knows_its_number(tmp_path):
+    file = write(tmp_path / "a.jsonl", b'{"n": 1}\n\n  \t\n{"n": 2}\r\n\r\n  {"n": 3}')
+    rows = Jsonl(file)
+    assert [row["n"] for row in rows] == [1, 2, 3]
+    assert [rows.line(i) for i in range(3)] == [1, 4, 6]
+    assert rows.where(2) == f"{file}:6"
+
+
+def test_a_byte_order_mark_may_stand_at_the_start(tmp_path):
+    assert Jsonl(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"n": 1}\n{"n": 2}\n'))[0] == {"n": 1}
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: no rows"):
+        Jsonl(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf\n\n"))
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(
+    st.lists(st.sampled_from([b"{}", b"", b" ", b"\t", b' {"a": 1}', b"x" * 9]), max_size=30),
+    st.sampled_from([b"\n", b"\r\n"]),
+    st.booleans(),
+    st.integers(1, 12),
+)
+def test_the_index_agrees_with_splitting_the_file_wherever_a_block_ends(lines, newline, last, block):
+    data = newline.join(lines) + (newline if last else b"")
+
+    class File:  # gives `block` bytes at a time
+        at = 0
+
+        def readinto(self, buffer):
+            piece = data[self.at : self.at + block]
+            buffer[: len(piece)] = piece
+            self.at += len(piece)
+            return len(piece)
+
+        def seek(self, at):
+            self.at = int(at)
+
+        def read(self, size):
+            return data[self.at : self.at + int(size)]
+
+    starts, numbers, _ = jsonl.index_lines(File())
+    expected = [(n, line.strip()) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    found = [data[a:b].split(b"\n")[0].strip() for a, b in zip(starts[:-1], starts[1:])]
+    assert list(zip(numbers.tolist(), found)) == expected
+    assert starts[-1] == len(data)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b'{"text": "a}', "broken JSON at column 10: Unterminated string"),
+        (b'{"text": "a"} {"text": "b"}', "broken JSON at column 15: Extra data"),
+        (b"{'text': 'a'}", "broken JSON at column 2"),
+        (b'{"text": "a\x00b"}', "a NUL character at column 12"),
+        (b"\x00\x00\x00\x00", "a NUL character at column 1; was the file cut off"),
+        ('{"text": "麻雀"}'.encode("gbk"), "not UTF-8 at byte 11; it looks like gbk: convert with `iconv"),
+        ('{"text": "麻雀"}'.encode("utf-16"), "not UTF-8 at byte 1; it looks like UTF-16 text"),
+        (b"\x1f\x8b\x08\x00", "it looks like a gzip file"),
+        (b'{"text": "\xff\xff\xff"}', "not UTF-8 at byte 11; save the file as UTF-8"),
+        (b'["text"]', "a row must be an object {...}, this is list"),
+        (b'"text"', "a row must be an object {...}, this is str"),
+        (b"null", "a row must be an object {...}, this is NoneType"),
+        (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "digits"),
+    ],
+)
+def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, data, reason):
+    file = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n\n' + data + b"\n")
+    with pytest.raises(ValueError) as error:
+        Jsonl(file)[1]
+    assert str(error.value).startswith(f"{file}:3: ") and reason in str(error.value)
+
+
+def test_a_pair_of_surrogates_and_a_long_line_are_fine():
+    assert parse_row(b'{"text": "\\ud83d\\ude00"}') == {"text": "😀"}
+    assert len(parse_row(b'{"text": "' + b"a" * 5_000_000 + b'"}')["text"]) == 5_000_000
+
+
+def test_an_empty_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: no rows, the file is empty"):
+        Jsonl(write(tmp_path / "a.jsonl", b""))
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path / "pretrain_hq.jsonl", b"{}")
+    with pytest.raises(FileNotFoundError, match=r"no such file; did you mean .*pretrain_hq\.jsonl\?"):
+        Jsonl(tmp_path / "pretrian_hq.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        Jsonl(tmp_path / "nowhere" / "a.jsonl")
+    with pytest.raises(IsADirectoryError, match="name the files in it"):
+        Jsonl(tmp_path)
+
+
+# ---- .json arrays
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.text(), st.lists(st.floats(-9, 9))))),
+    st.sampled_from([None, 0, 2]),
+)
+def test_an_array_gives_its_elements_whatever_their_layout(tmp_path_factory, elements, indent):
+    path = tmp_path_factory.mktemp("array") / "a.json"
+    path.write_text(json.dumps(elements, indent=indent, ensure_ascii=False), encoding="utf-8")
+    starts, lines = jsonl.array_to_jsonl(path, path.with_suffix(".jsonl"))
+    written = path.with_suffix(".jsonl").read_bytes()
+    assert [json.loads(written[a:b]) for a, b in zip(starts, starts[1:])] == elements
+    assert len(lines) == len(elements)
+
+
+def test_an_array_is_rewritten_once_and_errors_keep_its_line_numbers(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    file.write_text('[\n {"n": 1},\n {"n": "麻雀"}\n,\n 7\n]\n', encoding="utf-8")
+    assert [Jsonl(file)[0], Jsonl(file)[1]] == [{"n": 1}, {"n": "麻雀"}]
+    monkeypatch.setattr(jsonl, "array_to_jsonl", None)  # may not be called again
+    assert Jsonl(file).where(1) == f"{file}:3"
+    with pytest.raises(ValueError, match=r"a\.json:5: a row must be an object"):
+        Jsonl(file)[2]
+
+
+@pytest.mark.parametrize(
+    "text, line", [('[{"n": 1},\n{"n": }]', 2), ('[{"n": 1}\n\n{"n": 2}]', 3), ('[{"n": 1},', 1), ("[", 1)]
+)
+def test_a_broken_array_is_named_by_line(tmp_path, text, line):
+    with pytest.raises(ValueError, match=rf"a\.json:{line}: broken JSON"):
+        Jsonl(write(tmp_path / "a.json", text.encode()))
+    assert not [p for p in (tmp_path / ".cache").iterdir() if p.is_dir()]
+
+
+def test_what_a_file_holds_decides_not_its_name(tmp_path):
+    """Many data sets keep JSONL in a .json file."""
+    assert len(Jsonl(write(tmp_path / "a.json", b'{"n": 1}\n{"n": 2}\n'))) == 2
+    assert len(Jsonl(write(tmp_path / "b.jsonl", b'\n[{"n": 1}, {"n": 2}]'))) == 2
+
+
+# ---- the cache
+
+
+def test_the_index_is_kept_and_made_anew_when_the_file_changes(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", b'{"n": 1}\n')
+    scans = []
+    index_lines = jsonl.index_lines
+    monkeypatch.setattr(jsonl, "index_lines", lambda f: scans.append(1) or index_lines(f))
+    assert Jsonl(file)[0] == Jsonl(file)[0] == {"n": 1} and len(scans) == 1
+    state = os.stat(file)
+    write(file, b'{"n": 2}\n')
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # same size, same time: the ends tell
+    assert Jsonl(file)[0] == {"n": 2} and len(scans) == 2
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert Jsonl(file)[0] == {"n": 2} and len(scans) == 3
+    write(file, b'{"n": 2}\n{"n": 3}\n')
+    assert len(Jsonl(file)) == 2 and len(scans) == 4
+    assert len(list((tmp_path / ".cache").iterdir())) == 1, "what belonged to earlier contents is gone, and every lock"
+
+
+def test_cache_dir_is_used_and_a_read_only_folder_left_alone(tmp_path, monkeypatch):
+    data, home = tmp_path / "data", tmp_path / "home"
+    data.mkdir()
+    file = write(data / "a.jsonl", b"{}")
+    Jsonl(file, cache_dir=tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir() and os.listdir(data) == ["a.jsonl"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    data.chmod(0o555)
+    try:
+        Jsonl(file)
+        assert os.listdir(data) == ["a.jsonl"] and (home / "sparrow").is_dir()
+    finally:
+        data.chmod(0o755)
+
+
+def test_a_build_that_fails_leaves_nothing_and_a_damaged_entry_is_built_again(tmp_path):
+    def build(folder):
+        (folder / "big").write_bytes(b"12345678")
+        return {"source": "s", "content": "c"}
+
+    def killed(folder):
+        build(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        entry(tmp_path, "a-tokens-1", killed)
+    assert [p.name for p in tmp_path.iterdir()] == ["a-tokens-1.lock"]
+    (tmp_path / "a-tokens-1.tmp77").mkdir()  # what a process leaves that was killed for good
+    folder, _ = entry(tmp_path, "a-tokens-1", build)
+    assert sorted(os.listdir(tmp_path)) == ["a-tokens-1"]
+    for damage in (lambda: (folder / "big").write_bytes(b"123"), lambda: (folder / "facts.json").unlink()):
+        damage()
+        assert (entry(tmp_path, "a-tokens-1", build)[0] / "big").read_bytes() == b"12345678"
+    assert entry(tmp_path, "a-tokens-1", None)[1]["content"] == "c"
+
+
+def test_one_builds_and_the_others_wait(tmp_path, capfd):
+    builds = []
+
+    def build(folder):
+        builds.append(folder)
+        time.sleep(0.2)
+        (folder / "x").write_bytes(b"x")
+        return {"source": "s", "content": "c"}
+
+    threads = [threading.Thread(target=entry, args=(tmp_path, "a-tokens-1", build)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(builds) == 1 and "waiting for the process that is building it" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status") or not hasattr(cache.mmap, "MADV_DONTNEED"), reason="Linux")
+def test_reading_a_large_file_does_not_take_its_size_in_memory(tmp_path):
+    def mapped_mib():
+        with open("/proc/self/status", encoding="utf-8") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("RssFile")) / 1024
+
+    np.arange(12 << 20, dtype=np.int64).tofile(tmp_path / "big")  # 96 MiB
+    numbers, before, most = Mapped(tmp_path / "big", np.int64), mapped_mib(), 0.0
+    for start in range(0, len(numbers), 1 << 16):
+        part = numbers[start : start + (1 << 16)]
+        most = max(most, mapped_mib() - before) if start % (1 << 20) == 0 else most
+        assert part[0] == start and part[-1] == start + 65535, "a view outlives the pages it was made from"
+    assert most < 64
+
+
+# ---- bad rows
+
+
+def test_skipped_rows_are_counted_and_written_down(tmp_path):
+    file = write(tmp_path / "a.jsonl", b"")
+    with RowErrors(file, tmp_path, rows=250, on_bad_row="skip") as errors:
+        errors.add(7, "broken JSON", b'{"a')
+        errors.add(9, "not UTF-8", b"\xff")
+    assert errors.count == 2
+    rejects = [json.loads(line) for line in errors.target.read_text(encoding="utf-8").splitlines()]
+    assert errors.target.name == "a.jsonl.rejects.jsonl"
+    assert rejects == [
+        {"line": 7, "reason": "broken JSON", "row": '{"a'},
+        {"line": 9, "reason": "not UTF-8", "row": "\ufffd"},
+    ]
+
+
+@pytest.mark.parametrize("rows, allowed", [(5, 1), (199, 1), (200, 2), (10_000, 100)])
+def test_more_than_one_percent_is_too_many_to_skip_but_one_never_is(tmp_path, rows, allowed):
+    file = write(tmp_path / "a.jsonl", b"")
+    with pytest.raises(ValueError, match=f"more than {allowed} bad rows"):
+        with RowErrors(file, tmp_path, rows, "skip") as errors:
+            for line in range(allowed + 1):
+                assert errors.count == line
+                errors.add(line, "broken", b"")
+    assert os.listdir(tmp_path) == ["a.jsonl"], "no half list of rejects"
+
+
+def test_a_bad_row_stops_unless_told_otherwise(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl:7: broken \(--on_bad_row skip leaves such rows out\)"):
+        with RowErrors(tmp_path / "a.jsonl", tmp_path, 1000, "error") as errors:
+            errors.add(7, "broken", b"")
+
+
+# ---- plain text
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab\n麻雀😀", min_size=1), st.integers(8, 20))
+def test_a_text_file_comes_in_whole_characters_cut_at_line_ends(tmp_path_factory, text, size):
+    file = write(tmp_path_factory.mktemp("text") / "a.txt", text.encode())
+    chunks = list(TextFile(file).chunks(size))
+    assert "".join(chunk.rows[0].decode() for chunk in chunks) == text
+    for before, chunk in zip(chunks, chunks[1:]):
+        assert before.rows[0].endswith(b"\n") or b"\n" not in before.rows[0]
+        assert chunk.lines[0] == 1 + b"".join(c.rows[0] for c in chunks[: chunks.index(chunk)]).count(b"\n")
+
+
+@pytest.mark.parametrize("rest", ('[{"text": "c"}]', '{"text": "c"}', "]", "x"))
+def test_what_stands_after_an_array_is_not_lost_silently(rest, tmp_path):
+    """`cat a.json b.json > all.json`: of 6 rows 3 were read."""
+    path = tmp_path / "all.json"
+    path.write_text('[{"text": "a"},\n{"text": "b"}]\n\n' + rest, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"all.json:4: broken JSON: something stands after the array's end"):
+        Jsonl(path)
+    path.write_text('[{"text": "a"},\n{"text": "b"}]\n\n', encoding="utf-8")
+    assert len(Jsonl(path)) == 2
+
+
+def test_a_row_over_several_lines_is_named_as_such(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{\n  "text": "a"\n}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="a row has to stand on one line"):
+        Jsonl(path)[0]

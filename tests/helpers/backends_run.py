@@ -1,0 +1,136 @@
+"""What two processes do under each backend, for tests/trainer/test_backends.py:
+
+    torchrun tests/helpers/backends_run.py FOLDER 8 zero2
+
+Everything happens in one pair of processes, since importing DeepSpeed takes longer than what is tested.
+"""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.helpers.small_run import FLAGS, sft_engine
+
+BACKENDS = {
+    "ddp": [],
+    "zero0": ["--zero_stage=0"],
+    "zero1": ["--zero_stage=1"],
+    "zero2": ["--zero_stage=2"],
+    "zero3": ["--zero_stage=3"],
+    "offload": ["--zero_stage=2", "--zero_offload=optimizer"],
+    "offload3": ["--zero_stage=3", "--zero_offload=parameters"],
+}
+SPLITS = {1: 12, 3: 4}  # accumulation -> rows at once of one process; two take half
+WHOLE, HALF = 6, 3  # steps of a run that is stopped and resumed
+
+
+def make(name: str, device):
+    """A backend inside the process group that is there already."""
+    from common.options import parse
+    from trainer.loop.backend import DDP, Backend
+    from trainer.loop.deepspeed import STAGES
+    from trainer.loop.launch import deepspeed_config
+    from trainer.train_full_sft import SFTConfig
+
+    name = name.removesuffix("_from_one")
+    if name in ("one", "ddp"):
+        return Backend(device) if name == "one" else DDP(device)
+    config = parse(SFTConfig, [*FLAGS, *BACKENDS[name], "--grad_clip=0"])
+    merged = deepspeed_config(config, 2)
+    merged["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else these small ones are not sharded
+    return STAGES[config.zero_stage](device, merged)
+
+
+def one_sgd_step(folder, name, device, batch_size, accumulation_steps):
+    """-> (gradient norm, every parameter's change), by plain SGD with rate 1, whatever computes it."""
+    import torch
+
+    from trainer.loop import engine as engine_module
+
+    build = engine_module.build_optimizers
+    engine_module.build_optimizers = lambda model, *_: [torch.optim.SGD(model.parameters(), lr=1.0, fused=True)]
+    try:
+        engine = sft_engine(folder, batch_size, accumulation_steps, make(name, device))
+    finally:
+        engine_module.build_optimizers = build
+    before = weights(engine)
+    batches = engine.loader.batches(0)
+    (units,) = engine.backend.sum(sum(map(engine.job.objective.count, batches)))
+    _, norm, bad = engine._update(batches, units)
+    after = weights(engine)
+    return norm.item(), bad.item(), {name: after[name] - before[name] for name in after}
+
+
+def weights(engine) -> dict:
+    with engine.backend.whole():
+        return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+
+
+def train(engine, until: int) -> list[float]:
+    """AdamW from where the engine stands -> the losses; every rank has another number of trained tokens."""
+    losses = []
+    for step in range(engine.step, until):
+        batches = engine.loader.batches(step)
+        own = sum(map(engine.job.objective.count, batches))
+        (units,) = engine.backend.sum(own)
+        engine._set_learning_rate()
+        metrics, _, _ = engine._update(batches, units)
+        engine.step = step + 1
+        losses.append(engine.backend.sum(float(metrics["loss"]))[0] / units)
+    return losses
+
+
+def stop_and_resume(folder, name, device, rows, state=None):
+    """-> losses after a resume from `state` (default: own), whether they are the undisturbed run's, the state's path"""
+    options = dict(max_steps=WHOLE, save_dir=folder / name)
+    whole = sft_engine(folder, rows, 1, make(name, device), **options)
+    train(whole, HALF)
+    whole.save()
+    losses, end = train(whole, WHOLE), weights(whole)
+    resumed = sft_engine(folder, rows, 1, make(name, device), **options, from_resume=state or whole.states)
+    again, found = train(resumed, WHOLE), weights(resumed)
+    same = again == losses and all((found[n] == end[n]).all().item() for n in end)
+    return losses, again, same, str(whole.states)
+
+
+def measure(folder, name, device, steps: int, world: int, state=None) -> dict:
+    from model.checkpoint import load_weights
+
+    found = dict(sgd={k: one_sgd_step(folder, name, device, rows // world, k) for k, rows in SPLITS.items()})
+    engine = sft_engine(folder, 8 // world, 1, make(name, device), max_steps=steps, save_dir=folder / f"{name}_file")
+    found["losses"] = train(engine, steps)
+    found["bytes"] = sizes(engine)
+    engine.save()
+    if engine.backend.main:
+        found["file"] = load_weights(folder / f"{name}_file" / "full_sft_32_moe.pth").state
+    rows = 8 // world
+    *losses, found["resumed_equal"], found["state"] = stop_and_resume(folder, name, device, rows)
+    found["resumed"] = losses
+    if state:
+        found["from_one"] = stop_and_resume(folder, name + "_from_one", device, rows, state)[1]
+    return found
+
+
+def sizes(engine) -> tuple[int, int]:
+    """(optimiser's, parameters') bytes on this rank."""
+    moments = sum(t.nbytes for o in engine.optimizers for s in o.state.values() for t in s.values())
+    kept = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.model.parameters())
+    return moments, kept
+
+
+if __name__ == "__main__":
+    import torch
+
+    from common.options import parse
+    from trainer.loop.processes import start
+    from trainer.train_full_sft import SFTConfig
+
+    folder, steps, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    state = json.loads((folder / "one.json").read_text())
+    with start(parse(SFTConfig, [*FLAGS, "--backend=ddp"])) as backend, contextlib.redirect_stdout(io.StringIO()):
+        found = {name: measure(folder, name, backend.device, steps, 2, state) for name in names}
+        torch.save(found, folder / f"found{backend.rank}.pth")

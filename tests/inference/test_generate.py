@@ -1,0 +1,118 @@
+"""Generation with a cache says what the full forward pass says, however the prompt is cut, padded or batched."""
+
+import pytest
+import torch
+
+from inference.decode import KVCache, Sampling, decode, generate, pad_left, prefill
+from model.config import ModelConfig
+from model.transformer import CausalLM
+
+CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture(params=["dense", "moe"])
+def model(request):
+    torch.manual_seed(1)
+    config = CONFIG if request.param == "dense" else ModelConfig(**{**CONFIG.to_dict(), "num_experts": 4})
+    model = CausalLM(config)
+    for parameter in model.parameters():  # zero-initialised projections would make every block the identity
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 12], [19, 1]])
+def test_cached_logits_equal_the_full_pass(model, chunks):
+    """MiniMind's chunked prefill was wrong by 1.77: is_causal aligns to the top left when there are more keys than
+    queries."""
+    tokens = torch.randint(97, (2, 20))
+    expected = model(tokens).logits
+    cache = KVCache(CONFIG, rows=2, capacity=20, dtype=torch.float32)
+    parts = [model(part, cache=cache).logits for part in tokens.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_is_never_seen(model):
+    prompts = [[5, 6, 7], [9], list(range(20, 31))]
+    tokens, documents = pad_left(prompts, "cpu")
+    cache = KVCache(CONFIG, rows=3, capacity=16, dtype=torch.float32)
+    together = prefill(model, tokens, documents, cache)
+    more = torch.tensor([[1, 2], [3, 4], [5, 6]])  # then decode two more tokens per row
+    after = model(more, cache=cache).logits
+    for row, prompt in enumerate(prompts):
+        alone = model(torch.tensor([prompt + more[row].tolist()])).logits[0]
+        torch.testing.assert_close(together[row], alone[len(prompt) - 1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(after[row], alone[-2:], atol=1e-5, rtol=1e-4)
+
+
+def test_greedy_batch_equals_single_rows_and_the_loop_without_cache(model):
+    prompts = [[5, 6, 7], [9], list(range(20, 31))]
+    greedy = Sampling(temperature=0)
+    batch = generate(model, prompts, greedy, max_new_tokens=12)
+    for prompt, reply in zip(prompts, batch):
+        assert generate(model, [prompt], greedy, max_new_tokens=12) == [reply]
+        text = list(prompt)
+        for _ in range(12):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+        assert text[len(prompt) :] == reply
+
+
+def test_a_stop_token_ends_its_row_only(model):
+    prompts = [[5, 6, 7], [9]]
+    free = generate(model, prompts, Sampling(temperature=0), max_new_tokens=10)
+    stop = {free[0][4]}
+    ended = generate(model, prompts, Sampling(temperature=0), max_new_tokens=10, stop=stop)
+    cut = lambda row: row[: next((i for i, t in enumerate(row) if t in stop), len(row))]
+    assert ended == [cut(free[0]), cut(free[1])] and len(ended[0]) <= 4
+
+
+def test_a_conversation_continues_from_its_cache(model):
+    first, rest = [5, 6, 7, 8], [11, 12, 13]
+    cache = KVCache(CONFIG, 1, 40, torch.float32)
+    reply = [t for (t,) in decode(model, [first], Sampling(temperature=0), max_new_tokens=5, cache=cache)]
+    history = first + reply + rest
+    cache.length = min(cache.length, len(first) + len(reply))  # the last token drawn was never fed
+    assert cache.length == len(first) + len(reply) - 1
+    continued = [t for (t,) in decode(model, [history], Sampling(temperature=0), max_new_tokens=5, cache=cache)]
+    assert [continued] == generate(model, [history], Sampling(temperature=0), max_new_tokens=5)
+
+
+def test_sampling_draws_from_the_distribution_it_states():
+    """p = (0.5, 0.3, 0.15, 0.05). top_p 0.75 keeps the first two (0.5 < 0.75 <= 0.8): renormalised 0.625 and 0.375."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**settings):
+        rows = p.log().expand(20_000, 4)
+        drawn = Sampling(**{"temperature": 1.0, "top_p": 1.0, **settings}).draw(rows, None, generator)
+        return torch.bincount(drawn, minlength=4) / 20_000
+
+    close = dict(atol=0.015, rtol=0)
+    torch.testing.assert_close(frequencies(), p, **close)
+    torch.testing.assert_close(frequencies(top_p=0.75), torch.tensor([0.625, 0.375, 0, 0]), **close)
+    torch.testing.assert_close(frequencies(top_k=3), torch.tensor([0.5, 0.3, 0.15, 0]) / 0.95, **close)
+    squared = p.square() / p.square().sum()  # temperature 1/2 squares the probabilities
+    torch.testing.assert_close(frequencies(temperature=0.5), squared, **close)
+
+
+def test_repetition_penalty_by_hand():
+    """Seen tokens: 2.0 / 2 = 1.0 falls behind 1.5; a negative score is multiplied: -1 * 2 = -2."""
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.5]])
+    seen = torch.tensor([[True, False, True, False]])
+    greedy = Sampling(temperature=0, repetition_penalty=2.0)
+    assert greedy.draw(logits, seen, None).tolist() == [1]
+    assert greedy.draw(torch.tensor([[-9.0, -9.0, -1.0, -1.5]]), seen, None).tolist() == [3]
+
+
+def test_the_same_seed_says_the_same(model):
+    runs = [generate(model, [[5, 6]], Sampling(temperature=1.5, seed=s), max_new_tokens=20) for s in (3, 3, 4)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_what_does_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match="exceed the model's 32768 positions"):
+        generate(model, [[1] * 10], Sampling(), max_new_tokens=40_000)
+    with pytest.raises(ValueError, match="temperature -1 must be 0 .greedy. or more; top_p 2 must be"):
+        Sampling(temperature=-1, top_p=2)

@@ -1,0 +1,105 @@
+"""How a run ends that does not end by itself: a second signal, the launcher's echo of the first, no memory, no peer."""
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.config import ModelConfig
+from model.transformer import CausalLM
+from tests.helpers.small_run import ROOT
+from trainer.loop import processes
+from trainer.loop.interrupts import explained, memory_advice, row_bytes
+
+CONFIG = SimpleNamespace(batch_size=6, accumulation_steps=2, max_seq_len=100, optimizer="adamw", ddp_timeout=30)
+TWICE = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from trainer.loop import interrupts as ends
+ends.ECHO = float(sys.argv[2])
+with ends.catch_signals() as received:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+    print(len(received))
+"""
+
+
+def tiny() -> CausalLM:
+    return CausalLM(
+        ModelConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+        )
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(
+    "launched, echo, status, said", [(False, 5, -signal.SIGINT, ""), (True, 5, 0, "2"), (True, 0.1, -signal.SIGINT, "")]
+)
+def test_a_second_signal_ends_at_once_but_a_launchers_echo_does_not(launched, echo, status, said):
+    """On Ctrl-C a terminal signals torchrun and its processes, and torchrun signals them again: half a save was cut."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
+    environment |= {"TORCHELASTIC_RUN_ID": "x"} if launched else {}
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, str(ROOT), str(echo)], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == said and (done.returncode == status or status and done.returncode == 130)
+
+
+def test_out_of_memory_says_what_trains_the_same_in_less():
+    """6 rows: the largest smaller batch that divides them is 3, twice as often. A row of 100 tokens by hand: 2 layers
+    of 8 x 16 + 2 x 1 x 8 + 3 x 32 = 240 numbers, and 50 logits twice, 4 bytes each: 100 x (2 x 240 + 100) x 4."""
+    model = tiny()
+    assert row_bytes(model.config, 100, 4) == 100 * (2 * 240 + 100) * 4
+    with pytest.raises(ValueError, match="out of memory.*--batch_size 3 --accumulation_steps 4 trains the same"):
+        with explained(CONFIG, model, 1):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+    with pytest.raises(ValueError, match="out of memory"), explained(CONFIG, model, 1):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    one = SimpleNamespace(**{**vars(CONFIG), "batch_size": 1})
+    assert "--batch_size" not in memory_advice(one, model) and "--max_seq_len" in memory_advice(one, model)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes do not fit"), explained(CONFIG, tiny(), 2):
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(ValueError, match="another process of this run has ended.*--ddp_timeout 30 seconds"):
+        with explained(CONFIG, tiny(), 2):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:23942")
+
+
+def test_after_a_restart_the_addresses_of_the_dead_are_not_read(monkeypatch):
+    """torchrun's store outlives the processes it restarts. On a busy machine a new process read where its neighbour had
+    been, called there for --ddp_timeout seconds, and the restarted run failed in half of the trials."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launcher = dict(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        RANK="0",
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    for restart in ("0", "0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        place = processes._meeting_place(timedelta(seconds=5))
+        seen.append(place["store"].check(["address of rank 1"]))
+        place["store"].set("address of rank 1", "here")
+    assert seen == [False, True, False] and (place["rank"], place["world_size"]) == (0, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # two nodes count their restarts apart: torch's own way
+    assert processes._meeting_place(timedelta(seconds=5)) == {}

@@ -1,0 +1,166 @@
+"""What is already there when a run writes: nothing that somebody may still need disappears without a word."""
+
+import pytest
+import torch
+
+from model.adapter import find_base, load_adapter
+from model.checkpoint import find_weights, load_weights
+from tests.helpers.small_run import run_stage, write_pretrain, write_sft
+from tests.trainer.test_engine import same, state_of
+from tokenizer.find import tokenizer_of
+from tokenizer.text import Tokenizer
+from trainer.train_tokenizer import save, train_bpe
+
+
+@pytest.fixture
+def pretrain(tmp_path):
+    data = write_pretrain(tmp_path / "text.jsonl")
+    return lambda *flags: run_stage(
+        "pretrain", f"--data_path={data}", f"--save_dir={tmp_path}", "--batch_size=8", *flags
+    )
+
+
+def test_weights_are_not_written_over_those_they_start_from(pretrain, tmp_path):
+    """`--from_weight pretrain` for a second round: after its first save the parent was gone, and with it what
+    --from_resume needs to know the run again."""
+    pretrain("--max_steps=2")
+    before = (tmp_path / "pretrain_32.pth").read_bytes()
+    with pytest.raises(ValueError, match="pretrain_32.pth: this run starts from these.*--save_weight, pretrain_2"):
+        pretrain("--max_steps=4", "--from_weight=pretrain")
+    assert (tmp_path / "pretrain_32.pth").read_bytes() == before
+    pretrain("--max_steps=4", "--from_weight=pretrain", "--save_weight=pretrain_2")
+    pretrain("--max_steps=6", "--from_weight=pretrain", "--save_weight=pretrain_2", "--from_resume=auto")
+    assert load_weights(tmp_path / "pretrain_2_32.pth").lineage[-1]["steps"] == 6
+
+
+def test_a_fresh_run_of_the_same_name_keeps_what_the_last_one_wrote(pretrain, tmp_path, capsys):
+    """A trial of 1 step after a week of training. What was trained on the older weights finds them by their hash."""
+    pretrain("--max_steps=3", "--val_fraction=0.2")
+    write_sft(tmp_path / "sft.jsonl")
+    run_stage(
+        "lora",
+        f"--data_path={tmp_path / 'sft.jsonl'}",
+        "--from_weight=pretrain",
+        f"--save_dir={tmp_path}",
+        "--max_steps=1",
+    )
+    old = {path: state_of(path) for path in (tmp_path / "pretrain_32.pth", tmp_path / "best" / "pretrain_32.pth")}
+    pretrain("--max_steps=1", "--val_fraction=0.2", "--seed=7")
+    assert "pretrain_32.pth is replaced; what it was is now pretrain_32.previous.pth" in capsys.readouterr().out
+    for path, weights in old.items():
+        assert same(state_of(path.with_name("pretrain_32.previous.pth")), weights) and not same(state_of(path), weights)
+    assert find_weights("pretrain", tmp_path) == tmp_path / "pretrain_32.pth", "a bare name never means the previous"
+    adapter = load_adapter(tmp_path / "lora" / "lora_identity_32.pth")
+    assert find_base(adapter, None, tmp_path).path == tmp_path / "pretrain_32.previous.pth"
+
+    pretrain("--max_steps=2", "--val_fraction=0.2", "--seed=7", "--from_resume=auto")
+    kept = state_of(tmp_path / "pretrain_32.previous.pth")
+    assert same(kept, old[tmp_path / "pretrain_32.pth"]), "its own weights are no other run's"
+
+
+def test_a_continued_run_does_not_take_another_ones_weights_for_its_own(pretrain, tmp_path, capsys):
+    """A was killed, B of the same name finished, A goes on: B's weights were replaced without a word."""
+    pretrain("--max_steps=2", "--seed=1")
+    pretrain("--max_steps=3", "--seed=2")
+    of_b = state_of(tmp_path / "pretrain_32.pth")
+    capsys.readouterr()
+    pretrain("--max_steps=4", "--seed=1", "--from_resume=auto")
+    assert "resumed after step 2" in (said := capsys.readouterr().out) and "is replaced" in said
+    assert same(state_of(tmp_path / "pretrain_32.previous.pth"), of_b)
+
+
+def test_the_same_command_twice_starts_from_the_same_base(pretrain, tmp_path, monkeypatch):
+    """With --output_dir: the second time it found its own result first, under the base's name."""
+    from trainer import inputs as prepare
+
+    pretrain("--max_steps=1")
+    write_sft(tmp_path / "sft.jsonl")
+    (tmp_path / "out").mkdir()
+    base = (tmp_path / "pretrain_32.pth").rename(tmp_path / "out" / "full_sft_32.pth")
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    for _ in range(2):
+        run_stage(
+            "full_sft",
+            f"--data_path={tmp_path / 'sft.jsonl'}",
+            "--max_steps=1",
+            "--from_weight=full_sft",
+            f"--output_dir={tmp_path / 'mine'}",
+        )
+    parent = load_weights(tmp_path / "mine" / "full_sft_32.pth").lineage[-1]["parent"]
+    assert parent == load_weights(base).hash
+
+
+def test_merged_and_exported_weights_are_not_written_over_either(pretrain, tmp_path):
+    write_sft(tmp_path / "sft.jsonl")
+    common = [f"--data_path={tmp_path / 'sft.jsonl'}", "--max_steps=1"]
+    pretrain("--max_steps=1", f"--output_dir={tmp_path}")
+    lora = ["lora", *common, f"--save_dir={tmp_path}", "--lora_name=x", "--merge_lora"]
+    run_stage(*lora, "--from_weight=pretrain")
+    with pytest.raises(ValueError, match="x_merged_32.pth: this run starts from these weights"):
+        run_stage(*lora, "--from_weight=x_merged")
+    with pytest.raises(ValueError, match="final_model: this run starts from these weights"):
+        run_stage("full_sft", *common, f"--from_weight={tmp_path / 'final_model'}", f"--output_dir={tmp_path}")
+
+
+def test_a_finished_run_that_is_continued_has_its_weights(pretrain, tmp_path):
+    """Killed between the last state and the weights: nothing was left to do, and `done` named a file that was not."""
+    pretrain("--max_steps=3")
+    path = tmp_path / "pretrain_32.pth"
+    before = state_of(path)
+    path.unlink()
+    pretrain("--max_steps=3", "--from_resume=auto")
+    assert same(state_of(path), before)
+
+
+def test_a_tokenizer_that_is_replaced_stays_for_its_weights(tmp_path, capsys):
+    out = tmp_path / "out"
+    save(train_bpe(iter(["a sparrow is small"] * 9), 300), out / "tokenizer")
+    first = Tokenizer.load(out / "tokenizer")
+    save(train_bpe(iter(["a sparrow is small"] * 9), 300), out / "tokenizer")
+    assert [path.name for path in out.iterdir()] == ["tokenizer"], "the same again is no other one"
+    save(train_bpe(iter(["麻雀虽小"] * 9), 290), out / "tokenizer")
+    assert f"is now in {out / f'tokenizer-{first.hash[:12]}'}" in capsys.readouterr().out
+    recorded = dict(path=str(out / "tokenizer"), hash=first.hash)
+    assert tokenizer_of(recorded, out / "pretrain_32.pth", first.vocab_size).hash == first.hash
+    second = Tokenizer.load(out / "tokenizer").hash
+    assert second != first.hash
+
+    (out / "tokenizer" / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}', encoding="utf-8")
+    save(train_bpe(iter(["麻雀虽小"] * 9), 290), out / "tokenizer")  # half an hour of training is not lost to that
+    assert Tokenizer.load(out / "tokenizer").hash == second
+
+
+def test_a_link_a_copy_or_a_warning(tmp_path, monkeypatch):
+    """File systems without links get a copy; where there is no space for one, the run goes on and says so."""
+    from common import files
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x_32.pth"
+    assert files.keep_previous(path) == ""
+    monkeypatch.setattr(files.os, "link", fails)
+    torch.save({"a": torch.ones(2)}, path)
+    assert files.keep_previous(path) == f"{path} is replaced; what it was is now x_32.previous.pth"
+    kept = tmp_path / "x_32.previous.pth"
+    assert kept.read_bytes() == path.read_bytes()
+    kept.unlink()
+    monkeypatch.setattr(files.shutil, "copy2", fails)
+    line = f"warning: {path} is replaced and could not be kept (No space left on device)"
+    assert files.keep_previous(path) == line
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_has_done_more_than_is_asked_for_says_so(pretrain):
+    """It printed `resumed after step 3 of 2 ... done`."""
+    pretrain("--max_steps=3")
+    with pytest.raises(ValueError, match="has done 3 steps, and --max_steps or --epochs ask for 2"):
+        pretrain("--max_steps=2", "--from_resume=auto")
+
+
+def test_rows_longer_than_the_model_is_made_for_are_refused(pretrain, capsys):
+    """They were trained on, and eval_model.py then refused prompts of that length."""
+    with pytest.raises(ValueError, match="--max_seq_len 32: the model is made for 16 positions"):
+        pretrain("--max_steps=1", "--max_position_embeddings=16")
+    pretrain("--max_steps=2", "--warmup_steps=100")
+    assert "warning: --warmup_steps 100 is not over in 2 steps: the rate stays below 0.01" in capsys.readouterr().out

@@ -1,0 +1,150 @@
+"""What a stage needs before it can start: data, weights to start from, and the tokenizer of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from common.console import check_writable
+from common.options import ROOT
+from dataset.read.mapping import read_mapping
+from dataset.tiny_world import files as tiny_world
+from dataset.tokens.examples import TokenDataset
+from model.checkpoint import Checkpoint, check_stated, find_weights, load_weights
+from model.config import PRESETS, ModelConfig
+from model.transformer import CausalLM
+from tokenizer.chat import show_labels
+from tokenizer.find import tokenizer_of
+from tokenizer.text import Tokenizer
+from trainer.stage import StageConfig
+
+# The files of MiniMind's data set, best first, as people keep them in dataset/; others are called as what they are for
+WELL_KNOWN = {
+    "pretrain": ("pretrain_hq", "pretrain"),
+    "dpo": ("dpo",),
+    "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
+    "reason": ("r1_mix_1024", "reason"),
+}
+SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/datasets/gongjy/minimind_dataset"
+
+
+class Data(NamedTuple):
+    train: TokenDataset
+    val: TokenDataset | None
+    builtin: bool  # the tiny world, for want of anything else
+    notes: list[str]  # lines to print
+
+
+def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool, str]:
+    """(files, whether built in, a line that says why these): what was typed, a well-known file, else the tiny world."""
+    if config.data_path:
+        return config.data_path, False, f"data: {', '.join(config.data_path)}"
+    for name in WELL_KNOWN.get(kind, (kind,)):
+        path = ROOT / "dataset" / f"{name}.jsonl"
+        if path.is_file():
+            return (str(path),), False, f"data: {path} (--data_path names another)"
+    if kind not in tiny_world.FILES:
+        raise ValueError(f"--data_path is needed: there is no dataset/{kind}.jsonl, and the tiny world has no {kind}")
+    path = tiny_world.generate(ROOT / "out" / "tiny_world", files=(kind,))[kind]
+    note = (
+        f"data: the built-in tiny world ({path}), enough to see everything work. Real data: {SOURCE}, put into dataset/"
+    )
+    return (str(path),), True, note
+
+
+def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **options) -> Data:
+    """Reads (or finds in the cache) what the stage trains on and validates with. kind: a key of WELL_KNOWN, or
+    the name of a file in dataset/."""
+    check_writable(config.save_dir)
+    paths, builtin, note = choose_files(config, kind)
+    options |= dict(
+        max_seq_len=config.max_seq_len,
+        cache_dir=config.cache_dir,
+        num_workers=config.num_workers or None,
+        on_bad_row=config.on_bad_row,
+        seed=config.seed,
+        mapping=read_mapping(config.data_mapping),
+    )
+    train: TokenDataset = dataset(paths, tokenizer, data_limit=config.data_limit, **options)
+    notes, val = [note, f"      {train.summary}"], None
+    if config.val_path:
+        val = dataset(config.val_path, tokenizer, **options)
+        notes.append(f"validation: {', '.join(config.val_path)}: {val.summary}")
+    elif config.val_fraction:
+        train, val = train.split(config.val_fraction, config.seed)
+        notes.append(f"validation: {len(val):,} of these, {len(train):,} left to train on")
+    for i in range(min(config.show_labels, len(train))):
+        notes.append(f"--- {train.source(i)}")
+        for tokens, trained in train.sequences(i):
+            notes.append(show_labels(tokenizer, tokens, [True] * len(tokens) if trained is None else trained))
+    return Data(train, val, builtin, notes)
+
+
+def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> ModelConfig:
+    """Of a fresh model: a preset, changed by the flags that are given."""
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+    )
+    changes = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    if config.use_moe and preset != "moe":
+        changes |= dict(num_experts=4, num_shared_experts=1)
+    return ModelConfig.preset(preset, vocab_size=tokenizer.vocab_size, **changes)
+
+
+def check_start(config: StageConfig, model: CausalLM, parent: Checkpoint | None, outputs: list[Path]) -> None:
+    """What would be noticed too late: `outputs` are the files that the run will write."""
+    for path in outputs:  # written over, the parent is gone, and the run could not be continued
+        if parent and Path(parent.path).resolve() == path.resolve():
+            raise ValueError(
+                f"{path}: this run starts from these weights and would write over them; give its own another name with "
+                f"--save_weight, {config.save_weight}_2 for instance"
+            )
+    check_positions(config, model.config, "the model")
+
+
+def check_positions(config: StageConfig, shape: ModelConfig, whose: str) -> None:
+    most = shape.max_position_embeddings
+    if config.max_seq_len > most:
+        raise ValueError(
+            f"--max_seq_len {config.max_seq_len}: {whose} is made for {most} positions, and is never asked for more; "
+            "lower it, or give a fresh model a larger --max_position_embeddings"
+        )
+
+
+def open_student(config: StageConfig, theirs: Tokenizer | None) -> tuple[Checkpoint | None, CausalLM, Tokenizer, str]:
+    """Who learns from a teacher with the tokenizer `theirs`: weights of the stage before, or with --preset alone a
+    fresh model -> (weights, model, tokenizer, a line to print)."""
+    if config.from_weight or not config.preset:
+        parent, tokenizer, origin = open_weights(config, "full_sft")
+        if theirs and not tokenizer.same_ids(theirs):
+            raise ValueError(
+                f"--teacher {config.teacher}: its tokenizer ({theirs.path}, {theirs.vocab_size:,} ids) is not that of "
+                f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
+            )
+        return parent, parent.build(), tokenizer, origin
+    tokenizer = theirs or Tokenizer.load(config.tokenizer_path)
+    return None, CausalLM(architecture(config, tokenizer, config.preset)), tokenizer, f"from: a fresh {config.preset}"
+
+
+def open_weights(config: StageConfig, name: str) -> tuple[Checkpoint, Tokenizer, str]:
+    """The weights to start from (--from_weight, by default the stage before), their tokenizer, and a line to print."""
+    wanted, folders = config.from_weight or name, [config.save_dir, ROOT / "out"]
+    if wanted == config.save_weight and Path(config.save_dir).resolve() != (ROOT / "out").resolve():
+        folders.reverse()  # the one in save_dir is what this very command has written the last time
+    path = find_weights(wanted, *folders, hidden_size=config.hidden_size, moe=config.use_moe)
+    checkpoint = load_weights(path)
+    stated = dict(PRESETS[config.preset]) if config.preset else {}
+    stated |= {
+        name: value
+        for name in ("hidden_size", "num_hidden_layers", "use_moe")
+        if (value := getattr(config, name)) is not None
+    }
+    check_stated(checkpoint, **stated)
+    rows = checkpoint.config.vocab_size
+    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), rows, config.tokenizer_path)
+    stages = " -> ".join(entry["stage"] for entry in checkpoint.lineage)
+    return checkpoint, tokenizer, f"from: {checkpoint.path}" + (f" ({stages})" if stages else "")

@@ -1,0 +1,1 @@
+"""The training loop, and how its processes work together."""

@@ -1,0 +1,101 @@
+"""How a run ends when it does not end by itself: signals, a process that dies, memory that does not suffice."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from contextlib import contextmanager
+
+import torch
+
+from model.config import ModelConfig
+from model.transformer import CausalLM
+from trainer.stage import StageConfig
+
+ECHO = 5.0  # seconds in which a launcher passes on the signal that its processes got as well
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
+NO_PEER = re.compile(
+    r"connection (was )?(closed|reset)|broken pipe|timed out|timeout|gloo|nccl|unbound buffer", re.IGNORECASE
+)
+
+
+@contextmanager
+def catch_signals():
+    """Ctrl-C and SIGTERM become entries of a list that the loop looks at; a second one ends the process at once.
+
+    torchrun sends its processes the Ctrl-C that the terminal has sent them already: that is not a second one.
+    """
+    received: list[int] = []
+    before, first = {}, []
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+
+    def note(number, frame):
+        if received and not (launched and time.monotonic() - first[0] < ECHO):
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        first.append(time.monotonic())
+        received.append(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread (a test, a notebook): its owner handles signals
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def explained(config: StageConfig, model: CausalLM, world: int):
+    """Turns what the machine cannot do into one line that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(text):
+            raise ValueError(memory_advice(config, model)) from error
+        if world > 1 and (isinstance(error, torch.distributed.DistError) or NO_PEER.search(text)):
+            first = text.strip().splitlines()[0]
+            raise ValueError(
+                f"another process of this run has ended, or has not answered for --ddp_timeout {config.ddp_timeout:g} "
+                f"seconds ({first[:120]}); this one ends too. The other one's own message says why; continue with "
+                "--from_resume auto"
+            ) from error
+        raise
+
+
+def memory_advice(config: StageConfig, model: CausalLM) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    # fp32 weight, gradient and two moments (Muon keeps one); what is frozen is a weight only
+    fixed = trained * (12 if config.optimizer == "muon" else 16) + frozen * 4
+    rows = config.batch_size
+    moving = rows * row_bytes(model.config, config.max_seq_len, (model.compute_dtype or torch.float32).itemsize)
+    advice, fewer = "", max((n for n in range(1, rows // 2 + 1) if rows % n == 0), default=0)
+    if fewer:
+        advice = f"--batch_size {fewer} --accumulation_steps {rows // fewer * config.accumulation_steps} trains the "
+        advice += f"same with about {_gib(moving * fewer // rows)} of the latter; or "
+    return (
+        f"out of memory: weights, gradients and moments take {_gib(fixed)}, what {rows} rows of {config.max_seq_len} "
+        f"tokens leave for the backward pass about {_gib(moving)} more (an estimate). {advice}lower --max_seq_len "
+        f"(now {config.max_seq_len})" + ("" if model.compute_dtype == torch.bfloat16 else " or use --dtype bfloat16")
+    )
+
+
+def row_bytes(config: ModelConfig, length: int, width: int) -> int:
+    """What one row leaves for the backward pass, roughly: per token and layer eight vectors of the hidden size (norms,
+    queries, attention, residuals), keys and values, and three of the feed-forward's; then fp32 logits, twice."""
+    inner = config.intermediate_size
+    if config.num_experts:
+        inner = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
+    kept = 8 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim + 3 * inner
+    return length * (config.num_hidden_layers * kept * width + 2 * 4 * config.vocab_size)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,143 @@
+"""Watches every step's loss and gradient: what is not finite never reaches a weight, and is reported with its rows.
+
+The engine tells each micro-batch's loss (`saw`) and each step's verdict (`note`); `look` then judges all steps since
+the last look. Looking waits for the device, so on accelerators it happens only to log and before anything is saved; a
+bad step has been left out by the optimisers long before. Every rank sees every rank's numbers and so decides the same.
+
+    not finite   --on_nan stop ends the run; skip leaves the step out, at most --max_bad_steps in a row
+    spike        a loss of more than --spike_sigma standard deviations above the last 100: reported, trained on
+    fp16         a gradient that overflows while the loss is finite halves the loss scale; that is not an error
+
+Reports are lines of bad_batches.jsonl in the run's directory:
+    {"step": 812, "reason": "the loss is not finite", "loss": "nan", "grad_norm": "nan",
+     "batches": [{"rank": 1, "micro_batch": 0, "loss": "nan", "rows": ["chat.jsonl:4711", ...]}]}
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.batches.loader import Loader
+from trainer.loop.backend import Backend
+from trainer.stage import StageConfig
+
+LOSS_SCALE = 2.0**14  # of fp16 gradients at the start; halved at every overflow, doubled after 2,000 good steps
+HISTORY, ENOUGH = 100, 20  # losses that a spike is measured against, and how many there have to be
+
+
+@dataclass
+class Step:
+    number: int  # of the training step, from 1
+    units: float
+    losses: list[Tensor]  # this rank's, one of each micro-batch: summed over its units
+    norm: Tensor
+    bad: Tensor
+
+
+class Watchdog:
+    def __init__(self, config: StageConfig, backend: Backend, loader: Loader, scaled: bool, path: Path, say):
+        self.config, self.backend, self.loader, self.path, self.say = config, backend, loader, path, say
+        self.scaled, self.scale = scaled, LOSS_SCALE if scaled else 1.0
+        self.losses: list[Tensor] = []
+        self.steps: list[Step] = []
+        self.recent: deque[float] = deque(maxlen=HISTORY)
+        self.good, self.bad_in_a_row = 0, 0
+
+    def saw(self, loss: Tensor) -> None:
+        """The loss of a micro-batch."""
+        self.losses.append(loss.detach())
+
+    def note(self, number: int, units: float, norm: Tensor, bad: Tensor) -> None:
+        """The verdict on the step that these micro-batches made."""
+        self.steps.append(Step(number, units, self.losses, norm, bad))
+        self.losses = []
+
+    def look(self) -> bool:
+        """Judges the steps noted since the last look -> whether the newest is sound. ValueError where training ends."""
+        if not self.steps:
+            return not self.bad_in_a_row
+        steps, self.steps = self.steps, []
+        own = torch.stack([loss for step in steps for loss in step.losses]).cpu().double()
+        everyone = torch.stack(self.backend.gather(own)).split([len(step.losses) for step in steps], dim=1)
+        verdicts = torch.stack([torch.stack([step.norm, step.bad]) for step in steps]).tolist()
+        for step, losses, (norm, bad) in zip(steps, everyone, verdicts):  # losses: (ranks, micro-batches)
+            if bad:
+                self._judge_bad(step, losses, norm)
+            else:
+                self._judge_good(step, losses, norm)
+        return not self.bad_in_a_row
+
+    def _judge_bad(self, step: Step, losses: Tensor, norm: float) -> None:
+        infinite = ~torch.isfinite(losses)
+        if self.scale > 1 and not infinite.any():
+            self.scale, self.good = self.scale / 2, 0
+            return
+        what = "loss" if infinite.any() else "gradient"
+        guilty = infinite if infinite.any() else torch.ones_like(infinite)  # a gradient does not tell whose it is
+        rows = self._report(step, f"the {what} is not finite", losses, norm, guilty)
+        self.bad_in_a_row += 1
+        message = f"the {what} is not finite at step {step.number:,} (gradient norm {norm:g}), in {rows}; the weights "
+        if self.config.on_nan == "stop":
+            raise ValueError(
+                f"{message}were not changed by it and nothing was saved after it. Look at these rows, lower "
+                "--learning_rate, or pass over such steps: --on_nan skip"
+            )
+        if self.bad_in_a_row > self.config.max_bad_steps:
+            raise ValueError(
+                f"{message}were not changed by it, nor by the {self.bad_in_a_row - 1} bad steps before it, and nothing "
+                "was saved after the first. More than --max_bad_steps in a row: this is no longer a matter of single "
+                "rows; lower --learning_rate and continue with --from_resume auto"
+            )
+        self.say(f"{message}were not changed by it; going on ({self.bad_in_a_row} in a row)")
+
+    def _judge_good(self, step: Step, losses: Tensor, norm: float) -> None:
+        self.bad_in_a_row, self.good = 0, self.good + 1
+        if self.scaled and self.good % 2000 == 0:
+            self.scale *= 2
+        loss, sigma = float(losses.sum()) / step.units, self.config.spike_sigma
+        if sigma and len(self.recent) >= ENOUGH:
+            mean = statistics.fmean(self.recent)
+            deviation = max(statistics.pstdev(self.recent), 1e-3 * abs(mean), 1e-6)
+            if loss > mean + sigma * deviation:
+                many = f"{(loss - mean) / deviation:.1f} sigma above {mean:.4f}"
+                rows = self._report(step, f"the loss is {many}", losses, norm, losses == losses)
+                self.say(f"loss spike at step {step.number:,}: {loss:.4f}, {many}, in {rows}")
+        self.recent.append(loss)
+
+    def _report(self, step: Step, reason: str, losses: Tensor, norm: float, guilty: Tensor) -> str:
+        """One line of bad_batches.jsonl -> the first rows, in words."""
+        batches, named = [], []
+        for rank, row in enumerate(guilty.tolist()):
+            theirs = copy.copy(self.loader)  # what a rank trained on is arithmetic, so nobody has to be asked
+            theirs.rank = rank
+            for i, batch in enumerate(theirs.batches(step.number - 1) if any(row) else []):
+                if row[i]:
+                    rows = [self.loader.dataset.source(example) for example in batch.examples]
+                    batches.append(dict(rank=rank, micro_batch=i, loss=_number(losses[rank, i].item()), rows=rows))
+                    named += rows
+        loss = _number(float(losses.sum()) / step.units)
+        record = dict(step=step.number, reason=reason, loss=loss, grad_norm=_number(norm), batches=batches)
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        if self.backend.main:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                more += f" ({self.path} lists them)"
+            except OSError as error:  # a report may not be what ends a run
+                self.say(f"warning: {self.path}: {error.strerror}")
+        return ", ".join(named[:3]) + more
+
+
+def _number(value: float) -> float | str:
+    """JSON knows no NaN."""
+    return round(value, 6) if math.isfinite(value) else str(value)

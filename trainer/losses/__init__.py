@@ -1,0 +1,1 @@
+"""What is minimised: one table row and one class for each loss."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind: resume states, weights, logs."""

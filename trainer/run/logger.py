@@ -1,0 +1,322 @@
+"""What a run shows while it runs and what it leaves behind: metrics.jsonl, run.json and loss.png, always.
+
+    logger = RunLogger.create(Path("out/runs/pretrain-1"), config, enabled=rank == 0)
+    logger.start(step=0, total=1000)                                # after resuming at 400: start(400, 1000)
+    logger.log(10, loss=3.2, lr=5e-4, grad_norm=0.9, tokens=81920, tokens_per_second=5300.0)
+    logger.log(20, loss=3.0, lr=5e-4, val_loss=3.1, val_bpb=1.4)    # any number with a name is kept and shown
+    logger.draw()                                                   # at every save
+    logger.close({"loss": 2.9})                                     # says what the run took
+
+With --use_wandb, --use_swanlab or --use_tensorboard the same numbers go there. Nothing in here may stop a training run:
+what fails is said once and off.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from common.files import atomic
+from common.options import ROOT, Options
+
+TRACKERS = ("wandb", "swanlab", "tensorboard")
+# How the known numbers are shown, in this order; others follow with four digits, the last two not at all.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "MFU {:.0%}",
+    "memory_gib": "{:.1f} GiB",
+    "tokens": "",
+    "seconds": "",
+}
+
+
+class NoLogger:
+    """The same calls for the ranks that stay silent."""
+
+    def print(self, text: str) -> None: ...
+    def start(self, step: int, total: int) -> None: ...
+    def log(self, step: int, **numbers: float) -> None: ...
+    def draw(self) -> None: ...
+    def close(self, summary: dict[str, Any] | None = None) -> None: ...
+
+
+class RunLogger(NoLogger):
+    @staticmethod
+    def create(run_dir: Path | str, config: Options, enabled: bool = True, **facts: Any) -> NoLogger:
+        """facts: what else to note about the run, beside its options (the number of parameters)."""
+        return RunLogger(Path(run_dir), config, facts) if enabled else NoLogger()
+
+    def __init__(self, run_dir: Path, config: Options, facts: dict[str, Any]):
+        self.run_dir, self.config, self.facts = run_dir, config, facts
+        self.metrics = run_dir / "metrics.jsonl"
+        self.sinks: dict[str, Callable[[int, dict], Any]] = {}  # name -> takes (step, numbers)
+        self.closers: dict[str, Callable[[], Any]] = {}
+        self.failed: set[str] = set()
+        self.bar: Any = None
+        self.about: dict[str, Any] = {}
+        self.began, self.before = time.monotonic(), 0.0  # seconds that earlier processes of a resumed run have spent
+        self._try("run.json", self._write_about)
+
+    def print(self, text: str) -> None:
+        """A line of its own, above the progress bar where there is one."""
+        try:
+            self.bar.write(text) if self.bar is not None else print(text, flush=True)
+        except (OSError, ValueError):  # the terminal or pipe has gone; the run goes on without it
+            pass
+
+    def start(self, step: int, total: int) -> None:
+        """Training goes on after `step`: what an earlier, killed process logged beyond it is dropped."""
+        self.total, self.began, self.before = total, time.monotonic(), 0.0
+        self.pace = deque([(self.began, step)], maxlen=50)  # recent (time, step): resuming does not blur the ETA
+        self._try("metrics.jsonl", self._open_metrics, step)
+        for name in TRACKERS:
+            if getattr(self.config, f"use_{name}", False):
+                self._try(name, getattr(self, f"_open_{name}"), step)
+        if sys.stderr.isatty():
+            self._try("progress bar", self._open_bar, step)
+
+    def log(self, step: int, **numbers: float) -> None:
+        now = time.monotonic()
+        self.pace.append((now, step))
+        numbers["seconds"] = round(self.seconds(), 2)
+        if memory := peak_memory():
+            numbers["memory_gib"] = round(memory, 3)
+        for name, sink in self.sinks.items():
+            self._try(name, sink, step, numbers)
+
+        line = self._line(step, numbers)
+        if self.bar is not None:
+            self.bar.set_description_str(line, refresh=False)
+            self._try("progress bar", self.bar.update, step - self.bar.n)
+        if self.bar is None or "val_loss" in numbers:
+            self.print(f"step {step:,}/{self.total:,}  {line}")
+
+    def seconds(self) -> float:
+        """What the run has taken so far, over all its starts."""
+        return self.before + time.monotonic() - self.began
+
+    def draw(self) -> None:
+        if self.metrics.exists():
+            self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png")
+            gc.collect(1)  # figures refer to themselves; left to their own time, one megabyte stays for each save
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Safe to call twice, and without `start`. A summary is what a run that came to its end has to tell."""
+        if summary is not None:
+            self.draw()
+            summary = {**summary, "seconds": round(self.seconds(), 1), "memory_gib": round(peak_memory(), 3)}
+            if price := getattr(self.config, "price_per_hour", 0.0):
+                summary["cost"] = round(price * summary["seconds"] / 3600, 4)
+            self.print(closing_line(summary))
+            self.about["summary"] = summary
+            self._try("run.json", self._write_about)
+        else:
+            self.draw()
+        for name, closer in self.closers.items():
+            self._try(name, closer)
+        self.closers, self.sinks, self.bar = {}, {}, None
+
+    # ---- what is behind it ----
+
+    def _try(self, name: str, action: Callable, *arguments: Any) -> None:
+        """The one place where a failure of logging ends: said once, then that part is off."""
+        if name in self.failed:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:  # whatever it is, the training is worth more
+            self.failed.add(name)
+            hint = f" (pip install {error.name})" if isinstance(error, ModuleNotFoundError) else ""
+            self.print(f"warning: {name} is off for the rest of this run: {type(error).__name__}: {error}{hint}")
+
+    def _write_about(self) -> None:
+        path = self.run_dir / "run.json"
+        if not self.about:
+            self.about = about_run(self.config)
+            if path.exists():  # a resumed run keeps what its first start said
+                before = json.loads(path.read_text(encoding="utf-8"))
+                self.about["earlier"] = [*before.pop("earlier", []), before]
+            self.about |= self.facts
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(self.about, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def _open_metrics(self, step: int) -> None:
+        import jsonlines
+
+        if self.metrics.exists():
+            kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
+            self.before = kept[-1].get("seconds", 0.0) if kept else 0.0
+            with atomic(self.metrics) as temporary, jsonlines.open(temporary, "w") as file:
+                file.write_all(kept)
+        writer = jsonlines.open(self.metrics, "a", flush=True)
+        finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON knows no NaN
+        self.sinks["metrics.jsonl"] = lambda step, numbers: writer.write(
+            {"step": step, **{name: finite(value) for name, value in numbers.items()}}
+        )
+        self.closers["metrics.jsonl"] = writer.close
+
+    def _tracked(self) -> dict[str, Any]:
+        return self.config.as_dict() | self.facts
+
+    def _open_wandb(self, _step: int) -> None:
+        import wandb
+
+        run = wandb.init(
+            project=self.config.wandb_project,
+            name=self.config.wandb_run_name or self.run_dir.name,
+            id=self.run_dir.name,
+            resume="allow",
+            dir=str(self.run_dir),
+            config=self._tracked(),
+        )
+        self.sinks["wandb"] = lambda step, numbers: run.log(numbers, step=step)
+        self.closers["wandb"] = run.finish
+
+    def _open_swanlab(self, _step: int) -> None:
+        import swanlab
+
+        folder = self.run_dir / "swanlab"
+        folder.mkdir(exist_ok=True)
+        run = swanlab.init(
+            project=self.config.wandb_project,
+            name=self.config.wandb_run_name or self.run_dir.name,
+            id=self.run_dir.name,
+            resume="allow",
+            log_dir=str(folder),
+            config=self._tracked(),
+        )
+        self.sinks["swanlab"] = lambda step, numbers: run.log(numbers, step=step)
+        self.closers["swanlab"] = run.finish
+
+    def _open_tensorboard(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.run_dir / "tensorboard"), flush_secs=10, purge_step=step + 1)
+        writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in self._tracked().items()))
+
+        def write(step: int, numbers: dict) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+
+        self.sinks["tensorboard"] = write
+        self.closers["tensorboard"] = writer.close
+
+    def _open_bar(self, step: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=self.total, initial=step, dynamic_ncols=True, bar_format="{n_fmt}/{total_fmt} |{bar:20}| {desc}"
+        )
+        self.closers["progress bar"] = self.bar.close
+
+    def _line(self, step: int, numbers: dict[str, float]) -> str:
+        parts = [form.format(numbers[name]) for name, form in SHOWN.items() if form and name in numbers]
+        parts += [f"{name} {value:.4g}" for name, value in numbers.items() if name not in SHOWN]
+        (then, first), (now, last) = self.pace[0], self.pace[-1]
+        if last > first and step < self.total:
+            parts.append(f"ETA {timedelta(seconds=round((now - then) / (last - first) * (self.total - step)))}")
+        return "  ".join(parts)
+
+
+def about_run(config: Options) -> dict[str, Any]:
+    """Enough to know, a year later, what produced these numbers."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here
+        git = ""
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "directory": os.getcwd(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "config": config.as_dict(),
+        "versions": {"sparrow": git, "python": platform.python_version(), **versions},
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "ranks": os.environ.get("WORLD_SIZE", "1")},
+    }
+
+
+def closing_line(summary: dict[str, Any]) -> str:
+    """What a whole run took and came to, in one line."""
+    parts = [f"done in {timedelta(seconds=round(summary['seconds']))}"]
+    parts += [
+        f"{summary[name]:,} {words}"
+        for name, words in (("steps", "steps"), ("tokens", "trained tokens"))
+        if name in summary
+    ]
+    parts += [f"{name} {summary[name]:.4f}" for name in summary if "loss" in name or "bpb" in name]
+    if summary["memory_gib"]:
+        parts.append(f"{summary['memory_gib']:.2f} GiB at most")
+    if "cost" in summary:
+        parts.append(f"cost {summary['cost']:.2f}")
+    return ", ".join(parts) + (f": {summary['weights']}" if "weights" in summary else "")
+
+
+def peak_memory() -> float:
+    """GiB of the GPU that this process has needed at most, else of main memory; 0 where nobody tells."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
+        return used / 2**30
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:  # getrusage counts whoever started us as well
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run; a line that a kill cut in half is left out."""
+    import jsonlines
+
+    with jsonlines.open(path) as file:
+        return list(file.iter(type=dict, skip_invalid=True))
+
+
+def draw_losses(metrics: Path, picture: Path) -> None:
+    """metrics.jsonl -> loss.png: training loss, its moving average, validation."""
+    import numpy as np
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(title=metrics.parent.name, xlabel="optimiser step", ylabel="loss")
+    rows = read_metrics(metrics)
+    train, valid = (
+        np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None])
+        for name in ("loss", "val_loss")
+    )
+    if len(train):
+        steps, losses = train.T
+        window = np.ones(len(losses) // 30 * 2 + 1)  # averages over 7 % of the run, over less of it at its ends
+        smooth = np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
+        axes.plot(steps, losses, color="#9ec5e8", linewidth=0.8, label="training")
+        axes.plot(steps, smooth, color="#1f5f99", linewidth=1.8, label=f"training, averaged: {smooth[-1]:.3f}")
+    if len(valid):
+        axes.plot(*valid.T, ".-", color="#d1495b", markersize=9, linewidth=1, label=f"validation: {valid[-1, 1]:.3f}")
+    if rows:
+        axes.legend(frameon=False)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic(picture) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,229 @@
+"""--plan: what a run would take, from ten real steps of it. Nothing of the run is saved.
+
+    python trainer/train_full_sft.py --plan --batch_size 64 --price_per_hour 2.5
+    python trainer/train_lora.py --config configs/lora.yaml --plan
+
+`--batch_size` x `--accumulation_steps` is the batch that is wished for. The rows computed at once that fit are found by
+doubling: memory grows with the rows, so two sizes foretell the next, and what would not fit is not tried on a CPU,
+where it would end the process. Then ten steps, a validation and a save are run in earnest and their times are
+multiplied. The caches of the data stay, since the real run wants them too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import dataclasses
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from trainer.loop.interrupts import memory_advice
+from trainer.run.logger import peak_memory
+from trainer.run.meter import Meter, wait_for
+
+STEPS = 10
+WARM_UP = 3  # of these, not timed: the first ones compile, and fill the allocator
+SPARE = 0.92  # of the free memory is planned with
+
+
+def rehearsal(config):
+    """The same options, with everything that is written going where nobody looks and being removed."""
+    Path(config.save_dir).mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=".plan-", dir=config.save_dir)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    silent = dict(use_wandb=False, use_swanlab=False, use_tensorboard=False)
+    return dataclasses.replace(config, save_dir=folder, from_resume="0", **silent)
+
+
+def plan(engine) -> None:
+    """Prints the plan and ends the program: whatever a stage does after its training must not happen."""
+    try:
+        engine.model.train()
+        rows = rows_that_fit(engine)
+        while True:
+            try:
+                report(engine, rows, measure(engine, rows))
+                break
+            except torch.OutOfMemoryError as error:
+                if rows == 1:
+                    raise ValueError(memory_advice(engine.config, engine.model)) from error
+                rows //= 2
+                release(engine)
+    finally:
+        shutil.rmtree(engine.config.save_dir, ignore_errors=True)
+    raise SystemExit(0)
+
+
+# ---- memory ----
+
+
+def rows_that_fit(engine) -> int:
+    """The most rows at once, at most --batch_size, that the free memory holds; a divisor of the wished batch."""
+    wished, device = engine.config.batch_size, engine.backend.device
+    free = -engine.backend.worst(torch.tensor(-free_memory(device), device=device)).item()  # where there is least
+    sizes = sorted({wished >> i for i in range(wished.bit_length()) if wished % (1 << i) == 0})
+    if sizes[0] > 1:
+        sizes = [1, *sizes]
+    fits, peaks = sizes[0], {}
+    sizes = [sizes[0], *sizes]  # the first one twice: its first step brings the optimiser's moments in
+    # eager needs a little more memory than compiled, and no wait for a compiler (which takes 80 MB to import)
+    with torch.compiler.set_stance("force_eager") if engine.compiled else nullcontext():
+        for rows in sizes:
+            if len(peaks) > 1:
+                (a, before), (b, now) = list(peaks.items())[-2:]
+                foretold = lambda rows: now + (now - before) / (b - a) * (rows - b)  # noqa: B023
+                if foretold(wished) < free / 2:
+                    return wished
+                if foretold(rows) > SPARE * free:
+                    break
+            try:
+                peaks[rows] = trial(engine, rows)
+            except torch.OutOfMemoryError:
+                release(engine)
+                break
+            if peaks[rows] > SPARE * free:
+                break
+            fits = rows
+    return fits
+
+
+def trial(engine, rows: int) -> float:
+    """GiB at most while one batch of so many rows is trained on."""
+    forget_peak(engine.backend.device)
+    set_rows(engine, rows)
+    batches = engine.loader.batches(0)[:1]
+    engine._update(batches, max(sum(map(engine.job.objective.count, batches)), 1))
+    return peak_memory()
+
+
+def set_rows(engine, rows: int) -> None:
+    """So many rows at once, the examples of a step kept; `rows` divides --batch_size, or is it."""
+    c = engine.config
+    times = c.batch_size // rows * c.accumulation_steps
+    engine.config = dataclasses.replace(c, batch_size=rows, accumulation_steps=times)
+    engine.loader = engine._loader(engine.job.data.train, times, shuffle=True)
+    engine.val_loader = engine._loader(engine.job.data.val, 1, shuffle=False) if engine.val_loader else None
+    engine.config = c
+
+
+def release(engine) -> None:
+    for parameter in engine.model.parameters():
+        parameter.grad = None
+    if engine.backend.device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
+def forget_peak(device: torch.device) -> None:
+    """From here on peak_memory() starts anew; where the system cannot (macOS, Windows), it goes on counting."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        return
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and it would be counted
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, TypeError, AttributeError):
+        pass
+
+
+def free_memory(device: torch.device) -> float:
+    """GiB that this process may come to use: what is free, and what it has already."""
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**30
+    try:
+        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        free = [int(table["MemAvailable"].split()[0]) / 2**20]
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        own = next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 2**20
+    except (OSError, KeyError, StopIteration):  # not Linux: nothing is known before it is tried
+        return float("inf")
+    try:  # a container is given less than the machine has
+        files = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        most, used = (int(file.read_text(encoding="ascii")) for file in files)
+        free.append((most - used) / 2**30)
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        pass
+    return min(free) + own
+
+
+# ---- time ----
+
+
+def measure(engine, rows: int) -> dict[str, float]:
+    """Seconds and GiB of real steps, of a validation and of a save."""
+    set_rows(engine, rows)
+    forget_peak(engine.backend.device)
+    backend, begin = engine.backend, time.perf_counter()
+    meter = Meter(engine.model, engine.dtype, backend.device, engine.config.measure_peak)
+    engine.logger.start(0, min(STEPS, engine.total))
+    meter.go()
+    seconds, computed, tokens = [], [], 0.0
+    steps = min(STEPS, engine.total)
+    for step, batches in engine.loader.prefetch(0, steps):
+        start = time.perf_counter()
+        units, trained = backend.sum(
+            sum(map(engine.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)
+        )
+        engine._set_learning_rate()
+        metrics, norm, bad = engine._update(batches, units)
+        engine.step = step + 1
+        wait_for(backend.device)
+        meter.add(metrics, units, trained, bad, batches)
+        seconds.append(time.perf_counter() - start)
+        computed.append(sum(len(batch.tokens) for batch in batches))
+        tokens += trained
+    timed = slice(min(WARM_UP, steps - 1), None)
+    row = statistics.median(s / n for s, n in zip(seconds[timed], computed[timed]))  # steps differ in rows
+    asked = range(steps, min(engine.total, steps + 64))
+    mean = statistics.mean([*computed, *(-(-len(engine.loader.rows(step)) // backend.world) for step in asked)])
+    result = dict(step=row * mean, first=sum(seconds[: timed.start]), steps=steps, tokens=tokens / steps)
+    engine.logger.log(engine.step, **meter.read(backend), grad_norm=float(norm))
+    result["validation"] = validation_seconds(engine)
+    start = time.perf_counter()
+    engine.save()
+    result["save"] = time.perf_counter() - start
+    engine.logger.close()
+    memory = backend.worst(torch.tensor(peak_memory(), device=backend.device)).item()
+    result |= dict(memory=memory, took=time.perf_counter() - begin)
+    return result
+
+
+def validation_seconds(engine, most: int = 8) -> float:
+    """Of a whole validation, from its first steps."""
+    if engine.val_loader is None:
+        return 0.0
+    steps = engine.val_loader.steps_per_epoch
+    engine.val_loader.steps_per_epoch = min(steps, most)
+    start = time.perf_counter()
+    engine.validate()
+    return (time.perf_counter() - start) * steps / min(steps, most)
+
+
+def report(engine, rows: int, measured: dict[str, float]) -> None:
+    c, say, total = engine.config, engine.logger.print, engine.total
+    saves = -(-total // c.save_interval) if c.save_interval else 1
+    validations = -(-total // c.val_interval) if c.val_interval else saves
+    steps = measured["first"] + measured["step"] * max(total - min(WARM_UP, measured["steps"] - 1), 0)
+    aside = saves * measured["save"] + validations * measured["validation"]
+    clock = lambda seconds: str(timedelta(seconds=round(seconds)))
+    speed = measured["tokens"] / measured["step"]
+    free, times = free_memory(engine.backend.device), c.batch_size // rows * c.accumulation_steps
+    of = f" of {free:.1f}" if free < float("inf") else ""
+    say(f"plan, from {measured['steps']:.0f} real steps ({clock(measured['took'])}); nothing was saved:")
+    fits = "all rows of a batch at once fit" if rows == c.batch_size else f"{rows} rows at once fit, not {c.batch_size}"
+    say(f"  batch    {fits}: --batch_size {rows} --accumulation_steps {times}")
+    say(f"  memory   {measured['memory']:.2f} GiB at most{of}")
+    say(f"  speed    {measured['step']:.3g} s a step, {speed:,.0f} trained tokens/s")
+    say(f"  time     {clock(steps + aside)} for {total:,} steps ({clock(aside)} of it for validating and saving)")
+    if c.price_per_hour:
+        say(f"  cost     {(steps + aside) / 3600 * c.price_per_hour:.2f} at {c.price_per_hour:g} an hour")
+    else:
+        say("  cost     with --price_per_hour")
+    sys.stdout.flush()

@@ -1,0 +1,225 @@
+"""States that a killed run continues from, bit for bit.
+
+    <save_dir>/resume/<name>_<hidden>[_moe]/<run_id>/step_00000500/
+        weights.safetensors  optimizer.safetensors  ranks.safetensors  state.json  manifest.json
+
+Tensors are full, fp32 and filed by parameter name; trainer/run/durable.py writes them so that a state exists
+whole or not at all. On reading, the newest that its manifest confirms is taken, and a broken one is named and set
+aside. An older state goes only once the newer one is on the disk, and none is ever overwritten: the same step again is
+step_00000500.1, and a run that goes on from another than its newest state becomes a run of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.files import sweep
+from model.checkpoint import read_plain
+from trainer.run.durable import problem, remove, write_folder
+
+# What a continued run may not change, since it would no longer be the same run
+FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
+RULE = (
+    f"a continued run keeps its architecture, data, tokenizer, parent weights, {', '.join(FIXED)} and the examples of "
+    "a step (batch_size x accumulation_steps x processes); the rest may change, learning_rate and epochs for instance"
+)
+
+
+def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep_last: int) -> Path:
+    """Writes <folder>/step_<n> from {"weights": {name: tensor}, ...} and plain values; then drops the oldest states."""
+    again = [path for path in _states(folder) if _number(path)[0] == step]
+    final = folder / (f"step_{step:08d}" + (f".{_number(again[-1])[1] + 1}" if again else ""))
+    write_folder(final, tensors, state)
+    for old in _states(folder)[:-keep_last]:
+        remove(old)
+    return final
+
+
+def random_state(device: torch.device) -> Tensor:
+    """(bytes,) of the processor's generator, then of the GPU's."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    cpu, gpu = state.tensor_split([torch.get_rng_state().numel()])
+    torch.set_rng_state(cpu.clone())  # it needs an aligned address
+    if device.type == "cuda" and len(gpu):
+        torch.cuda.set_rng_state(gpu.clone(), device)
+
+
+@contextmanager
+def undone(device: torch.device, received: list[int], alone: bool):
+    """A step that a Ctrl-C breaks off has not been. The terminal sends it to the compiler that torch.compile has
+    started as well, which ends with an error of its own; that is put into the list, instead of being raised."""
+    failed: list[Exception] = []
+    before = random_state(device) if alone else None
+    try:
+        yield failed
+    except Exception as error:
+        if not (alone and received):
+            raise
+        set_random_state(before, device)
+        failed.append(error)
+
+
+def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Numbers that nobody could continue from never replace ones that somebody can."""
+    for kind, content in tensors.items():
+        for name, tensor in content.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{kind} {name} is no longer finite, so nothing was saved; continue from the state before, with "
+                    "--from_resume auto and a lower --learning_rate"
+                )
+
+
+def newest_state(folder: Path, say=print) -> Path | None:
+    """The newest whole state of a run's folder; broken ones are named and set aside."""
+    for path in reversed(_states(folder)):
+        reason = problem(path)
+        if reason is None:
+            return path
+        aside = path.with_name(f"broken-{path.name}")
+        try:
+            os.rename(path, aside)  # kept for whoever wants to look; it counts no longer
+            say(f"{path}: {reason}; trying the one before ({aside.name} is what is left of it)")
+        except OSError:
+            say(f"{path}: {reason}; trying the one before")
+    return None
+
+
+def is_newest(state: Path) -> bool:
+    """Whether its run has gone no further."""
+    return state == _states(state.parent)[-1]
+
+
+def clean(states: Path, *folders: Path) -> None:
+    """Removes what a killed save left half written in these folders and in those of the runs below `states`."""
+    for folder in (*folders, *states.glob("*")):
+        sweep(folder)
+
+
+def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """The inverse of `save_state`."""
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return tensors, read_values(path)
+
+
+def read_values(path: Path) -> dict:
+    """Only the plain values of a state."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def is_of(run: dict, weights: Path) -> bool:
+    """Whether an earlier process of the run with this lineage entry has written that file."""
+    try:
+        last = read_plain(weights)["lineage"][-1]
+    except (ValueError, KeyError, IndexError):  # not there, damaged, or of somebody else
+        return False
+    return last["steps"] <= run["steps"] and all(last.get(k) == run[k] for k in ("stage", "data", "parent", "seed"))
+
+
+def new_run(states: Path) -> str:
+    """A name that no run has yet, later in the alphabet than all before."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    return name if not (states / name).exists() else f"{name}-{1 + len(list(states.glob(f'{name}*')))}"
+
+
+def launch() -> str:
+    """Which start of torchrun this process belongs to: the same for all its restarts."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}@{socket.gethostname()}:{os.getppid()}"
+
+
+def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
+    """The state that --from_resume means: 0 none, 1 or auto the newest run of this identity below `states`, or a path.
+
+    A process that torchrun has restarted goes on where this launch of torchrun was, whatever the flag says.
+    ValueError where runs exist, but none of this identity.
+    """
+    newest = lambda: [state for run in sorted(states.glob("*"), reverse=True) if (state := newest_state(run, say))]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        if ours := [state for state in newest() if read_values(state).get("launch") == launch()]:
+            return ours[0]
+        say(f"restarted before anything was saved in {states}")
+    if wanted in ("0", ""):
+        return None
+    if wanted in ("1", "auto"):
+        candidates = newest()
+        if not candidates:
+            say(f"nothing to resume in {states}: starting afresh")
+            return None
+    else:
+        candidates = [_at(Path(wanted), say)]
+    reasons = []
+    for path in candidates:
+        theirs = read_values(path)["identity"]
+        different = [
+            f"{k} was {_short(theirs.get(k))}, is {_short(v)}" for k, v in identity.items() if theirs.get(k) != v
+        ]
+        if not different:
+            return path
+        reasons.append(f"{path}: {', '.join(different)}")
+    raise ValueError(
+        f"--from_resume {wanted}: no state of the same model and data; {' | '.join(reasons[:3])}. {RULE[0].upper()}"
+        f"{RULE[1:]}"
+    )
+
+
+def _at(path: Path, say) -> Path:
+    """What a typed path means: a state, or the newest one of a run."""
+    if _number(path):
+        if reason := problem(path):
+            raise ValueError(f"--from_resume {path}: {reason}; take another step_* beside it, or auto")
+        return path
+    state = newest_state(path, say)
+    if state is None:
+        raise ValueError(f"--from_resume {path}: no whole state there; give the directory of a run or of a step_*")
+    return state
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _number(path: Path) -> tuple[int, int] | None:
+    """step_00000500.1 -> (500, 1)"""
+    match = re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name)
+    return match and (int(match[1]), int(match[2] or 0))
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step_*") if _number(path) and path.is_dir()), key=_number)
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """{"<parameter>/<kind>": tensor}, whichever optimiser holds the parameter."""
+    found = {}
+    for optimizer in optimizers:
+        for name, parameter in model.named_parameters():
+            for kind, tensor in optimizer.state.get(parameter, {}).items():
+                found[f"{name}/{kind}"] = tensor
+    return found
+
+
+def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for key, tensor in tensors.items():
+        name, kind = key.rsplit("/", 1)
+        parameter = parameters[name]
+        owner[parameter].state[parameter][kind] = tensor.to(parameter.device)

@@ -1,0 +1,177 @@
+"""What every training script shares: the options of a stage, and how a mistake is reported.
+
+A stage states what differs; everything else, help and aliases included, is inherited:
+
+    @dataclass(frozen=True)
+    class SFTConfig(StageConfig):
+        epochs: int = 2                                                              # only another default
+        noise: float = option(0.0, "noise on the embeddings", within="[0, inf)")     # an option of its own
+
+    def main():
+        config = parse(SFTConfig, description=__doc__)      # python trainer/train_full_sft.py --epochs 3
+
+    if __name__ == "__main__":
+        run(main)
+
+Neither this file nor common/options.py imports anything heavier than argparse, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from common.options import ROOT, Options, option
+from trainer.loop import launch
+
+
+@dataclass(frozen=True)
+class StageConfig(Options):
+    """Options of every training stage"""
+
+    moot: ClassVar[dict[str, tuple[str, ...]]] = {
+        "use_lora": ("lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")
+    }
+
+    needless: ClassVar[dict[str, str]] = {
+        "ddp": "torchrun says so by itself",
+        "per_device_eval_batch_size": "validation takes --batch_size",
+        "evaluation_strategy": "validation comes with every save, or as --val_interval says",
+        "eval_strategy": "validation comes with every save, or as --val_interval says",
+        "save_strategy": "saved is every --save_interval steps",
+    }
+
+    # model and data
+    from_weight: str | None = option(
+        None,
+        "weights to start from: a name in save_dir or out/, a file, a Hugging Face directory",
+        aliases=("model_path", "model_name_or_path", "base_model_path", "base_model"),
+    )
+    tokenizer_path: str | None = option(None, "directory with a tokenizer.json (default: the weights' own)", path=True)
+    preset: str | None = option(None, "size of the model", choices=("nano", "small", "base", "moe"))
+    hidden_size: int | None = option(None, "width; after pretraining it only picks among weights", within="[1, inf)")
+    num_hidden_layers: int | None = option(None, "depth; as hidden_size", within="[1, inf)")
+    use_moe: bool | None = option(None, "mixture of experts; as hidden_size")
+    data_path: tuple[str, ...] = option(
+        (),
+        "training files; FILE:3 repeats its rows three times, FILE:0.1 takes a tenth",
+        path=True,
+        aliases=("data_file", "train_path", "task_data"),
+    )
+    val_path: tuple[str, ...] = option((), "validation files", path=True, aliases=("eval_data",))
+    data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
+    val_fraction: float = option(0.0, "share of the training rows kept for validation", within="[0, 1)")
+    max_seq_len: int = option(512, "tokens in a row", aliases=("max_length", "cutoff_len"), within="[2, inf)")
+    data_limit: int = option(0, "use only the first N rows (0: all)", aliases=("max_samples",), within="[0, inf)")
+    on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
+    on_long: str = option("truncate", "a sample that is too long", choices=("truncate", "drop"))
+    show_labels: int = option(0, "print the first N rows, trained tokens coloured", within="[0, inf)")
+    num_workers: int = option(
+        0, "processes that tokenise (0: one per core)", aliases=("dataloader_num_workers",), within="[0, inf)"
+    )
+    cache_dir: str | None = option(None, "where token caches go (default: beside the data)", path=True)
+    # optimisation
+    epochs: int = option(1, "passes over the data", aliases=("num_epochs", "num_train_epochs"), within="[1, inf)")
+    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within="[0, inf)")
+    batch_size: int = option(
+        32, "examples at once on each device", aliases=("per_device_train_batch_size",), within="[1, inf)"
+    )
+    accumulation_steps: int = option(
+        1, "batches summed into one optimiser step", within="[1, inf)", aliases=("gradient_accumulation_steps",)
+    )
+    learning_rate: float = option(5e-4, "peak learning rate", within="(0, inf)")
+    optimizer: str = option("adamw", "update rule", choices=("adamw", "muon"))
+    weight_decay: float = option(0.1, "decay of the matrices", within="[0, inf)")
+    schedule: str = option(
+        "cosine",
+        "learning rate after the warm-up",
+        choices=("cosine", "wsd", "constant"),
+        aliases=("lr_scheduler_type",),
+    )
+    warmup_steps: float = option(
+        0.03, "steps of warm-up; below 1: share of the run", aliases=("warmup_iters",), within="[0, inf)"
+    )
+    min_lr_ratio: float = option(0.1, "last learning rate / peak", within="[0, 1]")
+    grad_clip: float = option(1.0, "largest gradient norm (0: no limit)", aliases=("max_grad_norm",), within="[0, inf)")
+    # steps that go wrong
+    on_nan: str = option(
+        "stop", "a loss or gradient that is not finite: end, or leave the step out", choices=("stop", "skip")
+    )
+    max_bad_steps: int = option(10, "with --on_nan skip: end after more than N of them in a row", within="[0, inf)")
+    spike_sigma: float = option(
+        6.0, "report a loss of X standard deviations above the last 100 (0: never)", within="[0, inf)"
+    )
+    # saving and logs
+    save_dir: str = option(str(ROOT / "out"), "where everything is written", aliases=("out_dir",), path=True)
+    output_dir: str | None = option(
+        None, "as save_dir, and the result in Hugging Face's layout beside it: final_model/ or lora_model/", path=True
+    )
+    save_weight: str = option("", "name of the weights file")
+    save_interval: int = option(
+        500, "save every N steps (0: at the end only)", aliases=("save_steps",), within="[0, inf)"
+    )
+    keep_last: int = option(2, "resume states kept", within="[1, inf)", aliases=("save_total_limit",))
+    from_resume: str = option(
+        "0", "continue a killed run: 0, 1, auto or its path", aliases=("resume_from_checkpoint",), switch=("1", "0")
+    )
+    val_interval: int = option(
+        0, "validate every N steps (0: at every save)", within="[0, inf)", aliases=("eval_steps",)
+    )
+    log_interval: int = option(10, "log every N steps", aliases=("logging_steps",), within="[1, inf)")
+    use_wandb: bool = option(False, "log to Weights & Biases as well (WANDB_MODE=offline: on this disk)")
+    use_swanlab: bool = option(False, "log to SwanLab as well")
+    wandb_project: str = option("sparrow", "the project in wandb or SwanLab", aliases=("swanlab_project",))
+    wandb_run_name: str | None = option(None, "the run's name there")
+    use_tensorboard: bool = option(False, "write TensorBoard files into the run's directory as well")
+    measure_peak: bool = option(False, "measure what the device can do, and log the share of it that is used (MFU)")
+    price_per_hour: float = option(0.0, "what an hour of the machine costs, for the cost of the run", within="[0, inf)")
+    plan: bool = option(False, "run ten steps, say what the whole run would take, and save nothing")
+    # machine
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, npu")
+    dtype: str = option(
+        "auto",
+        "compute precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"),
+    )
+    compile: str = option(
+        "auto", "torch.compile", choices=("auto", "on", "off"), switch=("on", "off"), aliases=("use_compile",)
+    )
+    activation_checkpointing: bool = option(
+        False, "compute each block twice instead of keeping what is inside it", aliases=("gradient_checkpointing",)
+    )
+    backend: str = option("auto", "auto: what the launcher is for", choices=("auto", "ddp", "deepspeed"))
+    zero_stage: int | None = option(
+        None, "DeepSpeed shards moments (1), gradients too (2), weights too (3); default 2", within="[0, 3]"
+    )
+    zero_offload: str = option(
+        "none", "what DeepSpeed keeps in main memory", choices=("none", "optimizer", "parameters")
+    )
+    deepspeed_config: str | None = option(None, "a DeepSpeed file with more", path=True, aliases=("deepspeed",))
+    ddp_timeout: float = option(
+        1800, "seconds after which a process that does not answer is given up", within="(0, inf)"
+    )
+    seed: int = option(42, "seed of everything random", within="[0, inf)")
+    local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N
+
+    def __post_init__(self):
+        if self.output_dir and self.save_dir == StageConfig.save_dir:
+            object.__setattr__(self, "save_dir", self.output_dir)
+
+    def adopted(self) -> StageConfig:
+        return launch.adopt(self)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        found += [] if found else launch.problems(self)
+        if self.output_dir and self.output_dir != self.save_dir:
+            found.append("--save_dir and --output_dir: both say where results go; give one of them")
+        if self.val_path and self.val_fraction:
+            found.append("--val_path and --val_fraction: both name the validation data; give one of them")
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            found.append(f"--warmup_steps {self.warmup_steps:g}: a whole number of steps, or a share below 1")
+        if not self.save_weight or Path(self.save_weight).name != self.save_weight:
+            found.append(f"--save_weight '{self.save_weight}': a plain name; --save_dir says where it is written")
+        return found
