@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
-from common.console import run
-from common.options import ROOT, Options, option, parse
+from common.console import UserError, run
+from common.files import ROOT
+from common.options import Options, option, parse
 
 if TYPE_CHECKING:  # torch is imported once the command line is known to be right: --help is instant
     from inference.decode import Sampling
@@ -126,7 +127,7 @@ class EvalConfig(Options):
 
 def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Checkpoint]:
     from model.checkpoint import check_stated, load_weights
-    from model.lora import merge, only_answers
+    from model.lora import merge, prepare_for_inference
     from model.precision import pick_device, pick_dtype
 
     adapter = find_adapter(config)
@@ -143,7 +144,7 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
         merged = ", merged" if config.merge_lora else ""
         screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage
-    model = only_answers(model, dtype).to(device)
+    model = prepare_for_inference(model, dtype).to(device)
     screen.note("\n".join(filter(None, (describe(checkpoint, model), remark))))
     return model, tokenizer, checkpoint
 
@@ -181,7 +182,7 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
     tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, rows, path)
     # Without a hash only the size can tell; embeddings are padded a little (Qwen: 151,936 rows for 151,669 tokens).
     if "hash" not in checkpoint.tokenizer and tokenizer.vocab_size < 0.99 * rows:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path}: has {rows:,} token embeddings, but the tokenizer in {tokenizer.path} only "
             f"{tokenizer.vocab_size:,} tokens; give its own with --tokenizer_path"
         )
@@ -220,7 +221,7 @@ class Conversation:
         while len(ids := self.encode(text)) > limit - min(self.max_new_tokens, limit // 4) and self.turns:
             del self.turns[:2]  # forget the oldest question and its answer
         if len(ids) >= limit:
-            raise ValueError(f"a prompt of {len(ids)} tokens fills the model's {limit} positions: shorten it")
+            raise UserError(f"a prompt of {len(ids)} tokens fills the model's {limit} positions: shorten it")
         return self._stream(text, ids, min(self.max_new_tokens, limit - len(ids)))
 
     def encode(self, text: str) -> list[int]:
@@ -336,16 +337,16 @@ def read_prompts(file: Iterable[str], name: str) -> Iterator[str]:
                 yield _prompt_of(line, f"{name}:{number}") if name.endswith(".jsonl") else line
     except UnicodeDecodeError:
         after = f" after line {number}" if number else ""
-        raise ValueError(f"{name}: not UTF-8{after}; save it as UTF-8") from None
+        raise UserError(f"{name}: not UTF-8{after}; save it as UTF-8") from None
 
 
 def _prompt_of(line: str, where: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'{where}: expected {{"prompt": "..."}}, found {line:.60}')
+        raise UserError(f'{where}: expected {{"prompt": "..."}}, found {line:.60}')
     return row["prompt"]
 
 
@@ -359,7 +360,7 @@ def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> No
         screen.write("\n\n")
         answered = True
     if not answered:
-        raise ValueError("there is no prompt to answer; give --prompt or --prompts_file, or run it in a terminal")
+        raise UserError("there is no prompt to answer; give --prompt or --prompts_file, or run it in a terminal")
 
 
 # ---- main

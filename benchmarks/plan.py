@@ -16,7 +16,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import machine
-from common.options import ROOT
+from common.files import ROOT
 
 MEMORY, TIME = 0.10, 0.15
 

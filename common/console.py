@@ -1,7 +1,7 @@
 """How a program meets its user: mistakes are told in one line, and what cannot work is said before it starts.
 
 if __name__ == "__main__":
-    run(main)
+    run(main)      # UserError: one line and status 2; Ctrl-C: 130; any other exception: its traceback
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.options import ROOT
+from common.files import ROOT
+
+
+class UserError(ValueError):
+    """What the user can mend: its message names the file, line or flag, the value, and the way out. `run` shows it in
+    one line; every other exception is a mistake of ours and keeps its traceback."""
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -31,31 +36,22 @@ def run(main: Callable[[], Any]) -> None:
     except BrokenPipeError:  # `... | head`: the reader has left, so nothing more can be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except (ValueError, OSError) as error:
-        if os.environ.get("SPARROW_TRACEBACK", "0") != "0" or not _is_for_the_user(error):
+    except (UserError, OSError) as error:
+        ours = isinstance(error, OSError) and not _met_by_us(error)
+        if ours or os.environ.get("SPARROW_TRACEBACK", "0") != "0":
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """A ValueError that a `raise` of ours made, or an OSError that we met through nothing but the standard library."""
-    import dis
-    import re
+def _met_by_us(error: OSError) -> bool:
+    """Whether our code met it through nothing but the standard library: then the system's words are for the user."""
     import traceback
 
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if isinstance(error, OSError):
-        library = os.path.dirname(os.__file__)
-        frames = [(frame, line) for frame, line in frames if not _belongs(frame.f_code.co_filename, library)]
-        return bool(frames) and _belongs(frames[-1][0].f_code.co_filename, str(ROOT))
-    if type(error.__cause__).__name__.endswith("RemoteTraceback"):  # from a worker process: only its text has come
-        return _belongs(re.findall(r'File "([^"]+)"', str(error.__cause__))[-1], str(ROOT))
-    last = error.__traceback__
-    while last.tb_next:
-        last = last.tb_next
-    code = last.tb_frame.f_code
-    return _belongs(code.co_filename, str(ROOT)) and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    library = os.path.dirname(os.__file__)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [frame for frame in frames if not _belongs(frame.f_code.co_filename, library)]
+    return bool(frames) and _belongs(frames[-1].f_code.co_filename, str(ROOT))
 
 
 def _belongs(filename: str, folder: str) -> bool:
@@ -89,4 +85,4 @@ def check_writable(save_dir: str) -> None:
             file.write(b"-")
     except OSError as error:
         reason = error.strerror if folder.is_dir() else f"{folder} is not a directory"
-        raise ValueError(f"--save_dir {save_dir}: nothing can be written there ({reason}); choose another") from None
+        raise UserError(f"--save_dir {save_dir}: nothing can be written there ({reason}); choose another") from None

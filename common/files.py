@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
+
 
 @contextmanager
 def atomic(path: Path):

@@ -21,10 +21,11 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
-ROOT = Path(__file__).resolve().parents[1]
+from common.console import UserError
+from common.files import ROOT
+
 SCRIPTS = ("trainer/train_*.py", "eval_model.py", "scripts/*_data.py")  # that have options
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -63,11 +64,11 @@ def option(
 class Options:
     """Base of everything that `parse` can fill."""
 
-    moot: ClassVar[dict[str, tuple[str, ...]]] = {}  # another script's switch -> what its `false` settles
+    settled_by_switch: ClassVar[dict[str, tuple[str, ...]]] = {}  # another script's switch -> what its `false` settles
     needless: ClassVar[dict[str, str]] = {}  # what others have a flag for -> why nothing has to be said here
     missing: ClassVar[dict[str, str]] = {}  # what others have a flag for -> what is not built yet
 
-    def adopted(self) -> Options:
+    def with_launcher_settings(self) -> Options:
         """These values, completed by what is known only where the program runs."""
         return self
 
@@ -172,7 +173,7 @@ def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, 
     _refuse(list(_flags(unknown)), cls, problems)
 
     try:
-        config = cls(**stated).adopted()
+        config = cls(**stated).with_launcher_settings()
         problems += config.problems()
     except ValueError as error:
         problems.append(str(error))
@@ -276,7 +277,7 @@ def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list
     known = {key: owners(key) for _, key, _ in rows}
     switches = {key for key, found in known.items() if any(spec.kind is bool for spec in found.values())}
     off = [key for _, key, value in rows if key in switches and _is_off(value)]
-    settled = {name for key in off for name in (key, *cls.moot.get(key, ()))}
+    settled = {name for key in off for name in (key, *cls.settled_by_switch.get(key, ()))}
     for where, key, _ in rows:
         if key in cls.needless:
             print(f"note: {where}: {cls.needless[key]}", file=sys.stderr)
@@ -328,9 +329,9 @@ def _convert(spec: Spec, spelling: str, raw: Any) -> tuple[Any, Any]:
     if raw is None or spec.optional and str(raw).lower() in ("none", "null"):
         if spec.optional:
             return None, None
-        raise ValueError("needs a value")
+        raise UserError("needs a value")
     if raw == "":
-        raise ValueError("needs a value")
+        raise UserError("needs a value")
     if stands_for := spec.stands_for(spelling):
         on, off = stands_for
         return (on, None) if _truth(raw) else (off, on)
@@ -338,7 +339,7 @@ def _convert(spec: Spec, spelling: str, raw: Any) -> tuple[Any, Any]:
         return _scalar(spec, raw), None
     items = raw if isinstance(raw, list) else [raw]
     if "" in items:
-        raise ValueError("needs a value")
+        raise UserError("needs a value")
     if not spec.path:
         items = [part.strip() for item in items for part in str(item).split(",")]
     return tuple(_scalar(spec, item) for item in items), None
@@ -346,14 +347,14 @@ def _convert(spec: Spec, spelling: str, raw: Any) -> tuple[Any, Any]:
 
 def _scalar(spec: Spec, raw: Any) -> Any:
     if isinstance(raw, (dict, list)):
-        raise ValueError("expected a single value")
+        raise UserError("expected a single value")
     if spec.kind is bool:
         return _truth(raw)
     if spec.kind is str:
         if spec.switch and str(raw).lower() in YES + NO:
             return spec.switch[0] if _truth(raw) else spec.switch[1]
         if isinstance(raw, bool):
-            raise ValueError("YAML reads this word as true or false; put it in quotes")
+            raise UserError("YAML reads this word as true or false; put it in quotes")
         text = (spec.stands_for(str(raw)) or [str(raw)])[0]  # --dtype bf16
         return os.path.abspath(os.path.expanduser(text)) if spec.path else text
     # YAML 1.1 reads 5e-4, which has no dot, as text: numbers are made here, by the option's own type.
@@ -364,7 +365,7 @@ def _scalar(spec: Spec, raw: Any) -> Any:
         number = float(raw)
         return int(raw) if whole and isinstance(raw, str) and raw.strip("+-").isdigit() else _finite(number, whole)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError("expected a whole number" if whole else "expected a number") from None
+        raise UserError("expected a whole number" if whole else "expected a number") from None
 
 
 def _finite(number: float, whole: bool) -> float | int:
@@ -376,7 +377,7 @@ def _finite(number: float, whole: bool) -> float | int:
 def _truth(raw: Any) -> bool:
     word = str(raw).lower()
     if word not in YES + NO:
-        raise ValueError("say true or false (1 or 0, yes or no, on or off)")
+        raise UserError("say true or false (1 or 0, yes or no, on or off)")
     return word in YES
 
 

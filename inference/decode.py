@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.console import UserError
 from model.config import ModelConfig
 from model.transformer import CausalLM, count_positions
 
-CHUNK = 1024  # prompt positions computed at once: bounds the memory that a long prompt needs
+PREFILL_POSITIONS = 1024  # prompt positions computed at once: bounds the memory that a long prompt needs
 
 
 class KVCache:
@@ -49,7 +50,7 @@ class KVCache:
         T))."""
         past, T = self.length, tokens.shape[1]
         if past + T > self.capacity:
-            raise ValueError(f"{past + T} tokens do not fit into a cache of {self.capacity}")
+            raise UserError(f"{past + T} tokens do not fit into a cache of {self.capacity}")
         self.length = past + T
         if documents is None and self.documents is not None:  # later tokens continue each row's last document
             documents = self.documents[:, -1:].expand(-1, T)
@@ -85,7 +86,7 @@ class Sampling:
             ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 = off)"),
         ]
         if wrong := [f"{name} {getattr(self, name)} must be {rule}" for name, fine, rule in limits if not fine]:
-            raise ValueError("; ".join(wrong))
+            raise UserError("; ".join(wrong))
 
     def draw(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """logits (B, V), seen (B, V) bool: tokens of the text so far -> (B,) token ids."""
@@ -119,10 +120,10 @@ def pad_left(prompts: list[list[int]], device) -> tuple[Tensor, Tensor | None]:
 def prefill(model: CausalLM, tokens: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
     """Reads tokens (B, T) into the cache, chunk by chunk -> logits (B, V) after the last of them."""
     B, T = tokens.shape
-    for start in range(0, T, CHUNK):
-        part = tokens[:, start : start + CHUNK]
+    for start in range(0, T, PREFILL_POSITIONS):
+        part = tokens[:, start : start + PREFILL_POSITIONS]
         last = torch.arange(1, B + 1, device=tokens.device) * part.shape[1] - 1
-        numbers = None if documents is None else documents[:, start : start + CHUNK]
+        numbers = None if documents is None else documents[:, start : start + PREFILL_POSITIONS]
         logits = model(part, documents=numbers, selected=last, cache=cache).logits
     return logits
 
@@ -142,12 +143,12 @@ def decode(
     cache: one that already holds `cache.length` tokens of the (single) prompt, to continue a conversation.
     """
     if not prompts or not all(prompts):
-        raise ValueError("generation needs at least one token to start from")
+        raise UserError("generation needs at least one token to start from")
     device = model.model.embed_tokens.weight.device
     longest = max(map(len, prompts))
     limit = model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions: "
             "shorten the conversation or ask for fewer (--max_new_tokens)"
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.console import UserError
 from model.checkpoint import Checkpoint, load_weights, newest, read_plain, write_plain
 from model.config import ModelConfig
 from model.interop.minimind import lora_from_minimind
@@ -49,12 +50,12 @@ class AdapterFile:
         for layer in layers:
             A, B = (self.state.get(f"{layer}.{matrix}") for matrix in "AB")
             if A is None or B is None:
-                raise ValueError(f"{self.path}: {layer} has only one of its two matrices")
+                raise UserError(f"{self.path}: {layer} has only one of its two matrices")
             if layer not in known:
-                raise ValueError(f"{self.path}: belongs to another model: this one has no linear layer {layer}")
+                raise UserError(f"{self.path}: belongs to another model: this one has no linear layer {layer}")
             weight = known[layer].weight
             if (B.shape[0], A.shape[1]) != weight.shape or A.shape[0] != B.shape[1]:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: belongs to another model: {layer} is {tuple(weight.shape)} here, and "
                     f"{(B.shape[0], A.shape[1])} there"
                 )
@@ -87,7 +88,7 @@ def load_adapter(path: Path | str) -> AdapterFile:
                 return AdapterFile(folder, LoRASettings(**settings, targets=targets), state, base)
             if files := list(folder.glob("*.pth")):
                 return load_adapter(newest(files, ""))
-        raise ValueError(f"{path}: neither a *.pth nor {PEFT_CONFIG} in it, nor in lora/ or lora_model/ below it")
+        raise UserError(f"{path}: neither a *.pth nor {PEFT_CONFIG} in it, nor in lora/ or lora_model/ below it")
     content = read_plain(path)
     if content.get("format") == FORMAT:
         settings, config = LoRASettings.from_dict(content["settings"]), ModelConfig.from_dict(content["config"])
@@ -97,7 +98,7 @@ def load_adapter(path: Path | str) -> AdapterFile:
     if found := lora_from_minimind(content):
         targets = tuple(dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in found[1]))
         return AdapterFile(path, LoRASettings(**found[0], targets=targets), found[1])
-    raise ValueError(f"{path}: not an adapter (LoRA) but something else; weights of a model are given as --weight")
+    raise UserError(f"{path}: not an adapter (LoRA) but something else; weights of a model are given as --weight")
 
 
 def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) -> Checkpoint:
@@ -107,13 +108,13 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
     if named is not None:
         found = load_weights(named)
         if wanted and found.hash != wanted:
-            raise ValueError(
+            raise UserError(
                 f"{adapter.path}: was trained on {path} ({wanted[:12]}), not on {found.path} ({found.hash[:12]}); "
                 "leave the weights out, so that its own are found"
             )
         return found
     if not adapter.knows_base:
-        raise ValueError(f"{adapter.path}: does not say which weights it belongs to; name them with --weight")
+        raise UserError(f"{adapter.path}: does not say which weights it belongs to; name them with --weight")
     if not wanted:
         return load_weights(path)
     places = [Path(path)] if path else []
@@ -128,7 +129,7 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
                 continue
             if found.hash == wanted:
                 return found
-    raise ValueError(
+    raise UserError(
         f"{adapter.path}: was trained on {path} ({wanted[:12]}), and these weights are neither there nor in "
         f"{' or '.join(dict.fromkeys(map(str, folders)))}; bring them back, or train the adapter anew on what there is"
     )

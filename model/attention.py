@@ -6,8 +6,8 @@ Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H/K qu
     blocked   for training on CPUs in bf16: batched matrix products over blocks of queries. Block i only multiplies with
               the keys it may see, and the G queries of a group are folded into rows, which keeps the products large.
 
-Who may look at whom is prepared once per forward as a `Visibility`, not once per layer. Packed documents never see each
-other; a token sees itself and what stands before it in its document.
+Which keys a query may see is prepared once per forward as an `AttentionMask`, not once per layer. Packed documents
+never see each other; a token sees itself and what stands before it in its document.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import Tensor
 BLOCKS = 4  # of queries: skips 3/8 of the products; more blocks are smaller and slower (measured at T = 512)
 
 
-class Visibility(NamedTuple):
+class AttentionMask(NamedTuple):
     """In the form the kernel wants. sdpa without a mask: causal if T == S, everything if T == 1."""
 
     kernel: str  # "sdpa" | "blocked"
-    mask: Tensor | None = None  # (B or 1, 1, T, S): True = visible for `sdpa`, 0 or -inf to be added for `blocked`
+    tensor: Tensor | None = None  # (B or 1, 1, T, S): True = visible for `sdpa`, 0 or -inf to be added for `blocked`
 
 
 def visibility(
     queries: int, keys: int, documents: Tensor | None, like: Tensor, kernel: str, prefixes: Tensor | None = None
-) -> Visibility:
+) -> AttentionMask:
     """`queries` new tokens after `keys - queries` cached ones; documents (B, S) numbers the document of every key,
     prefixes (B, S) a second document that it sees."""
     if kernel == "sdpa" and documents is None and (queries == keys or queries == 1):
-        return Visibility("sdpa")
+        return AttentionMask("sdpa")
     # is_causal aligns to the top left, which is wrong once there are more keys than queries: spell the mask out
     key = torch.arange(keys, device=like.device)
     mask = key <= key[keys - queries :, None]  # (T, S)
@@ -46,20 +46,20 @@ def visibility(
     mask = mask.view(-1, 1, queries, keys)
     if kernel == "blocked":  # adding is fused into the softmax; comparing there took half of its time
         mask = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, float("-inf"))
-    return Visibility(kernel, mask)
+    return AttentionMask(kernel, mask)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, sees: Visibility) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before positions
-    if sees.kernel == "blocked":
-        return blocked_attention(q, k, v, sees.mask).transpose(1, 2)
+    if mask.kernel == "blocked":
+        return blocked_attention(q, k, v, mask.tensor).transpose(1, 2)
     H, T = q.shape[1:3]
-    causal = sees.mask is None and T == k.shape[2] and T > 1
+    causal = mask.tensor is None and T == k.shape[2] and T > 1
     if q.device.type == "cuda" and T > 1:
         # there only flash attention knows groups, and it takes no mask: what is left would keep (B, H, T, S) in fp32
         k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees.mask, is_causal=causal, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.tensor, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
 
 

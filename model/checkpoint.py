@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.console import UserError
 from common.files import atomic
 from model.config import ModelConfig
 from model.interop.hf import load_hf
@@ -61,7 +62,7 @@ def load_state(model: CausalLM, state: dict[str, Tensor], source: Path | str) ->
         model.load_state_dict(state)
     except RuntimeError as error:
         problems = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ValueError(f"{source}: these weights do not fit the architecture: {problems}") from None
+        raise UserError(f"{source}: these weights do not fit the architecture: {problems}") from None
 
 
 def weights_name(name: str, config: ModelConfig) -> str:
@@ -112,9 +113,9 @@ def load_weights(path: Path | str) -> Checkpoint:
         return Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
     if "model.embed_tokens.weight" not in content:
         if "lora" in content or any(".lora." in str(name) for name in content):
-            raise ValueError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
+            raise UserError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
         names = ", ".join(map(str, list(content)[:4]))
-        raise ValueError(f"{path}: not weights of a language model (it begins with {names})")
+        raise UserError(f"{path}: not weights of a language model (it begins with {names})")
     return Checkpoint(path, content, config_from_state(content))
 
 
@@ -129,20 +130,20 @@ def read_plain(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError) as error:
-        raise ValueError(f"{path}: {error.strerror.lower()}") from None
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
             f"it holds code ({code[1]}), which was not run" if code else "it is damaged, or a pickle of another kind"
         )
-        raise ValueError(f"{path}: refused: {reason}; weights are tensors and plain values only") from None
+        raise UserError(f"{path}: refused: {reason}; weights are tensors and plain values only") from None
     except Exception as error:  # broken bytes make the reader fail in many ways
         reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise ValueError(f"{path}: truncated or not a weights file ({reason})") from None
+        raise UserError(f"{path}: truncated or not a weights file ({reason})") from None
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: not a weights file (it holds a {type(content).__name__})")
+        raise UserError(f"{path}: not a weights file (it holds a {type(content).__name__})")
     if not _is_intact(content):
-        raise ValueError(f"{path}: damaged: its numbers are not the ones that were saved; take another copy")
+        raise UserError(f"{path}: damaged: its numbers are not the ones that were saved; take another copy")
     return content
 
 
@@ -159,7 +160,7 @@ def check_stated(checkpoint: Checkpoint, **stated) -> None:
     said."""
     shape = checkpoint.config.to_dict() | dict(use_moe=checkpoint.config.num_experts > 0)
     if wrong := [f"--{k} {v} (it has {shape[k]})" for k, v in stated.items() if v not in (None, shape[k])]:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path}: {', '.join(wrong)} contradicts the weights; leave it out, or name other weights"
         )
 
@@ -167,7 +168,7 @@ def check_stated(checkpoint: Checkpoint, **stated) -> None:
 def newest(paths, otherwise: str) -> Path:
     paths = sorted(paths, key=lambda p: (p.stat().st_mtime, p.name))
     if not paths:
-        raise ValueError(otherwise)
+        raise UserError(otherwise)
     return paths[-1]
 
 
@@ -177,7 +178,7 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         return Path(weight)
     if Path(weight).name != weight or weight.endswith(".pth"):
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weight) and not weight.endswith(".pth")
-        raise ValueError(
+        raise UserError(
             f"{weight}: no such file or directory"
             + _adapter_in(Path(weight).parent)
             + ("; if it is a name on a hub: nothing is downloaded yet, give the directory of a copy" if hub else "")
@@ -195,4 +196,4 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     wanted = f"{weight}_{hidden_size or '<hidden>'}{'_moe' if moe else ''}.pth"
     searched = " or ".join(dict.fromkeys(map(str, folders)))
     advice = f"there are {', '.join(known)}" if known else "train them first, or give a path"
-    raise ValueError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
+    raise UserError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")

@@ -13,6 +13,8 @@ import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from common.console import UserError
+
 # rope_type -> keys its dictionary must hold (model/rope.py has the formulas)
 ROPE_SCALINGS = {
     "linear": ("factor",),
@@ -70,7 +72,7 @@ class ModelConfig:
         if self.moe_intermediate_size is None:
             object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
         if problems := self._problems():
-            raise ValueError("this model cannot be built: " + "; ".join(problems))
+            raise UserError("this model cannot be built: " + "; ".join(problems))
 
     def _problems(self) -> list[str]:
         found = [
@@ -111,7 +113,7 @@ class ModelConfig:
     def preset(cls, name: str, **changes) -> ModelConfig:
         """A named size, with any field changed."""
         if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+            raise UserError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
@@ -121,7 +123,7 @@ class ModelConfig:
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                raise ValueError(f"unknown model setting {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+                raise UserError(f"unknown model setting {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from common.console import UserError
 from common.files import atomic
 from model.checkpoint import Checkpoint
 from model.interop.hf import config_to_hf
@@ -25,7 +26,7 @@ def save_hf(directory: Path | str, checkpoint: Checkpoint, tokenizer: Path | str
     try:
         values = config_to_hf(checkpoint.config)
     except ValueError as error:
-        raise ValueError(f"{directory}: cannot be written in Hugging Face's layout: {error}") from None
+        raise UserError(f"{directory}: cannot be written in Hugging Face's layout: {error}") from None
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.state.items()}
     if checkpoint.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # stored once

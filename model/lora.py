@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.console import UserError
 from model.moe import Experts
 from model.transformer import CausalLM, Linear
 
@@ -119,7 +120,7 @@ def find_targets(model: CausalLM, targets: tuple[str, ...]) -> list[str]:
             why += "; the head is left as it is, since it may be the embedding too"
         if model.config.num_experts:
             why += "; its experts are stacked parameters and cannot be adapted"
-        raise ValueError(f"--lora_targets {', '.join(unknown)}: no such linear layer{why}")
+        raise UserError(f"--lora_targets {', '.join(unknown)}: no such linear layer{why}")
     return [name for name in layers if name in found]
 
 
@@ -135,7 +136,7 @@ def add_lora(
             layer = LoRALinear(layer)
             model.set_submodule(path, layer)
         if name in layer.adapters:
-            raise ValueError(f"there is an adapter called {name!r} already")
+            raise UserError(f"there is an adapter called {name!r} already")
         layer.adapters[name] = Adapter(layer, settings).train(layer.training)
     activate(model, name)
     return names
@@ -150,9 +151,9 @@ def activate(model: nn.Module, name: str | None) -> None:
     layers = adapted(model).values()
     if name is not None and not any(name in layer.adapters for layer in layers):
         known = sorted({known for layer in layers for known in layer.adapters})
-        raise ValueError(f"no adapter called {name!r}; there are {', '.join(known) or 'none'}")
+        raise UserError(f"no adapter called {name!r}; there are {', '.join(known) or 'none'}")
     if any(layer.unmerged is not None for layer in layers):
-        raise ValueError("an adapter is merged into the weights; unmerge it first")
+        raise UserError("an adapter is merged into the weights; unmerge it first")
     for layer in layers:
         layer.active = name if name in layer.adapters else None
 
@@ -162,7 +163,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """The model as it was before, say as the reference of DPO."""
     layers = adapted(model).values()
     if any(layer.unmerged is not None for layer in layers):
-        raise ValueError("an adapter is merged into the weights; unmerge it first")
+        raise UserError("an adapter is merged into the weights; unmerge it first")
     before = [layer.active for layer in layers]
     try:
         for layer in layers:
@@ -207,7 +208,7 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-def only_answers(model: CausalLM, dtype: torch.dtype) -> CausalLM:
+def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
     """For a model that is not trained: it computes in `dtype` as in training, with what matters in fp32."""
     freeze(model)
     lower_frozen(model, dtype)

@@ -9,6 +9,8 @@ from contextlib import suppress
 
 import torch
 
+from common.console import UserError
+
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """auto: the accelerator if there is one, else the CPU. local_rank picks among several of them.
@@ -22,10 +24,10 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:1, mps or npu") from None
+        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:1, mps or npu") from None
     if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
         found = accelerator.type if accelerator else "cpu"
-        raise ValueError(f"--device {name}: this machine or this build of torch has none; use --device {found}")
+        raise UserError(f"--device {name}: this machine or this build of torch has none; use --device {found}")
     if device.type != "cpu" and device.index is None and device.type != "mps":
         device = torch.device(device.type, local_rank)
     return device

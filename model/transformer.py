@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Visibility, causal_attention, visibility
+from model.attention import AttentionMask, causal_attention, visibility
 from model.config import ModelConfig
 from model.moe import Experts, MoE
 from model.rope import apply_rope, inverse_frequencies, rope_table
@@ -68,14 +68,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sees: Visibility, cache=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache=None) -> Tensor:
         B, T, _ = x.shape
         q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # (B, T, H, D)
         k = apply_rope(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, S, K, D), perhaps in a wider dtype
-        y = causal_attention(q.to(k.dtype), k, v, sees).to(x.dtype)  # (B, T, H, D)
+        y = causal_attention(q.to(k.dtype), k, v, mask).to(x.dtype)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -102,10 +102,10 @@ class Block(nn.Module):
         self.mlp = MoE(config, FeedForward) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, sees: Visibility, cache=None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache=None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, d) -> the same shape, and the balancing loss (B,) of a mixture of experts."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, sees, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         y = self.mlp(self.post_attention_layernorm(x))
         y, aux_loss = y if isinstance(y, tuple) else (y, None)
         return x + y, aux_loss
@@ -176,13 +176,13 @@ class CausalLM(nn.Module):
         x = x.to(self.compute_dtype or x.dtype)
         cos, sin = rope_table(positions, self.rope_frequencies, self.rope_temperature, x.dtype)
         kernel = "sdpa" if cache is not None else self._kernel(x, documents)
-        sees = visibility(T, past + T, documents, x, kernel, prefixes)
+        mask = visibility(T, past + T, documents, x, kernel, prefixes)
         aux_loss = torch.zeros(B, device=tokens.device)
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled() and cache is None:
-                x, aux = checkpoint(block, x, cos, sin, sees, use_reentrant=False)
+                x, aux = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
-                x, aux = block(x, cos, sin, sees, cache)
+                x, aux = block(x, cos, sin, mask, cache)
             aux_loss = aux_loss if aux is None else aux_loss + aux
         x = self.model.norm(x)
 

@@ -20,7 +20,8 @@ import time
 from dataclasses import dataclass
 
 from common.console import run
-from common.options import ROOT, Options, option, parse
+from common.files import ROOT
+from common.options import Options, option, parse
 
 QUESTIONS = ("你好！", "Who are you?")  # the conversation at the end begins with these
 

@@ -22,7 +22,8 @@ import time
 from dataclasses import dataclass, replace
 
 from common.console import run
-from common.options import ROOT, Options, option, parse
+from common.files import ROOT
+from common.options import Options, option, parse
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from common.console import run
-from common.options import ROOT, Options, option, parse
+from common.console import UserError, run
+from common.files import ROOT
+from common.options import Options, option, parse
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def main():
     target = Path(config.save_path)
     if target.suffix != ".jsonl":
         if target.suffix in (".json", ".txt", ".csv", ".parquet"):
-            raise ValueError(f"--save_path {target}: what is written is .jsonl; name it so, or give a folder")
+            raise UserError(f"--save_path {target}: what is written is .jsonl; name it so, or give a folder")
         target = target / "train.jsonl"
     val_target = target.with_name("val.jsonl" if target.name == "train.jsonl" else f"{target.stem}.val.jsonl")
     tokenizer = None
@@ -133,7 +134,7 @@ def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:
 
     dataset = {"text": PretrainDataset, "chat": SFTDataset, "preference": PreferenceDataset}.get(kind)
     if dataset is None:
-        raise ValueError(f"--max_seq_len: no stage trains on {kind} rows yet; leave it out")
+        raise UserError(f"--max_seq_len: no stage trains on {kind} rows yet; leave it out")
     print(f"tokenised: {dataset(path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir).summary}")
 
 

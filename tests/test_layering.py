@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.options import ROOT
+from common.files import ROOT
 
 FOLDERS = ("common", "model", "inference", "tokenizer", "dataset", "trainer", "evaluation", "scripts")
 PACKAGES = tuple(folder for folder in FOLDERS if (ROOT / folder).is_dir())

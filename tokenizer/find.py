@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.console import UserError
 from tokenizer.text import SHIPPED, Tokenizer
 
 
-def set_aside(directory: Path, hash: str) -> Path:
+def backup_path(directory: Path, hash: str) -> Path:
     """Where a tokenizer stays that another one replaces: weights may still need it."""
     directory = directory.absolute()
     return directory.parent / f"{directory.name}-{hash[:12]}"
@@ -26,14 +27,14 @@ def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | Non
         places = [SHIPPED.parent / recorded["path"]] if recorded.get("path") else []
         places += [folder, folder / "tokenizer"] + ([SHIPPED] if recorded else [])
     if recorded.get("hash"):
-        places += [set_aside(place, recorded["hash"]) for place in places if place != SHIPPED]
+        places += [backup_path(place, recorded["hash"]) for place in places if place != SHIPPED]
     found = []
     for place in places:
         if (place / "tokenizer.json").is_file() or place.suffix == ".json":
             tokenizer = Tokenizer.load(place)
             if recorded.get("hash") in (None, tokenizer.hash):
                 if tokenizer.vocab_size > vocab_size:
-                    raise ValueError(
+                    raise UserError(
                         f"{weights}: has {vocab_size:,} token embeddings, but the tokenizer in {place} has "
                         f"{tokenizer.vocab_size:,} tokens; give its own with --tokenizer_path"
                     )
@@ -41,4 +42,4 @@ def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | Non
             found.append(f"{place} is another one ({tokenizer.hash[:12]})")
     wanted = f"the tokenizer {recorded['hash'][:12]} it was trained with" if recorded.get("hash") else "its tokenizer"
     looked = "; ".join(found) or f"none in {', '.join(map(str, places))}"
-    raise ValueError(f"{weights}: cannot find {wanted}: {looked}. Say where it is with --tokenizer_path")
+    raise UserError(f"{weights}: cannot find {wanted}: {looked}. Say where it is with --tokenizer_path")

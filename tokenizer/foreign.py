@@ -22,6 +22,7 @@ import re
 from datetime import datetime
 from itertools import pairwise
 
+from common.console import UserError
 from tokenizer.messages import Segment, dumps, markup, split_reasoning
 from tokenizer.text import Tokenizer
 
@@ -45,7 +46,7 @@ class ForeignTemplate:
         try:
             self.template = environment.from_string(tokenizer.chat_template)
         except jinja2.TemplateError as error:
-            raise ValueError(f"{tokenizer.path}: chat template: {error}") from None
+            raise UserError(f"{tokenizer.path}: chat template: {error}") from None
         self.path = tokenizer.path
         self.names = {name: tokenizer.special(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.splits_reasoning = "reasoning_content" in tokenizer.chat_template
@@ -61,7 +62,7 @@ class ForeignTemplate:
         try:
             return self.template.render(given)
         except Exception as error:  # somebody else's program: it may fail in any way
-            raise ValueError(f"{self.path}: the chat template refuses this conversation: {error}") from None
+            raise UserError(f"{self.path}: the chat template refuses this conversation: {error}") from None
 
     def _header(self) -> str:
         """What every generation prompt begins with, whether the model is to think or not."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 
+from common.console import UserError
 from tokenizer.text import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -47,26 +48,26 @@ def dumps(value) -> str:
 def check_messages(messages: list[dict], tools: list[dict] | None = None) -> None:
     """ValueError for the first thing that is not a canonical conversation; whoever read it adds file and line."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError("messages: expected a list of at least one message")
+        raise UserError("messages: expected a list of at least one message")
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise ValueError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, found {role!r}")
+            raise UserError(f"messages[{i}]: role must be one of {', '.join(ROLES)}, found {role!r}")
         if not isinstance(message.get("content"), str):
             found = "nothing" if message.get("content") is None else type(message["content"]).__name__
-            raise ValueError(f"messages[{i}] ({role}): content must be text, found {found}")
+            raise UserError(f"messages[{i}] ({role}): content must be text, found {found}")
         if len(message) == 2:
             continue
         for key in ("reasoning_content", "tool_calls"):
             if message.get(key) and role != "assistant":
-                raise ValueError(f"messages[{i}] ({role}): only an assistant can have {key}")
+                raise UserError(f"messages[{i}] ({role}): only an assistant can have {key}")
         if not isinstance(message.get("reasoning_content") or "", str):
-            raise ValueError(f"messages[{i}] (assistant): reasoning_content must be text")
+            raise UserError(f"messages[{i}] (assistant): reasoning_content must be text")
         calls = message.get("tool_calls") or []
         for call in calls if isinstance(calls, list) else [calls]:
             well_formed = isinstance(call, dict) and isinstance(call.get("name"), str)
             if not isinstance(calls, list) or not well_formed or not isinstance(call.get("arguments"), dict):
                 expected = 'a list of {"name": text, "arguments": object}'
-                raise ValueError(f"messages[{i}] (assistant): tool_calls must be {expected}, found {call!r:.80}")
+                raise UserError(f"messages[{i}] (assistant): tool_calls must be {expected}, found {call!r:.80}")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("tools: expected a list of function schemas (objects)")
+        raise UserError("tools: expected a list of function schemas (objects)")

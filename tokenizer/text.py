@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from common.console import UserError
+
 SHIPPED = Path(__file__).resolve().parent
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -52,7 +54,7 @@ class Tokenizer:
         if file.is_dir() or file.suffix != ".json":
             file = file / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json, since "
                 "nothing is downloaded from a hub yet"
             )
@@ -60,9 +62,9 @@ class Tokenizer:
             spec = json.loads(file.read_text(encoding="utf-8"))
             kind = spec["model"]["type"]
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
+            raise UserError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
         if kind != "BPE":
-            raise ValueError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
+            raise UserError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
         config, template = _read_config(file.parent)
         return cls(spec, path=str(file.parent), chat_template=template, config=config)
 
@@ -133,7 +135,7 @@ class Tokenizer:
         for name in names:
             if name in self.control:
                 return self.control[name]
-        raise ValueError(f"{self.path}: the tokenizer has no {names[0]} token; take one that has, or the shipped one")
+        raise UserError(f"{self.path}: the tokenizer has no {names[0]} token; take one that has, or the shipped one")
 
 
 class StreamDecoder:
@@ -178,7 +180,7 @@ def _read_json(file: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
+        raise UserError(f"{file}: not JSON ({error})") from None
 
 
 def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
@@ -190,7 +192,7 @@ def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{path}: tokenizers cannot read this tokenizer.json ({error})") from None
+        raise UserError(f"{path}: tokenizers cannot read this tokenizer.json ({error})") from None
 
 
 def _bytes_of_ids(spec: dict) -> tuple[dict[int, bytes], bool]:
@@ -243,7 +245,7 @@ def _explain_not_text(texts: list[str]) -> Exception:
             text.encode()
         except UnicodeEncodeError as error:
             code = f"U+{ord(text[error.start]):04X}"
-            return ValueError(
+            return UserError(
                 f"the text holds a lone surrogate, {code} at character {error.start}: half of a character that was cut "
                 "apart, often by an unpaired \\u escape in JSON; remove it"
             )

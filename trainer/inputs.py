@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from common.console import check_writable
-from common.options import ROOT
+from common.console import UserError, check_writable
+from common.files import ROOT
 from dataset.read.mapping import read_mapping
 from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
@@ -44,7 +44,7 @@ def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool,
         if path.is_file():
             return (str(path),), False, f"data: {path} (--data_path names another)"
     if kind not in tiny_world.FILES:
-        raise ValueError(f"--data_path is needed: there is no dataset/{kind}.jsonl, and the tiny world has no {kind}")
+        raise UserError(f"--data_path is needed: there is no dataset/{kind}.jsonl, and the tiny world has no {kind}")
     path = tiny_world.generate(ROOT / "out" / "tiny_world", files=(kind,))[kind]
     note = (
         f"data: the built-in tiny world ({path}), enough to see everything work. Real data: {SOURCE}, put into dataset/"
@@ -99,7 +99,7 @@ def check_start(config: StageConfig, model: CausalLM, parent: Checkpoint | None,
     """What would be noticed too late: `outputs` are the files that the run will write."""
     for path in outputs:  # written over, the parent is gone, and the run could not be continued
         if parent and Path(parent.path).resolve() == path.resolve():
-            raise ValueError(
+            raise UserError(
                 f"{path}: this run starts from these weights and would write over them; give its own another name with "
                 f"--save_weight, {config.save_weight}_2 for instance"
             )
@@ -109,7 +109,7 @@ def check_start(config: StageConfig, model: CausalLM, parent: Checkpoint | None,
 def check_positions(config: StageConfig, shape: ModelConfig, whose: str) -> None:
     most = shape.max_position_embeddings
     if config.max_seq_len > most:
-        raise ValueError(
+        raise UserError(
             f"--max_seq_len {config.max_seq_len}: {whose} is made for {most} positions, and is never asked for more; "
             "lower it, or give a fresh model a larger --max_position_embeddings"
         )
@@ -121,7 +121,7 @@ def open_student(config: StageConfig, theirs: Tokenizer | None) -> tuple[Checkpo
     if config.from_weight or not config.preset:
         parent, tokenizer, origin = open_weights(config, "full_sft")
         if theirs and not tokenizer.same_ids(theirs):
-            raise ValueError(
+            raise UserError(
                 f"--teacher {config.teacher}: its tokenizer ({theirs.path}, {theirs.vocab_size:,} ids) is not that of "
                 f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
             )

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.options import ROOT, Options, option
+from common.files import ROOT
+from common.options import Options, option
 from trainer.loop import launch
 
 
@@ -31,7 +32,7 @@ from trainer.loop import launch
 class StageConfig(Options):
     """Options of every training stage"""
 
-    moot: ClassVar[dict[str, tuple[str, ...]]] = {
+    settled_by_switch: ClassVar[dict[str, tuple[str, ...]]] = {
         "use_lora": ("lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")
     }
 
@@ -160,8 +161,8 @@ class StageConfig(Options):
         if self.output_dir and self.save_dir == StageConfig.save_dir:
             object.__setattr__(self, "save_dir", self.output_dir)
 
-    def adopted(self) -> StageConfig:
-        return launch.adopt(self)
+    def with_launcher_settings(self) -> StageConfig:
+        return launch.with_launcher_settings(self)
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from common.console import run
+from common.console import UserError, run
 from common.options import option, parse
 from trainer.stage import StageConfig
 
@@ -52,7 +52,7 @@ def main():
     data = open_data(ReasonDataset, config, "reason", tokenizer, on_long=config.on_long, tag_weight=config.tag_weight)
     thoughts, seen = data.train.thoughts()
     if not thoughts:
-        raise ValueError(
+        raise UserError(
             f"{data.train.source(0)}: none of {seen:,} examples has a <think> block or reasoning_content; "
             "trainer/train_full_sft.py is for plain chats"
         )

@@ -23,8 +23,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.console import check_writable, run
-from common.options import ROOT, Options, option, parse
+from common.console import UserError, check_writable, run
+from common.files import ROOT
+from common.options import Options, option, parse
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 MARKUP = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/"))
@@ -91,7 +92,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
 def save(tokenizer, directory: str | Path) -> None:
     """tokenizer.json with the shipped chat template and configuration beside it, so that there is only one format.
     Another one that was there is kept beside the directory, where the weights that need it find it."""
-    from tokenizer.find import set_aside
+    from tokenizer.find import backup_path
     from tokenizer.text import SHIPPED, Tokenizer
 
     directory = Path(directory).resolve()
@@ -100,9 +101,9 @@ def save(tokenizer, directory: str | Path) -> None:
     former, kept = directory / "tokenizer.json", None
     if former.is_file() and directory != SHIPPED:
         try:
-            kept = set_aside(directory, known := Tokenizer.load(directory).hash)
+            kept = backup_path(directory, known := Tokenizer.load(directory).hash)
         except ValueError:  # of another kind
-            kept = set_aside(directory, known := hashlib.sha256(former.read_bytes()).hexdigest())
+            kept = backup_path(directory, known := hashlib.sha256(former.read_bytes()).hexdigest())
         kept.mkdir(exist_ok=True)
         for name in FILES:
             if (directory / name).is_file():
@@ -172,7 +173,7 @@ class Corpus:
                 try:
                     texts = list(contents(parse_row(raw))) if isinstance(file, Jsonl) else [("text", decode(raw))]
                 except ValueError as error:
-                    raise ValueError(f"{file.path}:{line}: {error}") from None
+                    raise UserError(f"{file.path}:{line}: {error}") from None
                 yield texts, number
 
 
@@ -223,7 +224,7 @@ def main() -> None:
     print(f"{len(corpus.files)} files" + (f", a sample: {corpus.share:.1%} of their rows" if corpus.share < 1 else ""))
     tokenizer = train_bpe(corpus.training_texts(), config.vocab_size)
     if not corpus.used:
-        raise ValueError(f"--holdout {config.holdout} and the weights leave no row to train on")
+        raise UserError(f"--holdout {config.holdout} and the weights leave no row to train on")
     print(f"trained on {sum(corpus.used.values()):,} characters ({corpus.used['zh']:,} of them in rows in Chinese)")
     save(tokenizer, config.save_dir)
     print(report(corpus, config.save_dir))

@@ -71,7 +71,7 @@ def meet(folder: Path, where: str, optimizer: str, accumulation_steps: int, back
         message = str(error)
     (state,) = (folder / "out").glob(f"resume/*/{engine.run_id}/step_{BAD_STEP - 1:08d}") if backend.main else [None]
     result = dict(ended=f"the {where} is not finite at step {BAD_STEP}" in message, changed=0, saved=0, named=True)
-    with backend.whole():
+    with backend.full_weights():
         now = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     now = dict(weights=now, optimizer=backend.optimizer_tensors())  # of all ranks, on the first
     if backend.main:

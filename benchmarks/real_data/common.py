@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.options import ROOT
+from common.files import ROOT
 
 
 def hold_out(source: Path, folder: Path, chosen) -> tuple[Path, Path]:

@@ -23,7 +23,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.real_data.common import hold_out, stage
-from common.options import ROOT
+from common.files import ROOT
 from dataset.batches.preference import PairLoader, PreferenceDataset
 from model.checkpoint import find_weights, load_weights
 from model.precision import pick_dtype

@@ -19,7 +19,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.real_data.common import hold_out, stage
-from common.options import ROOT
+from common.files import ROOT
 from dataset.batches.loader import Loader
 from dataset.tokens.examples import SFTDataset
 from model.adapter import find_base, load_adapter

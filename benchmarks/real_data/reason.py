@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.real_data.common import hold_out, stage
-from common.options import ROOT
+from common.files import ROOT
 from inference.decode import Sampling, generate
 from model.checkpoint import find_weights, load_weights
 from model.precision import pick_device, pick_dtype

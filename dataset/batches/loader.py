@@ -26,6 +26,7 @@ from operator import mul
 import numpy as np
 import torch
 
+from common.console import UserError
 from dataset.batches.packing import pack
 from dataset.tokens.examples import TokenDataset, shuffled
 
@@ -86,7 +87,7 @@ class Loader:
         shuffle: bool = True,
     ):
         if len(dataset) == 0 or int(dataset.lengths.max()) > self.ROWS_PER_EXAMPLE * max_seq_len + 1:
-            raise ValueError(f"rows of {max_seq_len} do not hold this data set: {dataset.summary}")
+            raise UserError(f"rows of {max_seq_len} do not hold this data set: {dataset.summary}")
         self.dataset, self.packing, self.max_seq_len = dataset, packing, max_seq_len
         self.batch_size, self.rank, self.world = batch_size, rank, world
         self.seed, self.shuffle = seed, shuffle

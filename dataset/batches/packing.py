@@ -9,6 +9,8 @@ for simple one-dimensional packing algorithms"); usually none more.
 
 from collections.abc import Sequence
 
+from common.console import UserError
+
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows of indices into `lengths`, whose lengths add up to at most `capacity` in each. O(n log n), deterministic."""
@@ -18,7 +20,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = int(lengths[index])
         if not 0 < length <= capacity:
-            raise ValueError(f"an example of {length} tokens in rows of {capacity}")
+            raise UserError(f"an example of {length} tokens in rows of {capacity}")
         enough = spaces >> length
         if enough:
             space = length + (enough & -enough).bit_length() - 1

@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.console import UserError
 from dataset.batches.loader import IGNORED, Batch, Loader, select
 from dataset.batches.packing import pair_row_length
 from dataset.read.mapping import Mapping
@@ -77,7 +78,7 @@ class PreferenceDataset(TokenDataset):
             left_out += int((~keep).sum())
         rows = [len(k) for k in kept]
         if not sum(rows):
-            raise ValueError(f"--max_seq_len {max_seq_len}: no pair fits, the longest needs {longest - 1}")
+            raise UserError(f"--max_seq_len {max_seq_len}: no pair fits, the longest needs {longest - 1}")
         self._kept, self._prompts, self._first = kept, prompts, np.cumsum([0, *rows])
         self.order = repeated(rows, [weight for _, weight in caches], seed)
         self.lengths = np.concatenate(lengths)[self.order]

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.console import UserError
 from dataset.doctor.token_statistics import TokenStatistics
 from dataset.read.jsonl import Chunk, Jsonl, TextFile
 from dataset.read.mapping import Mapping, Reader, find_reader
@@ -31,7 +32,7 @@ from dataset.read.mix import Writer, encode
 from dataset.tokens.token_cache import Progress
 from tokenizer.text import Tokenizer
 
-CHUNK = 2 << 20  # bytes of rows read at a time
+READ_BYTES = 2 << 20  # bytes of rows read at a time
 HUGE = 1 << 20  # bytes of a row from which it is not tokenised here
 PART = 64 << 20  # bytes of hashes compared at once
 SHOWN = 5  # lines named for each finding
@@ -55,7 +56,7 @@ class Finding:
 
 
 @dataclass
-class Report:
+class DataReport:
     path: str
     size: int = 0
     kind: str = ""
@@ -93,7 +94,7 @@ def examine(
 ) -> Examination:
     """`sample` is how many bytes of rows are tokenised, drawn at random; 0: all. The length and the number of examples
     in a step are by default those of the stage that reads such rows."""
-    report = Report(str(path))
+    report = DataReport(str(path))
     try:
         if Path(path).suffix.lower() == ".txt":
             source, read = TextFile(path, cache_dir=cache_dir), Reader("plain")
@@ -125,7 +126,7 @@ class Row(NamedTuple):
 class Examination:
     """One pass over a file. A verdict for each row stays, for `fix`."""
 
-    def __init__(self, report: Report, source: Jsonl | TextFile | None = None, read: Reader | None = None):
+    def __init__(self, report: DataReport, source: Jsonl | TextFile | None = None, read: Reader | None = None):
         self.report, self.source, self.read = report, source, read
 
     def run(self, statistics: TokenStatistics, val_hashes: np.ndarray | None, share: float) -> None:
@@ -133,10 +134,10 @@ class Examination:
         self.verdicts = np.zeros(0 if self.read.kind == "plain" else len(self.source), np.uint8)
         with closing(Progress(f"reading {self.source.path.name}", self.source.size)) as progress, ExitStack() as stack:
             hashes = _Hashes(stack, self.source)
-            for chunk in self.source.chunks(CHUNK):
+            for chunk in self.source.chunks(READ_BYTES):
                 rows = self._rows(chunk, at)
                 if self.read.kind != "plain":
-                    own = np.array([row_hash(row.row) for row in rows], np.uint64)
+                    own = np.array([content_hash(row.row) for row in rows], np.uint64)
                     hashes.add(own, np.array([row.index for row in rows], np.int64))
                     for n in _found_in(own, val_hashes):
                         self._judge(rows[n].index, rows[n].line, OVERLAP, report.overlap)
@@ -192,10 +193,10 @@ class Examination:
         """Writes the rows that are fine as they stand, and the others with their reasons; how many of each."""
         if self.source is None or self.read.kind == "plain":
             reason = self.report.failure or "it is one text"
-            raise ValueError(f"{self.report.path}: cannot be fixed row by row: {reason}")
+            raise UserError(f"{self.report.path}: cannot be fixed row by row: {reason}")
         at = 0
         with Writer(clean) as good, Writer(rejects) as bad:
-            for chunk in self.source.chunks(CHUNK):
+            for chunk in self.source.chunks(READ_BYTES):
                 verdicts = self.verdicts[at : at + len(chunk.rows)].tolist()
                 for raw, line, verdict in zip(chunk.rows, chunk.lines.tolist(), verdicts):
                     if verdict == OK:
@@ -228,7 +229,7 @@ def named(findings: dict[str, Finding], reason: str) -> Finding:
 # ---- the same row twice
 
 
-def row_hash(row: dict) -> int:
+def content_hash(row: dict) -> int:
     data = encode(row).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
@@ -237,7 +238,10 @@ def hashes_of(path: str | Path, *, mapping: Mapping | None = None, cache_dir=Non
     """The sorted hashes of a file's rows, as far as they can be read."""
     source = Jsonl(path, cache_dir=cache_dir)
     read = find_reader(source, mapping=mapping)
-    parts = [[row_hash(row) for raw in chunk.rows if (row := read_row(read, raw)[0])] for chunk in source.chunks(CHUNK)]
+    parts = [
+        [content_hash(row) for raw in chunk.rows if (row := read_row(read, raw)[0])]
+        for chunk in source.chunks(READ_BYTES)
+    ]
     return np.sort(np.concatenate([np.array(part, np.uint64) for part in parts]))
 
 

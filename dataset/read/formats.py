@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
+from common.console import UserError
 from dataset.read.jsonl import loads
 from tokenizer.messages import Conversation
 
@@ -84,7 +85,7 @@ def _by_columns(columns: tuple[str, ...], rating: str | None, sharegpt: bool) ->
 def canonical(row: dict, kind: str | None = None) -> dict:
     layout = layout_of(row, kind)
     if layout is None or kind not in (None, layout.kind):
-        raise ValueError(not_that_kind(row, layout, kind))
+        raise UserError(not_that_kind(row, layout, kind))
     return layout.read(row, *layout.columns)
 
 
@@ -146,7 +147,7 @@ def _preference(row: dict, *columns: str) -> dict:
     sides = {}
     for name, key in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(row[key], str) and not prompt:
-            raise ValueError(f'"{key}" must be messages, or text beside a "prompt", this is {_short(row[key])}')
+            raise UserError(f'"{key}" must be messages, or text beside a "prompt", this is {_short(row[key])}')
         answer = _said(row[key], "assistant", key)
         # in some files the prompt is there, and once more in front of the answers
         sides[name] = _with_system(row, prompt + answer if answer[0]["role"] == "assistant" else answer)
@@ -157,7 +158,7 @@ def _preference(row: dict, *columns: str) -> dict:
 def _rated(row: dict, *columns: str) -> dict:
     *columns, rating = columns
     if not isinstance(row[rating], bool):
-        raise ValueError(f'"{rating}" must be true or false, this is {_short(row[rating])}')
+        raise UserError(f'"{rating}" must be true or false, this is {_short(row[rating])}')
     return LAYOUT_OF[tuple(columns)].read(row, *columns) | {"label": row[rating]}
 
 
@@ -165,7 +166,7 @@ def _asked(row: dict, key: str) -> list[dict]:
     if key in DIALOGUES:
         turns = row[key]
         if not isinstance(turns, list) or not turns:
-            raise ValueError(f'"{key}" must be a list of messages, this is {_short(turns)}')
+            raise UserError(f'"{key}" must be a list of messages, this is {_short(turns)}')
         messages = []
         for i, turn in enumerate(turns):
             messages += _turn(turn, f"{key}[{i}]")
@@ -208,7 +209,7 @@ def _tools(row: dict) -> list | None:
 
 def _past(pair: object, where: str) -> list[dict]:
     if not isinstance(pair, list) or len(pair) != 2:
-        raise ValueError(f"{where} must be [question, answer], this is {_short(pair)}")
+        raise UserError(f"{where} must be [question, answer], this is {_short(pair)}")
     return _said(pair[0], "user", where) + _said(pair[1], "assistant", where)
 
 
@@ -219,7 +220,7 @@ def _said(value: object, role: str, where: str, more: dict | None = None) -> lis
     if isinstance(value, dict):
         return _turn(value, where)
     if not isinstance(value, list) or not value:
-        raise ValueError(f'"{where}" must be text or a list of messages, this is {_short(value)}')
+        raise UserError(f'"{where}" must be text or a list of messages, this is {_short(value)}')
     return [message for i, turn in enumerate(value) for message in _turn(turn, f"{where}[{i}]")]
 
 
@@ -234,7 +235,7 @@ def _turn(turn: object, where: str) -> list[dict]:
             if asked in turn and answered in turn:
                 system = [{"role": "system", "content": turn["system"]}] if turn.get("system") else []
                 return system + _said(turn[asked], "user", where) + _said(turn[answered], "assistant", where)
-    raise ValueError(f'{where} must be {{"role", "content"}} or {{"from", "value"}}, this is {_short(turn)}')
+    raise UserError(f'{where} must be {{"role", "content"}} or {{"from", "value"}}, this is {_short(turn)}')
 
 
 def _message(turn: dict, where: str) -> dict:
@@ -245,7 +246,7 @@ def _message(turn: dict, where: str) -> dict:
     calls, reasoning = turn.get("tool_calls") or turn.get("function_call"), None
     for key in ("weight", "loss", "train"):
         if turn.get(key) in (0, False) and ROLES.get(role, role) == "assistant":
-            raise ValueError(
+            raise UserError(
                 f'{where}: "{key}": {turn[key]!r} asks not to train on this answer, which cannot be '
                 "done for single turns yet; end the row before it, or take the key out to train on it"
             )
@@ -266,7 +267,7 @@ def _message(turn: dict, where: str) -> dict:
     if reasoning:
         message["reasoning_content"] = reasoning
     if content == "" and not (reasoning or calls) and message["role"] == "assistant":
-        raise ValueError(f"{where}: the assistant says nothing")
+        raise UserError(f"{where}: the assistant says nothing")
     return message
 
 
@@ -278,7 +279,7 @@ def _parts(parts: list, where: str) -> tuple[str, str, list]:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         name = PARTS.get(kind) if isinstance(kind, str) else None
         if name is None:
-            raise ValueError(f"{where}: only text can be read, this part is {_short(part)}")
+            raise UserError(f"{where}: only text can be read, this part is {_short(part)}")
         words = next((part[key] for key in ("value", kind, "text") if key in part), None)
         if name == "tool_call":
             words = _parsed(words, f"{where}: the call") if isinstance(words, str) else words
@@ -290,12 +291,12 @@ def _call(call: object, where: str) -> dict:
     """{"name", "arguments"}, bare or in OpenAI's {"type", "function": ...}; the arguments may be a JSON string."""
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise ValueError(f'{where}: a call must be {{"name", "arguments"}}, this is {_short(call)}')
+        raise UserError(f'{where}: a call must be {{"name", "arguments"}}, this is {_short(call)}')
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _parsed(arguments or "{}", f"{where}: the arguments")
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where}: the arguments must be an object, this is {_short(arguments)}")
+        raise UserError(f"{where}: the arguments must be an object, this is {_short(arguments)}")
     return {"name": call["name"], "arguments": arguments}
 
 
@@ -344,7 +345,7 @@ def column_names() -> Iterable[str]:
 def _listed(value: object, where: str) -> list:
     value = _parsed(value, where) if isinstance(value, str) else value
     if not isinstance(value, list):
-        raise ValueError(f"{where} must be a list, this is {_short(value)}")
+        raise UserError(f"{where} must be a list, this is {_short(value)}")
     return value
 
 
@@ -352,12 +353,12 @@ def _parsed(text: str, where: str) -> object:
     try:
         return loads(text)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON, {_short(text)} ({error})") from None
+        raise UserError(f"{where}: not JSON, {_short(text)} ({error})") from None
 
 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where} must be text, this is {_short(value)}")
+        raise UserError(f"{where} must be text, this is {_short(value)}")
     return value
 
 

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.tokens.cache import Mapped, cache_root, entry, is_writable
+from common.console import UserError
+from dataset.tokens.cache import Mapped, cache_root, get_or_build, is_writable
 
 BLOCK = 8 << 20  # bytes read at a time
 ENDS = 64 << 10  # bytes at either end that tell whether the file is still the same
@@ -45,7 +46,7 @@ class Chunk(NamedTuple):
 
 class Jsonl:
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None):
-        self.path = existing(path)
+        self.path = require_file(path)
         self.cache = cache_root(self.path, cache_dir)
         with open(self.path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -55,13 +56,13 @@ class Jsonl:
             state = f"{status.st_size} {status.st_mtime_ns} {hashlib.sha256(head + file.read(ENDS)).hexdigest()}"
         self._is_array = head.removeprefix(BOM).lstrip()[:1] == b"["
         name = entry_name(self.path, "index", state)
-        folder, facts = entry(self.cache, name, self._build)
+        folder, facts = get_or_build(self.cache, name, self._build)
         self.content: str = facts["content"]  # SHA-256 of the bytes
         self._starts = Mapped(folder / "starts", np.int64)  # of each row, and the end
         self._lines = Mapped(folder / "lines", np.int64)
         self._data = Mapped(folder / "rows.jsonl" if self._is_array else self.path, np.uint8)
         if not len(self):
-            raise ValueError(f"{self.path}:1: no rows, the file is empty")
+            raise UserError(f"{self.path}:1: no rows, the file is empty")
 
     def __len__(self) -> int:
         return len(self._starts.array) - 1
@@ -70,7 +71,7 @@ class Jsonl:
         try:
             return parse_row(self.raw(row))
         except ValueError as error:
-            raise ValueError(f"{self.where(row)}: {error}") from None
+            raise UserError(f"{self.where(row)}: {error}") from None
 
     def raw(self, row: int) -> bytes:
         if not 0 <= row < len(self):
@@ -102,7 +103,7 @@ class Jsonl:
             starts, lines, content = index_lines(file)
             after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise ValueError(f"{self.path}: changed while it was being read; start again when it is complete")
+            raise UserError(f"{self.path}: changed while it was being read; start again when it is complete")
         if self._is_array:
             starts, lines = array_to_jsonl(self.path, folder / "rows.jsonl")
         starts.tofile(folder / "starts")
@@ -110,7 +111,7 @@ class Jsonl:
         return {"source": str(self.path.resolve()), "content": content, "rows": len(lines)}
 
 
-def existing(path: str | Path) -> Path:
+def require_file(path: str | Path) -> Path:
     """The path as given, or an error with the nearest name that is there."""
     path = Path(path)
     if path.is_dir():
@@ -191,7 +192,7 @@ class _ArrayReader:
         return self.last_line
 
     def fail(self, reason: str) -> None:
-        raise ValueError(f"{self.path}:{self.line()}: broken JSON: {reason}")
+        raise UserError(f"{self.path}:{self.line()}: broken JSON: {reason}")
 
     def more(self) -> None:
         line, rest = self.line(), self.text[self.at :]
@@ -199,7 +200,7 @@ class _ArrayReader:
             read = self.source.read(max(1 << 20, len(rest)))  # doubling: a huge element is scanned a few times only
         except UnicodeDecodeError as error:
             where = f"{self.path}:{line}"
-            raise ValueError(f"{where}: not UTF-8 here or below ({error.reason}); {_likely(error.object)}") from None
+            raise UserError(f"{where}: not UTF-8 here or below ({error.reason}); {_likely(error.object)}") from None
         self.text, self.at, self.counted, self.ended = rest + read, 0, 0, not read
 
     def skip(self, characters: str) -> str:
@@ -241,13 +242,13 @@ def parse_row(raw: bytes) -> dict:
     """One row's object; a ValueError gives the reason, without the place, when it is none."""
     text = decode(raw)
     if text.strip() in ("{", "["):
-        raise ValueError(
+        raise UserError(
             "a row has to stand on one line, and this one goes on below; what is spread over lines has to "
             "be a .json array"
         )
     row = loads(text)
     if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object {{...}}, this is {type(row).__name__} {text[:40]!r}")
+        raise UserError(f"a row must be an object {{...}}, this is {type(row).__name__} {text[:40]!r}")
     return row
 
 
@@ -258,11 +259,11 @@ def loads(text: str) -> object:
         if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
+        raise UserError(f"broken JSON at column {error.colno}: {error.msg}") from None
     except UnicodeEncodeError as error:  # half of a surrogate pair is valid JSON but no text
-        raise ValueError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
+        raise UserError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise UserError("nested too deeply") from None
     return value
 
 
@@ -270,7 +271,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) != len(pairs):  # JSON would keep the last one, in silence
         keys = [key for key, _ in pairs]
-        raise ValueError(f'the key "{next(key for key in keys if keys.count(key) > 1)}" stands twice in one object')
+        raise UserError(f'the key "{next(key for key in keys if keys.count(key) > 1)}" stands twice in one object')
     return found
 
 
@@ -291,10 +292,10 @@ def decode(raw: bytes) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start + 1}; {_likely(raw)}") from None
+        raise UserError(f"not UTF-8 at byte {error.start + 1}; {_likely(raw)}") from None
     if "\0" in text:
         column = text.index("\0") + 1
-        raise ValueError(f"a NUL character at column {column}; was the file cut off while it was written?")
+        raise UserError(f"a NUL character at column {column}; was the file cut off while it was written?")
     return text
 
 
@@ -331,9 +332,9 @@ class RowErrors:
         self.count += 1
         self.first = [*self.first, f"{self.path}:{line}: {reason}"][:3]
         if self.on_bad_row != "skip":
-            raise ValueError(f"{self.first[0]} (--on_bad_row skip leaves such rows out)")
+            raise UserError(f"{self.first[0]} (--on_bad_row skip leaves such rows out)")
         if self.count > self.allowed:
-            raise ValueError(f"{'; '.join(self.first)} ...: more than {self.allowed} bad rows (1 %), too many to skip")
+            raise UserError(f"{'; '.join(self.first)} ...: more than {self.allowed} bad rows (1 %), too many to skip")
         if self.file is None:
             self.file = open(self.target.with_suffix(".tmp"), "w", encoding="utf-8")
         reject = {"line": line, "reason": reason, "row": raw.decode("utf-8", "replace")}
@@ -354,11 +355,11 @@ class TextFile:
     """A plain text file, read like a `Jsonl` that holds one document: `chunks` gives pieces cut at line ends."""
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None):
-        self.path = existing(path)
+        self.path = require_file(path)
         self.cache = cache_root(self.path, cache_dir)
         self.size = self.path.stat().st_size
         if not self.size:
-            raise ValueError(f"{self.path}:1: the file is empty")
+            raise UserError(f"{self.path}:1: the file is empty")
         digest = hashlib.sha256()
         with open(self.path, "rb") as file:
             while block := file.read(BLOCK):

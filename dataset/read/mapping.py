@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.console import UserError
 from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
 from dataset.read.jsonl import Jsonl, decode, parse_row
 from dataset.read.pairs import check_pair
@@ -61,13 +62,13 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(f"--data_mapping {path}: {error.strerror}") from None
+        raise UserError(f"--data_mapping {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise ValueError(f"--data_mapping {path}{line}: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"--data_mapping {path}{line}: {getattr(error, 'problem', None) or error}") from None
     example = "`columns: {instruction: question, output: reply}`, our name first"
     if not isinstance(tree, dict) or not isinstance(tree.get("columns"), dict) or not tree["columns"]:
-        raise ValueError(f"--data_mapping {path}: expected {example}")
+        raise UserError(f"--data_mapping {path}: expected {example}")
     known = {
         "columns": column_names(),
         "turns": ("role", "content", "reasoning_content", "tool_calls"),
@@ -75,14 +76,14 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
     }
     for section, names in tree.items():
         if section not in known or not isinstance(names, dict):
-            raise ValueError(f"--data_mapping {path}: {section}: expected the sections {', '.join(known)}")
+            raise UserError(f"--data_mapping {path}: {section}: expected the sections {', '.join(known)}")
         for name, theirs in names.items():
             if name not in known[section]:
                 near = difflib.get_close_matches(str(name), known[section], 1)
                 hint = f"did you mean {near[0]}?" if near else f"ours are {', '.join(known[section])}"
-                raise ValueError(f"--data_mapping {path}: {section}: {name} is none of our names; {hint}")
+                raise UserError(f"--data_mapping {path}: {section}: {name} is none of our names; {hint}")
             if not isinstance(theirs, str) and not (section == "roles" and isinstance(theirs, list)):
-                raise ValueError(f"--data_mapping {path}: {section}: {name}: {theirs!r} is no name of yours")
+                raise UserError(f"--data_mapping {path}: {section}: {name}: {theirs!r} is no name of yours")
     pairs = [(ours, theirs) for ours, theirs in tree.get("roles", {}).items()]
     roles = {str(t): ours for ours, theirs in pairs for t in (theirs if isinstance(theirs, list) else [theirs])}
     return Mapping(str(path), tree["columns"], tree.get("turns", {}), roles)
@@ -102,7 +103,7 @@ class Reader:
         try:
             return self._read(raw)
         except RecursionError:  # what the parser takes may still be too deep to be looked at
-            raise ValueError("nested too deeply") from None
+            raise UserError("nested too deeply") from None
 
     def _read(self, raw: bytes) -> dict:
         if self.kind == "plain":
@@ -112,9 +113,9 @@ class Reader:
             row = self.mapping(row)
         layout = layout_of(row, self.kind)
         if layout is None or layout.kind != self.kind:
-            raise ValueError(not_that_kind(row, layout, self.kind))
+            raise UserError(not_that_kind(row, layout, self.kind))
         if layout.name != self.layout:
-            raise ValueError(
+            raise UserError(
                 f"laid out as {layout.name}, while line {self.line} is {self.layout}; "
                 "one layout a file (scripts/prepare_data.py joins files)"
             )
@@ -141,10 +142,10 @@ def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None 
     missing = [name for name in mapping.columns.values() if name not in columns] if mapping else []
     if missing:
         missing, there = (", ".join(f'"{name}"' for name in names) for names in (missing, columns))
-        raise ValueError(f"{source.where(0)}: --data_mapping {mapping.path}: no column {missing}; the file has {there}")
+        raise UserError(f"{source.where(0)}: --data_mapping {mapping.path}: no column {missing}; the file has {there}")
     if not found and not kind:
         row = source[0]
-        raise ValueError(f"{source.where(0)}: {not_that_kind(mapping(row) if mapping else row, None, None)}")
+        raise UserError(f"{source.where(0)}: {not_that_kind(mapping(row) if mapping else row, None, None)}")
     return found or Reader(kind, mapping=mapping)  # no row is of that kind: each says what it is instead
 
 
@@ -156,7 +157,7 @@ def _check_chat(row: dict) -> None:
     _check_rated(row)
     for i, message in enumerate(row["messages"]):
         if message["role"] == "assistant" and (tag := never_closed(message)):
-            raise ValueError(
+            raise UserError(
                 f"messages[{i}] (assistant): begins with {tag}, which never ends; a model that learns from it would "
                 "not end it either: complete the row or take it out"
             )

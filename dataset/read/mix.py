@@ -19,15 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
+from common.console import UserError
 from dataset.read.jsonl import Jsonl, RowErrors
 from dataset.read.mapping import Mapping, Reader, find_reader
 
-CHUNK = 4 << 20  # bytes of rows read at a time
+READ_BYTES = 4 << 20  # bytes of rows read at a time
 encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # what came from JSON has no circles
 
 
 @dataclass
-class Report:
+class MergeReport:
     """How many rows there were and what became of them."""
 
     kind: str
@@ -65,19 +66,19 @@ def prepare(
     on_bad_row: str = "error",
     seed: int = 42,
     cache_dir: str | None = None,
-) -> Report:
+) -> MergeReport:
     """Writes `target` (and `val_target`). `ratio` R repeats identity rows until task : identity is R : 1."""
     files, extra = ([_File(path, to, mapping, on_bad_row, cache_dir) for path in paths] for paths in (task, identity))
     if not files:
-        raise ValueError("--data_path: no file given")
+        raise UserError("--data_path: no file given")
     kinds = {file.rows.path: file.to for file in files + extra}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{path} holds {kind}" for path, kind in kinds.items())
-        raise ValueError(f"files of different kinds cannot be joined: {found}")
+        raise UserError(f"files of different kinds cannot be joined: {found}")
     for file in files + extra:
         if file.rows.path.resolve() in (target.resolve(), val_target and val_target.resolve()):
-            raise ValueError(f"{target}: would overwrite a file that is being read; choose another --save_path")
-    report = Report(files[0].to, {str(file.rows.path): file.read.layout for file in files + extra})
+            raise UserError(f"{target}: would overwrite a file that is being read; choose another --save_path")
+    report = MergeReport(files[0].to, {str(file.rows.path): file.read.layout for file in files + extra})
     left = data_limit or sum(len(file.rows) for file in files)
     for file in files:
         file.limit = min(left, len(file.rows))
@@ -98,7 +99,7 @@ def prepare(
             train.write(kept[i % len(kept)])
         report.written, report.repeated, report.held_out = train.rows, train.rows - task_rows, val.rows if val else 0
         if not train.rows:
-            raise ValueError(f"{files[0].rows.path}: no row is left to write")
+            raise UserError(f"{files[0].rows.path}: no row is left to write")
     return report
 
 
@@ -107,18 +108,18 @@ class _File:
 
     def __init__(self, path: str, to: str | None, mapping: Mapping | None, on_bad_row: str, cache_dir: str | None):
         if Path(path).suffix.lower() == ".txt":
-            raise ValueError(f"{path}: plain text needs no preparing; give it to train_pretrain.py as it is")
+            raise UserError(f"{path}: plain text needs no preparing; give it to train_pretrain.py as it is")
         self.rows = Jsonl(path, cache_dir=cache_dir)
         self.read: Reader = find_reader(self.rows, mapping=mapping)
         self.to = to or self.read.kind
         if self.to != self.read.kind and (self.to, self.read.kind) not in (("chat", "preference"), ("chat", "rated")):
-            raise ValueError(f"{self.rows.where(0)}: {self.read.kind} rows ({self.read.layout}) cannot become {to}")
+            raise UserError(f"{self.rows.where(0)}: {self.read.kind} rows ({self.read.layout}) cannot become {to}")
         self.on_bad_row, self.limit = on_bad_row, len(self.rows)
 
-    def canonical(self, report: Report) -> Iterator[tuple[bytes, dict | None]]:
+    def canonical(self, report: MergeReport) -> Iterator[tuple[bytes, dict | None]]:
         """(raw, row in the wanted kind); None: a row that is left out."""
         with RowErrors(self.rows.path, self.rows.cache, len(self.rows), self.on_bad_row) as errors:
-            for chunk in self.rows.chunks(CHUNK, self.limit):
+            for chunk in self.rows.chunks(READ_BYTES, self.limit):
                 for raw, line in zip(chunk.rows, chunk.lines.tolist()):
                     try:
                         row = self.read(raw)
@@ -136,7 +137,7 @@ def _better_answer(row: dict) -> dict | None:
     return {key: value for key, value in found.items() if value}
 
 
-def _lines(files: list[_File], report: Report, held_out) -> Iterator[tuple[bytes, bool]]:
+def _lines(files: list[_File], report: MergeReport, held_out) -> Iterator[tuple[bytes, bool]]:
     """(line to write, is it for validation)"""
     for file in files:
         for raw, row in file.canonical(report):
@@ -170,7 +171,7 @@ class Writer:
         os.unlink(self.temporary) if failed else os.replace(self.temporary, self.path)
 
 
-def row_hash(raw: bytes, seed: int = 0) -> int:
+def line_hash(raw: bytes, seed: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
 
 
@@ -179,11 +180,16 @@ def _held_out(files: list[_File], fraction: float, seed: int):
     if not fraction:
         return lambda raw: False
     hashes = np.fromiter(
-        (row_hash(raw, seed) for file in files for chunk in file.rows.chunks(CHUNK, file.limit) for raw in chunk.rows),
+        (
+            line_hash(raw, seed)
+            for file in files
+            for chunk in file.rows.chunks(READ_BYTES, file.limit)
+            for raw in chunk.rows
+        ),
         np.uint64,
     )
     count = max(1, round(fraction * len(hashes)))
     if count >= len(np.unique(hashes)):
-        raise ValueError(f"--val_fraction {fraction}: {len(hashes)} rows are too few to split")
+        raise UserError(f"--val_fraction {fraction}: {len(hashes)} rows are too few to split")
     bound = int(np.partition(hashes, count - 1)[count - 1])
-    return lambda raw: row_hash(raw, seed) <= bound
+    return lambda raw: line_hash(raw, seed) <= bound

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.console import UserError
 from tokenizer.chat import Encoded, encode_chats
 from tokenizer.messages import check_messages
 from tokenizer.text import Tokenizer
@@ -34,16 +35,16 @@ def check_pair(row: dict) -> None:
     check_messages(chosen, tools)
     check_messages(rejected, tools)
     if chosen == rejected:
-        raise ValueError("chosen equals rejected: there is nothing to prefer")
+        raise UserError("chosen equals rejected: there is nothing to prefer")
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise ValueError(f"{name} must end with an assistant's answer, it ends with {_short(messages[-1])}")
+            raise UserError(f"{name} must end with an assistant's answer, it ends with {_short(messages[-1])}")
         if same == len(messages):
-            raise ValueError(f"{name} has no answer of its own: the other side goes on where it ends")
+            raise UserError(f"{name} has no answer of its own: the other side goes on where it ends")
         for i, message in enumerate(messages[same:], start=same):
             if message["role"] in ("user", "system"):
-                raise ValueError(f"the prompts differ: {name}[{i}] is {_short(message)}, after the sides have parted")
+                raise UserError(f"the prompts differ: {name}[{i}] is {_short(message)}, after the sides have parted")
 
 
 def encode_pairs(tokenizer: Tokenizer, rows: Sequence[dict]) -> list[Pair | str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import dataset.tiny_world.words as text
+from common.console import UserError
 from dataset.tiny_world.world import KINDS, Dice, World
 
 EXAM_SIZE = {
@@ -82,7 +83,7 @@ def grade(question: Question, reply: str) -> bool:
 def scores(questions: list[Question], replies: list[str]) -> Scores:
     """Share of right replies per (kind, language); the kind "all" is the mean over a language's questions."""
     if len(questions) != len(replies):
-        raise ValueError(f"{len(replies)} replies to {len(questions)} questions: give exactly one reply to each")
+        raise UserError(f"{len(replies)} replies to {len(questions)} questions: give exactly one reply to each")
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for question, reply in zip(questions, replies):
         for kind in (question.kind, "all"):

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from common.console import UserError
 from dataset.tiny_world.rows import FILES
 from dataset.tiny_world.world import Dice, World
 
@@ -19,7 +20,7 @@ def generate(directory: str | Path, seed: int = 0, files: tuple[str, ...] = ("pr
     paths = {name: directory / f"{name}.jsonl" for name in files}
     for name, path in paths.items():
         if name not in FILES:
-            raise ValueError(f"the tiny world has no file {name!r}: choose from {', '.join(FILES)}")
+            raise UserError(f"the tiny world has no file {name!r}: choose from {', '.join(FILES)}")
         stamp = path.with_suffix(".stamp.json")
         if (
             stamp.is_file()

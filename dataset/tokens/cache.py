@@ -1,6 +1,6 @@
 """What is worked out once from a data file, kept on disk: line indexes and token caches.
 
-    directory, facts = entry(cache_root(data_file), "pretrain.jsonl-tokens-1f2e", build)
+    directory, facts = get_or_build(cache_root(data_file), "pretrain.jsonl-tokens-1f2e", build)
 
 An entry is a directory that is complete as soon as it has its name: it is filled under a temporary name, synced,
 renamed. A killed build leaves no half entry, and of several processes that want the same one, one builds and the
@@ -54,7 +54,7 @@ def is_writable(folder: Path) -> bool:
         return False
 
 
-def entry(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[Path, dict]:
+def get_or_build(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[Path, dict]:
     """The entry `root/name` and the facts `build` returned for it; `build` fills a directory, and only if need be."""
     path = root / name
     if (facts := _facts(path)) is not None:

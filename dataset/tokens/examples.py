@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.console import UserError
 from dataset.read.mapping import Mapping
 from dataset.tokens.token_cache import TokenCache, token_cache
 from tokenizer.text import Tokenizer
@@ -52,7 +53,7 @@ def weighted(spec: str | Path) -> tuple[Path, float]:
     if not colon or Path(spec).exists():
         return Path(spec), 1.0
     if not 0 < weight < float("inf"):
-        raise ValueError(f"--data_path {spec}: the number after the colon must be above 0")
+        raise UserError(f"--data_path {spec}: the number after the colon must be above 0")
     return Path(path), weight
 
 
@@ -99,11 +100,11 @@ class TokenDataset:
     def split(self, val_fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
         """(training, validation): views, the same for the same seed. A repeated example is on one side only."""
         if not 0 < val_fraction < 1:
-            raise ValueError(f"--val_fraction {val_fraction}: must be between 0 and 1")
+            raise UserError(f"--val_fraction {val_fraction}: must be between 0 and 1")
         distinct = np.unique(self.order)
         count = max(1, round(val_fraction * len(distinct)))
         if count >= len(distinct):
-            raise ValueError(f"--val_fraction {val_fraction}: {len(distinct)} examples are too few to split")
+            raise UserError(f"--val_fraction {val_fraction}: {len(distinct)} examples are too few to split")
         held_out = np.zeros(int(distinct[-1]) + 1, bool)
         held_out[distinct[shuffled(len(distinct), seed, SPLIT)[:count]]] = True
         name = f"{val_fraction} {seed}"
@@ -239,7 +240,7 @@ class SFTDataset(TokenDataset):
             left_out += int((~keep).sum())
         rows = [len(k) for k in kept]
         if not sum(rows):
-            raise ValueError(f"--max_seq_len {max_seq_len}: no example fits, the longest needs {longest - 1}")
+            raise UserError(f"--max_seq_len {max_seq_len}: no example fits, the longest needs {longest - 1}")
         self._kept, self._first = kept, np.cumsum([0, *rows])
         self.order = repeated(rows, [weight for _, weight in caches], seed)
         self.lengths = np.concatenate(lengths)[self.order]
@@ -282,7 +283,7 @@ def read_caches(paths, tokenizer: Tokenizer, kind: str, data_limit: int, options
         if data_limit and left <= 0:
             break
     if not caches:
-        raise ValueError("--data_path: no file given")
+        raise UserError("--data_path: no file given")
     return caches
 
 
@@ -296,7 +297,7 @@ def repeated(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
         first += size
     order = np.concatenate(parts)
     if not len(order):
-        raise ValueError(f"--data_path: {weights} of {sizes} examples leave none")
+        raise UserError(f"--data_path: {weights} of {sizes} examples leave none")
     return order.astype(np.int32 if first < 1 << 31 else np.int64)
 
 

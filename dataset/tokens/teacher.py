@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.console import UserError
 from dataset.tokens.examples import SFTDataset
 from tokenizer.text import Tokenizer
 
@@ -44,9 +45,9 @@ def read_header(path: str | Path) -> dict:
     except (ValueError, KeyError, TypeError):
         facts = {}
     if facts.get("format") != FORMAT:
-        raise ValueError(f"--teacher_logprobs {path}: not a file that --write_logprobs writes")
+        raise UserError(f"--teacher_logprobs {path}: not a file that --write_logprobs writes")
     if Path(path).stat().st_size != size:
-        raise ValueError(f"--teacher_logprobs {path}: truncated, it should have {size:,} bytes; write it again")
+        raise UserError(f"--teacher_logprobs {path}: truncated, it should have {size:,} bytes; write it again")
     return facts | {"path": str(path)}
 
 
@@ -65,7 +66,7 @@ class TaughtDataset(SFTDataset):
             ("the data (files, rows, --on_long)", views["data"][:12], self.fingerprint[:12]),
         ):
             if theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"--teacher_logprobs {views['path']}: was written for other examples: {what} was {theirs}, is "
                     f"{ours}; write it again with --write_logprobs"
                 )

@@ -26,15 +26,16 @@ from pathlib import Path
 
 import numpy as np
 
+from common.console import UserError
 from dataset.read.jsonl import Chunk, Jsonl, RowErrors, TextFile, entry_name
 from dataset.read.mapping import Mapping, Reader, find_reader
 from dataset.read.pairs import encode_pairs
-from dataset.tokens.cache import Mapped, entry
+from dataset.tokens.cache import Mapped, get_or_build
 from tokenizer.chat import encode_chat, encode_chats
 from tokenizer.text import Tokenizer
 
 FORMAT = 4
-CHUNK = 1 << 20  # bytes of rows that are tokenised together
+TOKENISED_BYTES = 1 << 20  # bytes of rows that are tokenised together
 PIECE = 1 << 18  # characters of one text that are tokenised together
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays
 # what is kept of each kind beside tokens, offsets and lines: file -> type
@@ -95,7 +96,7 @@ def token_cache(
         raise RuntimeError("this script runs when it is imported; put its code under `if __name__ == '__main__':`")
     if Path(path).suffix.lower() == ".txt":
         if kind != "text":
-            raise ValueError(f"{path}: plain text is for pretraining; this stage needs JSONL with conversations")
+            raise UserError(f"{path}: plain text is for pretraining; this stage needs JSONL with conversations")
         source, kind = TextFile(path, cache_dir=cache_dir), "plain"
     else:
         source = Jsonl(path, cache_dir=cache_dir)
@@ -108,9 +109,9 @@ def token_cache(
         with RowErrors(source.path, source.cache, rows, on_bad_row) as errors:
             return _Builder(folder, source, tokenizer, reader).build(rows, num_workers, errors)
 
-    folder, facts = entry(source.cache, entry_name(source.path, kind, state), build)
+    folder, facts = get_or_build(source.cache, entry_name(source.path, kind, state), build)
     if facts["bad"] and on_bad_row != "skip":  # it was made under `skip`
-        raise ValueError(f"{facts['first_bad'][0]} (--on_bad_row skip leaves such rows out)")
+        raise UserError(f"{facts['first_bad'][0]} (--on_bad_row skip leaves such rows out)")
     return TokenCache(source.path, folder, facts)
 
 
@@ -134,7 +135,7 @@ class _Builder:
                 for chunk, block in found:
                     for line, reason, raw in block.bad:
                         if self.kind == "plain":  # half a document is none
-                            raise ValueError(f"{self.source.path}:{line}: {reason}")
+                            raise UserError(f"{self.source.path}:{line}: {reason}")
                         errors.add(line, reason, raw)
                     self.write(block)
                     progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
@@ -176,7 +177,7 @@ class _Builder:
             return
         what = "text in them" if self.kind in ("text", "plain") else "assistant's turn to train on"
         where = ", ".join(self.first_empty) or self.source.path
-        raise ValueError(f"{where}: {self.empty:,} of {rows:,} rows have no {what}; is this the right file?")
+        raise UserError(f"{where}: {self.empty:,} of {rows:,} rows have no {what}; is this the right file?")
 
 
 # ---- tokenising: the same function here and in the worker processes
@@ -297,7 +298,7 @@ def blocks(
     source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader, rows: int, num_workers: int | None
 ) -> Iterator[tuple[Chunk, Block]]:
     """Every chunk with its block, in order. Small data stays in this process: `tokenizers` has threads of its own."""
-    chunks = source.chunks(CHUNK, rows)
+    chunks = source.chunks(TOKENISED_BYTES, rows)
     workers = num_workers or cores()
     if workers > 1 and source.size >= PROCESSES_FROM:
         yield from _blocks_from_processes(chunks, tokenizer, reader, workers)

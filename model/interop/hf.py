@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from common.console import UserError
 from model.config import ModelConfig
 from model.interop.minimind import config_from_minimind
 
@@ -56,14 +57,14 @@ def config_from_hf(values: dict) -> ModelConfig:
     """From the content of a `config.json`."""
     family = values.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+        raise UserError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
     plain = ("use_sliding_window", "mlp_bias", "mlp_only_layers", "attention_bias")  # must be off or absent
     unsupported = [f"{key}={values[key]!r}" for key in plain if values.get(key)]
     unsupported += [f"decoder_sparse_step={step}" for step in (values.get("decoder_sparse_step", 1),) if step != 1]
     if values.get("hidden_act", "silu") != "silu":
         unsupported.append(f"hidden_act={values['hidden_act']!r}")
     if unsupported:
-        raise ValueError(f"config.json: not supported: {', '.join(unsupported)}")
+        raise UserError(f"config.json: not supported: {', '.join(unsupported)}")
     rope = values.get("rope_parameters") or {}
     scaling = {**(values.get("rope_scaling") or rope)}
     theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
@@ -71,7 +72,7 @@ def config_from_hf(values: dict) -> ModelConfig:
     harmless = dict(truncate=True, finetuned=True, partial_rotary_factor=1.0)
     scaling = {key: value for key, value in scaling.items() if value is not None and harmless.get(key) != value}
     if strange := [f"{key}={value!r}" for key, value in scaling.items() if key not in ROPE_KEYS]:
-        raise ValueError(f"config.json: RoPE scaling not supported: {', '.join(strange)}")
+        raise UserError(f"config.json: RoPE scaling not supported: {', '.join(strange)}")
     if kind == "yarn":
         scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
     if "num_local_experts" in values:  # transformers 5 writes Mixtral's name
@@ -94,16 +95,16 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = (config_from_minimind if values.get("model_type") == "minimind" else config_from_hf)(values)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
+        raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{directory}: no *.safetensors beside config.json")
+        raise UserError(f"{directory}: no *.safetensors beside config.json")
     state: dict[str, Tensor] = {}
     for file in files:
         try:
             state.update(load_file(file))
         except Exception as error:  # safetensors has its own exception type
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
     return config, state
 
 
@@ -124,7 +125,7 @@ def config_to_hf(config: ModelConfig) -> dict:
         "MiniMind2's RoPE scaling": scaling and scaling["rope_type"] == "minimind2",
     }
     if reasons := [name for name, present in strange.items() if present]:
-        raise ValueError(f"transformers has no family with {', '.join(reasons)}")
+        raise UserError(f"transformers has no family with {', '.join(reasons)}")
     values = {key: getattr(config, key) for key in SAME}
     if not config.num_experts:
         experts = ("num_experts", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")

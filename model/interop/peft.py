@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from common.console import UserError
 from common.files import atomic
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -39,31 +40,31 @@ def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
     try:
         values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{directory / CONFIG}:{error.lineno}: {error.msg}") from None
+        raise UserError(f"{directory / CONFIG}:{error.lineno}: {error.msg}") from None
     if values.get("peft_type") != "LORA":
-        raise ValueError(f"{directory / CONFIG}: peft_type {values.get('peft_type')!r} is not supported, only LORA")
+        raise UserError(f"{directory / CONFIG}: peft_type {values.get('peft_type')!r} is not supported, only LORA")
     start = str(values.get("init_lora_weights")).lower()
     if start.startswith(CHANGE_THE_BASE):
-        raise ValueError(
+        raise UserError(
             f"{directory / CONFIG}: init_lora_weights={start!r} changed the base too, which is not in this directory; "
             "save it with peft's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
     if strange := [f"{k}={values[k]!r}" for k, plain in UNSUPPORTED.items() if values.get(k) not in plain]:
-        raise ValueError(f"{directory / CONFIG}: not supported: {', '.join(strange)}")
+        raise UserError(f"{directory / CONFIG}: not supported: {', '.join(strange)}")
     try:
         with safe_open(directory / TENSORS, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
     except FileNotFoundError:
-        raise ValueError(f"{directory}: no {TENSORS} beside {CONFIG}") from None
+        raise UserError(f"{directory}: no {TENSORS} beside {CONFIG}") from None
     except Exception as error:  # safetensors has its own exception type
-        raise ValueError(f"{directory / TENSORS}: not a readable safetensors file ({error})") from None
+        raise UserError(f"{directory / TENSORS}: not a readable safetensors file ({error})") from None
     pattern = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.\w+)?\.weight")
     state = {}
     for name, tensor in tensors.items():
         match = pattern.fullmatch(name)
         if not match:
-            raise ValueError(f"{directory / TENSORS}: {name} belongs to no linear layer's LoRA")
+            raise UserError(f"{directory / TENSORS}: {name} belongs to no linear layer's LoRA")
         state[f"{match[1]}.{match[2]}"] = tensor.float()
     settings = dict(
         rank=values["r"],

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from common.console import check_writable, explain, run
-from common.options import ROOT, Options, describe, option, parse
+from common.console import UserError, check_writable, explain, run
+from common.files import ROOT
+from common.options import Options, describe, option, parse
 from trainer.stage import StageConfig
 
 STAGES = sorted((ROOT / "trainer").glob("train_*.py"))
@@ -372,7 +373,7 @@ def ending(main, capsys) -> tuple[int, str]:
 
 
 def fails_on_purpose(number=0):
-    raise ValueError("data.jsonl:7: no text; remove the line")
+    raise UserError("data.jsonl:7: no text; remove the line")
 
 
 def test_a_users_mistake_is_one_line(capsys):

@@ -99,7 +99,7 @@ def test_a_stream_that_ends_with_a_row_has_no_row_of_nothing(tmp_path):
 
 
 def test_a_text_file_is_one_document_tokenised_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(tc, "CHUNK", 16)
+    monkeypatch.setattr(tc, "TOKENISED_BYTES", 16)
     file = tmp_path / "a.txt"
     file.write_bytes(b"the first line\r\nthe second\nand a third that is longer\n")
     tokenizer = ByteTokenizer()
@@ -321,7 +321,7 @@ def test_the_cache_is_made_anew_when_data_or_tokenizer_change(tmp_path):
 
 
 def test_an_interrupted_build_leaves_no_half_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(tc, "CHUNK", 20)
+    monkeypatch.setattr(tc, "TOKENISED_BYTES", 20)
     file, tokenizer = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(9)]), ByteTokenizer()
     encode = tokenizer.encode_batch
 
@@ -339,7 +339,7 @@ def test_an_interrupted_build_leaves_no_half_cache(tmp_path, monkeypatch):
 
 
 def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(tc, "CHUNK", 100)
+    monkeypatch.setattr(tc, "TOKENISED_BYTES", 100)
     file = jsonl(tmp_path / "a.jsonl", *[chat(f"question {i} 麻雀", f"answer {i}") for i in range(40)])
     alone = sft(file, cache_dir=tmp_path / "alone")
     monkeypatch.setattr(tc, "PROCESSES_FROM", 0)
@@ -360,7 +360,7 @@ class Dies(ByteTokenizer):
 
 
 def test_when_the_processes_die_this_one_goes_on(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tc, "CHUNK", 20)
+    monkeypatch.setattr(tc, "TOKENISED_BYTES", 20)
     monkeypatch.setattr(tc, "PROCESSES_FROM", 0)
     file = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(30)])
     ds = pretrain(file, Dies(), num_workers=2, max_seq_len=1000)
@@ -375,7 +375,7 @@ def test_a_script_without_a_main_guard_is_told_so_and_served(tmp_path):
     script.write_text(
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
         "from test_dataset import ByteTokenizer, pretrain, tc\n"
-        "tc.PROCESSES_FROM, tc.CHUNK = 0, 20\n"
+        "tc.PROCESSES_FROM, tc.TOKENISED_BYTES = 0, 20\n"
         f"print(pretrain({str(file)!r}, num_workers=2).summary)\n",
         encoding="utf-8",
     )

@@ -123,7 +123,7 @@ def test_a_sample_is_said_to_be_one(tmp_path):
 def test_equal_rows_are_found_whatever_their_spelling_and_however_they_are_stored(tmp_path, monkeypatch):
     """The order of keys, spaces and the layout make no other row. Hashes in many files, as for a huge data set."""
     monkeypatch.setattr(doctor, "PART", 64)  # bytes: a file for every four rows
-    monkeypatch.setattr(doctor, "CHUNK", 100)
+    monkeypatch.setattr(doctor, "READ_BYTES", 100)
     again = '{"conversations":[{"content":"q3","role":"user"},{"content":"a","role":"assistant"}]}'
     rows = [chat(f"q{i}", "a") for i in range(40)]
     file = jsonl(tmp_path / "a.jsonl", *rows, again, chat("q3", "a"), chat("q9", "a"))

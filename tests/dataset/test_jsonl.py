@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dataset.read import jsonl
 from dataset.read.jsonl import Jsonl, RowErrors, TextFile, parse_row
 from dataset.tokens import cache
-from dataset.tokens.cache import Mapped, entry
+from dataset.tokens.cache import Mapped, get_or_build
 
 
 def write(path, data: bytes):
@@ -202,15 +202,15 @@ def test_a_build_that_fails_leaves_nothing_and_a_damaged_entry_is_built_again(tm
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        entry(tmp_path, "a-tokens-1", killed)
+        get_or_build(tmp_path, "a-tokens-1", killed)
     assert [p.name for p in tmp_path.iterdir()] == ["a-tokens-1.lock"]
     (tmp_path / "a-tokens-1.tmp77").mkdir()  # what a process leaves that was killed for good
-    folder, _ = entry(tmp_path, "a-tokens-1", build)
+    folder, _ = get_or_build(tmp_path, "a-tokens-1", build)
     assert sorted(os.listdir(tmp_path)) == ["a-tokens-1"]
     for damage in (lambda: (folder / "big").write_bytes(b"123"), lambda: (folder / "facts.json").unlink()):
         damage()
-        assert (entry(tmp_path, "a-tokens-1", build)[0] / "big").read_bytes() == b"12345678"
-    assert entry(tmp_path, "a-tokens-1", None)[1]["content"] == "c"
+        assert (get_or_build(tmp_path, "a-tokens-1", build)[0] / "big").read_bytes() == b"12345678"
+    assert get_or_build(tmp_path, "a-tokens-1", None)[1]["content"] == "c"
 
 
 def test_one_builds_and_the_others_wait(tmp_path, capfd):
@@ -222,7 +222,7 @@ def test_one_builds_and_the_others_wait(tmp_path, capfd):
         (folder / "x").write_bytes(b"x")
         return {"source": "s", "content": "c"}
 
-    threads = [threading.Thread(target=entry, args=(tmp_path, "a-tokens-1", build)) for _ in range(4)]
+    threads = [threading.Thread(target=get_or_build, args=(tmp_path, "a-tokens-1", build)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -66,7 +66,7 @@ def one_sgd_step(folder, name, device, batch_size, accumulation_steps):
 
 
 def weights(engine) -> dict:
-    with engine.backend.whole():
+    with engine.backend.full_weights():
         return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.attention import Visibility, causal_attention, visibility
+from model.attention import AttentionMask, causal_attention, visibility
 from model.config import ModelConfig
 from model.transformer import CausalLM, count_positions
 
@@ -126,7 +126,7 @@ def test_positions_restart():
 
 
 def test_plain_causal_needs_no_mask():
-    assert visibility(8, 8, None, torch.zeros(1), "sdpa") == Visibility("sdpa")
-    assert visibility(1, 9, None, torch.zeros(1), "sdpa") == Visibility("sdpa")
-    late = visibility(2, 5, None, torch.zeros(1), "sdpa").mask  # two new queries after three cached keys
+    assert visibility(8, 8, None, torch.zeros(1), "sdpa") == AttentionMask("sdpa")
+    assert visibility(1, 9, None, torch.zeros(1), "sdpa") == AttentionMask("sdpa")
+    late = visibility(2, 5, None, torch.zeros(1), "sdpa").tensor  # two new queries after three cached keys
     assert late[0, 0].tolist() == [[True, True, True, True, False], [True, True, True, True, True]]

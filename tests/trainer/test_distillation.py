@@ -115,11 +115,11 @@ def teacher_of(path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", [distill.CHUNK, 1])
+@pytest.mark.parametrize("chunk", [distill.LOGITS_AT_ONCE, 1])
 def test_loss_and_gradient_equal_a_plain_reference(kind, chunk, tmp_path, monkeypatch):
     """Whole (tokens, V) logits of both models, one conversation at a time; the objective packs, selects, and with the
     least chunk goes through 128 positions at a time."""
-    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", chunk)
     dataset = SFTDataset(write_sft(tmp_path / "sft.jsonl"), TOKENIZER, max_seq_len=32)
     path, alpha, T = write_weights(tmp_path, "teacher", 1), 0.3, 2.5
     student, plain = small_model(), load_weights(path).build()
@@ -148,7 +148,7 @@ def test_loss_and_gradient_equal_a_plain_reference(kind, chunk, tmp_path, monkey
 def test_no_logits_of_all_positions_pile_up(tmp_path, monkeypatch):
     """With chunks of 128 positions both heads make 128 x V numbers at a time, and none of them waits for the backward
     pass, where a plain loss over the same positions keeps all of them."""
-    monkeypatch.setattr(distill, "CHUNK", 1)
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 1)
     dataset = SFTDataset(write_sft(tmp_path / "sft.jsonl"), TOKENIZER, max_seq_len=32)
     (batch, *_) = Loader(dataset, packing=True, batch_size=16, accumulation_steps=1, max_seq_len=32).batches(0)
     batch = replace(batch, selected=None)

@@ -22,7 +22,7 @@ TWICE = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from trainer.loop import interrupts as ends
-ends.ECHO = float(sys.argv[2])
+ends.DUPLICATE_SIGNAL_SECONDS = float(sys.argv[2])
 with ends.catch_signals() as received:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)

@@ -60,7 +60,7 @@ def test_the_rows_that_fit_are_foretold_and_not_tried(tmp_path, monkeypatch, fre
     monkeypatch.setattr(module, "free_memory", lambda device: free)
     monkeypatch.setattr(module, "trial", lambda engine, rows: tried.append(rows) or 3.0 + rows)
     assert module.rows_that_fit(engine) == fits
-    assert 3.0 + max(tried) <= module.SPARE * free or free < 5
+    assert 3.0 + max(tried) <= module.USABLE_SHARE * free or free < 5
 
 
 def test_a_device_that_runs_out_of_memory_gets_fewer_rows(tmp_path, monkeypatch, capsys):

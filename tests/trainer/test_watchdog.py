@@ -120,8 +120,8 @@ def watchdog(tmp_path, scaled=False, **changes) -> tuple[Watchdog, Say]:
 
 def step(watch: Watchdog, number: int, loss: float, norm: float = 1.0, bad: float = 0.0) -> None:
     for _ in watch.loader.batches(number - 1):
-        watch.saw(torch.tensor(loss))
-    watch.note(number, len(watch.losses), torch.tensor(norm), torch.tensor(bad))
+        watch.record_loss(torch.tensor(loss))
+    watch.record_step(number, len(watch.losses), torch.tensor(norm), torch.tensor(bad))
 
 
 def test_a_spike_is_reported_and_trained_on(tmp_path):
@@ -130,10 +130,10 @@ def test_a_spike_is_reported_and_trained_on(tmp_path):
     for number in range(1, 31):
         step(watch, number, 2.0 + 0.1 * (number % 2))
     step(watch, 31, 2.3)
-    assert watch.look() and not said
+    assert watch.check() and not said
     watch.recent.pop()
     step(watch, 32, 2.4)
-    assert watch.look()
+    assert watch.check()
     assert len(said) == 1 and said[0].startswith("loss spike at step 32: 2.4000, 7.0 sigma above 2.0500, in ")
     (report,) = reports(tmp_path)
     assert report["step"] == 32 and report["batches"][0]["rows"][0].rpartition(":")[0].endswith("sft.jsonl")
@@ -142,10 +142,10 @@ def test_a_spike_is_reported_and_trained_on(tmp_path):
 def test_fp16_overflow_halves_the_scale_and_is_no_error(tmp_path):
     watch, said = watchdog(tmp_path, scaled=True)
     step(watch, 1, 2.0, norm=float("inf"), bad=1.0)
-    assert watch.look() and watch.scale == LOSS_SCALE / 2 and not said
+    assert watch.check() and watch.scale == LOSS_SCALE / 2 and not said
     step(watch, 2, NAN, norm=NAN, bad=1.0)  # no scale helps here
     with pytest.raises(ValueError, match="the loss is not finite at step 2"):
-        watch.look()
+        watch.check()
 
 
 def test_steps_between_two_looks_are_all_judged(tmp_path):
@@ -153,7 +153,7 @@ def test_steps_between_two_looks_are_all_judged(tmp_path):
     watch, said = watchdog(tmp_path, on_nan="skip")
     for number in range(1, 6):
         step(watch, number, NAN if number == 3 else 2.0, bad=float(number == 3))
-    assert watch.look()  # the newest is sound
+    assert watch.check()  # the newest is sound
     assert len(said) == 1 and "at step 3" in said[0] and [r["step"] for r in reports(tmp_path)] == [3]
 
 
@@ -177,6 +177,6 @@ def test_a_loss_scale_belongs_to_fp16(tmp_path):
 def test_a_scale_of_one_grows_again(tmp_path):
     watch, _ = watchdog(tmp_path, scaled=True)
     watch.scale, watch.good = 1.0, 1999
-    watch.saw(torch.tensor(4.0))
-    watch.note(1, 4.0, torch.tensor(1.0), torch.tensor(0.0))
-    assert watch.look() and watch.scale == 2.0
+    watch.record_loss(torch.tensor(4.0))
+    watch.record_step(1, 4.0, torch.tensor(1.0), torch.tensor(0.0))
+    assert watch.check() and watch.scale == 2.0

@@ -57,7 +57,7 @@ class Backend:
         """Takes `scale` out, clips to `limit`, judges, and moves -> (gradient norm, 1.0 where anything on any rank is
         not finite, and then nothing has moved)."""
         norm, bad = clip_and_check([p for _, p in self._trained()], limit, scale, healthy)
-        bad = self.worst(bad)
+        bad = self.all_reduce_max(bad)
         self._move(bad)
         return norm, bad
 
@@ -72,7 +72,7 @@ class Backend:
 
     # ---- full tensors, whoever holds which part ----
 
-    def whole(self):
+    def full_weights(self):
         """Context in which the first rank's model holds full fp32 weights. All ranks enter it."""
         return nullcontext()
 
@@ -93,7 +93,7 @@ class Backend:
         """Each number added up over all ranks, in fp64, without touching the device."""
         return list(numbers)
 
-    def worst(self, flag: Tensor) -> Tensor:
+    def all_reduce_max(self, flag: Tensor) -> Tensor:
         """The largest of all ranks' values of a tensor on the device."""
         return flag
 
@@ -101,7 +101,7 @@ class Backend:
         """One CPU tensor of every rank, in order of rank."""
         return [tensor]
 
-    def tell(self, texts: list[str]) -> list[str]:
+    def broadcast(self, texts: list[str]) -> list[str]:
         """The first rank's, to all."""
         return texts
 
@@ -132,7 +132,7 @@ class DDP(Backend):
         dist.all_reduce(tensor, group=self.host)
         return tensor.tolist()
 
-    def worst(self, flag):
+    def all_reduce_max(self, flag):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return flag
 
@@ -141,7 +141,7 @@ class DDP(Backend):
         dist.all_gather(parts, tensor, group=self.host)
         return parts
 
-    def tell(self, texts):
+    def broadcast(self, texts):
         dist.broadcast_object_list(texts, group=self.host)
         return texts
 

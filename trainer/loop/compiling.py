@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from common.console import UserError
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
@@ -22,7 +23,7 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, st
     if mode == "off" or mode == "auto" and not (pays(model, config, device, steps) and can_compile(device.type)):
         return False
     if not can_compile(device.type):
-        raise ValueError(
+        raise UserError(
             "--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
             "python3-dev), on GPUs Triton too; install them, or leave it at auto"
         )

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.console import UserError
 from trainer.loop.backend import DDP
 
 
@@ -34,7 +35,7 @@ class DeepSpeed(DDP):
         try:
             import deepspeed
         except ImportError as error:
-            raise ValueError(f"--backend deepspeed: {error}; pip install deepspeed, or start with torchrun") from None
+            raise UserError(f"--backend deepspeed: {error}; pip install deepspeed, or start with torchrun") from None
         deepspeed.logger.setLevel("ERROR")
         # sums between the processes of one machine: gloo has them, without minutes of compiling at the first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -71,14 +72,14 @@ class ZeRO(DeepSpeed):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def update(self, limit, scale, healthy):
-        bad = self.worst((~healthy).float())
+        bad = self.all_reduce_max((~healthy).float())
         self._move(bad)  # clips to the same limit, which is in its config
         norm = torch.tensor(float(self.engine.get_global_grad_norm()), device=self.device)
         skipped = self.engine.optimizer.overflow  # a norm that was not finite, the same on all ranks
         return norm, torch.maximum(bad, torch.full_like(bad, float(skipped)))
 
     @contextmanager
-    def whole(self):
+    def full_weights(self):
         """The first rank's parameters are full and fp32 meanwhile, on the CPU, gathered one at a time: no device ever
         holds them all."""
         full = {p: self._full(p) for p in self.model.parameters()}

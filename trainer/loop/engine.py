@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from common.files import keep_previous
-from common.options import ROOT, describe
+from common.console import UserError
+from common.files import ROOT, keep_previous
+from common.options import describe
 from dataset.batches.loader import Loader
 from model.checkpoint import Checkpoint, weights_name
 from model.lora import lower_frozen
@@ -114,11 +115,11 @@ class Engine:
                 found = resume.find_state(states, self.config.from_resume, self._identity(), self.job.notes.append)
             except ValueError as error:
                 failure = error
-        found, said = self.backend.tell([str(found or ""), str(failure or "")])
+        found, said = self.backend.broadcast([str(found or ""), str(failure or "")])
         if said:
-            raise failure or ValueError(said)
+            raise failure or UserError(said)
         if found and not Path(found).is_dir():
-            raise ValueError(f"{found}: rank {rank} does not see it; to resume, all machines have to share --save_dir")
+            raise UserError(f"{found}: rank {rank} does not see it; to resume, all machines have to share --save_dir")
         return Path(found) if found else None
 
     def _loader(self, data, accumulation_steps: int, shuffle: bool) -> Loader:
@@ -142,7 +143,7 @@ class Engine:
             return c.accumulation_steps
         examples = resume.read_values(state)["examples"]
         if examples % (c.batch_size * world):
-            raise ValueError(
+            raise UserError(
                 f"--batch_size {c.batch_size} x {world} processes does not divide the {examples} examples of a step "
                 f"in {state}"
             )
@@ -178,7 +179,7 @@ class Engine:
         every = lambda interval: bool(interval) and self.step % interval == 0 or self.step == self.total
         logger.start(self.step, self.total)
         self.model.train()
-        meter, saved, owed = self.meter, self.step, set()
+        meter, saved, deferred = self.meter, self.step, set()
         meter.go()
         with catch_signals() as received, explained(config, self.model, self.backend.world):
             for step, batches in self.loader.prefetch(self.step, self.total):
@@ -187,23 +188,24 @@ class Engine:
                 if stop:
                     break
                 rate = self._set_learning_rate()
-                with resume.undone(self.backend.device, received, self.compiled and self.backend.world == 1) as failed:
+                alone = self.compiled and self.backend.world == 1
+                with resume.rollback_interrupted_step(self.backend.device, received, alone) as failed:
                     metrics, norm, bad = self._update(batches, units)
                 if failed:
                     break
                 self.step = step + 1
                 self.tokens += int(tokens)
                 meter.add(metrics, units, tokens, bad, batches)
-                self.watch.note(self.step, units, norm, bad)
+                self.watch.record_step(self.step, units, norm, bad)
                 intervals = dict(log=config.log_interval, save=config.save_interval, val=config.val_interval)
-                due = owed | {name for name, interval in intervals.items() if every(interval)}
+                due = deferred | {name for name, interval in intervals.items() if every(interval)}
                 if "save" in due and not config.val_interval:
                     due.add("val")
                 # on an accelerator, looking waits for it
-                sound = self.watch.look() if due or self.watch.scaled or self.backend.device.type == "cpu" else True
+                sound = self.watch.check() if due or self.watch.scaled or self.backend.device.type == "cpu" else True
                 # nothing is kept after a bad step: that waits for a good one, or the end
-                owed = set() if sound or self.step == self.total else due - {"log"}
-                due -= owed
+                deferred = set() if sound or self.step == self.total else due - {"log"}
+                due -= deferred
                 if due:
                     meter.pause()
                 if "log" in due:
@@ -223,7 +225,7 @@ class Engine:
                 self._leave(received, saved)
         path = self.folder / self.name
         if path not in self.written:  # continued from its last state: killed before these were on the disk, perhaps
-            with self.backend.whole():
+            with self.backend.full_weights():
                 self._write(path)
         if self.backend.main:
             for line in self.job.output.finish(path, config, self.job.tokenizer):
@@ -260,7 +262,7 @@ class Engine:
             with self.backend.accumulate(self.wrapped, last=i == len(batches) - 1):
                 loss, metrics = self.job.objective(self.wrapped, batch.to(self.backend.device))
                 self.backend.backward(loss * (self.backend.world / units), self.watch.scale)
-                self.watch.saw(loss)
+                self.watch.record_loss(loss)
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
         norm, bad = self.backend.update(self.config.grad_clip, self.watch.scale, torch.isfinite(sums["loss"]))
@@ -287,7 +289,7 @@ class Engine:
             means["val_bpb"] = means["val_loss"] * units / math.log(2) / max(size, 1)
         if means["val_loss"] < self.best:
             self.best = means["val_loss"]
-            with self.backend.whole():
+            with self.backend.full_weights():
                 self._write(self.folder / "best" / self.name)
         return means
 
@@ -298,7 +300,7 @@ class Engine:
         every_rank = dict(random=torch.stack(self.backend.gather(resume.random_state(self.backend.device))))
         every_rank["window"] = self.meter.gather(self.backend)
         optimizer = self.backend.optimizer_tensors()
-        with self.backend.whole():
+        with self.backend.full_weights():
             if self.backend.main:
                 tensors = dict(weights=self._trained(), optimizer=optimizer, ranks=every_rank)
                 resume.refuse_infinite(tensors)
@@ -308,7 +310,7 @@ class Engine:
         self.backend.barrier()
 
     def _write(self, path: Path) -> None:
-        """Inside `whole`. What another run left under this name is kept once."""
+        """Inside `full_weights`. What another run left under this name is kept once."""
         first, self.written = path not in self.written, self.written | {path}
         if self.backend.main:
             if first and not (self.resumed and resume.is_of(self._lineage(), path)) and (line := keep_previous(path)):
@@ -367,7 +369,7 @@ class Engine:
     def _restore(self, path: Path) -> None:
         tensors, state = resume.read_state(path)
         if state["step"] > self.total:
-            raise ValueError(
+            raise UserError(
                 f"{path}: this run has done {state['step']:,} steps, and --max_steps or --epochs ask for "
                 f"{self.total:,}; ask for more, or start afresh without --from_resume"
             )

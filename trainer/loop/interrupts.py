@@ -10,11 +10,12 @@ from contextlib import contextmanager
 
 import torch
 
+from common.console import UserError
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
-ECHO = 5.0  # seconds in which a launcher passes on the signal that its processes got as well
+DUPLICATE_SIGNAL_SECONDS = 5.0  # seconds in which a launcher passes on the signal that its processes got as well
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
 NO_PEER = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|timed out|timeout|gloo|nccl|unbound buffer", re.IGNORECASE
@@ -32,7 +33,7 @@ def catch_signals():
     launched = "TORCHELASTIC_RUN_ID" in os.environ
 
     def note(number, frame):
-        if received and not (launched and time.monotonic() - first[0] < ECHO):
+        if received and not (launched and time.monotonic() - first[0] < DUPLICATE_SIGNAL_SECONDS):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         first.append(time.monotonic())
@@ -58,10 +59,10 @@ def explained(config: StageConfig, model: CausalLM, world: int):
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(text):
-            raise ValueError(memory_advice(config, model)) from error
+            raise UserError(memory_advice(config, model)) from error
         if world > 1 and (isinstance(error, torch.distributed.DistError) or NO_PEER.search(text)):
             first = text.strip().splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"another process of this run has ended, or has not answered for --ddp_timeout {config.ddp_timeout:g} "
                 f"seconds ({first[:120]}); this one ends too. The other one's own message says why; continue with "
                 "--from_resume auto"

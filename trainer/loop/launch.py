@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from common.console import UserError
 from common.options import Options
 
 PRECISION = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # accelerate's names
@@ -30,7 +31,7 @@ REFUSED = {  # of accelerate: variable -> what was chosen, and what to take inst
 AUTO = "auto"
 
 
-def adopt(config: Options) -> Options:
+def with_launcher_settings(config: Options) -> Options:
     """The options with what the launcher chose in place of every `auto`."""
     stated: dict[str, Any] = {}
     env, elastic = os.environ, "TORCHELASTIC_RUN_ID" in os.environ
@@ -170,11 +171,11 @@ def _read(config: Options) -> dict:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
     except OSError as error:
-        raise ValueError(f"--deepspeed_config {path}: {error.strerror}") from None
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"--deepspeed_config {path}:{getattr(error, 'lineno', 1)}: not JSON: {error}") from None
+        raise UserError(f"--deepspeed_config {path}:{getattr(error, 'lineno', 1)}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--deepspeed_config {path}: expected an object, found a {type(content).__name__}")
+        raise UserError(f"--deepspeed_config {path}: expected an object, found a {type(content).__name__}")
     return content
 
 

@@ -1,8 +1,9 @@
 """Watches every step's loss and gradient: what is not finite never reaches a weight, and is reported with its rows.
 
-The engine tells each micro-batch's loss (`saw`) and each step's verdict (`note`); `look` then judges all steps since
-the last look. Looking waits for the device, so on accelerators it happens only to log and before anything is saved; a
-bad step has been left out by the optimisers long before. Every rank sees every rank's numbers and so decides the same.
+The engine records each micro-batch's loss (`record_loss`) and each step's verdict (`record_step`); `check` then judges
+all steps since the last check. A check waits for the device, so on accelerators it happens only to log and before
+anything is saved; a bad step has been left out by the optimisers long before. Every rank sees every rank's numbers and
+so decides the same.
 
     not finite   --on_nan stop ends the run; skip leaves the step out, at most --max_bad_steps in a row
     spike        a loss of more than --spike_sigma standard deviations above the last 100: reported, trained on
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.console import UserError
 from dataset.batches.loader import Loader
 from trainer.loop.backend import Backend
 from trainer.stage import StageConfig
@@ -52,16 +54,16 @@ class Watchdog:
         self.recent: deque[float] = deque(maxlen=HISTORY)
         self.good, self.bad_in_a_row = 0, 0
 
-    def saw(self, loss: Tensor) -> None:
+    def record_loss(self, loss: Tensor) -> None:
         """The loss of a micro-batch."""
         self.losses.append(loss.detach())
 
-    def note(self, number: int, units: float, norm: Tensor, bad: Tensor) -> None:
+    def record_step(self, number: int, units: float, norm: Tensor, bad: Tensor) -> None:
         """The verdict on the step that these micro-batches made."""
         self.steps.append(Step(number, units, self.losses, norm, bad))
         self.losses = []
 
-    def look(self) -> bool:
+    def check(self) -> bool:
         """Judges the steps noted since the last look -> whether the newest is sound. ValueError where training ends."""
         if not self.steps:
             return not self.bad_in_a_row
@@ -87,12 +89,12 @@ class Watchdog:
         self.bad_in_a_row += 1
         message = f"the {what} is not finite at step {step.number:,} (gradient norm {norm:g}), in {rows}; the weights "
         if self.config.on_nan == "stop":
-            raise ValueError(
+            raise UserError(
                 f"{message}were not changed by it and nothing was saved after it. Look at these rows, lower "
                 "--learning_rate, or pass over such steps: --on_nan skip"
             )
         if self.bad_in_a_row > self.config.max_bad_steps:
-            raise ValueError(
+            raise UserError(
                 f"{message}were not changed by it, nor by the {self.bad_in_a_row - 1} bad steps before it, and nothing "
                 "was saved after the first. More than --max_bad_steps in a row: this is no longer a matter of single "
                 "rows; lower --learning_rate and continue with --from_resume auto"

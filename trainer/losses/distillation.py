@@ -29,19 +29,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.files import atomic
-from common.options import ROOT
+from common.console import UserError
+from common.files import ROOT, atomic
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from dataset.tokens.token_cache import Progress
 from model.checkpoint import Checkpoint, find_weights, load_weights
-from model.lora import only_answers
+from model.lora import prepare_for_inference
 from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, check_positions
 from trainer.loop.backend import Backend
 
-CHUNK = 1 << 24  # logits that exist at once, of each model
+LOGITS_AT_ONCE = 1 << 24  # logits that exist at once, of each model
 
 
 def distance(kind: str, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -66,10 +66,10 @@ def with_rest(log_q: Tensor, ids: Tensor) -> Tensor:
 
 
 class Teacher:
-    """Frozen, in the dtype it computes in. Its head is kept apart, so that logits are made a chunk at a time."""
+    """Frozen, in the dtype it computes in. Its head is kept distance, so that logits are made a chunk at a time."""
 
     def __init__(self, weights: Checkpoint, dtype: torch.dtype, device: torch.device):
-        self.model = only_answers(weights.build(), dtype).to(device)
+        self.model = prepare_for_inference(weights.build(), dtype).to(device)
         self.hash, self.about = weights.hash, f"{weights.path}, {self.model.num_parameters():,} parameters"
         self.head, self.model.lm_head = self.model.lm_head, nn.Identity()
 
@@ -103,15 +103,15 @@ class Distill:
 
     def __call__(self, model, batch):
         sums = []
-        criterion = partial(self._loss, self._seen(batch), sums)
+        criterion = partial(self._loss, self._teacher_targets(batch), sums)
         out = model(batch.tokens, **batch.context(), criterion=criterion)
         loss = out.loss.sum()
         units = (batch.targets != IGNORED).sum(1)  # (B,): the balancing loss of a row counts as much as the row does
-        cross_entropy, apart = torch.stack(sums).sum(0)
-        metrics = {"loss": loss.detach(), "cross_entropy": cross_entropy, "distance": apart}
+        cross_entropy, distances = torch.stack(sums).sum(0)
+        metrics = {"loss": loss.detach(), "cross_entropy": cross_entropy, "distance": distances}
         return loss + (out.aux_loss * units).sum(), metrics
 
-    def _seen(self, batch: Batch) -> tuple[Tensor, ...]:
+    def _teacher_targets(self, batch: Batch) -> tuple[Tensor, ...]:
         """What is known of the teacher where a loss is asked for: states, or log-probabilities and ids."""
         if self.teacher is not None:
             return (self.teacher.states(batch),)
@@ -121,7 +121,7 @@ class Distill:
     def _loss(self, seen: tuple[Tensor, ...], sums: list[Tensor], head, x: Tensor, targets: Tensor) -> Tensor:
         """x (N, d), targets (N,) -> (N,). A chunk's logits are dropped after use and made again for its gradient: of
         (N, V) tensors there are never more than a chunk."""
-        parts, size = [], max(CHUNK // self.width, 128)
+        parts, size = [], max(LOGITS_AT_ONCE // self.width, 128)
         for chunk in zip(x.split(size), targets.split(size), *(values.split(size) for values in seen)):
             losses, both = checkpoint(self._chunk, head, *chunk, use_reentrant=False, preserve_rng_state=False)
             parts.append(losses)
@@ -137,9 +137,9 @@ class Distill:
             log_p = self.teacher.log_probs(seen, self.width, self.temperature)
         else:
             log_p, log_q = seen.float(), with_rest(log_q, ids.long())
-        apart = torch.where(targets == IGNORED, 0.0, distance(self.kind, log_p, log_q))
-        losses = self.alpha * cross_entropy + (1 - self.alpha) * self.temperature**2 * apart
-        return losses, torch.stack([cross_entropy.sum(), apart.sum()])
+        distances = torch.where(targets == IGNORED, 0.0, distance(self.kind, log_p, log_q))
+        losses = self.alpha * cross_entropy + (1 - self.alpha) * self.temperature**2 * distances
+        return losses, torch.stack([cross_entropy.sum(), distances.sum()])
 
 
 # ---- a teacher that is asked once
@@ -157,7 +157,7 @@ def read_views(config) -> dict:
     """--teacher_logprobs -> what the file says of itself, and a line to print."""
     views = read_header(config.teacher_logprobs)
     if views["temperature"] != config.temperature:
-        raise ValueError(
+        raise UserError(
             f"--temperature {config.temperature:g}: {views['path']} was written at {views['temperature']:g}, and what "
             "lies beyond the k likeliest ids cannot be told for another one; give that, or write it again"
         )
@@ -169,7 +169,7 @@ def read_views(config) -> dict:
 def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, backend: Backend) -> str:
     """Asks about every example and writes --write_logprobs -> a line to print."""
     if backend.world > 1:
-        raise ValueError("--write_logprobs: a file is written by one process; start it without torchrun")
+        raise UserError("--write_logprobs: a file is written by one process; start it without torchrun")
     dataset, width = data.train, tokenizer.vocab_size
     _, first = np.unique(dataset.order, return_index=True)
     # the longest first, so that rows of neighbours are full rows
@@ -182,7 +182,7 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
         max_seq_len=config.max_seq_len,
         shuffle=False,
     )
-    top_k, size = min(config.top_k, width), max(CHUNK // width, 128)
+    top_k, size = min(config.top_k, width), max(LOGITS_AT_ONCE // width, 128)
     facts = dict(temperature=config.temperature, teacher=teacher.hash, weights=str(teacher))
     progress = Progress("asking the teacher", len(distinct), " examples")
     with (

@@ -29,8 +29,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common.files import atomic
-from common.options import ROOT, Options
+from common.files import ROOT, atomic
+from common.options import Options
 
 TRACKERS = ("wandb", "swanlab", "tensorboard")
 # How the known numbers are shown, in this order; others follow with four digits, the last two not at all.

@@ -25,13 +25,14 @@ from pathlib import Path
 
 import torch
 
+from common.console import UserError
 from trainer.loop.interrupts import memory_advice
 from trainer.run.logger import peak_memory
 from trainer.run.meter import Meter, wait_for
 
 STEPS = 10
 WARM_UP = 3  # of these, not timed: the first ones compile, and fill the allocator
-SPARE = 0.92  # of the free memory is planned with
+USABLE_SHARE = 0.92  # of the free memory is planned with
 
 
 def rehearsal(config):
@@ -54,7 +55,7 @@ def plan(engine) -> None:
                 break
             except torch.OutOfMemoryError as error:
                 if rows == 1:
-                    raise ValueError(memory_advice(engine.config, engine.model)) from error
+                    raise UserError(memory_advice(engine.config, engine.model)) from error
                 rows //= 2
                 release(engine)
     finally:
@@ -68,7 +69,8 @@ def plan(engine) -> None:
 def rows_that_fit(engine) -> int:
     """The most rows at once, at most --batch_size, that the free memory holds; a divisor of the wished batch."""
     wished, device = engine.config.batch_size, engine.backend.device
-    free = -engine.backend.worst(torch.tensor(-free_memory(device), device=device)).item()  # where there is least
+    smallest = engine.backend.all_reduce_max(torch.tensor(-free_memory(device), device=device))
+    free = -smallest.item()
     sizes = sorted({wished >> i for i in range(wished.bit_length()) if wished % (1 << i) == 0})
     if sizes[0] > 1:
         sizes = [1, *sizes]
@@ -82,14 +84,14 @@ def rows_that_fit(engine) -> int:
                 foretold = lambda rows: now + (now - before) / (b - a) * (rows - b)  # noqa: B023
                 if foretold(wished) < free / 2:
                     return wished
-                if foretold(rows) > SPARE * free:
+                if foretold(rows) > USABLE_SHARE * free:
                     break
             try:
                 peaks[rows] = trial(engine, rows)
             except torch.OutOfMemoryError:
                 release(engine)
                 break
-            if peaks[rows] > SPARE * free:
+            if peaks[rows] > USABLE_SHARE * free:
                 break
             fits = rows
     return fits
@@ -190,7 +192,7 @@ def measure(engine, rows: int) -> dict[str, float]:
     engine.save()
     result["save"] = time.perf_counter() - start
     engine.logger.close()
-    memory = backend.worst(torch.tensor(peak_memory(), device=backend.device)).item()
+    memory = backend.all_reduce_max(torch.tensor(peak_memory(), device=backend.device)).item()
     result |= dict(memory=memory, took=time.perf_counter() - begin)
     return result
 

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.console import UserError
 from common.files import sweep
 from model.checkpoint import read_plain
 from trainer.run.durable import problem, remove, write_folder
@@ -62,7 +63,7 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
 
 
 @contextmanager
-def undone(device: torch.device, received: list[int], alone: bool):
+def rollback_interrupted_step(device: torch.device, received: list[int], alone: bool):
     """A step that a Ctrl-C breaks off has not been. The terminal sends it to the compiler that torch.compile has
     started as well, which ends with an error of its own; that is put into the list, instead of being raised."""
     failed: list[Exception] = []
@@ -81,7 +82,7 @@ def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
     for kind, content in tensors.items():
         for name, tensor in content.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(
+                raise UserError(
                     f"{kind} {name} is no longer finite, so nothing was saved; continue from the state before, with "
                     "--from_resume auto and a lower --learning_rate"
                 )
@@ -173,7 +174,7 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
         if not different:
             return path
         reasons.append(f"{path}: {', '.join(different)}")
-    raise ValueError(
+    raise UserError(
         f"--from_resume {wanted}: no state of the same model and data; {' | '.join(reasons[:3])}. {RULE[0].upper()}"
         f"{RULE[1:]}"
     )
@@ -183,11 +184,11 @@ def _at(path: Path, say) -> Path:
     """What a typed path means: a state, or the newest one of a run."""
     if _number(path):
         if reason := problem(path):
-            raise ValueError(f"--from_resume {path}: {reason}; take another step_* beside it, or auto")
+            raise UserError(f"--from_resume {path}: {reason}; take another step_* beside it, or auto")
         return path
     state = newest_state(path, say)
     if state is None:
-        raise ValueError(f"--from_resume {path}: no whole state there; give the directory of a run or of a step_*")
+        raise UserError(f"--from_resume {path}: no whole state there; give the directory of a run or of a step_*")
     return state
 
 
