@@ -69,7 +69,7 @@ class Ours:
 
     def __call__(self, step: int) -> float:
         """The reference's reading of the step's pairs, as `add_reference` does it, and the step."""
-        examples, loader = self.examples(step), self.engine.loader
+        loader = self.engine.loader
         values = torch.zeros(int(self.data.order.max()) + 1, 2)
         with torch.no_grad():
             for batch in loader.batches(step):
@@ -77,8 +77,8 @@ class Ours:
                 values[self.data.order[list(batch.examples)]] = found.float()
         loader.dataset.reference = values.numpy()
         self.engine._set_learning_rate()
-        metrics = self.engine._update(loader.batches(step), len(examples))[0]
-        return float(metrics["loss"]) / len(examples)
+        result = self.engine.train_step(loader.batches(step))
+        return float(result.metrics["loss"]) / result.units
 
 
 class Theirs:

@@ -55,9 +55,8 @@ class Side:
 
     def __call__(self, batches) -> float:
         self.engine._set_learning_rate()
-        units = sum(batch.trained_tokens for batch in batches)
-        metrics = self.engine._update(batches, units)[0]
-        return float(metrics["loss"]) / units
+        result = self.engine.train_step(batches)
+        return float(result.metrics["loss"]) / result.units
 
 
 def compare(

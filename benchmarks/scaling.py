@@ -107,7 +107,7 @@ def worker(folder: Path) -> None:
 
         backend.update = counted
         for step in range(2):  # the moments exist from the second on
-            engine._update(engine.loader.batches(step), 64)
+            engine.train_step(engine.loader.batches(step))
     (folder / f"rank{backend.rank}.json").write_text(json.dumps([found[-1], size]))
 
 

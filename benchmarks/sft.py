@@ -77,10 +77,8 @@ def main():
 
         def ours(step: int) -> float:
             engine._set_learning_rate()
-            batches = engine.loader.batches(step)
-            units = sum(batch.trained_tokens for batch in batches)
-            metrics, _, _ = engine._update(batches, units)
-            return float(metrics["loss"]) / units
+            result = engine.train_step(engine.loader.batches(step))
+            return float(result.metrics["loss"]) / result.units
 
         def theirs(step: int) -> float:
             tokens, targets = padded(data.train, engine.loader.examples(step).tolist(), args.length)

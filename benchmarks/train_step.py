@@ -97,9 +97,9 @@ def main():
 
         def ours(batch) -> float:
             engine._set_learning_rate()
-            metrics, _, _ = engine._update([batch], batch.trained_tokens)
+            result = engine.train_step([batch])
             engine.step += 1
-            return float(metrics["loss"]) / batch.trained_tokens
+            return float(result.metrics["loss"]) / result.units
 
         batches = iter([engine.loader.batches(step)[0] for step in range(3 + args.rounds * args.steps)])
         print("step  our loss  their loss")

@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20_000)
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
-    update, seen, files = engine.Engine._update, [], []
+    update, seen, files = engine.Engine.train_step, [], []
 
     def watched(self, *arguments):
         if self.step % 100 == 0:
@@ -46,7 +46,7 @@ def main() -> int:
             files.append(len(os.listdir("/proc/self/fd")))
         return update(self, *arguments)
 
-    engine.Engine._update = watched
+    engine.Engine.train_step = watched
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data = write_pretrain(Path(folder, "text.jsonl"))
         run_stage(

@@ -36,7 +36,7 @@ def worker() -> None:
     from trainer import train_pretrain
     from trainer.loop import engine
 
-    update, fault = engine.Engine._update, os.environ["FAULT"]
+    update, fault = engine.Engine.train_step, os.environ["FAULT"]
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
     def disturbed(self, *arguments):
@@ -53,7 +53,7 @@ def worker() -> None:
                     time.sleep(600)
         return update(self, *arguments)
 
-    engine.Engine._update = disturbed
+    engine.Engine.train_step = disturbed
     with contextlib.suppress(AttributeError):
         engine.RunLogger.draw = lambda self: None
     from common.console import run

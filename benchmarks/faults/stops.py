@@ -53,20 +53,20 @@ STAGES: dict[str, tuple[Callable, list[str]]] = {  # how the data is written, an
 
 def train(stage: str, folder: Path, flags: list[str], stop: int | None) -> int:
     """One start of a stage, with SIGTERM while it computes step `stop` -> exit status."""
-    update = engine.Engine._update
+    update = engine.Engine.train_step
 
     def counted(self, *arguments):
         if self.step == stop:
             signal.raise_signal(signal.SIGTERM)
         return update(self, *arguments)
 
-    engine.Engine._update = counted
+    engine.Engine.train_step = counted
     try:
         run_stage(stage, *flags, f"--save_dir={folder}", "--from_resume=auto")
     except SystemExit as end:
         return int(end.code)
     finally:
-        engine.Engine._update = update
+        engine.Engine.train_step = update
     return 0
 
 

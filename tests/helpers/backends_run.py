@@ -58,11 +58,9 @@ def one_sgd_step(folder, name, device, batch_size, accumulation_steps):
     finally:
         engine_module.build_optimizers = build
     before = weights(engine)
-    batches = engine.loader.batches(0)
-    (units,) = engine.backend.sum(sum(map(engine.job.objective.count, batches)))
-    _, norm, bad = engine._update(batches, units)
+    result = engine.train_step(engine.loader.batches(0))
     after = weights(engine)
-    return norm.item(), bad.item(), {name: after[name] - before[name] for name in after}
+    return result.norm.item(), result.bad.item(), {name: after[name] - before[name] for name in after}
 
 
 def weights(engine) -> dict:
@@ -74,13 +72,10 @@ def train(engine, until: int) -> list[float]:
     """AdamW from where the engine stands -> the losses; every rank has another number of trained tokens."""
     losses = []
     for step in range(engine.step, until):
-        batches = engine.loader.batches(step)
-        own = sum(map(engine.job.objective.count, batches))
-        (units,) = engine.backend.sum(own)
         engine._set_learning_rate()
-        metrics, _, _ = engine._update(batches, units)
+        result = engine.train_step(engine.loader.batches(step))
         engine.step = step + 1
-        losses.append(engine.backend.sum(float(metrics["loss"]))[0] / units)
+        losses.append(engine.backend.sum(float(result.metrics["loss"]))[0] / result.units)
     return losses
 
 

@@ -132,9 +132,7 @@ def sft_engine(folder: Path, batch_size: int, accumulation_steps: int, backend=N
 def first_gradients(engine) -> dict:
     """What one optimiser step would see, by parameter name."""
     engine.backend.optimizers = []
-    batches = engine.loader.batches(0)
-    (units,) = engine.backend.sum(sum(map(engine.job.objective.count, batches)))
-    engine._update(batches, units)
+    engine.train_step(engine.loader.batches(0))
     return {name: parameter.grad.clone() for name, parameter in engine.model.named_parameters()}
 
 

@@ -108,14 +108,14 @@ def stop_at(monkeypatch):
 
     def arrange(number: int | None):
         monkeypatch.undo()
-        update = engine_module.Engine._update
+        update = engine_module.Engine.train_step
 
         def counted(self, *args):
             if number is not None and self.step == number:
                 signal.raise_signal(signal.SIGTERM)
             return update(self, *args)
 
-        monkeypatch.setattr(engine_module.Engine, "_update", counted)
+        monkeypatch.setattr(engine_module.Engine, "train_step", counted)
 
     return arrange
 
@@ -125,16 +125,16 @@ def test_ctrl_c_that_also_hits_the_compiler_saves_all_the_same(tmp_path, monkeyp
     lines of its complaints, and nothing was saved."""
     write_sft(tmp_path / "sft.jsonl")
     engine = sft_engine(tmp_path, 8, 1, max_steps=5)
-    engine.compiled, update = True, engine._update
+    engine.compiled, update = True, engine.train_step
 
-    def interrupted(batches, units):
+    def interrupted(batches):
         if engine.step == 2:
             torch.rand(3)  # dropout had begun
             signal.raise_signal(signal.SIGINT)
             raise RuntimeError("CppCompileError: g++ was killed")
-        return update(batches, units)
+        return update(batches)
 
-    engine._update = interrupted
+    engine.train_step = interrupted
     random = torch.get_rng_state()
     with pytest.raises(SystemExit) as end:
         engine.run()
@@ -143,7 +143,7 @@ def test_ctrl_c_that_also_hits_the_compiler_saves_all_the_same(tmp_path, monkeyp
 
     engine = sft_engine(tmp_path, 8, 1, max_steps=5)
     engine.compiled = True
-    engine._update = lambda *_: (_ for _ in ()).throw(RuntimeError("a fault of ours"))
+    engine.train_step = lambda *_: (_ for _ in ()).throw(RuntimeError("a fault of ours"))
     with pytest.raises(RuntimeError, match="a fault of ours"):  # without a Ctrl-C it is what it is
         engine.run()
 

@@ -67,14 +67,14 @@ def test_a_device_that_runs_out_of_memory_gets_fewer_rows(tmp_path, monkeypatch,
     """Four rows at once are too many for the device, which only says so once they are there."""
     write_sft(tmp_path / "sft.jsonl")
     engine = sft_engine(tmp_path, 8, 1, plan=True)
-    update = engine._update
+    update = engine.train_step
 
-    def cramped(batches, units):
+    def cramped(batches):
         if max(len(batch.tokens) for batch in batches) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return update(batches, units)
+        return update(batches)
 
-    monkeypatch.setattr(engine, "_update", cramped)
+    monkeypatch.setattr(engine, "train_step", cramped)
     with pytest.raises(SystemExit):
         module.plan(engine)
     assert "2 rows at once fit, not 8: --batch_size 2 --accumulation_steps 4" in capsys.readouterr().out

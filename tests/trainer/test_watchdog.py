@@ -1,6 +1,7 @@
 """A step that is not finite changes nothing, nothing is saved after it, its rows are named; a spike is reported."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from benchmarks.faults.bad_steps import poison
 from tests.helpers.small_run import sft_engine, write_sft
 from trainer.loop.backend import Backend
+from trainer.loop.step import StepResult
 from trainer.loop.watchdog import LOSS_SCALE, Watchdog
 from trainer.run import resume
 
@@ -54,32 +56,21 @@ def test_skip_leaves_the_step_out_and_saves_after_the_next_good_one(tmp_path):
     """Steps 2 and 3 are bad. The save that was due at 2 waits for 4; step 3's as well."""
     write_sft(tmp_path / "sft.jsonl")
     engine = sft_engine(tmp_path, 8, 1, max_steps=5, save_interval=2, on_nan="skip", max_bad_steps=2, log_interval=1)
-    before, update = {}, engine._update
+    after, train_step, objective = {}, engine.train_step, engine.job.objective
 
-    def watched(batches, units):
-        result = update([_Nan(batch) for batch in batches] if engine.step in (1, 2) else batches, units)
-        before[engine.step + 1] = [p.detach().clone() for p in engine.model.parameters()]
+    def watched(batches):
+        result = train_step(batches)
+        after[engine.step + 1] = [p.detach().clone() for p in engine.model.parameters()]
         return result
-
-    class _Nan:  # a batch that the objective below turns into NaN
-        def __init__(self, batch):
-            self.batch = batch
-
-        def to(self, device):
-            return self
-
-    objective = engine.job.objective
 
     class Poisoned(type(objective)):
         def __call__(self, model, batch):
-            if not isinstance(batch, _Nan):
-                return objective(model, batch)
-            loss, metrics = objective(model, batch.batch)
-            return loss * NAN, {"loss": metrics["loss"] * NAN}
+            loss, metrics = objective(model, batch)
+            return (loss * NAN, {"loss": metrics["loss"] * NAN}) if engine.step in (1, 2) else (loss, metrics)
 
-    engine.job.objective, engine._update = Poisoned(), watched
+    engine.job.objective, engine.train_step = Poisoned(), watched
     engine.run()
-    same = lambda a, b: all(map(torch.equal, before[a], before[b]))
+    same = lambda a, b: all(map(torch.equal, after[a], after[b]))
     assert same(1, 2) and same(2, 3) and not same(3, 4)
     assert states(tmp_path) == [4, 5]
     assert [report["step"] for report in reports(tmp_path)] == [2, 3]
@@ -115,13 +106,14 @@ def watchdog(tmp_path, scaled=False, **changes) -> tuple[Watchdog, Say]:
     write_sft(tmp_path / "sft.jsonl")
     engine = sft_engine(tmp_path, 4, 1, **changes)
     said, path = Say(), tmp_path / "out" / "runs" / "x" / "bad_batches.jsonl"
-    return Watchdog(engine.config, Backend(torch.device("cpu")), engine.loader, scaled, path, said), said
+    return Watchdog(engine.config, Backend(torch.device("cpu")), engine.job.data.train.source, scaled, path, said), said
 
 
-def step(watch: Watchdog, number: int, loss: float, norm: float = 1.0, bad: float = 0.0) -> None:
-    for _ in watch.loader.batches(number - 1):
-        watch.record_loss(torch.tensor(loss))
-    watch.record_step(number, len(watch.losses), torch.tensor(norm), torch.tensor(bad))
+def step(watch: Watchdog, number: int, loss: float, norm: float = 1.0, bad: float = 0.0, units: float = 1.0) -> None:
+    """Records a step of one micro-batch, computed from the examples 3 and 5."""
+    batch = SimpleNamespace(examples=(3, 5))
+    tensors = [torch.tensor(value) for value in (norm, bad)]
+    watch.record(number, StepResult([batch], units, 1, [torch.tensor(loss)], {}, *tensors))
 
 
 def test_a_spike_is_reported_and_trained_on(tmp_path):
@@ -136,7 +128,9 @@ def test_a_spike_is_reported_and_trained_on(tmp_path):
     assert watch.check()
     assert len(said) == 1 and said[0].startswith("loss spike at step 32: 2.4000, 7.0 sigma above 2.0500, in ")
     (report,) = reports(tmp_path)
-    assert report["step"] == 32 and report["batches"][0]["rows"][0].rpartition(":")[0].endswith("sft.jsonl")
+    (batch,) = report["batches"]
+    assert report["step"] == 32 and batch["rows"] == [watch.source(3), watch.source(5)]
+    assert batch["rows"][0].endswith("sft.jsonl:4")
 
 
 def test_fp16_overflow_halves_the_scale_and_is_no_error(tmp_path):
@@ -169,7 +163,9 @@ def test_a_loss_scale_belongs_to_fp16(tmp_path):
         first.save()
         (state,) = folder.glob("out/resume/*/*/step_*")
         second = sft_engine(folder, 8, 1, max_steps=2)
-        second.watch = Watchdog(second.config, second.backend, second.loader, scaled, folder / "x.jsonl", print)
+        second.watch = Watchdog(
+            second.config, second.backend, second.job.data.train.source, scaled, folder / "x.jsonl", print
+        )
         second._restore(state)
         assert second.watch.scale == expected
 
@@ -177,6 +173,5 @@ def test_a_loss_scale_belongs_to_fp16(tmp_path):
 def test_a_scale_of_one_grows_again(tmp_path):
     watch, _ = watchdog(tmp_path, scaled=True)
     watch.scale, watch.good = 1.0, 1999
-    watch.record_loss(torch.tensor(4.0))
-    watch.record_step(1, 4.0, torch.tensor(1.0), torch.tensor(0.0))
+    step(watch, 1, 4.0, units=4.0)
     assert watch.check() and watch.scale == 2.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,10 @@ class Backend:
         """One CPU tensor of every rank, in order of rank."""
         return [tensor]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One plain value of every rank, in order of rank."""
+        return [value]
+
     def broadcast(self, texts: list[str]) -> list[str]:
         """The first rank's, to all."""
         return texts
@@ -140,6 +145,11 @@ class DDP(Backend):
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor, group=self.host)
         return parts
+
+    def gather_objects(self, value):
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.host)
+        return values
 
     def broadcast(self, texts):
         dist.broadcast_object_list(texts, group=self.host)

@@ -5,26 +5,25 @@
     with start(config) as backend:
         Engine(job, backend).run()
 
-One optimiser step: the loader gives this rank's micro-batches; their units (trained tokens, say) are counted and added
-up over all ranks; each micro-batch is backpropagated as `sum of losses * ranks / units`; gradients are clipped and
-judged; the optimisers move, unless something was not finite. Nothing in it waits for an accelerator except logging and
-saving.
+After each step (trainer/loop/step.py) the engine logs, validates and saves what is due. Nothing else in the loop waits
+for an accelerator.
 """
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from common.console import UserError
 from common.files import ROOT, keep_previous
 from common.options import describe
-from dataset.batches.loader import Loader
+from dataset.batches.loader import Batch, Loader
 from model.checkpoint import Checkpoint, weights_name
 from model.lora import lower_frozen
 from model.precision import pick_dtype
@@ -35,6 +34,9 @@ from trainer.loop.backend import Backend
 from trainer.loop.compiling import compile_model
 from trainer.loop.interrupts import catch_signals, explained
 from trainer.loop.optim import build_optimizers, learning_rate
+from trainer.loop.periodic import PeriodicTasks
+from trainer.loop.step import Rollout, StepResult, optimizer_step
+from trainer.loop.validation import validate
 from trainer.loop.watchdog import Watchdog
 from trainer.losses.base import Objective
 from trainer.run import resume
@@ -60,6 +62,7 @@ class Job:
     notes: list[str] = field(default_factory=list)  # lines printed when the run starts
     output: Weights = field(default_factory=Weights)  # what is written; trainer/run/artifacts.py
     loader: type[Loader] = Loader
+    rollout: Rollout | None = None  # makes the batches of a step with the model as it is; trainer/loop/step.py
 
 
 class Engine:
@@ -74,7 +77,7 @@ class Engine:
         self.model.recompute = config.activation_checkpointing
         lower_frozen(self.model, self.dtype)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
-        self.step, self.tokens, self.best = 0, 0, float("inf")
+        self.step, self.saved_step, self.tokens, self.best = 0, 0, 0, float("inf")
         self.written: set[Path] = set()
         self.losses: dict[str, float] = {}  # the newest figures, for the lineage
         self.name = weights_name(config.save_weight, self.model.config)
@@ -96,7 +99,12 @@ class Engine:
             run_dir, config, enabled=backend.main, parameters=self.model.num_parameters(), trained=trained
         )
         self.watch = Watchdog(
-            config, backend, self.loader, self.dtype == torch.float16, run_dir / "bad_batches.jsonl", self.logger.print
+            config,
+            backend,
+            job.data.train.source,
+            self.dtype == torch.float16,
+            run_dir / "bad_batches.jsonl",
+            self.logger.print,
         )
         self._announce(notice)
         self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing)
@@ -173,72 +181,74 @@ class Engine:
 
     def run(self) -> Path:
         """Trains to the end -> path of the weights. A signal ends the process once everything is saved."""
-        config, logger = self.config, self.logger
+        config = self.config
         if config.plan:
             plan(self)
-        every = lambda interval: bool(interval) and self.step % interval == 0 or self.step == self.total
-        logger.start(self.step, self.total)
+        tasks, self.saved_step = PeriodicTasks(config, self.total), self.step
+        self.logger.start(self.step, self.total)
         self.model.train()
-        meter, saved, deferred = self.meter, self.step, set()
-        meter.go()
+        self.meter.go()
         with catch_signals() as received, explained(config, self.model, self.backend.world):
-            for step, batches in self.loader.prefetch(self.step, self.total):
-                own = [sum(map(self.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)]
-                units, tokens, stop = self.backend.sum(*own, bool(received))
+            for _, batches in self.loader.prefetch(self.step, self.total):
+                # agreed on before anything random is drawn: a step that has begun is finished
+                (stop,) = self.backend.sum(bool(received))
                 if stop:
                     break
                 rate = self._set_learning_rate()
-                alone = self.compiled and self.backend.world == 1
-                with resume.rollback_interrupted_step(self.backend.device, received, alone) as failed:
-                    metrics, norm, bad = self._update(batches, units)
+                with resume.rollback_interrupted_step(self.backend.device, received, self._may_roll_back()) as failed:
+                    result = self.train_step(batches)
                 if failed:
                     break
-                self.step = step + 1
-                self.tokens += int(tokens)
-                meter.add(metrics, units, tokens, bad, batches)
-                self.watch.record_step(self.step, units, norm, bad)
-                intervals = dict(log=config.log_interval, save=config.save_interval, val=config.val_interval)
-                due = deferred | {name for name, interval in intervals.items() if every(interval)}
-                if "save" in due and not config.val_interval:
-                    due.add("val")
-                # on an accelerator, looking waits for it
-                sound = self.watch.check() if due or self.watch.scaled or self.backend.device.type == "cpu" else True
-                # nothing is kept after a bad step: that waits for a good one, or the end
-                deferred = set() if sound or self.step == self.total else due - {"log"}
-                due -= deferred
+                self._record(result)
+                due = tasks.due(self.step)
+                due = tasks.defer_if_bad(due, self.step, sound=self._is_sound(due))
                 if due:
-                    meter.pause()
-                if "log" in due:
-                    figures = dict(meter.read(self.backend), lr=rate, grad_norm=float(norm), tokens=self.tokens)
-                    if "val" in due:
-                        figures |= self.validate()
-                    self._note(figures)
-                    meter.restart()
-                elif "val" in due:
-                    self._note(self.validate())
-                if "save" in due:
-                    self.save()
-                    saved = self.step
-                if due:
-                    meter.go()
+                    self._perform(due, rate, result.norm)
             if self.step < self.total:
-                self._leave(received, saved)
-        path = self.folder / self.name
-        if path not in self.written:  # continued from its last state: killed before these were on the disk, perhaps
-            with self.backend.full_weights():
-                self._write(path)
-        if self.backend.main:
-            for line in self.job.output.finish(path, config, self.job.tokenizer):
-                logger.print(line)
-        self.backend.barrier()
-        best = dict(best_val_loss=self.best) if self.best < float("inf") else {}
-        logger.close(dict(steps=self.step, tokens=self.tokens, weights=str(path), **self.losses, **best))
-        return path
+                self._leave(received)
+        return self._finish()
 
-    def _note(self, figures: dict[str, float]) -> None:
+    def train_step(self, batches: list[Batch]) -> StepResult:
+        """One update from this rank's micro-batches, or from what the stage's rollout makes of them."""
+        if self.job.rollout:
+            batches = self.job.rollout(self.model, batches, self.step)
+        clip, scale = self.config.grad_clip, self.watch.scale
+        return optimizer_step(self.wrapped, batches, self.job.objective, self.backend, grad_clip=clip, loss_scale=scale)
+
+    def _may_roll_back(self) -> bool:
+        """Whether a Ctrl-C can make a step fail: the terminal also sends it to the processes that we have started, a
+        compiler or those of a rollout. Of several ranks, one cannot take a step back alone."""
+        return self.backend.world == 1 and (self.compiled or self.job.rollout is not None)
+
+    def _record(self, result: StepResult) -> None:
+        self.step += 1
+        self.tokens += result.tokens
+        self.meter.add(result.metrics, result.units, result.tokens, result.bad, result.batches)
+        self.watch.record(self.step, result)
+
+    def _is_sound(self, due: set[str]) -> bool:
+        """Whether the last step was finite. On an accelerator the answer waits for it, so it is asked for only when
+        something is due, or when the loss scale depends on it."""
+        if due or self.watch.scaled or self.backend.device.type == "cpu":
+            return self.watch.check()
+        return True
+
+    def _perform(self, due: set[str], rate: float, norm: Tensor) -> None:
+        """Logs, validates and saves; the meter's clock stands still meanwhile."""
+        self.meter.pause()
+        figures = {}
+        if "log" in due:
+            figures = dict(self.meter.read(self.backend), lr=rate, grad_norm=float(norm), tokens=self.tokens)
+        if "validate" in due:
+            figures |= self.validate()
         if figures:
             self.losses |= {k: round(v, 6) for k, v in figures.items() if "loss" in k or "bpb" in k}
             self.logger.log(self.step, **figures)
+        if "log" in due:
+            self.meter.restart()
+        if "save" in due:
+            self.save()
+        self.meter.go()
 
     def _set_learning_rate(self) -> float:
         c = self.config
@@ -255,38 +265,37 @@ class Engine:
                 group["lr"] = rate
         return rate
 
-    def _update(self, batches, units: float):
-        """One optimiser step -> (summed metrics of this rank, gradient norm, 1.0 where something was not finite)."""
-        sums: dict[str, torch.Tensor] = {}
-        for i, batch in enumerate(batches):
-            with self.backend.accumulate(self.wrapped, last=i == len(batches) - 1):
-                loss, metrics = self.job.objective(self.wrapped, batch.to(self.backend.device))
-                self.backend.backward(loss * (self.backend.world / units), self.watch.scale)
-                self.watch.record_loss(loss)
-            for name, value in metrics.items():
-                sums[name] = sums[name] + value if name in sums else value
-        norm, bad = self.backend.update(self.config.grad_clip, self.watch.scale, torch.isfinite(sums["loss"]))
-        return sums, norm, bad
+    def _leave(self, received: list[int]) -> NoReturn:
+        """After a signal: saves what there is, and ends with the status that the signal stands for."""
+        if self.saved_step != self.step:
+            self.save()
+        number = received[0] if received else signal.SIGTERM  # another rank received it
+        self.logger.print(
+            f"stopped by {signal.Signals(number).name} after step {self.step:,}; everything is saved. "
+            "Continue with --from_resume auto"
+        )
+        self.logger.close()
+        raise SystemExit(128 + number)
 
-    @torch.no_grad()
+    def _finish(self) -> Path:
+        path = self.folder / self.name
+        if path not in self.written:  # continued from the state of its last step: killed before it wrote the weights
+            with self.backend.full_weights():
+                self._write(path)
+        if self.backend.main:
+            for line in self.job.output.finish(path, self.config, self.job.tokenizer):
+                self.logger.print(line)
+        self.backend.barrier()
+        best = dict(best_val_loss=self.best) if self.best < float("inf") else {}
+        self.logger.close(dict(steps=self.step, tokens=self.tokens, weights=str(path), **self.losses, **best))
+        return path
+
     def validate(self) -> dict[str, float]:
-        """Means over the validation data; of tokens also the bits per byte, which any tokenizer can be compared in."""
+        """Means over the validation data, if there is any; keeps the weights whose loss is the best so far."""
         if self.val_loader is None:
             return {}
-        self.model.eval()
-        sums, units, size = {}, 0, 0
-        for _, batches in self.val_loader.prefetch(0, self.val_loader.steps_per_epoch):
-            for batch in batches:
-                _, metrics = self.job.objective(self.model, batch.to(self.backend.device))
-                sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}
-                units += self.job.objective.count(batch)
-                targets = batch.targets.numpy()
-                size += int(self.job.tokenizer.token_bytes[targets[targets >= 0]].sum())
-        self.model.train()
-        units, size, *totals = self.backend.sum(units, size, *sums.values())
-        means = {f"val_{name}": total / max(units, 1) for name, total in zip(sums, totals)}
-        if self.job.objective.per_token:
-            means["val_bpb"] = means["val_loss"] * units / math.log(2) / max(size, 1)
+        token_bytes = self.job.tokenizer.token_bytes
+        means = validate(self.model, self.val_loader, self.job.objective, self.backend, token_bytes)
         if means["val_loss"] < self.best:
             self.best = means["val_loss"]
             with self.backend.full_weights():
@@ -308,6 +317,7 @@ class Engine:
             self._write(self.folder / self.name)
         self.logger.draw()
         self.backend.barrier()
+        self.saved_step = self.step
 
     def _write(self, path: Path) -> None:
         """Inside `full_weights`. What another run left under this name is kept once."""
@@ -390,18 +400,6 @@ class Engine:
                     f"changed since then: {', '.join(changed)}"
                     + ("; so equal within 1e-5, not bit by bit" if part == "machine" else "")
                 )
-
-    def _leave(self, received: list[int], saved: int) -> None:
-        """After a signal: save what there is and end with the status the signal stands for."""
-        if saved != self.step:
-            self.save()
-        number = received[0] if received else signal.SIGTERM  # another rank's
-        self.logger.print(
-            f"stopped by {signal.Signals(number).name} after step {self.step:,}; everything is saved. "
-            "Continue with --from_resume auto"
-        )
-        self.logger.close()
-        raise SystemExit(128 + number)
 
 
 def _relative(path: str) -> str:

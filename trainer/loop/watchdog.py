@@ -1,9 +1,8 @@
 """Watches every step's loss and gradient: what is not finite never reaches a weight, and is reported with its rows.
 
-The engine records each micro-batch's loss (`record_loss`) and each step's verdict (`record_step`); `check` then judges
-all steps since the last check. A check waits for the device, so on accelerators it happens only to log and before
-anything is saved; a bad step has been left out by the optimisers long before. Every rank sees every rank's numbers and
-so decides the same.
+`record` keeps what came of each step; `check` judges all steps since the last check. A check waits for the device, so
+on accelerators it happens only to log and before anything is saved. The optimisers have left a bad step out long before
+that. Every rank sees the numbers of all ranks, so all decide the same.
 
     not finite   --on_nan stop ends the run; skip leaves the step out, at most --max_bad_steps in a row
     spike        a loss of more than --spike_sigma standard deviations above the last 100: reported, trained on
@@ -16,11 +15,11 @@ Reports are lines of bad_batches.jsonl in the run's directory:
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,43 +27,50 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
-from dataset.batches.loader import Loader
 from trainer.loop.backend import Backend
+from trainer.loop.step import StepResult
 from trainer.stage import StageConfig
 
 LOSS_SCALE = 2.0**14  # of fp16 gradients at the start; halved at every overflow, doubled after 2,000 good steps
 HISTORY, ENOUGH = 100, 20  # losses that a spike is measured against, and how many there have to be
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    number: int  # of the training step, from 1
-    units: float
-    losses: list[Tensor]  # this rank's, one of each micro-batch: summed over its units
+    number: int  # from 1
+    units: float  # of all ranks
+    examples: list[tuple[int, ...]]  # what each micro-batch of this rank was computed from
+    losses: list[Tensor]  # of each micro-batch of this rank, summed over its units
     norm: Tensor
     bad: Tensor
 
 
 class Watchdog:
-    def __init__(self, config: StageConfig, backend: Backend, loader: Loader, scaled: bool, path: Path, say):
-        self.config, self.backend, self.loader, self.path, self.say = config, backend, loader, path, say
+    """source: number of an example -> "file:line"; scaled: whether the loss is scaled (fp16)."""
+
+    def __init__(
+        self,
+        config: StageConfig,
+        backend: Backend,
+        source: Callable[[int], str],
+        scaled: bool,
+        path: Path,
+        say: Callable[[str], None],
+    ):
+        self.config, self.backend, self.source, self.path, self.say = config, backend, source, path, say
         self.scaled, self.scale = scaled, LOSS_SCALE if scaled else 1.0
-        self.losses: list[Tensor] = []
         self.steps: list[Step] = []
         self.recent: deque[float] = deque(maxlen=HISTORY)
         self.good, self.bad_in_a_row = 0, 0
 
-    def record_loss(self, loss: Tensor) -> None:
-        """The loss of a micro-batch."""
-        self.losses.append(loss.detach())
-
-    def record_step(self, number: int, units: float, norm: Tensor, bad: Tensor) -> None:
-        """The verdict on the step that these micro-batches made."""
-        self.steps.append(Step(number, units, self.losses, norm, bad))
-        self.losses = []
+    def record(self, number: int, result: StepResult) -> None:
+        """Keeps the verdict on step `number` (from 1) until the next check. The batches themselves are not kept, only
+        which examples they held: it is not always possible to make them again (`Job.rollout`)."""
+        examples = [batch.examples for batch in result.batches]
+        self.steps.append(Step(number, result.units, examples, result.losses, result.norm, result.bad))
 
     def check(self) -> bool:
-        """Judges the steps noted since the last look -> whether the newest is sound. ValueError where training ends."""
+        """Judges the steps recorded since the last check -> whether the newest is finite. UserError to end training."""
         if not self.steps:
             return not self.bad_in_a_row
         steps, self.steps = self.steps, []
@@ -117,15 +123,13 @@ class Watchdog:
 
     def _report(self, step: Step, reason: str, losses: Tensor, norm: float, guilty: Tensor) -> str:
         """One line of bad_batches.jsonl -> the first rows, in words."""
+        examples = self.backend.gather_objects(step.examples)  # examples[rank][micro_batch]
         batches, named = [], []
-        for rank, row in enumerate(guilty.tolist()):
-            theirs = copy.copy(self.loader)  # what a rank trained on is arithmetic, so nobody has to be asked
-            theirs.rank = rank
-            for i, batch in enumerate(theirs.batches(step.number - 1) if any(row) else []):
-                if row[i]:
-                    rows = [self.loader.dataset.source(example) for example in batch.examples]
-                    batches.append(dict(rank=rank, micro_batch=i, loss=_number(losses[rank, i].item()), rows=rows))
-                    named += rows
+        for rank, micro_batch in guilty.nonzero().tolist():
+            rows = [self.source(example) for example in examples[rank][micro_batch]]
+            loss = _number(losses[rank, micro_batch].item())
+            batches.append(dict(rank=rank, micro_batch=micro_batch, loss=loss, rows=rows))
+            named += rows
         loss = _number(float(losses.sum()) / step.units)
         record = dict(step=step.number, reason=reason, loss=loss, grad_norm=_number(norm), batches=batches)
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""

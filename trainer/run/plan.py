@@ -102,7 +102,7 @@ def trial(engine, rows: int) -> float:
     forget_peak(engine.backend.device)
     set_rows(engine, rows)
     batches = engine.loader.batches(0)[:1]
-    engine._update(batches, max(sum(map(engine.job.objective.count, batches)), 1))
+    engine.train_step(batches)
     return peak_memory()
 
 
@@ -170,23 +170,20 @@ def measure(engine, rows: int) -> dict[str, float]:
     steps = min(STEPS, engine.total)
     for step, batches in engine.loader.prefetch(0, steps):
         start = time.perf_counter()
-        units, trained = backend.sum(
-            sum(map(engine.job.objective.count, batches)), sum(batch.trained_tokens for batch in batches)
-        )
         engine._set_learning_rate()
-        metrics, norm, bad = engine._update(batches, units)
+        result = engine.train_step(batches)
         engine.step = step + 1
         wait_for(backend.device)
-        meter.add(metrics, units, trained, bad, batches)
+        meter.add(result.metrics, result.units, result.tokens, result.bad, result.batches)
         seconds.append(time.perf_counter() - start)
-        computed.append(sum(len(batch.tokens) for batch in batches))
-        tokens += trained
+        computed.append(sum(len(batch.tokens) for batch in result.batches))
+        tokens += result.tokens
     timed = slice(min(WARM_UP, steps - 1), None)
     row = statistics.median(s / n for s, n in zip(seconds[timed], computed[timed]))  # steps differ in rows
     asked = range(steps, min(engine.total, steps + 64))
     mean = statistics.mean([*computed, *(-(-len(engine.loader.rows(step)) // backend.world) for step in asked)])
     result = dict(step=row * mean, first=sum(seconds[: timed.start]), steps=steps, tokens=tokens / steps)
-    engine.logger.log(engine.step, **meter.read(backend), grad_norm=float(norm))
+    engine.logger.log(engine.step, **meter.read(backend), grad_norm=float(result.norm))
     result["validation"] = validation_seconds(engine)
     start = time.perf_counter()
     engine.save()

@@ -1,0 +1,75 @@
+"""One optimiser update.
+
+    result = optimizer_step(model, batches, objective, backend, grad_clip=1.0, loss_scale=1.0)
+
+The loss is divided once, by the units (trained tokens, say) of all micro-batches of all ranks. They are counted before
+anything is computed. So any split of the same examples into micro-batches and ranks gives the same gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dataset.batches.loader import Batch
+from model.transformer import CausalLM
+from trainer.loop.backend import Backend
+from trainer.losses.base import Objective
+
+
+class Rollout(Protocol):
+    """Makes the batches of a step with the model as it is now, for stages whose data the model writes itself."""
+
+    def __call__(self, model: CausalLM, batches: list[Batch], step: int) -> list[Batch]:
+        """This rank's micro-batches from the loader -> the ones that are trained on. step: its number, from 0.
+
+        The result is on the CPU, like the loader's batches. It has as many micro-batches on every rank, and at least
+        one unit over all ranks. `Batch.examples` still says which rows of the data set a batch comes from. The model is
+        in training mode before, and has to be in training mode again afterwards. Whatever is random comes from torch's
+        global generators, whose states are saved for each rank, or from a generator seeded with the step's number.
+        Then a resumed run repeats what an undisturbed one does.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an update was computed from, and what came of it. Its tensors are on the device: reading them waits."""
+
+    batches: list[Batch]  # this rank's micro-batches
+    units: float  # of all ranks; what the loss was divided by
+    tokens: int  # trained tokens of all ranks
+    losses: list[Tensor]  # scalars: the loss of each micro-batch of this rank, summed over its units
+    metrics: dict[str, Tensor]  # scalars: summed over the units of this rank; "loss" is among them
+    norm: Tensor  # scalar: norm of the gradient before clipping
+    bad: Tensor  # scalar: 1.0 if anything on any rank was not finite (then no weight has moved), else 0.0
+
+
+def optimizer_step(
+    model: nn.Module,
+    batches: list[Batch],
+    objective: Objective,
+    backend: Backend,
+    *,
+    grad_clip: float,
+    loss_scale: float,
+) -> StepResult:
+    """Counts, computes the gradient of all micro-batches, clips and checks it, and moves the weights if it is finite.
+
+    model  what `backend.wrap` has returned
+    """
+    own_units, own_tokens = sum(map(objective.count, batches)), sum(batch.trained_tokens for batch in batches)
+    units, tokens = backend.sum(own_units, own_tokens)
+    losses, metrics = [], {}
+    for i, batch in enumerate(batches):
+        with backend.accumulate(model, last=i == len(batches) - 1):
+            loss, of_batch = objective(model, batch.to(backend.device))
+            backend.backward(loss * (backend.world / units), loss_scale)  # backends average over the ranks
+        losses.append(loss.detach())
+        for name, value in of_batch.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+    norm, bad = backend.update(grad_clip, loss_scale, torch.isfinite(metrics["loss"]))
+    return StepResult(batches, units, int(tokens), losses, metrics, norm, bad)

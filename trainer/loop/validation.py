@@ -1,0 +1,41 @@
+"""The loss over the validation data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from dataset.batches.loader import Loader
+from model.transformer import CausalLM
+from trainer.loop.backend import Backend
+from trainer.losses.base import Objective
+
+
+@torch.no_grad()
+def validate(
+    model: CausalLM, loader: Loader, objective: Objective, backend: Backend, token_bytes: np.ndarray
+) -> dict[str, float]:
+    """{"val_<metric>": mean over the units of all ranks} for each of the objective's metrics.
+
+    Where the units are tokens there is also "val_bpb", bits per byte: it can be compared across tokenizers.
+
+    token_bytes  (vocab_size,) how many bytes of text each token stands for
+    """
+    model.eval()
+    sums: dict[str, float] = {}
+    units, text_bytes = 0, 0
+    for _, batches in loader.prefetch(0, loader.steps_per_epoch):
+        for batch in batches:
+            _, metrics = objective(model, batch.to(backend.device))
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}
+            units += objective.count(batch)
+            targets = batch.targets.numpy()
+            text_bytes += int(token_bytes[targets[targets >= 0]].sum())
+    model.train()
+    units, text_bytes, *totals = backend.sum(units, text_bytes, *sums.values())
+    means = {f"val_{name}": total / max(units, 1) for name, total in zip(sums, totals)}
+    if objective.per_token:
+        means["val_bpb"] = means["val_loss"] * units / math.log(2) / max(text_bytes, 1)
+    return means
