@@ -97,9 +97,9 @@ def test_after_a_restart_the_addresses_of_the_dead_are_not_read(monkeypatch):
     seen = []
     for restart in ("0", "0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
-        place = processes._meeting_place(timedelta(seconds=5))
+        place = processes._rendezvous(timedelta(seconds=5))
         seen.append(place["store"].check(["address of rank 1"]))
         place["store"].set("address of rank 1", "here")
     assert seen == [False, True, False] and (place["rank"], place["world_size"]) == (0, 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # two nodes count their restarts apart: torch's own way
-    assert processes._meeting_place(timedelta(seconds=5)) == {}
+    assert processes._rendezvous(timedelta(seconds=5)) == {}

@@ -1,4 +1,4 @@
-"""Stages whose data the model writes itself: the seam before the step (trainer/loop/step.py)."""
+"""Stages whose data the model writes itself: `Job.rollout` (trainer/loop/job.py)."""
 
 import json
 import os

@@ -10,7 +10,7 @@ from benchmarks.faults.bad_steps import poison
 from tests.helpers.small_run import sft_engine, write_sft
 from trainer.loop.backend import Backend
 from trainer.loop.step import StepResult
-from trainer.loop.watchdog import LOSS_SCALE, Watchdog
+from trainer.loop.watchdog import INITIAL_LOSS_SCALE, Watchdog
 from trainer.run import resume
 
 NAN = float("nan")
@@ -136,7 +136,7 @@ def test_a_spike_is_reported_and_trained_on(tmp_path):
 def test_fp16_overflow_halves_the_scale_and_is_no_error(tmp_path):
     watch, said = watchdog(tmp_path, scaled=True)
     step(watch, 1, 2.0, norm=float("inf"), bad=1.0)
-    assert watch.check() and watch.scale == LOSS_SCALE / 2 and not said
+    assert watch.check() and watch.scale == INITIAL_LOSS_SCALE / 2 and not said
     step(watch, 2, NAN, norm=NAN, bad=1.0)  # no scale helps here
     with pytest.raises(ValueError, match="the loss is not finite at step 2"):
         watch.check()
@@ -154,7 +154,7 @@ def test_steps_between_two_looks_are_all_judged(tmp_path):
 def test_a_loss_scale_belongs_to_fp16(tmp_path):
     """A run in bf16 goes on in fp16, and back: a scale of 1 would let gradients vanish and call the first overflow an
     end, and one of 16384 would let bf16 pass over real NaN as if they were overflows."""
-    for scale, scaled, expected in ((1.0, True, LOSS_SCALE), (2.0**9, True, 2.0**9), (2.0**14, False, 1.0)):
+    for scale, scaled, expected in ((1.0, True, INITIAL_LOSS_SCALE), (2.0**9, True, 2.0**9), (2.0**14, False, 1.0)):
         folder = tmp_path / f"{scale}-{scaled}"
         folder.mkdir()
         write_sft(folder / "sft.jsonl")

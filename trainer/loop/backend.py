@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 train_x.py      one process a device, gradients averaged by DistributedDataParallel
     deepspeed --num_gpus 2 train_x.py           DeepSpeed's engine, which shards what it can (trainer/loop/deepspeed.py)
 
-Numbers that steer the loop (how many tokens a step has, whether somebody pressed Ctrl-C) are exchanged between the
-hosts' processors, by gloo, so that no GPU is waited for.
+Numbers that steer the loop (the units of a step, whether a signal was received) are exchanged between the CPUs, by
+gloo: that does not wait for a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.run import resume
 
 
 class Backend:
-    """One process. The others differ in how an update is computed and where its tensors are."""
+    """One process. Subclasses differ in how an update is computed, and in which rank holds which tensors."""
 
     def __init__(self, device: torch.device):
         self.rank, self.world, self.device = 0, 1, device
@@ -39,7 +39,7 @@ class Backend:
     # ---- an optimiser step ----
 
     def wrap(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> nn.Module:
-        """What is called instead of the model from now on."""
+        """-> the module to call instead of the model from now on. Called once."""
         self.model, self.optimizers = model, optimizers
         return self._wrapped(model)
 
@@ -47,67 +47,70 @@ class Backend:
         return model
 
     def accumulate(self, model: nn.Module, last: bool):
-        """Context for one micro-batch: gradients travel with the last one only."""
+        """Context for one micro-batch. Ranks exchange gradients only after the last one of a step."""
         return nullcontext()
 
     def backward(self, loss: Tensor, scale: float) -> None:
-        """Adds the gradient of loss x scale, a mean over the ranks."""
+        """Adds the gradient of loss * scale, averaged over the ranks."""
         (loss * scale).backward()
 
-    def update(self, limit: float, scale: float, healthy: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes `scale` out, clips to `limit`, judges, and moves -> (gradient norm, 1.0 where anything on any rank is
-        not finite, and then nothing has moved)."""
-        norm, bad = clip_and_check([p for _, p in self._trained()], limit, scale, healthy)
+    def update(self, max_norm: float, scale: float, loss_is_finite: Tensor) -> tuple[Tensor, Tensor]:
+        """Divides gradients by `scale`, clips and checks them, and moves the weights -> (norm before clipping, bad).
+
+        bad is 1.0 if anything on any rank was not finite, and then no weight moves; else it is 0.0. Both are scalars on
+        the device.
+        """
+        norm, bad = clip_and_check([p for _, p in self._trained()], max_norm, scale, loss_is_finite)
         bad = self.all_reduce_max(bad)
         self._move(bad)
         return norm, bad
 
     def _move(self, bad: Tensor) -> None:
         for optimizer in self.optimizers:
-            optimizer.found_inf = bad  # torch's fused optimisers, and our Muon, leave all as it is where this is 1
+            optimizer.found_inf = bad  # if it is 1, torch's fused optimisers and our Muon change nothing
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def _trained(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
-    # ---- full tensors, whoever holds which part ----
+    # ---- full tensors, also where ranks hold parts of them ----
 
     def full_weights(self):
-        """Context in which the first rank's model holds full fp32 weights. All ranks enter it."""
+        """Context in which rank 0's model holds full fp32 weights. All ranks have to enter it."""
         return nullcontext()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """{"<parameter>/<kind>": full tensor}, at least on the first rank. All ranks take part."""
+        """{"<parameter>/<kind>": full tensor}, complete on rank 0 at least. All ranks have to call it."""
         return resume.optimizer_tensors(self.model, self.optimizers)
 
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """The inverse, from the full tensors of what is trained."""
+        """Sets weights and optimiser state from full tensors, named as above; frozen weights are not among them."""
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(weights[name])
         resume.restore_optimizers(self.model, self.optimizers, optimizer)
 
-    # ---- what the processes agree on ----
+    # ---- communication ----
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number added up over all ranks, in fp64, without touching the device."""
+        """Each number summed over all ranks, in fp64, on the CPU."""
         return list(numbers)
 
     def all_reduce_max(self, flag: Tensor) -> Tensor:
-        """The largest of all ranks' values of a tensor on the device."""
+        """Element-wise maximum over all ranks, of a tensor on the device."""
         return flag
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """One CPU tensor of every rank, in order of rank."""
+        """The CPU tensors of all ranks, in order of rank; they have to be of one shape."""
         return [tensor]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """One plain value of every rank, in order of rank."""
+        """The values of all ranks, in order of rank; anything that can be pickled."""
         return [value]
 
     def broadcast(self, texts: list[str]) -> list[str]:
-        """The first rank's, to all."""
+        """Rank 0's texts, on all ranks."""
         return texts
 
     def barrier(self) -> None:
@@ -115,7 +118,7 @@ class Backend:
 
 
 class DDP(Backend):
-    """One process per device."""
+    """One process per device; DistributedDataParallel averages the gradients."""
 
     def __init__(self, device: torch.device, timeout: timedelta | None = None):
         super().__init__(device)
@@ -125,8 +128,8 @@ class DDP(Backend):
     def _wrapped(self, model):
         on_device = dict(device_ids=[self.device.index]) if self.device.type == "cuda" else {}
         wrapper = nn.parallel.DistributedDataParallel
-        newer = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # torch 2.13, where the other warns
-        options = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # ours never change
+        newer = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # torch 2.13 warns about the old name
+        options = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # our buffers never change
         return wrapper(model, gradient_as_bucket_view=True, **options, **on_device)
 
     def accumulate(self, model, last):

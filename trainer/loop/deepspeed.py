@@ -2,10 +2,10 @@
 
     deepspeed --num_gpus 2 trainer/train_pretrain.py --zero_stage 2
 
-What an update is stays ours: when micro-batches are summed, what they are divided by, the learning rate, AdamW itself.
-DeepSpeed shards it (ZeRO, arXiv:1910.02054): with N processes each keeps 1/N of the moments (stage 1), of the
-gradients too (2), of the weights too (3). Clipping and the check for numbers that are not finite are done once: by
-its step where gradients are sharded, since only it sees them all; by ours in stage 0.
+Our code decides what an update is: which micro-batches are summed, what they are divided by, the learning rate, and
+AdamW itself. DeepSpeed shards its tensors (ZeRO, arXiv:1910.02054): each of N processes keeps 1/N of the moments
+(stage 1), also of the gradients (2), also of the weights (3). From stage 1 on, DeepSpeed's step clips and checks the
+gradients, since no process has all of them; in stage 0 our code does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.loop.backend import DDP
 
 
 class DeepSpeed(DDP):
-    """Stage 0: its engine, nothing sharded."""
+    """Stage 0: DeepSpeed's engine, with nothing sharded."""
 
     def __init__(self, device: torch.device, config: dict, timeout: timedelta | None = None):
         super().__init__(device, timeout)
@@ -31,13 +31,13 @@ class DeepSpeed(DDP):
 
     def wrap(self, model, optimizers):
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # read when it is imported
-        os.environ.setdefault("LOCAL_RANK", "0")  # there was no launcher
+        os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher it is not set
         try:
             import deepspeed
         except ImportError as error:
             raise UserError(f"--backend deepspeed: {error}; pip install deepspeed, or start with torchrun") from None
         deepspeed.logger.setLevel("ERROR")
-        # sums between the processes of one machine: gloo has them, without minutes of compiling at the first start
+        # its sums between processes of one machine take minutes to compile at the first start; gloo does the same
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super().wrap(model, optimizers)
         (self.optimizer,) = optimizers
@@ -45,7 +45,7 @@ class DeepSpeed(DDP):
         return self.engine
 
     def _wrapped(self, model):
-        return model  # by wrap, once the optimiser is known
+        return model  # `wrap` does it, as it needs the optimiser
 
     @contextmanager
     def accumulate(self, model, last):
@@ -56,32 +56,34 @@ class DeepSpeed(DDP):
         self.engine.backward(loss * scale, scale_wrt_gas=False)
 
     def _move(self, bad):
-        # offloaded shards are on the CPU; torch would copy this there without waiting for it
-        self.optimizer.found_inf = bad.to(self._moved_on())
+        # offloaded shards are on the CPU: the fused optimiser would read the flag there before its copy has arrived
+        self.optimizer.found_inf = bad.to(self._optimizer_device())
         self.engine.step()
 
-    def _moved_on(self) -> torch.device:
+    def _optimizer_device(self) -> torch.device:
         return self.device
 
 
 class ZeRO(DeepSpeed):
-    """Stages 1 to 3: full tensors exist only while somebody looks at them."""
+    """Stages 1 to 3: full tensors exist only while they are saved or loaded."""
 
     def backward(self, loss, scale):
-        self.engine.optimizer.override_loss_scale(scale)  # multiplied in here, divided out before it clips
+        self.engine.optimizer.override_loss_scale(
+            scale
+        )  # its backward multiplies by it, its step divides by it before it clips
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def update(self, limit, scale, healthy):
-        bad = self.all_reduce_max((~healthy).float())
-        self._move(bad)  # clips to the same limit, which is in its config
+    def update(self, max_norm, scale, loss_is_finite):
+        bad = self.all_reduce_max((~loss_is_finite).float())
+        self._move(bad)  # DeepSpeed clips to the same norm, by `gradient_clipping` in its config
         norm = torch.tensor(float(self.engine.get_global_grad_norm()), device=self.device)
-        skipped = self.engine.optimizer.overflow  # a norm that was not finite, the same on all ranks
+        skipped = self.engine.optimizer.overflow  # True where the norm was not finite; the same on all ranks
         return norm, torch.maximum(bad, torch.full_like(bad, float(skipped)))
 
     @contextmanager
     def full_weights(self):
-        """The first rank's parameters are full and fp32 meanwhile, on the CPU, gathered one at a time: no device ever
-        holds them all."""
+        """Meanwhile rank 0's parameters are full, fp32 and on the CPU. They are gathered one at a time, so that no
+        device has to hold all of them."""
         full = {p: self._full(p) for p in self.model.parameters()}
         before = {p: p.data for p in full} if self.main else {}
         try:
@@ -105,8 +107,8 @@ class ZeRO(DeepSpeed):
     def optimizer_tensors(self):
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        self._link_states()
-        found, shard = {}, self._shards()[0]
+        self._link_optimizer_states()
+        found, shard = {}, self._optimizer_shards()[0]
         for kind, tensor in self.optimizer.state.get(shard, {}).items():
             for name, parameter in self._trained():
                 full = tensor if tensor.dim() == 0 else safe_get_full_optimizer_state(parameter, kind).cpu()
@@ -117,56 +119,57 @@ class ZeRO(DeepSpeed):
     def load(self, weights, optimizer):
         named = dict(self._trained())
         kinds = {key.rpartition("/")[2]: value for key, value in optimizer.items()}
-        for shard in self._shards():
+        for shard in self._optimizer_shards():
             self.optimizer.state[shard] = {
                 kind: like.to(shard.device, copy=True) if like.dim() == 0 else torch.zeros_like(shard)
                 for kind, like in kinds.items()
             }
-        self._link_states()
+        self._link_optimizer_states()
         for name, parameter in named.items():
-            self._set(parameter, weights[name], None)
+            self._set_part(parameter, weights[name], None)
             for kind, like in kinds.items():
                 if like.dim():
-                    self._set(parameter, optimizer[f"{name}/{kind}"], kind)
-        self._refresh(named, weights)
+                    self._set_part(parameter, optimizer[f"{name}/{kind}"], kind)
+        self._update_model_weights(named, weights)
 
-    # ---- where stages 1 and 2 keep things; stage 3 differs ----
+    # ---- where stages 1 and 2 keep their tensors; stage 3 overrides these ----
 
-    def _shards(self) -> list[Tensor]:
-        """The fp32 tensors that the optimiser moves: flat pieces of many parameters."""
+    def _optimizer_shards(self) -> list[Tensor]:
+        """The fp32 tensors that the optimiser updates; each is flat and holds pieces of many parameters."""
         return self.engine.optimizer.single_partition_of_fp32_groups
 
-    def _moved_on(self):
-        return self._shards()[0].device
+    def _optimizer_device(self):
+        return self._optimizer_shards()[0].device
 
-    def _link_states(self) -> None:
-        """Its own linking, at the first step of the first group of parameters, misses the other groups' states."""
+    def _link_optimizer_states(self) -> None:
+        """Lets parameters find their optimiser states. DeepSpeed does so after the first step of the first group of
+        parameters, and misses the states of the other groups."""
         self.engine.optimizer._hp_optimizer_states_linked = False
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _set(self, parameter: Tensor, value: Tensor, kind: str | None) -> None:
-        """This rank's part of a weight, or of an optimiser's tensor."""
+    def _set_part(self, parameter: Tensor, value: Tensor, kind: str | None) -> None:
+        """Sets this rank's part of a weight (kind None) or of an optimiser state, from the full tensor."""
         value = value.to(self.device)
         parameter.set_full_hp_param(value, kind) if kind else parameter.set_full_hp_param(value)
 
-    def _refresh(self, named, weights) -> None:
-        """What is computed with follows its fp32 master."""
+    def _update_model_weights(self, named, weights) -> None:
+        """Copies the fp32 master weights to the weights that the model computes with."""
         self.engine.optimizer.update_lp_params()
 
 
 class ZeRO3(ZeRO):
-    """Weights are sharded too."""
+    """Stage 3: weights are sharded too."""
 
-    def _shards(self):
+    def _optimizer_shards(self):
         return self.engine.optimizer.fp32_partitioned_groups_flat
 
-    def _link_states(self):
+    def _link_optimizer_states(self):
         pass
 
-    def _set(self, parameter, value, kind):
+    def _set_part(self, parameter, value, kind):
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        size = parameter.ds_tensor.ds_numel  # of each rank's part; the last one's is filled up
+        size = parameter.ds_tensor.ds_numel  # elements of each rank's part; the last part is padded
         flat = F.pad(value.to(self.device).flatten(), (0, size * self.world - value.numel()))
         part = flat.narrow(0, size * self.rank, size)
         if kind:
@@ -174,7 +177,7 @@ class ZeRO3(ZeRO):
         else:
             safe_set_local_fp32_param(parameter, part)
 
-    def _refresh(self, named, weights):
+    def _update_model_weights(self, named, weights):
         from deepspeed.runtime.zero import GatheredParameters
 
         for name, parameter in named.items():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,45 +23,23 @@ from common.console import UserError
 from common.files import ROOT, keep_previous
 from common.options import describe
 from dataset.batches.loader import Batch, Loader
-from model.checkpoint import Checkpoint, weights_name
+from model.checkpoint import weights_name
 from model.lora import lower_frozen
 from model.precision import pick_dtype
-from model.transformer import CausalLM
-from tokenizer.text import Tokenizer
-from trainer.inputs import Data, check_start
+from trainer.inputs import check_start
 from trainer.loop.backend import Backend
 from trainer.loop.compiling import compile_model
 from trainer.loop.interrupts import catch_signals, explained
+from trainer.loop.job import Job
 from trainer.loop.optim import build_optimizers, learning_rate
 from trainer.loop.periodic import PeriodicTasks
-from trainer.loop.step import Rollout, StepResult, optimizer_step
+from trainer.loop.step import StepResult, optimizer_step
 from trainer.loop.validation import validate
 from trainer.loop.watchdog import Watchdog
-from trainer.losses.base import Objective
 from trainer.run import resume
-from trainer.run.artifacts import Weights
 from trainer.run.logger import RunLogger
 from trainer.run.meter import Meter
 from trainer.run.plan import plan, rehearsal
-from trainer.stage import StageConfig
-
-
-@dataclass
-class Job:
-    """What a stage hands to the engine."""
-
-    stage: str
-    config: StageConfig
-    model: CausalLM
-    objective: Objective
-    tokenizer: Tokenizer
-    data: Data
-    packing: bool  # whether batch_size counts examples, packed into rows, or rows
-    parent: Checkpoint | None = None
-    notes: list[str] = field(default_factory=list)  # lines printed when the run starts
-    output: Weights = field(default_factory=Weights)  # what is written; trainer/run/artifacts.py
-    loader: type[Loader] = Loader
-    rollout: Rollout | None = None  # makes the batches of a step with the model as it is; trainer/loop/step.py
 
 
 class Engine:
@@ -72,14 +49,14 @@ class Engine:
         self.dtype, notice = pick_dtype(config.dtype, backend.device)
         self.model = job.model.to(backend.device)
         if job.parent:
-            job.parent.release()  # the model has a copy of its own
+            job.parent.release()  # the model has its own copy of the tensors
         self.model.compute_dtype = self.dtype
         self.model.recompute = config.activation_checkpointing
         lower_frozen(self.model, self.dtype)
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.step, self.saved_step, self.tokens, self.best = 0, 0, 0, float("inf")
         self.written: set[Path] = set()
-        self.losses: dict[str, float] = {}  # the newest figures, for the lineage
+        self.losses: dict[str, float] = {}  # the newest losses, written into the weights' lineage
         self.name = weights_name(config.save_weight, self.model.config)
         self.save_dir = Path(config.save_dir)
         self.folder = self.save_dir / job.output.folder
@@ -115,7 +92,7 @@ class Engine:
             self._restore(found)
 
     def _find(self, states: Path) -> Path | None:
-        """The state to continue from. The first rank looks, so that all take the same one."""
+        """The state to continue from, or None. Rank 0 looks for it, so that all ranks take the same one."""
         found, failure, rank = None, None, self.backend.rank
         if self.backend.main:
             resume.clean(states, self.folder, self.folder / "best")
@@ -123,9 +100,9 @@ class Engine:
                 found = resume.find_state(states, self.config.from_resume, self._identity(), self.job.notes.append)
             except ValueError as error:
                 failure = error
-        found, said = self.backend.broadcast([str(found or ""), str(failure or "")])
-        if said:
-            raise failure or UserError(said)
+        found, message = self.backend.broadcast([str(found or ""), str(failure or "")])
+        if message:
+            raise failure or UserError(message)
         if found and not Path(found).is_dir():
             raise UserError(f"{found}: rank {rank} does not see it; to resume, all machines have to share --save_dir")
         return Path(found) if found else None
@@ -144,8 +121,8 @@ class Engine:
         )
 
     def _accumulation(self, state: Path | None) -> int:
-        """batch_size x accumulation_steps x processes is what a run means by a step: a continued one keeps the product,
-        whatever the number of processes is now."""
+        """Micro-batches in a step. A resumed run keeps the examples of a step (batch_size x accumulation_steps x
+        processes), also when the number of processes has changed."""
         c, world = self.config, self.backend.world
         if state is None:
             return c.accumulation_steps
@@ -190,7 +167,7 @@ class Engine:
         self.meter.go()
         with catch_signals() as received, explained(config, self.model, self.backend.world):
             for _, batches in self.loader.prefetch(self.step, self.total):
-                # agreed on before anything random is drawn: a step that has begun is finished
+                # agreed on before a rollout draws random numbers: a step that has begun is finished
                 (stop,) = self.backend.sum(bool(received))
                 if stop:
                     break
@@ -302,10 +279,10 @@ class Engine:
                 self._write(self.folder / "best" / self.name)
         return means
 
-    # ---- what stays ----
+    # ---- what a run leaves ----
 
     def save(self) -> None:
-        """The weights, and the state to continue from. All ranks take part; the first one writes."""
+        """Writes the weights and a resume state. All ranks take part; rank 0 writes."""
         every_rank = dict(random=torch.stack(self.backend.gather(resume.random_state(self.backend.device))))
         every_rank["window"] = self.meter.gather(self.backend)
         optimizer = self.backend.optimizer_tensors()
@@ -320,7 +297,7 @@ class Engine:
         self.saved_step = self.step
 
     def _write(self, path: Path) -> None:
-        """Inside `full_weights`. What another run left under this name is kept once."""
+        """Writes the weights; only inside `full_weights`. A file that another run left there is kept as a backup."""
         first, self.written = path not in self.written, self.written | {path}
         if self.backend.main:
             if first and not (self.resumed and resume.is_of(self._lineage(), path)) and (line := keep_previous(path)):
@@ -330,7 +307,7 @@ class Engine:
             self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage)
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """What is frozen is not saved: `parent` in the identity says what it has to be."""
+        """Trained parameters by name. Frozen ones are not saved: `parent` in the identity says which they are."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _lineage(self) -> dict:
@@ -348,7 +325,7 @@ class Engine:
         )
 
     def _identity(self) -> dict:
-        """What has to be the same for a state to belong to this run."""
+        """A state belongs to this run if it has the same identity."""
         return dict(
             architecture=self.model.config.to_dict(),
             data=self.job.data.train.fingerprint,
@@ -377,6 +354,7 @@ class Engine:
         )
 
     def _restore(self, path: Path) -> None:
+        """Continues from a state, and prints which options and what about the machine differ from then."""
         tensors, state = resume.read_state(path)
         if state["step"] > self.total:
             raise UserError(
@@ -387,7 +365,7 @@ class Engine:
         random = tensors["ranks"]["random"]
         resume.set_random_state(random[self.backend.rank % len(random)], self.backend.device)
         self.step, self.tokens, self.losses = (state[k] for k in ("step", "tokens", "losses"))
-        if self.watch.scaled and state["scale"] > 1:  # of a run in fp16; others have none
+        if self.watch.scaled and state["scale"] > 1:  # runs that are not in fp16 save a scale of 1
             self.watch.scale = state["scale"]
         self.meter.restore(state["window"], tensors["ranks"]["window"], self.backend)
         self.best = float("inf") if state["best"] is None else state["best"]
@@ -403,6 +381,6 @@ class Engine:
 
 
 def _relative(path: str) -> str:
-    """Below the repository: relative to it, so that the weights can move with their clone."""
+    """A path inside the repository, relative to its root: then a clone can be moved together with its weights."""
     path = Path(path).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)

@@ -1,4 +1,4 @@
-"""Optimisers, the learning rate over time, and the last check before an update.
+"""Optimisers, the learning-rate schedule, and the check of the gradients before an update.
 
 AdamW moves everything, or, with `--optimizer muon`, Muon moves the matrices inside the blocks and AdamW the rest
 (embedding, head, norms, biases). Both take the same learning rate.
@@ -16,10 +16,10 @@ from model.precision import has_bf16
 
 
 def learning_rate(step: int, total: int, *, peak: float, warmup: float, schedule: str, floor: float) -> float:
-    """Rate of the step with this number (from 0) of `total`.
+    """Learning rate of step number `step`, from 0, of `total` steps.
 
     warmup  steps, or below 1 a share of `total`, over which the rate rises linearly to `peak`
-    floor   last rate / peak
+    floor   the last rate divided by `peak`
     cosine  half a cosine down to the floor (arXiv:1608.03983, eq. 5)
     wsd     stays at the peak, then falls linearly over the last 40 % (arXiv:2404.06395)
     """
@@ -37,13 +37,13 @@ def learning_rate(step: int, total: int, *, peak: float, warmup: float, schedule
 
 
 def build_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Optimisers over everything that has a gradient. Matrices decay; embedding, norms and biases do not."""
+    """Optimisers of all trained parameters. Weight decay applies to matrices, not to embeddings, norms and biases."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     inside = {n for n, p in named if p.dim() >= 2 and not n.endswith(("embed_tokens.weight", "lm_head.weight"))}
     matrices, others = [p for n, p in named if n in inside], [p for n, p in named if n not in inside]
     adamw = dict(lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if name == "muon":
-        muon = [Muon(matrices, weight_decay=weight_decay)] if matrices else []  # LoRA has nothing but matrices
+        muon = [Muon(matrices, weight_decay=weight_decay)] if matrices else []  # with LoRA there are only matrices
         return muon + ([torch.optim.AdamW(others, weight_decay=0.0, **adamw)] if others else [])
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]
@@ -53,8 +53,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: all its directions get the same length (Jordan et al., 2024,
     https://kellerjordan.github.io/posts/muon), scaled to the size of AdamW's updates (arXiv:2502.16982, eq. 4).
 
-    Matrices of one shape are treated as one batch; a stack of experts is a batch already. Like torch's fused
-    optimisers it reads `found_inf`, a tensor on the device: where that is 1, nothing moves.
+    Matrices of one shape are processed as one batch; a stack of experts is such a batch already. Like torch's fused
+    optimisers it reads `found_inf`, a scalar tensor on the device: if it is 1, nothing changes.
     """
 
     def __init__(self, params, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - rate * group["weight_decay"]).sub_(u.to(p.dtype) * (rate * scale))
 
     def _momentum(self, p: Tensor, beta: float, bad: Tensor | None) -> Tensor:
-        """Nesterov's look ahead, and the buffer updated."""
+        """Updates the momentum buffer -> Nesterov momentum: gradient + beta * buffer."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -85,14 +85,14 @@ class Muon(torch.optim.Optimizer):
         if bad is None:
             buffer.mul_(beta).add_(gradient)
             return gradient + beta * buffer
-        # NaN times 0 is NaN: what is bad has to be left out, not multiplied away
+        # NaN times 0 is NaN: a bad gradient has to be replaced, it cannot be multiplied away
         gradient = torch.where(bad > 0, torch.zeros_like(gradient), gradient)
         buffer.copy_(torch.where(bad > 0, buffer, beta * buffer + gradient))
         return gradient + beta * buffer
 
 
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
-    """(N, a, b) -> matrices of the same singular vectors, with singular values of about 1 (0.7 to 1.2).
+    """(N, a, b) -> matrices with the same singular vectors, and singular values of about 1 (0.7 to 1.2).
 
     Newton-Schulz iteration with the quintic of Jordan et al.; in bf16, since it needs no precision.
     """
@@ -107,19 +107,22 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     return X.mT if tall else X
 
 
-def clip_and_check(params: list[Tensor], limit: float, scale: float, healthy: Tensor) -> tuple[Tensor, Tensor]:
-    """Divides gradients by `scale`, limits their common norm, and judges them, all on the device.
+def clip_and_check(
+    params: list[Tensor], max_norm: float, scale: float, loss_is_finite: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Divides gradients by `scale`, clips their common norm to `max_norm` (0: no clipping), and checks them. All of it
+    happens on the device.
 
-    healthy  scalar bool: whether the loss is finite
-    Returns (norm before clipping, 1.0 if anything is not finite else 0.0), both scalar fp32 tensors.
+    loss_is_finite  scalar bool
+    Returns (norm before clipping, 1.0 if the loss or the norm is not finite else 0.0), scalar fp32 tensors.
     """
     gradients = [p.grad for p in params if p.grad is not None]
-    if gradients[0].device.type == "cpu":  # they add up in a row, which over a whole matrix is wrong by 4e-5
+    if gradients[0].device.type == "cpu":  # CPUs sum serially: over a whole matrix the error is 4e-5
         norms = torch.cat([torch.linalg.vector_norm(g, dim=-1).flatten() for g in gradients])
     else:
         norms = torch.stack(torch._foreach_norm(gradients))
-    wide = torch.float32 if norms.device.type == "mps" else torch.float64  # which it does not have
+    wide = torch.float32 if norms.device.type == "mps" else torch.float64  # MPS has no fp64
     norm = torch.linalg.vector_norm(norms, dtype=wide).float() / scale
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0) / scale if limit else torch.ones_like(norm) / scale
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / scale if max_norm else torch.ones_like(norm) / scale
     torch._foreach_mul_(gradients, factor)
-    return norm, (~(torch.isfinite(norm) & healthy)).float()
+    return norm, (~(torch.isfinite(norm) & loss_is_finite)).float()

@@ -1,4 +1,4 @@
-"""Starts what the launcher asked for: one process, DistributedDataParallel, or DeepSpeed's engine.
+"""Joins the processes that the launcher started: one process, DistributedDataParallel, or DeepSpeed's engine.
 
 with start(config) as backend:
     ...
@@ -20,12 +20,13 @@ from trainer.loop.deepspeed import STAGES
 from trainer.loop.launch import deepspeed_config
 
 
-def _meeting_place(timeout: timedelta) -> dict:
-    """Where the processes leave their addresses for each other, in the words of init_process_group.
+def _rendezvous(timeout: timedelta) -> dict:
+    """Where the processes find each other's addresses: arguments of init_process_group.
 
-    torchrun keeps its store over a restart (torch 2.13), with the addresses of the dead in it: who looks before its
-    neighbour has written the new one calls a process that is gone, until the timeout. So each start gets names of its
-    own. Over several nodes that cannot be done: their counts of restarts differ.
+    torchrun keeps its store when it restarts the processes (torch 2.13), so the addresses of the dead ones are still in
+    it. A process that reads such an address, before the new one is written, waits for a dead process until the timeout.
+    So the keys of each start get a prefix of their own. On several nodes this is not possible, as each node counts its
+    restarts by itself.
     """
     env = os.environ
     if "MASTER_ADDR" not in env:
@@ -41,17 +42,17 @@ def _meeting_place(timeout: timedelta) -> dict:
 
 @contextmanager
 def start(config: Options):
-    """The backend that the launcher asked for, for as long as the block lasts."""
+    """Context with the backend that the launcher asked for; the process group ends with it."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     sharded = config.backend == "deepspeed"
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # what is measured, too, is the current one
+        torch.cuda.set_device(device)  # memory is measured on the current device
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not sharded:
         yield Backend(device)
         return
     kind = {"cuda": "nccl", "npu": "hccl"}.get(device.type, "gloo")
     timeout = timedelta(seconds=config.ddp_timeout)
-    dist.init_process_group(kind, timeout=timeout, **_meeting_place(timeout))
+    dist.init_process_group(kind, timeout=timeout, **_rendezvous(timeout))
     try:
         yield _sharded(device, timeout, config) if sharded else DDP(device, timeout)
     finally:

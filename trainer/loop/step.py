@@ -9,30 +9,13 @@ anything is computed. So any split of the same examples into micro-batches and r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dataset.batches.loader import Batch
-from model.transformer import CausalLM
 from trainer.loop.backend import Backend
 from trainer.losses.base import Objective
-
-
-class Rollout(Protocol):
-    """Makes the batches of a step with the model as it is now, for stages whose data the model writes itself."""
-
-    def __call__(self, model: CausalLM, batches: list[Batch], step: int) -> list[Batch]:
-        """This rank's micro-batches from the loader -> the ones that are trained on. step: its number, from 0.
-
-        The result is on the CPU, like the loader's batches. It has as many micro-batches on every rank, and at least
-        one unit over all ranks. `Batch.examples` still says which rows of the data set a batch comes from. The model is
-        in training mode before, and has to be in training mode again afterwards. Whatever is random comes from torch's
-        global generators, whose states are saved for each rank, or from a generator seeded with the step's number.
-        Then a resumed run repeats what an undisturbed one does.
-        """
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""Watches every step's loss and gradient: what is not finite never reaches a weight, and is reported with its rows.
+"""Watches the loss and gradient of every step. Steps that are not finite, and spikes, are reported with their rows.
 
 `record` keeps what came of each step; `check` judges all steps since the last check. A check waits for the device, so
 on accelerators it happens only to log and before anything is saved. The optimisers have left a bad step out long before
 that. Every rank sees the numbers of all ranks, so all decide the same.
 
-    not finite   --on_nan stop ends the run; skip leaves the step out, at most --max_bad_steps in a row
-    spike        a loss of more than --spike_sigma standard deviations above the last 100: reported, trained on
-    fp16         a gradient that overflows while the loss is finite halves the loss scale; that is not an error
+    not finite   the weights stay as they were; --on_nan stop ends the run, skip goes on, for at most --max_bad_steps
+                 bad steps in a row
+    spike        a loss more than --spike_sigma standard deviations above the mean of the last 100: only reported
+    fp16         a gradient that overflows while the loss is finite halves the loss scale; this is not an error
 
 Reports are lines of bad_batches.jsonl in the run's directory:
     {"step": 812, "reason": "the loss is not finite", "loss": "nan", "grad_norm": "nan",
@@ -31,8 +32,9 @@ from trainer.loop.backend import Backend
 from trainer.loop.step import StepResult
 from trainer.stage import StageConfig
 
-LOSS_SCALE = 2.0**14  # of fp16 gradients at the start; halved at every overflow, doubled after 2,000 good steps
-HISTORY, ENOUGH = 100, 20  # losses that a spike is measured against, and how many there have to be
+INITIAL_LOSS_SCALE = 2.0**14  # of fp16: halved at every overflow, doubled after so many good steps:
+STEPS_TO_DOUBLE = 2000
+HISTORY, MIN_HISTORY = 100, 20  # a spike is measured against the last 100 losses, once there are 20
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class Watchdog:
         say: Callable[[str], None],
     ):
         self.config, self.backend, self.source, self.path, self.say = config, backend, source, path, say
-        self.scaled, self.scale = scaled, LOSS_SCALE if scaled else 1.0
+        self.scaled, self.scale = scaled, INITIAL_LOSS_SCALE if scaled else 1.0
         self.steps: list[Step] = []
         self.recent: deque[float] = deque(maxlen=HISTORY)
-        self.good, self.bad_in_a_row = 0, 0
+        self.good, self.bad_in_a_row = 0, 0  # good steps since the last overflow
 
     def record(self, number: int, result: StepResult) -> None:
         """Keeps the verdict on step `number` (from 1) until the next check. The batches themselves are not kept, only
@@ -85,12 +87,13 @@ class Watchdog:
         return not self.bad_in_a_row
 
     def _judge_bad(self, step: Step, losses: Tensor, norm: float) -> None:
-        infinite = ~torch.isfinite(losses)
-        if self.scale > 1 and not infinite.any():
+        not_finite = ~torch.isfinite(losses)
+        if self.scale > 1 and not not_finite.any():
             self.scale, self.good = self.scale / 2, 0
             return
-        what = "loss" if infinite.any() else "gradient"
-        guilty = infinite if infinite.any() else torch.ones_like(infinite)  # a gradient does not tell whose it is
+        what = "loss" if not_finite.any() else "gradient"
+        # the norm is of the whole step: it does not tell which micro-batch has spoiled the gradient
+        guilty = not_finite if not_finite.any() else torch.ones_like(not_finite)
         rows = self._report(step, f"the {what} is not finite", losses, norm, guilty)
         self.bad_in_a_row += 1
         message = f"the {what} is not finite at step {step.number:,} (gradient norm {norm:g}), in {rows}; the weights "
@@ -109,10 +112,10 @@ class Watchdog:
 
     def _judge_good(self, step: Step, losses: Tensor, norm: float) -> None:
         self.bad_in_a_row, self.good = 0, self.good + 1
-        if self.scaled and self.good % 2000 == 0:
+        if self.scaled and self.good % STEPS_TO_DOUBLE == 0:
             self.scale *= 2
         loss, sigma = float(losses.sum()) / step.units, self.config.spike_sigma
-        if sigma and len(self.recent) >= ENOUGH:
+        if sigma and len(self.recent) >= MIN_HISTORY:
             mean = statistics.fmean(self.recent)
             deviation = max(statistics.pstdev(self.recent), 1e-3 * abs(mean), 1e-6)
             if loss > mean + sigma * deviation:
@@ -122,7 +125,10 @@ class Watchdog:
         self.recent.append(loss)
 
     def _report(self, step: Step, reason: str, losses: Tensor, norm: float, guilty: Tensor) -> str:
-        """One line of bad_batches.jsonl -> the first rows, in words."""
+        """Writes a line of bad_batches.jsonl -> text that names the first rows. All ranks have to call it.
+
+        losses, guilty: (ranks, micro-batches)
+        """
         examples = self.backend.gather_objects(step.examples)  # examples[rank][micro_batch]
         batches, named = [], []
         for rank, micro_batch in guilty.nonzero().tolist():
@@ -139,11 +145,11 @@ class Watchdog:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 more += f" ({self.path} lists them)"
-            except OSError as error:  # a report may not be what ends a run
+            except OSError as error:  # a report that cannot be written must not end the run
                 self.say(f"warning: {self.path}: {error.strerror}")
         return ", ".join(named[:3]) + more
 
 
 def _number(value: float) -> float | str:
-    """JSON knows no NaN."""
+    """JSON has no NaN and no infinity: they become text."""
     return round(value, 6) if math.isfinite(value) else str(value)

@@ -1,14 +1,14 @@
-"""What a run shows while it runs and what it leaves behind: metrics.jsonl, run.json and loss.png, always.
+"""Prints the progress of a run, and always writes metrics.jsonl, run.json and loss.png.
 
     logger = RunLogger.create(Path("out/runs/pretrain-1"), config, enabled=rank == 0)
-    logger.start(step=0, total=1000)                                # after resuming at 400: start(400, 1000)
+    logger.start(step=0, total=1000)                                # a run resumed after step 400: start(400, 1000)
     logger.log(10, loss=3.2, lr=5e-4, grad_norm=0.9, tokens=81920, tokens_per_second=5300.0)
-    logger.log(20, loss=3.0, lr=5e-4, val_loss=3.1, val_bpb=1.4)    # any number with a name is kept and shown
-    logger.draw()                                                   # at every save
-    logger.close({"loss": 2.9})                                     # says what the run took
+    logger.log(20, loss=3.0, lr=5e-4, val_loss=3.1, val_bpb=1.4)    # any named number is written and printed
+    logger.draw()                                                   # loss.png, at every save
+    logger.close({"loss": 2.9})                                     # prints a summary
 
-With --use_wandb, --use_swanlab or --use_tensorboard the same numbers go there. Nothing in here may stop a training run:
-what fails is said once and off.
+--use_wandb, --use_swanlab and --use_tensorboard send the same numbers there. No failure of logging stops the training:
+the part that failed is named once and switched off.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from common.files import ROOT, atomic
 from common.options import Options
 
 TRACKERS = ("wandb", "swanlab", "tensorboard")
-# How the known numbers are shown, in this order; others follow with four digits, the last two not at all.
-SHOWN = {
+# How known numbers are printed, in this order ("": not at all). Others follow with four significant digits.
+FORMATS = {
     "loss": "loss {:.4f}",
     "lr": "lr {:.2e}",
     "grad_norm": "grad {:.2f}",
@@ -47,7 +47,7 @@ SHOWN = {
 
 
 class NoLogger:
-    """The same calls for the ranks that stay silent."""
+    """The same methods, which do nothing: for all ranks but the first."""
 
     def print(self, text: str) -> None: ...
     def start(self, step: int, total: int) -> None: ...
@@ -59,31 +59,33 @@ class NoLogger:
 class RunLogger(NoLogger):
     @staticmethod
     def create(run_dir: Path | str, config: Options, enabled: bool = True, **facts: Any) -> NoLogger:
-        """facts: what else to note about the run, beside its options (the number of parameters)."""
+        """facts: further entries for run.json and the trackers, such as the number of parameters."""
         return RunLogger(Path(run_dir), config, facts) if enabled else NoLogger()
 
     def __init__(self, run_dir: Path, config: Options, facts: dict[str, Any]):
         self.run_dir, self.config, self.facts = run_dir, config, facts
         self.metrics = run_dir / "metrics.jsonl"
-        self.sinks: dict[str, Callable[[int, dict], Any]] = {}  # name -> takes (step, numbers)
+        # parts by name: what takes (step, numbers), what closes it, and which have failed
+        self.sinks: dict[str, Callable[[int, dict], Any]] = {}
         self.closers: dict[str, Callable[[], Any]] = {}
         self.failed: set[str] = set()
         self.bar: Any = None
-        self.about: dict[str, Any] = {}
-        self.began, self.before = time.monotonic(), 0.0  # seconds that earlier processes of a resumed run have spent
-        self._try("run.json", self._write_about)
+        self.run_info: dict[str, Any] = {}
+        self.began = time.monotonic()
+        self.earlier_seconds = 0.0  # of a resumed run, what its earlier processes took
+        self._try("run.json", self._write_run_info)
 
     def print(self, text: str) -> None:
-        """A line of its own, above the progress bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         try:
             self.bar.write(text) if self.bar is not None else print(text, flush=True)
-        except (OSError, ValueError):  # the terminal or pipe has gone; the run goes on without it
+        except (OSError, ValueError):  # the terminal or pipe was closed; the run goes on without it
             pass
 
     def start(self, step: int, total: int) -> None:
-        """Training goes on after `step`: what an earlier, killed process logged beyond it is dropped."""
-        self.total, self.began, self.before = total, time.monotonic(), 0.0
-        self.pace = deque([(self.began, step)], maxlen=50)  # recent (time, step): resuming does not blur the ETA
+        """Training continues after `step`. What a killed process logged for later steps is removed."""
+        self.total, self.began, self.earlier_seconds = total, time.monotonic(), 0.0
+        self.recent = deque([(self.began, step)], maxlen=50)  # (time, step) of this process only, for the ETA
         self._try("metrics.jsonl", self._open_metrics, step)
         for name in TRACKERS:
             if getattr(self.config, f"use_{name}", False):
@@ -93,7 +95,7 @@ class RunLogger(NoLogger):
 
     def log(self, step: int, **numbers: float) -> None:
         now = time.monotonic()
-        self.pace.append((now, step))
+        self.recent.append((now, step))
         numbers["seconds"] = round(self.seconds(), 2)
         if memory := peak_memory():
             numbers["memory_gib"] = round(memory, 3)
@@ -108,107 +110,101 @@ class RunLogger(NoLogger):
             self.print(f"step {step:,}/{self.total:,}  {line}")
 
     def seconds(self) -> float:
-        """What the run has taken so far, over all its starts."""
-        return self.before + time.monotonic() - self.began
+        """What the run has taken so far, all its processes together."""
+        return self.earlier_seconds + time.monotonic() - self.began
 
     def draw(self) -> None:
         if self.metrics.exists():
             self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png")
-            gc.collect(1)  # figures refer to themselves; left to their own time, one megabyte stays for each save
+            gc.collect(1)  # figures are cyclic garbage: without this, memory grows by a megabyte at each save
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Safe to call twice, and without `start`. A summary is what a run that came to its end has to tell."""
+        """Ends logging; may be called twice, and without `start`. summary: results of a run that was completed."""
+        self.draw()
         if summary is not None:
-            self.draw()
             summary = {**summary, "seconds": round(self.seconds(), 1), "memory_gib": round(peak_memory(), 3)}
             if price := getattr(self.config, "price_per_hour", 0.0):
                 summary["cost"] = round(price * summary["seconds"] / 3600, 4)
             self.print(closing_line(summary))
-            self.about["summary"] = summary
-            self._try("run.json", self._write_about)
-        else:
-            self.draw()
+            self.run_info["summary"] = summary
+            self._try("run.json", self._write_run_info)
         for name, closer in self.closers.items():
             self._try(name, closer)
         self.closers, self.sinks, self.bar = {}, {}, None
 
-    # ---- what is behind it ----
+    # ---- files and trackers ----
 
     def _try(self, name: str, action: Callable, *arguments: Any) -> None:
-        """The one place where a failure of logging ends: said once, then that part is off."""
+        """Does it, unless this part has failed before. A failure is printed once and switches the part off."""
         if name in self.failed:
             return
         try:
             action(*arguments)
-        except Exception as error:  # whatever it is, the training is worth more
+        except Exception as error:  # whatever it is, training goes on
             self.failed.add(name)
             hint = f" (pip install {error.name})" if isinstance(error, ModuleNotFoundError) else ""
             self.print(f"warning: {name} is off for the rest of this run: {type(error).__name__}: {error}{hint}")
 
-    def _write_about(self) -> None:
+    def _write_run_info(self) -> None:
         path = self.run_dir / "run.json"
-        if not self.about:
-            self.about = about_run(self.config)
-            if path.exists():  # a resumed run keeps what its first start said
-                before = json.loads(path.read_text(encoding="utf-8"))
-                self.about["earlier"] = [*before.pop("earlier", []), before]
-            self.about |= self.facts
+        if not self.run_info:
+            self.run_info = describe_run(self.config)
+            if path.exists():  # a resumed run keeps the entries of its earlier processes
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+                self.run_info["earlier"] = [*earlier.pop("earlier", []), earlier]
+            self.run_info |= self.facts
         with atomic(path) as temporary:
-            temporary.write_text(json.dumps(self.about, indent=2, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(json.dumps(self.run_info, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _open_metrics(self, step: int) -> None:
         import jsonlines
 
         if self.metrics.exists():
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
-            self.before = kept[-1].get("seconds", 0.0) if kept else 0.0
+            self.earlier_seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
             with atomic(self.metrics) as temporary, jsonlines.open(temporary, "w") as file:
                 file.write_all(kept)
         writer = jsonlines.open(self.metrics, "a", flush=True)
-        finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON knows no NaN
+        finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no NaN
         self.sinks["metrics.jsonl"] = lambda step, numbers: writer.write(
             {"step": step, **{name: finite(value) for name, value in numbers.items()}}
         )
         self.closers["metrics.jsonl"] = writer.close
 
-    def _tracked(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return self.config.as_dict() | self.facts
 
-    def _open_wandb(self, _step: int) -> None:
-        import wandb
-
-        run = wandb.init(
+    def _init_arguments(self) -> dict[str, Any]:
+        """What wandb.init and swanlab.init have in common. The id makes a resumed run continue the same record."""
+        return dict(
             project=self.config.wandb_project,
             name=self.config.wandb_run_name or self.run_dir.name,
             id=self.run_dir.name,
             resume="allow",
-            dir=str(self.run_dir),
-            config=self._tracked(),
+            config=self._settings(),
         )
-        self.sinks["wandb"] = lambda step, numbers: run.log(numbers, step=step)
-        self.closers["wandb"] = run.finish
+
+    def _open_wandb(self, _step: int) -> None:
+        import wandb
+
+        self._add_tracker("wandb", wandb.init(dir=str(self.run_dir), **self._init_arguments()))
 
     def _open_swanlab(self, _step: int) -> None:
         import swanlab
 
         folder = self.run_dir / "swanlab"
         folder.mkdir(exist_ok=True)
-        run = swanlab.init(
-            project=self.config.wandb_project,
-            name=self.config.wandb_run_name or self.run_dir.name,
-            id=self.run_dir.name,
-            resume="allow",
-            log_dir=str(folder),
-            config=self._tracked(),
-        )
-        self.sinks["swanlab"] = lambda step, numbers: run.log(numbers, step=step)
-        self.closers["swanlab"] = run.finish
+        self._add_tracker("swanlab", swanlab.init(log_dir=str(folder), **self._init_arguments()))
+
+    def _add_tracker(self, name: str, run: Any) -> None:
+        self.sinks[name] = lambda step, numbers: run.log(numbers, step=step)
+        self.closers[name] = run.finish
 
     def _open_tensorboard(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self.run_dir / "tensorboard"), flush_secs=10, purge_step=step + 1)
-        writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in self._tracked().items()))
+        writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in self._settings().items()))
 
         def write(step: int, numbers: dict) -> None:
             for name, value in numbers.items():
@@ -226,16 +222,16 @@ class RunLogger(NoLogger):
         self.closers["progress bar"] = self.bar.close
 
     def _line(self, step: int, numbers: dict[str, float]) -> str:
-        parts = [form.format(numbers[name]) for name, form in SHOWN.items() if form and name in numbers]
-        parts += [f"{name} {value:.4g}" for name, value in numbers.items() if name not in SHOWN]
-        (then, first), (now, last) = self.pace[0], self.pace[-1]
+        parts = [form.format(numbers[name]) for name, form in FORMATS.items() if form and name in numbers]
+        parts += [f"{name} {value:.4g}" for name, value in numbers.items() if name not in FORMATS]
+        (then, first), (now, last) = self.recent[0], self.recent[-1]
         if last > first and step < self.total:
             parts.append(f"ETA {timedelta(seconds=round((now - then) / (last - first) * (self.total - step)))}")
         return "  ".join(parts)
 
 
-def about_run(config: Options) -> dict[str, Any]:
-    """Enough to know, a year later, what produced these numbers."""
+def describe_run(config: Options) -> dict[str, Any]:
+    """What is needed to know later how these numbers came about."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10
@@ -254,7 +250,7 @@ def about_run(config: Options) -> dict[str, Any]:
 
 
 def closing_line(summary: dict[str, Any]) -> str:
-    """What a whole run took and came to, in one line."""
+    """Time, steps, losses, memory and cost of a completed run, in one line."""
     parts = [f"done in {timedelta(seconds=round(summary['seconds']))}"]
     parts += [
         f"{summary[name]:,} {words}"
@@ -270,12 +266,14 @@ def closing_line(summary: dict[str, Any]) -> str:
 
 
 def peak_memory() -> float:
-    """GiB of the GPU that this process has needed at most, else of main memory; 0 where nobody tells."""
+    """Most GiB that this process has used, of the GPU if there is one, else of main memory; 0 if it is not known."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
         return used / 2**30
     try:
-        with open("/proc/self/status", encoding="utf-8") as file:  # getrusage counts whoever started us as well
+        with open(
+            "/proc/self/status", encoding="utf-8"
+        ) as file:  # getrusage includes what our parent used before it started us
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
     except (OSError, StopIteration):
         pass
@@ -287,7 +285,7 @@ def peak_memory() -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a run; a line that a kill cut in half is left out."""
+    """The records of a run, without a last line that was cut off when the run was killed."""
     import jsonlines
 
     with jsonlines.open(path) as file:
@@ -295,7 +293,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
-    """metrics.jsonl -> loss.png: training loss, its moving average, validation."""
+    """metrics.jsonl -> loss.png: training loss, its moving average, and validation loss."""
     import numpy as np
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
@@ -308,7 +306,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     )
     if len(train):
         steps, losses = train.T
-        window = np.ones(len(losses) // 30 * 2 + 1)  # averages over 7 % of the run, over less of it at its ends
+        window = np.ones(len(losses) // 30 * 2 + 1)  # covers 7 % of the run, and less at its ends
         smooth = np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
         axes.plot(steps, losses, color="#9ec5e8", linewidth=0.8, label="training")
         axes.plot(steps, smooth, color="#1f5f99", linewidth=1.8, label=f"training, averaged: {smooth[-1]:.3f}")
