@@ -171,19 +171,19 @@ def measure(engine, rows: int) -> dict[str, float]:
     for step, batches in engine.loader.prefetch(0, steps):
         start = time.perf_counter()
         engine._set_learning_rate()
-        result = engine.train_step(batches)
+        update = engine.train_step(batches)
         engine.step = step + 1
         wait_for(backend.device)
-        meter.add(result.metrics, result.units, result.tokens, result.bad, result.batches)
+        meter.add(update.metrics, update.units, update.tokens, update.bad, update.batches)
         seconds.append(time.perf_counter() - start)
-        computed.append(sum(len(batch.tokens) for batch in result.batches))
-        tokens += result.tokens
+        computed.append(sum(len(batch.tokens) for batch in update.batches))
+        tokens += update.tokens
     timed = slice(min(WARM_UP, steps - 1), None)
     row = statistics.median(s / n for s, n in zip(seconds[timed], computed[timed]))  # steps differ in rows
     asked = range(steps, min(engine.total, steps + 64))
     mean = statistics.mean([*computed, *(-(-len(engine.loader.rows(step)) // backend.world) for step in asked)])
     result = dict(step=row * mean, first=sum(seconds[: timed.start]), steps=steps, tokens=tokens / steps)
-    engine.logger.log(engine.step, **meter.read(backend), grad_norm=float(result.norm))
+    engine.logger.log(engine.step, **meter.read(backend), grad_norm=float(update.norm))
     result["validation"] = validation_seconds(engine)
     start = time.perf_counter()
     engine.save()
