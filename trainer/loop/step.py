@@ -20,7 +20,7 @@ from trainer.losses.base import Objective
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update was computed from, and what came of it. Its tensors are on the device; reading one waits for it."""
+    """What an update was computed from, and what came of it. Its tensors are on the device: reading one waits."""
 
     batches: list[Batch]  # this rank's micro-batches
     units: float  # of all ranks; what the loss was divided by
