@@ -45,7 +45,7 @@ def main():
     from trainer.inputs import open_data, open_weights
     from trainer.loop.engine import Engine, Job
     from trainer.loop.processes import start
-    from trainer.losses.base import Weighted
+    from trainer.losses.next_token import Weighted
 
     torch.manual_seed(config.seed)
     parent, tokenizer, origin = open_weights(config, "full_sft")

@@ -67,7 +67,7 @@ def main():
     from trainer.inputs import open_data, open_weights
     from trainer.loop.engine import Engine, Job
     from trainer.loop.processes import start
-    from trainer.losses.base import NextToken
+    from trainer.losses.next_token import NextToken
     from trainer.run.artifacts import AdapterOnly
 
     torch.manual_seed(config.seed)
