@@ -48,6 +48,7 @@ class DPOConfig(StageConfig):
         0.0, f"share of pairs that are labelled wrongly ({having('label_smoothing')})", within="[0, 0.5)"
     )
     simpo_gamma: float = option(0.5, f"margin to reach ({having('simpo_gamma')})", within="[0, inf)")
+    cpo_alpha: float = option(1.0, f"weight of the chosen answer's likelihood ({having('cpo_alpha')})", within="[0, inf)")
     max_prompt_length: int = option(0, "tokens of a prompt, cut from the left (0: what fits)", within="[0, inf)")
     lora_rank: int = option(
         0,

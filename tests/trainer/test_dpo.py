@@ -22,7 +22,7 @@ from tests.trainer.test_engine import assert_same_gradients, same, state_of, sto
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
-from trainer.losses.pair_losses import LOSSES, hinge, ipo, orpo, sigmoid, simpo
+from trainer.losses.pair_losses import LOSSES, cpo, hinge, ipo, orpo, sigmoid, simpo
 from trainer.losses.preference import Preference, add_reference
 from trainer.train_dpo import DPOConfig
 
@@ -45,6 +45,8 @@ def test_losses_by_hand():
     )
     # odds 1 and 1/3: the odds ratio is 3, and s(log 3) = 3/4
     assert orpo(means, 0.1).item() == pytest.approx(math.log(2) - 0.1 * math.log(0.75))
+    # h = 5 and beta 0.2 as above, beside half the mean negative log-likelihood of the chosen answer
+    assert cpo(ratios, means, 0.2, cpo_alpha=0.5).item() == pytest.approx(-math.log(s(1.0)) + 0.5 * math.log(2))
     certain = torch.tensor([[0.0, -1.0]], requires_grad=True)
     orpo(certain, 0.1).backward()
     assert certain.grad.isfinite().all()
@@ -73,7 +75,7 @@ def one_batch(dataset):
 def test_loss_and_gradient_equal_a_plain_reference(kind, pairs):
     """One sequence at a time through the model and a frozen copy that has moved on a little, formulas spelled out."""
     model, frozen = small_model(), moved_on(small_model())
-    values = dict(label_smoothing=(e := 0.1), simpo_gamma=(gamma := 0.4))
+    values = dict(label_smoothing=(e := 0.1), simpo_gamma=(gamma := 0.4), cpo_alpha=(alpha := 0.7))
     batch, beta, own = one_batch(pairs), 0.3, {name: values[name] for name in LOSSES[kind].options}
     reference, total = [], 0.0
     for example in batch.examples:
@@ -91,6 +93,9 @@ def test_loss_and_gradient_equal_a_plain_reference(kind, pairs):
         elif kind == "simpo":
             h = beta * (w / nw - l / nl) - gamma
             total = total - (1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
+        elif kind == "cpo":
+            h = beta * (w - l)
+            total = total - (1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h) - alpha * w / nw
         else:
             pw, pl = torch.exp(w / nw), torch.exp(l / nl)
             total = total - w / nw - beta * F.logsigmoid(torch.log(pw / (1 - pw)) - torch.log(pl / (1 - pl)))
@@ -158,6 +163,13 @@ def test_losses_equal_trls(tmp_path, pairs):
     losses, _, _ = CPOTrainer.cpo_loss(me, *means.unbind(1))
     found = Preference("simpo", label_smoothing=0.1, simpo_gamma=0.5)(model, batch)[0]  # 2 is its own beta
     torch.testing.assert_close(found, losses.sum(), atol=1e-4, rtol=1e-5)
+    sums = torch.stack([torch.stack([alone(model, p, a) for a in both]) for p, *both in examples])
+    me.loss_type, me.beta = "sigmoid", 0.3
+    losses, rewards, _ = CPOTrainer.cpo_loss(me, *sums.unbind(1))
+    found, metrics = Preference("cpo", 0.3, cpo_alpha=0.5, label_smoothing=0.1)(model, batch)
+    torch.testing.assert_close(found, (losses - 0.5 * means[:, 0]).sum(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(metrics["reward_chosen"], rewards.sum(), atol=1e-4, rtol=1e-5)
+    me.beta = 2.0
     odds, *_ = ORPOTrainer.odds_ratio_loss(me, *means.unbind(1))  # trl subtracts it from the likelihood term
     found = Preference("orpo", 2.0)(model, batch)[0]
     torch.testing.assert_close(found, (-means[:, 0] - odds).sum(), atol=1e-4, rtol=1e-5)
@@ -328,7 +340,7 @@ def test_preferences_are_learned_and_logged(tmp_path):
     (
         (
             ["--loss_type=ipo", "--label_smoothing=0.1"],
-            "--label_smoothing 0.1: belongs to --loss_type sigmoid, simpo, not to ipo",
+            "--label_smoothing 0.1: belongs to --loss_type sigmoid, simpo, cpo, not to ipo",
         ),
         (["--lora_alpha=8"], "--lora_alpha: without --lora_rank all weights are trained"),
         (["--simpo_gamma=1"], "--simpo_gamma 1: belongs to --loss_type simpo, not to sigmoid"),

@@ -76,12 +76,18 @@ def orpo(means: Tensor, beta: float) -> Tensor:
     return -chosen - beta * _log_sigmoid(log_odds_ratio)
 
 
+def cpo(sums: Tensor, means: Tensor, beta: float, cpo_alpha: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log s(b h) - a log p(y_c)/|y_c| (arXiv:2401.08417, section 3), the likelihood a mean over tokens as in trl."""
+    return _smoothed(beta * _margin(sums), label_smoothing) - cpo_alpha * means[:, 0]
+
+
 LOSSES = {
     "sigmoid": PairLoss(sigmoid, reference=True),
     "ipo": PairLoss(ipo, reference=True),
     "hinge": PairLoss(hinge, reference=True),
     "simpo": PairLoss(simpo, reference=False, beta=2.0),
     "orpo": PairLoss(orpo, reference=False),
+    "cpo": PairLoss(cpo, reference=False),
 }
 OWN_OPTIONS = sorted({option for loss in LOSSES.values() for option in loss.options})  # that only some losses have
 
