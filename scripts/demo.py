@@ -79,12 +79,10 @@ class Trained:
     def __init__(self, weight: str, save_dir: Path, question_seed: int, adapter: str = ""):
         from evaluation.benchmark import preference_accuracy, run_benchmark
         from model.adapter import load_adapter
-        from model.checkpoint import find_weights, load_weights
-        from tokenizer.find import tokenizer_of
+        from model.checkpoint import find_weights, open_weights
 
-        checkpoint = load_weights(find_weights(weight, save_dir))
+        checkpoint, self.tokenizer = open_weights(weight, save_dir)
         self.name, self.path = adapter or weight, checkpoint.path
-        self.tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, checkpoint.config.vocab_size)
         self.model = checkpoint.build().eval()
         if adapter:
             load_adapter(find_weights(adapter, save_dir / "lora")).apply(self.model).eval()

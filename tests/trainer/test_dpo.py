@@ -342,11 +342,9 @@ def test_preferences_are_learned_and_logged(tmp_path):
             ["--loss_type=ipo", "--label_smoothing=0.1"],
             "--label_smoothing 0.1: belongs to --loss_type sigmoid, simpo, cpo, not to ipo",
         ),
-        (["--lora_alpha=8"], "--lora_alpha: without --lora_rank all weights are trained"),
         (["--simpo_gamma=1"], "--simpo_gamma 1: belongs to --loss_type simpo, not to sigmoid"),
         (["--beta=0"], "--beta 0: must be above 0"),
         (["--dpo_beta=0.1", "--beta=0.2"], "both set beta"),
-        (["--lora_dropout=0.1"], "trainer/train_lora.py knows it"),
     ),
 )
 def test_flags_that_cannot_be_meant(flags, message, capsys):

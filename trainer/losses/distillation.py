@@ -34,9 +34,8 @@ from common.files import ROOT, atomic
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from dataset.tokens.token_cache import Progress
-from model.checkpoint import Checkpoint, find_weights, load_weights
+from model.checkpoint import Checkpoint, find_tokenizer, find_weights, load_weights
 from model.lora import prepare_for_inference
-from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, check_positions
 from trainer.loop.backend import Backend
@@ -149,8 +148,8 @@ def open_teacher(config) -> tuple[Checkpoint, Tokenizer, None]:
     """--teacher -> its weights and its tokenizer."""
     weights = load_weights(find_weights(config.teacher, config.save_dir, ROOT / "out"))
     check_positions(config, weights.config, f"--teacher {config.teacher}")
-    place = config.tokenizer_path if not weights.tokenizer else None  # of another project's file
-    return weights, tokenizer_of(weights.tokenizer, Path(weights.path), weights.config.vocab_size, place), None
+    place = config.tokenizer_path if not weights.tokenizer else None  # another project's file does not say
+    return weights, find_tokenizer(weights, place), None
 
 
 def read_views(config) -> dict:

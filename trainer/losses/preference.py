@@ -21,6 +21,8 @@ from dataset.batches.preference import PairBatch, PairLoader, PreferenceDataset
 from dataset.tokens.cache import cache_root
 from dataset.tokens.token_cache import Progress
 from model.lora import adapter_disabled
+from model.precision import pick_dtype
+from model.transformer import CausalLM
 from trainer.loop.backend import Backend
 from trainer.losses.pair_losses import LOSSES
 
@@ -87,16 +89,19 @@ class Preference:
 # ---- the reference ----
 
 
-def add_reference(datasets: list[PreferenceDataset], model: nn.Module, backend: Backend, config, about: str) -> str:
+def add_reference(datasets: list[PreferenceDataset], model: CausalLM, backend: Backend, config, weights: str) -> str:
     """Gives each data set the log-probabilities of its answers under `model` as it is now -> a line to print.
 
-    They are computed once, by all ranks, and kept beside the token cache, named by everything they follow from: data,
-    tokenizer and lengths (the fingerprint), and `about`, the weights and the precision. Mapped, not held in memory.
+    They are computed once, by all ranks, and kept beside the token cache. The file's name depends on everything they
+    follow from: data, tokenizer and lengths (the fingerprint), the hash of the weights, and the precision. The file is
+    mapped, not held in memory.
     """
+    model.to(backend.device)
+    model.compute_dtype, _ = pick_dtype(config.dtype, backend.device)
     made = []
     for dataset in datasets:
         everything = dataset.distinct
-        key = hashlib.sha256(f"1 {everything.fingerprint} {about}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"1 {everything.fingerprint} {weights} {model.compute_dtype}".encode()).hexdigest()[:16]
         path = cache_root(dataset.path, config.cache_dir) / f"{dataset.path.name}-reference-{key}.npy"
         (missing,) = backend.sum(not path.is_file())
         if missing:
