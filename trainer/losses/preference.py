@@ -31,7 +31,7 @@ def read_answers(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor, Te
     """(P, 2) summed log-probabilities of chosen and rejected, (P, 2) how many tokens, (B,) balancing losses."""
     out = model(batch.tokens, **batch.context())
     numbers = torch.arange(1, 2 * len(batch.examples) + 1, device=out.loss.device)
-    own = batch.answers.flatten() == numbers[:, None]  # (2P, B*T); not index_add: its order on a GPU is left to chance
+    own = batch.answers.flatten() == numbers[:, None]  # (2P, B*T); index_add is not deterministic on a GPU
     sums = -torch.where(own, out.loss.flatten(), 0.0).sum(1)
     tokens = (own & (batch.targets.flatten() >= 0)).sum(1)
     return sums.view(-1, 2), tokens.view(-1, 2), out.aux_loss
@@ -119,7 +119,7 @@ def add_reference(datasets: list[PreferenceDataset], model: CausalLM, backend: B
 @torch.no_grad()
 def _reference(dataset: PreferenceDataset, model: nn.Module, backend: Backend, config) -> np.ndarray:
     """(distinct examples, 2) fp32"""
-    by_length = dataset.view(np.argsort(-dataset.lengths, kind="stable"), "")  # rows of neighbours are full rows
+    by_length = dataset.view(np.argsort(-dataset.lengths, kind="stable"), "")  # the same lengths fill rows best
     loader = PairLoader(
         by_length,
         packing=True,
