@@ -64,6 +64,7 @@ def option(
 class Options:
     """Base of everything that `parse` can fill."""
 
+    settled_by_switch: ClassVar[dict[str, tuple[str, ...]]] = {}  # another script's switch -> what its `false` settles
     needless: ClassVar[dict[str, str]] = {}  # what others have a flag for -> why nothing has to be said here
     missing: ClassVar[dict[str, str]] = {}  # what others have a flag for -> what is not built yet
 
@@ -275,7 +276,8 @@ def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list
     """(where, key, value) that this script does not know: name the script that does, or the nearest key."""
     known = {key: owners(key) for _, key, _ in rows}
     switches = {key for key, found in known.items() if any(spec.kind is bool for spec in found.values())}
-    settled = {key for _, key, value in rows if key in switches and _is_off(value)}
+    off = [key for _, key, value in rows if key in switches and _is_off(value)]
+    settled = {name for key in off for name in (key, *cls.settled_by_switch.get(key, ()))}
     for where, key, _ in rows:
         if key in cls.needless:
             print(f"note: {where}: {cls.needless[key]}", file=sys.stderr)
