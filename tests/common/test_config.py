@@ -32,7 +32,7 @@ class Stage(StageConfig):
     epochs: int = 2
     save_weight: str = "full_sft"
     noise: float = option(0.0, "noise on the embeddings", within="[0, 1)")
-    layers: tuple[str, ...] = option((), "names", aliases=("target_modules",))
+    layers: tuple[str, ...] = option((), "names", aliases=("layer_names",))
 
 
 def read(*argv: str) -> Stage:
