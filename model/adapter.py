@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,12 @@ class AdapterFile:
     path: Path
     settings: LoRASettings
     state: dict[str, Tensor]  # {"<layer>.A": (r, in), "<layer>.B": (out, r)}
-    base: dict = field(default_factory=lambda: dict(path=None, hash=None))  # of the weights; None: unknown
+    base: dict[str, str | None] = field(
+        default_factory=lambda: dict(path=None, hash=None)
+    )  # of the weights; None: unknown
     config: ModelConfig | None = None  # of the base
-    tokenizer: dict = field(default_factory=dict)
-    lineage: list[dict] = field(default_factory=list)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def knows_base(self) -> bool:
@@ -63,14 +66,20 @@ class AdapterFile:
         with torch.no_grad():
             for layer, module in adapted(model).items():
                 if name in module.adapters:
-                    module.adapters[name].A.copy_(self.state[f"{layer}.A"])
-                    module.adapters[name].B.copy_(self.state[f"{layer}.B"])
+                    module.adapter(name).A.copy_(self.state[f"{layer}.A"])
+                    module.adapter(name).B.copy_(self.state[f"{layer}.B"])
         activate(model, name)
         return model
 
 
 def save_adapter(
-    path: Path | str, model: CausalLM, settings: LoRASettings, *, base: dict, tokenizer: dict, lineage: list[dict]
+    path: Path | str,
+    model: CausalLM,
+    settings: LoRASettings,
+    *,
+    base: dict[str, Any],
+    tokenizer: dict[str, Any],
+    lineage: list[dict[str, Any]],
 ) -> Path:
     values = dict(settings=settings.to_dict(), base=base, config=model.config.to_dict(), tokenizer=tokenizer)
     values = json.loads(json.dumps(values | dict(lineage=lineage)))  # plain values only, as in weights files

@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +54,11 @@ class LoRASettings:
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self) | dict(targets=list(self.targets))
 
     @classmethod
-    def from_dict(cls, values: dict) -> LoRASettings:
+    def from_dict(cls, values: dict[str, Any]) -> LoRASettings:
         return cls(**{**values, "targets": tuple(values["targets"])})
 
 
@@ -65,9 +66,9 @@ class Adapter(nn.Module):
     def __init__(self, layer: nn.Linear, settings: LoRASettings):
         super().__init__()
         self.scale, self.dropout = settings.scale, settings.dropout
-        on = dict(device=layer.weight.device, dtype=torch.float32)
-        self.A = nn.Parameter(torch.empty(settings.rank, layer.in_features, **on))
-        self.B = nn.Parameter(torch.zeros(layer.out_features, settings.rank, **on))
+        device = layer.weight.device
+        self.A = nn.Parameter(torch.empty(settings.rank, layer.in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, settings.rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as peft does
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
@@ -96,7 +97,10 @@ class LoRALinear(Linear):
         if self.active is None or self.unmerged is not None:
             return super().forward(x)
         flat = x.reshape(-1, self.in_features)
-        return self.adapters[self.active].add_to(super().forward(flat), flat).view(*x.shape[:-1], -1)
+        return self.adapter(self.active).add_to(super().forward(flat), flat).view(*x.shape[:-1], -1)
+
+    def adapter(self, name: str) -> Adapter:
+        return self.adapters[name]  # pyright: ignore[reportReturnType] (a ModuleDict is not generic)
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
@@ -156,7 +160,7 @@ def activate(model: nn.Module, name: str | None) -> None:
     if any(layer.unmerged is not None for layer in layers):
         raise UserError("an adapter is merged into the weights; unmerge it first")
     for layer in layers:
-        layer.active = name if name in layer.adapters else None
+        layer.active = name if name is not None and name in layer.adapters else None
 
 
 @contextmanager
@@ -181,7 +185,7 @@ def merge(model: nn.Module) -> None:
     for layer in adapted(model).values():
         if layer.active is not None and layer.unmerged is None:
             layer.unmerged = layer.weight.data
-            merged = layer.weight.float() + layer.adapters[layer.active].product()
+            merged = layer.weight.float() + layer.adapter(layer.active).product()
             layer.weight.data = merged.to(layer.weight.dtype)
 
 
@@ -230,7 +234,7 @@ def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """{"<layer>.A": (r, in), "<layer>.B": (out, r)}"""
     return {
-        f"{path}.{matrix}": getattr(layer.adapters[name], matrix).detach().cpu().clone()
+        f"{path}.{matrix}": getattr(layer.adapter(name), matrix).detach().cpu().clone()
         for path, layer in adapted(model).items()
         if name in layer.adapters
         for matrix in "AB"

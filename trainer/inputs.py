@@ -123,12 +123,13 @@ def open_model(
     kind      of data: on the tiny world a fresh model is small
     required  the tokenizer of the teacher; weights that have another one are refused
     """
-    if not config.from_weight and weights is None:
+    wanted = config.from_weight or weights
+    if wanted is None:
         tokenizer = required or Tokenizer.load(config.tokenizer_path)
         preset = config.preset or ("nano" if choose_files(config, kind)[1] else "small")
         model = CausalLM(architecture(config, tokenizer, preset))
         return None, model, tokenizer, f"from: a fresh {preset}"
-    parent, tokenizer, origin = open_parent(config, config.from_weight or weights)
+    parent, tokenizer, origin = open_parent(config, wanted)
     if required and not tokenizer.same_ids(required):
         raise UserError(
             f"--teacher {config.teacher}: its tokenizer ({required.path}, {required.vocab_size:,} ids) is not that of "

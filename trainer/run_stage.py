@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from common.console import UserError
-from dataset.batches.loader import Loader
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, weights_name
 from model.lora import LoRASettings, add_lora, freeze
@@ -48,8 +47,8 @@ class Stage:
     notes: list[str]  # lines printed when the run starts
     parent: Checkpoint | None  # the weights it starts from; None: a fresh model
 
-    def train(self, objective: Objective, *, packing: bool = True, loader: type[Loader] = Loader) -> Path:
-        """Trains to the end -> the file that was written."""
+    def train(self, objective: Objective, *, packing: bool = True, **others) -> Path:
+        """Trains to the end -> the file that was written. others: further fields of Job, such as `loader`."""
         job = Job(
             stage=self.name,
             config=self.config,
@@ -61,7 +60,7 @@ class Stage:
             parent=self.parent,
             notes=self.notes,
             output=self.output,
-            loader=loader,
+            **others,
         )
         return Engine(job, self.backend).run()
 
@@ -117,6 +116,7 @@ def add_adapter(config: StageConfig, model: CausalLM, parent: Checkpoint | None)
     """Freezes the model and adds the adapter that --lora_... describe -> what is written, and a line to print."""
     if parent is None:
         raise UserError("--use_lora: a fresh model has no weights to keep; name those to start from with --from_weight")
+    assert config.lora_rank is not None  # `trains_adapter` implies it
     settings = LoRASettings(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora
     )
