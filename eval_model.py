@@ -6,7 +6,7 @@
     python eval_model.py --lora_name lora_medical                  # with an adapter, on the weights it belongs to
     python eval_model.py --benchmark tiny_world                    # the built-in exam: 600 questions, seconds on a CPU
 
-Only answers go to standard output; what else there is to say goes to standard error.
+Answers go to standard output, everything else to standard error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common.console import UserError, run
 from common.files import ROOT
 from common.options import Options, option, parse
 
-if TYPE_CHECKING:  # torch is imported once the command line is known to be right: --help is instant
+if TYPE_CHECKING:  # torch is imported after the command line is checked: --help is instant
     from inference.decode import Sampling
     from inference.session import Session
     from model.adapter import AdapterFile
@@ -40,7 +40,8 @@ COMMANDS = {
     "/help": "this list; Ctrl-C stops an answer, Ctrl-D leaves",
     "/exit": "leave",
 }
-# What a model writes must not steer the terminal: no C0 but tab and newline, no DEL and C1, no switch of direction.
+# Removed from what a model writes, because they steer the terminal: C0 controls but tab and newline, DEL and C1, and
+# marks that change the direction of writing.
 STEERING = (range(9), range(11, 32), range(0x7F, 0xA0), range(0x202A, 0x202F), range(0x2066, 0x206A))
 HARMLESS = {code: None for codes in STEERING for code in codes}
 
@@ -52,7 +53,7 @@ class EvalConfig(Options):
     needless: ClassVar[dict[str, str]] = {
         "stream": "answers are always streamed",
         "show_speed": "the speed is always shown in a conversation",
-        "load": "what a file holds is told from the file",
+        "load": "a file says itself what it holds",
         "interactive": "without --prompt it is a conversation",
         **dict.fromkeys(("history_cnt", "historys"), "the conversation is kept as far as it fits; /reset forgets it"),
     }
@@ -126,12 +127,11 @@ class EvalConfig(Options):
 
 
 def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Checkpoint]:
-    from model.checkpoint import check_stated, load_weights
+    from model.checkpoint import check_stated, find_tokenizer
     from model.lora import merge, prepare_for_inference
     from model.precision import pick_device, pick_dtype
 
-    adapter = find_adapter(config)
-    checkpoint = find_base_of(adapter, config) if adapter else load_weights(find_named(config))
+    checkpoint, adapter = find_checkpoint(config)
     check_stated(checkpoint, **{k: getattr(config, k) for k in ("hidden_size", "num_hidden_layers", "use_moe")})
     tokenizer = find_tokenizer(checkpoint, config.tokenizer_path)
     device = pick_device(config.device)
@@ -140,7 +140,7 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     if adapter:
         model = adapter.apply(model)
         if config.merge_lora:
-            merge(model)  # before rounding to the compute dtype
+            merge(model)  # in fp32, before the weights are rounded to the compute dtype
         merged = ", merged" if config.merge_lora else ""
         screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage
@@ -149,44 +149,20 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     return model, tokenizer, checkpoint
 
 
-def find_named(config: EvalConfig) -> Path:
-    from model.checkpoint import find_weights
+def find_checkpoint(config: EvalConfig) -> tuple[Checkpoint, AdapterFile | None]:
+    """The weights, and the adapter that is put on them. An adapter's weights are those it was trained on, whatever
+    --model_mode says; with another --weight it is an error."""
+    from model.adapter import find_base, load_adapter
+    from model.checkpoint import find_weights, load_weights
 
+    folders, pick = (Path(config.save_dir), ROOT / "out"), dict(hidden_size=config.hidden_size, moe=config.use_moe)
     name = config.weight or MODES[1 if config.model_mode is None else config.model_mode]
-    return find_weights(name, config.save_dir, ROOT / "out", hidden_size=config.hidden_size, moe=config.use_moe)
-
-
-def find_adapter(config: EvalConfig) -> AdapterFile | None:
     if not (config.lora_name or config.lora_path):
-        return None
-    from model.adapter import load_adapter
-    from model.checkpoint import find_weights
-
-    folders = (Path(config.save_dir) / "lora", ROOT / "out" / "lora")
-    only = dict(hidden_size=config.hidden_size, moe=config.use_moe)
-    return load_adapter(config.lora_path or find_weights(config.lora_name, *folders, **only))
-
-
-def find_base_of(adapter: AdapterFile, config: EvalConfig) -> Checkpoint:
-    """--weight if it is given and right; else the weights the adapter was trained on, whatever --model_mode says."""
-    from model.adapter import find_base
-
-    named = find_named(config) if config.weight or not adapter.knows_base else None
-    return find_base(adapter, named, config.save_dir, ROOT / "out")
-
-
-def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
-    from tokenizer.find import tokenizer_of
-
-    rows = checkpoint.config.vocab_size
-    tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, rows, path)
-    # Without a hash only the size can tell; embeddings are padded a little (Qwen: 151,936 rows for 151,669 tokens).
-    if "hash" not in checkpoint.tokenizer and tokenizer.vocab_size < 0.99 * rows:
-        raise UserError(
-            f"{checkpoint.path}: has {rows:,} token embeddings, but the tokenizer in {tokenizer.path} only "
-            f"{tokenizer.vocab_size:,} tokens; give its own with --tokenizer_path"
-        )
-    return tokenizer
+        return load_weights(find_weights(name, *folders, **pick)), None
+    places = (folder / "lora" for folder in folders)
+    adapter = load_adapter(config.lora_path or find_weights(config.lora_name, *places, **pick))
+    named = find_weights(name, *folders, **pick) if config.weight or not adapter.knows_base else None
+    return find_base(adapter, named, *folders), adapter
 
 
 def describe(checkpoint: Checkpoint, model: CausalLM) -> str:
@@ -204,19 +180,19 @@ def describe(checkpoint: Checkpoint, model: CausalLM) -> str:
 
 @dataclass
 class Conversation:
-    """What was said, and how it becomes a prompt. `session` (inference/session.py) computes the answers."""
+    """The messages so far, and how they become a prompt. `session` (inference/session.py) computes the answers."""
 
     session: Session
     tokenizer: Tokenizer
     sampling: Sampling
     max_new_tokens: int = 1024
-    completes: bool = False  # goes on with a text instead of answering a message
+    completes: bool = False  # continues a text instead of answering a message
     system: str = ""
     enable_thinking: bool | None = None
     turns: list[dict] = field(default_factory=list)
 
     def answer(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yields (piece of text, whether it is a thought). However it ends, what was said stays in the history."""
+        """Yields (piece of text, whether it is a thought). Also an interrupted answer is kept in the history."""
         limit = self.session.model.config.max_position_embeddings
         while len(ids := self.encode(text)) > limit - min(self.max_new_tokens, limit // 4) and self.turns:
             del self.turns[:2]  # forget the oldest question and its answer
@@ -225,7 +201,7 @@ class Conversation:
         return self._stream(text, ids, min(self.max_new_tokens, limit - len(ids)))
 
     def encode(self, text: str) -> list[int]:
-        if self.completes:  # in pretraining every document follows the end of another
+        if self.completes:  # as in pretraining, where a document follows the end of another
             return [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
         from tokenizer.chat import encode_chat
 
@@ -254,7 +230,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Screen:
-    """The one place where this script prints: answers to `out`, remarks to `notes`."""
+    """Where this script prints: answers to `out`, remarks to `notes`."""
 
     out: TextIO
     notes: TextIO
@@ -275,20 +251,20 @@ class Screen:
 
 
 def show(talk: Conversation, text: str, screen: Screen) -> None:
-    """One answer, streamed. An interrupt goes on to the caller once the history is in order."""
+    """Prints one answer as it is made. Ctrl-C raises KeyboardInterrupt after the history is completed."""
     with closing(talk.answer(text)) as pieces:
         for piece, thought in pieces:
             screen.write(piece, dim=thought)
 
 
 def chat(talk: Conversation, lines: Iterable[str], screen: Screen) -> None:
-    """Answers line after line; Ctrl-C stops an answer and not the conversation."""
+    """Answers line after line. Ctrl-C stops the answer, not the conversation."""
     for line in map(str.strip, lines):
         word, _, rest = line.partition(" ")
         if word == "/exit":
             return
         if word in COMMANDS or re.fullmatch(r"/[a-z]+", line):
-            screen.note(obey(talk, word, rest.strip()))
+            screen.note(run_command(talk, word, rest.strip()))
         elif line:
             ended = ""
             try:
@@ -302,8 +278,8 @@ def chat(talk: Conversation, lines: Iterable[str], screen: Screen) -> None:
             screen.note(ended + talk.session.speed)
 
 
-def obey(talk: Conversation, word: str, rest: str) -> str:
-    """Carries out a /command -> what to say about it."""
+def run_command(talk: Conversation, word: str, rest: str) -> str:
+    """Runs a /command -> a remark to print."""
     if word == "/reset":
         talk.turns.clear()
         return "the conversation begins anew"
@@ -315,9 +291,9 @@ def obey(talk: Conversation, word: str, rest: str) -> str:
 
 
 def typed() -> Iterator[str]:
-    """What a person types, until Ctrl-D or Ctrl-C at the prompt."""
+    """Lines typed at the prompt, until Ctrl-D or Ctrl-C."""
     with suppress(ImportError):
-        import readline  # noqa: F401 (input() then has arrow keys and a history)
+        import readline  # noqa: F401 (gives input() arrow keys and a history)
     while True:
         try:
             yield input(">>> ")
@@ -351,7 +327,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> None:
-    """Each prompt starts afresh. Nothing here waits for a person."""
+    """Answers each prompt on its own, without the ones before. Never waits for input."""
     answered = False
     for prompt in prompts:
         talk.turns.clear()
@@ -381,15 +357,15 @@ def measure(model: CausalLM, tokenizer: Tokenizer, checkpoint: Checkpoint, confi
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(EvalConfig, argv, description=__doc__)
-    by_hand = sys.stdin is not None and sys.stdin.isatty()
-    for stream in (sys.stdin, sys.stdout):  # a pipe carries UTF-8, whatever the console's code page
-        if hasattr(stream, "reconfigure"):  # a key that is no character must not end a conversation either
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    for stream in (sys.stdin, sys.stdout):  # pipes are UTF-8; at a terminal, bytes that are no character are replaced
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(**{"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"})
     screen, prompts = Screen(sys.stdout, sys.stderr), None
-    if config.prompts_file:  # read now: a mistake in it should not have to wait for the model
+    if config.prompts_file:  # read before the model is loaded, so that a mistake in it shows at once
         with open(config.prompts_file, encoding="utf-8-sig") as file:
             prompts = list(read_prompts(file, config.prompts_file))
-    elif not by_hand:
+    elif not interactive:
         prompts = read_prompts(sys.stdin or (), "standard input")
     model, tokenizer, checkpoint = load(config, screen)
     if config.benchmark:

@@ -34,7 +34,7 @@ from tokenizer.text import Tokenizer
 from trainer.inputs import Data, open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
-from trainer.losses.base import NextToken
+from trainer.losses.next_token import NextToken
 from trainer.train_lora import LoRAConfig
 
 SETTINGS = LoRASettings(rank=8, alpha=16, targets=("attention",))

@@ -64,7 +64,7 @@ def worker(folder: Path) -> None:
     from trainer.inputs import Data
     from trainer.loop.engine import Engine, Job
     from trainer.loop.processes import start
-    from trainer.losses.base import NextToken
+    from trainer.losses.next_token import NextToken
     from trainer.train_pretrain import PretrainConfig
 
     def alive() -> int:

@@ -30,7 +30,7 @@ from tokenizer.text import Tokenizer
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
-from trainer.losses.base import NextToken
+from trainer.losses.next_token import NextToken
 from trainer.train_full_sft import SFTConfig
 
 

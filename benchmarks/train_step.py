@@ -26,7 +26,7 @@ from tokenizer.text import Tokenizer
 from trainer.inputs import Data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
-from trainer.losses.base import NextToken
+from trainer.losses.next_token import NextToken
 from trainer.run.meter import gemm_rate, step_flops
 from trainer.train_pretrain import PretrainConfig
 

@@ -408,11 +408,11 @@ def _show(value: Any) -> str:
 
 def describe(config: Options) -> str:
     """The resolved config in a few lines; what differs from the default has a star."""
-    parts = []
+    parts, default = [], type(config)()  # an instance: some defaults follow from other options
     for spec in specs(type(config)).values():
         value = getattr(config, spec.name)
         if value not in (None, ()) and not spec.hidden:
-            parts.append(("*" if value != spec.default else "") + f"{spec.name}={_show(value)}")
+            parts.append(("*" if value != getattr(default, spec.name) else "") + f"{spec.name}={_show(value)}")
     return textwrap.fill(
         "config (* = not the default): " + " ".join(parts),
         118,

@@ -3,7 +3,8 @@
     result = run_benchmark(model, tokenizer)             # or: python eval_model.py --benchmark tiny_world
     print(result["table"])
 
-Any weights and any tokenizer with a chat format can sit it. Answers are greedy, so the same weights score the same.
+Works with any weights and any tokenizer that has a chat format. Answers are greedy, so the same weights get the same
+score.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.files import ROOT
 from dataset.tiny_world import exam
 from dataset.tiny_world.exam import Scores
 from dataset.tiny_world.files import generate as generate_world
@@ -25,15 +27,17 @@ from model.transformer import CausalLM
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
 
-WORLD = Path(__file__).resolve().parents[1] / "out/tiny_world"  # where the stages put it too
+WORLD = ROOT / "out/tiny_world"  # the folder that the training stages use too
 ROWS = 64  # questions answered at once
 LONGEST = 64  # tokens; no right answer is nearly as long
 
 
 def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0) -> dict:
-    """Plain values: score, scores[who]["<kind> <language>"] with the baselines, later[kind], table (to print), answers.
+    """Plain values: score, scores[who]["<kind> <language>"] of the model and the baselines, later[kind], table (to
+    print), answers.
 
-    `later` is what the stages after SFT change; it is not part of the score."""
+    `later` are the kinds of questions that the stages after SFT teach. They are not part of the score.
+    """
     questions, start = exam.draw_questions(question_seed=question_seed), time.perf_counter()
     others = exam.draw_questions(question_seed=question_seed, kinds=LATER)
     replies = answer(model, tokenizer, [question.prompt for question in questions + others])
@@ -59,7 +63,7 @@ def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0)
 
 @cache  # the demo examines several models
 def baselines(question_seed: int) -> dict[str, Scores]:
-    """What can be scored without a model."""
+    """The scores of two ways to answer without a model."""
     questions = exam.draw_questions(question_seed=question_seed)
     nearest = exam.nearest_row_baseline(questions, generate_world(WORLD)["sft"])
     return {"nearest row": nearest, "most frequent": exam.most_frequent_baseline(questions)}
@@ -85,7 +89,7 @@ def answer(model: CausalLM, tokenizer: Tokenizer, prompts: list[str]) -> list[st
 
 
 def without_thoughts(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """What a reply comes to: the text after its last </think>, without control tokens."""
+    """The answer in a reply: the text after its last </think>, without control tokens."""
     closes = tokenizer.control.get("</think>")
     after = next((i + 1 for i in reversed(range(len(ids))) if ids[i] == closes), 0)
     return tokenizer.decode(ids[after:], skip_control=True).strip()

@@ -1,6 +1,6 @@
-"""Adapter files: what was learned beside a model, and which model that was.
+"""Adapter files: the matrices of LoRA, and which weights they belong to.
 
-    adapter = load_adapter("out/lora/lora_medical_512.pth")      # or a directory of peft's, or MiniMind's file
+    adapter = load_adapter("out/lora/lora_medical_512.pth")      # also a directory of peft, or a MiniMind file
     base = find_base(adapter, None, "out")                       # the weights it was trained on, found by their hash
     model = adapter.apply(base.build())
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,12 @@ class AdapterFile:
     path: Path
     settings: LoRASettings
     state: dict[str, Tensor]  # {"<layer>.A": (r, in), "<layer>.B": (out, r)}
-    base: dict = field(default_factory=lambda: dict(path=None, hash=None))  # what is known of it
+    base: dict[str, str | None] = field(
+        default_factory=lambda: dict(path=None, hash=None)
+    )  # of the weights; None: unknown
     config: ModelConfig | None = None  # of the base
-    tokenizer: dict = field(default_factory=dict)
-    lineage: list[dict] = field(default_factory=list)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def knows_base(self) -> bool:
@@ -63,14 +66,20 @@ class AdapterFile:
         with torch.no_grad():
             for layer, module in adapted(model).items():
                 if name in module.adapters:
-                    module.adapters[name].A.copy_(self.state[f"{layer}.A"])
-                    module.adapters[name].B.copy_(self.state[f"{layer}.B"])
+                    module.adapter(name).A.copy_(self.state[f"{layer}.A"])
+                    module.adapter(name).B.copy_(self.state[f"{layer}.B"])
         activate(model, name)
         return model
 
 
 def save_adapter(
-    path: Path | str, model: CausalLM, settings: LoRASettings, *, base: dict, tokenizer: dict, lineage: list[dict]
+    path: Path | str,
+    model: CausalLM,
+    settings: LoRASettings,
+    *,
+    base: dict[str, Any],
+    tokenizer: dict[str, Any],
+    lineage: list[dict[str, Any]],
 ) -> Path:
     values = dict(settings=settings.to_dict(), base=base, config=model.config.to_dict(), tokenizer=tokenizer)
     values = json.loads(json.dumps(values | dict(lineage=lineage)))  # plain values only, as in weights files
@@ -78,7 +87,8 @@ def save_adapter(
 
 
 def load_adapter(path: Path | str) -> AdapterFile:
-    """Ours, peft's directory, MiniMind's file; also a directory that holds one of these, as training leaves it."""
+    """Reads our file, a directory of peft, or a MiniMind file. Also a directory that contains one of these, such as an
+    --output_dir."""
     path = Path(path)
     if path.is_dir():
         for folder in (path / "lora", path / "lora_model", path):
@@ -102,8 +112,8 @@ def load_adapter(path: Path | str) -> AdapterFile:
 
 
 def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) -> Checkpoint:
-    """The weights an adapter belongs to. Their hash decides: only explicitly `named` ones that are others are refused.
-    Adapters that do not know their base (MiniMind's, most of peft's) take what is named, which has to fit."""
+    """Finds the weights an adapter was trained on by their hash. `named` weights with another hash are an error. An
+    adapter that does not record its base (MiniMind's, most of peft's) is put on the named weights; shapes must fit."""
     wanted, path = adapter.base["hash"], adapter.base["path"]
     if named is not None:
         found = load_weights(named)
@@ -118,14 +128,14 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
     if not wanted:
         return load_weights(path)
     places = [Path(path)] if path else []
-    for folder in map(Path, folders):  # the recorded place first, then everything of that width
+    for folder in map(Path, folders):  # the recorded path first, then all weights of that width
         name = f"*_{adapter.config.hidden_size}*.pth" if adapter.config else "*.pth"
         places += [*sorted(folder.glob(name)), *sorted((folder / "best").glob(name))]
     for place in dict.fromkeys(places):
         if place.exists():
             try:
                 found = load_weights(place)
-            except ValueError:  # a damaged neighbour is no reason to stop looking
+            except ValueError:  # a damaged file among others: go on looking
                 continue
             if found.hash == wanted:
                 return found

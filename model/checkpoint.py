@@ -1,7 +1,7 @@
 """Weights files that describe themselves: `<name>_<hidden>[_moe].pth`.
 
     save_weights("out/pretrain_192.pth", model, tokenizer={"path": ..., "hash": ...}, lineage=[...])
-    checkpoint = load_weights(find_weights("pretrain", "out"))
+    checkpoint, tokenizer = open_weights("pretrain", "out")
     model = checkpoint.build()
 
 One dictionary of tensors and plain values, nothing else: {"format", "model", "config", "tokenizer", "lineage",
@@ -28,6 +28,8 @@ from model.config import ModelConfig
 from model.interop.hf import load_hf
 from model.interop.minimind import config_from_state
 from model.transformer import CausalLM
+from tokenizer.find import tokenizer_of
+from tokenizer.text import Tokenizer
 
 FORMAT = "sparrow-weights-1"
 
@@ -197,3 +199,34 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     searched = " or ".join(dict.fromkeys(map(str, folders)))
     advice = f"there are {', '.join(known)}" if known else "train them first, or give a path"
     raise UserError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
+
+
+def find_tokenizer(checkpoint: Checkpoint, path: str | None = None) -> Tokenizer:
+    """The tokenizer that the weights were trained with. path: the directory to look in (--tokenizer_path)."""
+    rows = checkpoint.config.vocab_size
+    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), rows, path)
+    # Without a hash only the size can tell; embeddings are padded a little (Qwen: 151,936 rows for 151,669 tokens).
+    if "hash" not in checkpoint.tokenizer and tokenizer.vocab_size < 0.99 * rows:
+        raise UserError(
+            f"{checkpoint.path}: has {rows:,} token embeddings, but the tokenizer in {tokenizer.path} only "
+            f"{tokenizer.vocab_size:,} tokens; give its own with --tokenizer_path"
+        )
+    return tokenizer
+
+
+def open_weights(
+    weight: str,
+    *folders: Path | str,
+    tokenizer_path: str | None = None,
+    hidden_size: int | None = None,
+    use_moe: bool | None = None,
+    **stated,
+) -> tuple[Checkpoint, Tokenizer]:
+    """Finds weights (a path, or a name in the folders), loads them, and finds their tokenizer.
+
+    hidden_size and use_moe pick among weights of one name. The weights must agree with these and with `stated`, other
+    fields of the architecture; None: not stated.
+    """
+    checkpoint = load_weights(find_weights(weight, *folders, hidden_size=hidden_size, moe=use_moe))
+    check_stated(checkpoint, **stated, hidden_size=hidden_size, use_moe=use_moe)
+    return checkpoint, find_tokenizer(checkpoint, tokenizer_path)

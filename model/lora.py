@@ -1,17 +1,18 @@
-"""LoRA: a frozen model learns through small matrices beside its linear layers (arXiv:2106.09685). Applied from outside.
+"""LoRA: small matrices beside the linear layers of a frozen model are trained (arXiv:2106.09685). The model does not
+know about it.
 
     freeze(model)
     add_lora(model, LoRASettings(rank=8, alpha=16, targets=("attention",)))     # now only A and B have gradients
     with adapter_disabled(model): ...                                           # the model as it was
-    merge(model); ...; unmerge(model)                                           # W + scale B A, and every bit back
+    merge(model); ...; unmerge(model)                                           # W + scale B A, then exactly W again
     add_lora(model, settings, name="medical"); activate(model, "medical")       # several on one base, one at a time
 
-    y = W x + scale * B A dropout(x)       A (r, in) random, B (out, r) zero: it begins as the model itself
+    y = W x + scale * B A dropout(x)       A (r, in) random, B (out, r) zero: at first y = W x
     scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732, eq. 6)
 
-A layer keeps its name and its weight's; the matrices are `<layer>.adapters.<name>.A` and `.B`, fp32 masters that are
-cast to the dtype of what flows through, as everywhere. What is frozen needs no master and can be kept in that dtype
-(`lower_frozen`). Files: model/adapter.py.
+A layer and its weight keep their names; the matrices are `<layer>.adapters.<name>.A` and `.B`. They are fp32 and cast
+to the compute dtype, like all trained weights. Frozen weights can be stored in the compute dtype (`lower_frozen`).
+Adapter files: model/adapter.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +54,11 @@ class LoRASettings:
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self) | dict(targets=list(self.targets))
 
     @classmethod
-    def from_dict(cls, values: dict) -> LoRASettings:
+    def from_dict(cls, values: dict[str, Any]) -> LoRASettings:
         return cls(**{**values, "targets": tuple(values["targets"])})
 
 
@@ -64,18 +66,18 @@ class Adapter(nn.Module):
     def __init__(self, layer: nn.Linear, settings: LoRASettings):
         super().__init__()
         self.scale, self.dropout = settings.scale, settings.dropout
-        on = dict(device=layer.weight.device, dtype=torch.float32)
-        self.A = nn.Parameter(torch.empty(settings.rank, layer.in_features, **on))
-        self.B = nn.Parameter(torch.zeros(layer.out_features, settings.rank, **on))
+        device = layer.weight.device
+        self.A = nn.Parameter(torch.empty(settings.rank, layer.in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, settings.rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as peft does
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (N, out) + what it makes of x (N, in), in place: adding takes no pass of its own."""
+        """y (N, out) + scale B A x of x (N, in), in place: the sum is part of the last matrix product."""
         h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype))  # (N, r)
         return y.addmm_(h, (self.B * self.scale).to(x.dtype).T)
 
     def product(self) -> Tensor:
-        """What it adds to the weight (out, in)."""
+        """scale B A: what is added to the weight (out, in)."""
         return self.scale * (self.B @ self.A)
 
 
@@ -83,7 +85,7 @@ class LoRALinear(Linear):
     """Takes the place of a Linear, with the same weight under the same name."""
 
     def __init__(self, layer: Linear):
-        nn.Module.__init__(self)  # not Linear's, which would make a weight of its own
+        nn.Module.__init__(self)  # Linear's would allocate another weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self.adapters = nn.ModuleDict()
@@ -95,17 +97,20 @@ class LoRALinear(Linear):
         if self.active is None or self.unmerged is not None:
             return super().forward(x)
         flat = x.reshape(-1, self.in_features)
-        return self.adapters[self.active].add_to(super().forward(flat), flat).view(*x.shape[:-1], -1)
+        return self.adapter(self.active).add_to(super().forward(flat), flat).view(*x.shape[:-1], -1)
+
+    def adapter(self, name: str) -> Adapter:
+        return self.adapters[name]  # pyright: ignore[reportReturnType] (a ModuleDict is not generic)
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """What can be adapted, by name. Not the router, which is read as a matrix and never called; not the experts, which
-    are stacked parameters and no layers; not the head."""
+    """What can be adapted, by name. Not the router, whose weight is used without calling the layer; not the experts,
+    which are stacked parameters; not the head."""
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and n != "lm_head"}
 
 
 def find_targets(model: CausalLM, targets: tuple[str, ...]) -> list[str]:
-    """The layers that `targets` mean, in the model's order. A name that means none is an error."""
+    """The names of the layers that `targets` select, in the model's order. A target that selects none is an error."""
     layers = linear_layers(model)
     found, unknown = set(), []
     for target in targets:
@@ -155,12 +160,12 @@ def activate(model: nn.Module, name: str | None) -> None:
     if any(layer.unmerged is not None for layer in layers):
         raise UserError("an adapter is merged into the weights; unmerge it first")
     for layer in layers:
-        layer.active = name if name in layer.adapters else None
+        layer.active = name if name is not None and name in layer.adapters else None
 
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """The model as it was before, say as the reference of DPO."""
+    """Computes without the adapter: the model as it was, as DPO's reference for instance."""
     layers = adapted(model).values()
     if any(layer.unmerged is not None for layer in layers):
         raise UserError("an adapter is merged into the weights; unmerge it first")
@@ -176,16 +181,16 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Adds the active adapter to the weights, so that it costs nothing. Twice is once."""
+    """Adds the active adapter to the weights, so that it costs no time. A second call changes nothing."""
     for layer in adapted(model).values():
         if layer.active is not None and layer.unmerged is None:
             layer.unmerged = layer.weight.data
-            merged = layer.weight.float() + layer.adapters[layer.active].product()
+            merged = layer.weight.float() + layer.adapter(layer.active).product()
             layer.weight.data = merged.to(layer.weight.dtype)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts the original weights back: not by subtraction, which would leave rounding errors."""
+    """Puts the original weights back. They were kept: subtracting would leave rounding errors."""
     for layer in adapted(model).values():
         if layer.unmerged is not None:
             layer.weight.data, layer.unmerged = layer.unmerged, None
@@ -204,12 +209,12 @@ def remove_lora(model: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Nothing there learns any more; adapters added afterwards do."""
+    """No parameter of the model is trained; adapters added afterwards are."""
     model.requires_grad_(False)
 
 
 def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
-    """For a model that is not trained: it computes in `dtype` as in training, with what matters in fp32."""
+    """Freezes the model and makes it compute in `dtype`. Norms, routers and RoPE stay in fp32, as in training."""
     freeze(model)
     lower_frozen(model, dtype)
     model.compute_dtype = dtype
@@ -217,8 +222,8 @@ def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
 
 
 def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps frozen weights in the dtype they are used in: half the memory, and no cast at every step. Norms and routers
-    are computed in fp32 and stay, RoPE's frequencies too, so that the model is the same to the last bit."""
+    """Stores frozen weights in the compute dtype: half the memory, and no cast at every step. Norms, routers and RoPE's
+    frequencies are used in fp32 and stay so. Every result is the same to the last bit."""
     for module in model.modules():
         if isinstance(module, (Linear, nn.Embedding, Experts)):
             for parameter in module.parameters(recurse=False):
@@ -229,7 +234,7 @@ def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """{"<layer>.A": (r, in), "<layer>.B": (out, r)}"""
     return {
-        f"{path}.{matrix}": getattr(layer.adapters[name], matrix).detach().cpu().clone()
+        f"{path}.{matrix}": getattr(layer.adapter(name), matrix).detach().cpu().clone()
         for path, layer in adapted(model).items()
         if name in layer.adapters
         for matrix in "AB"

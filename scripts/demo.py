@@ -1,11 +1,11 @@
-"""Everything once, at the smallest size: a world is invented, a tokenizer trained, a model pretrained, fine-tuned,
-given a name, a manner and the habit to think first, and examined after each.
+"""The whole library at its smallest size: generate a world, train a tokenizer, pretrain a model, fine-tune it, and
+teach it a name (LoRA), a manner (DPO) and to think first (reasoning). The model sits an exam after each stage.
 
     make demo                                   # or: python scripts/demo.py
-    python scripts/demo.py --skip_training      # only the exam and the conversation, on what is there
+    python scripts/demo.py --skip_training      # only the exam and the conversation, with the weights in out/
 
-Every step is an ordinary command of this repository; it is printed before it runs, to be typed with other data next.
-Results lie in out/: `make chat` talks to the model.
+Every step is an ordinary command of this repository. It is printed before it runs, to be tried with other data next.
+Results are in out/; `make chat` talks to the model.
 """
 
 import sys
@@ -32,11 +32,11 @@ class DemoConfig(Options):
 
     save_dir: str = option(str(ROOT / "out"), "where everything is written", path=True)
     question_seed: int = option(0, "draws other exam questions", within="[0, inf)")
-    skip_training: bool = option(False, "use the weights that are there")
+    skip_training: bool = option(False, "use the weights in save_dir")
 
 
 def step(title: str, *command: object) -> None:
-    """Runs a command of ours, shown as one would type it."""
+    """Prints a command of this repository as one would type it, and runs it."""
     words = [str(word) for word in command]
     shown = shlex.join(["python", *(str(Path(w).relative_to(ROOT)) if w.startswith(str(ROOT)) else w for w in words)])
     print(f"\n=== {title}\n$ {shown}\n", flush=True)
@@ -44,7 +44,7 @@ def step(title: str, *command: object) -> None:
         raise SystemExit(status)
 
 
-# What the trainings are called with: most of the demo's time goes into the first.
+# Flags of the trainings. Most of the demo's time goes into the first.
 PRETRAIN = "--preset nano --epochs 2 --batch_size 8 --max_seq_len 256 --optimizer muon --learning_rate 2e-3".split()
 SFT = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 1e-3".split()
 LORA = "--epochs 9 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
@@ -74,17 +74,15 @@ def train(save_dir: Path) -> None:
 
 
 class Trained:
-    """A model of out/ with its tokenizer, examined."""
+    """A trained model with its tokenizer and its figures in the exam."""
 
     def __init__(self, weight: str, save_dir: Path, question_seed: int, adapter: str = ""):
         from evaluation.benchmark import preference_accuracy, run_benchmark
         from model.adapter import load_adapter
-        from model.checkpoint import find_weights, load_weights
-        from tokenizer.find import tokenizer_of
+        from model.checkpoint import find_weights, open_weights
 
-        checkpoint = load_weights(find_weights(weight, save_dir))
+        checkpoint, self.tokenizer = open_weights(weight, save_dir)
         self.name, self.path = adapter or weight, checkpoint.path
-        self.tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, checkpoint.config.vocab_size)
         self.model = checkpoint.build().eval()
         if adapter:
             load_adapter(find_weights(adapter, save_dir / "lora")).apply(self.model).eval()

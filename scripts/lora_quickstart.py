@@ -1,11 +1,11 @@
-"""LoRA in one go: join the task's rows with who the model is, train an adapter, save it. For people who come from the
-"MiniMind2-Small LoRA" script, with its flags and what it prints (in Chinese, as there).
+"""LoRA in one command: mixes the rows of a task with rows about the model's identity, trains an adapter and saves it.
+Has the flags and the Chinese output of the "MiniMind2-Small LoRA" script, for people who know that one.
 
     python scripts/lora_quickstart.py                          # a quick test on built-in data, about a minute on a CPU
     python scripts/lora_quickstart.py --task_data medical.jsonl --identity_data me.jsonl --lora_name my_chatbot_lora
 
-It is scripts/prepare_data.py and trainer/train_lora.py, one after the other; these have more flags. The base is the
-newest out/full_sft_*.pth, or --from_weight. Nothing is downloaded yet, with --skip_download or without.
+It runs scripts/prepare_data.py and trainer/train_lora.py, which have more flags. The base model is --from_weight, by
+default the newest out/full_sft_*.pth. Nothing is downloaded yet, with or without --skip_download.
 """
 
 import sys
@@ -31,9 +31,13 @@ class QuickstartConfig(Options):
     """Options of the LoRA quickstart"""
 
     lora_name: str = option("medical_chatbot_lora", "name of the adapter")
-    task_data: str = option(str(ROOT / "dataset/medical_data_formatted.jsonl"), "what it is to learn", path=True)
-    identity_data: str = option(str(ROOT / "dataset/medical_identity.jsonl"), "who it is to be", path=True)
-    merged_data: str = option(str(ROOT / "dataset/merged_training_data.jsonl"), "where both go together", path=True)
+    task_data: str = option(str(ROOT / "dataset/medical_data_formatted.jsonl"), "rows of the task", path=True)
+    identity_data: str = option(
+        str(ROOT / "dataset/medical_identity.jsonl"), "rows about the model's identity", path=True
+    )
+    merged_data: str = option(
+        str(ROOT / "dataset/merged_training_data.jsonl"), "file that both are merged into", path=True
+    )
     ratio: float = option(3, "task rows for each identity row; 0: one file after the other", within="[0, inf)")
     out_dir: str = option(str(ROOT / "out"), "results go into a folder of the adapter's name here", path=True)
     from_weight: str = option("full_sft", "the model: a name in out_dir or out/, a file or a directory")
@@ -42,15 +46,15 @@ class QuickstartConfig(Options):
     batch_size: int = option(4, "rows of an optimiser step", within="[1, inf)")
     learning_rate: float = option(1e-4, "peak learning rate", within="(0, inf)")
     max_length: int = option(512, "tokens in a row", aliases=("max_seq_len",), within="[2, inf)")
-    lora_r: int = option(8, "inner size of the adapter's matrices", aliases=("lora_rank",), within="[1, inf)")
-    lora_alpha: float = option(32.0, "what it adds is multiplied by alpha / r", within="(0, inf)")
-    lora_dropout: float = option(0.1, "share of its inputs left out at random", within="[0, 1)")
-    target_modules: tuple[str, ...] = option(("q_proj", "v_proj", "k_proj", "o_proj"), "layers that get one")
+    lora_r: int = option(8, "rank: inner size of the adapter's matrices", aliases=("lora_rank",), within="[1, inf)")
+    lora_alpha: float = option(32.0, "what the adapter adds is multiplied by alpha / r", within="(0, inf)")
+    lora_dropout: float = option(0.1, "share of the adapter's inputs left out at random", within="[0, 1)")
+    target_modules: tuple[str, ...] = option(("q_proj", "v_proj", "k_proj", "o_proj"), "layers that get an adapter")
     accumulation_steps: int = option(
         1, "batches summed into one step", within="[1, inf)", aliases=("gradient_accumulation_steps",)
     )
     tokenizer_path: str | None = option(
-        None, "directory with the model's tokenizer.json, where its file does not tell", path=True
+        None, "directory with the model's tokenizer.json, where the weights do not name it", path=True
     )
     dtype: str = option(
         "auto",
@@ -61,10 +65,10 @@ class QuickstartConfig(Options):
     seed: int = option(42, "seed of everything random", within="[0, inf)")
     from_resume: str = option("0", "continue an interrupted training: 0, 1, auto", switch=("1", "0"))
     use_wandb: bool = option(False, "log to Weights & Biases as well")
-    wandb_project: str = option("minimind_medical_chatbot", "its project")
+    wandb_project: str = option("minimind_medical_chatbot", "the project in Weights & Biases")
     device: str = option("auto", "auto, cpu, cuda, ...")
-    skip_download: bool = option(False, "understood; nothing is downloaded yet anyway")
-    skip_merge: bool = option(False, "merged_data is there already")
+    skip_download: bool = option(False, "accepted without effect: nothing is downloaded yet")
+    skip_merge: bool = option(False, "use merged_data as it is, without merging")
 
 
 def main():
@@ -140,7 +144,7 @@ def train(config: QuickstartConfig, base: Path) -> Path:
 
 
 def translate(line: str) -> str:
-    """What the training says, in the words that are known from there; the rest as it is."""
+    """A line of the training's output in the words of the original script; other lines unchanged."""
     if found := re.match(r"model: ([\d,]+) parameters.*?, ([\d,]+) trained", line):
         every, trained = (int(number.replace(",", "")) / 1e6 for number in found.groups())
         share = f"📊 可训练参数: {trained:.2f}M / {every:.1f}M ({trained / every:.2%})"
@@ -155,7 +159,7 @@ def call(command: list, shown=lambda line: line) -> None:
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
     )
-    # the terminal sends Ctrl-C to the training too, which then saves and says so; what is sent to us alone is passed on
+    # The terminal sends Ctrl-C to the training as well, which then saves. SIGTERM comes to us alone and is passed on.
     before = [
         signal.signal(signal.SIGINT, lambda *_: None),
         signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
@@ -171,7 +175,7 @@ def call(command: list, shown=lambda line: line) -> None:
 
 
 def quick_test(config: QuickstartConfig) -> QuickstartConfig:
-    """Everything once on the tiny world; a model of a few steps, where no better one is in out/."""
+    """The whole workflow on the tiny world. Trains a base for 20 steps if there is no full_sft in out/."""
     from dataset.tiny_world.files import generate
     from model.checkpoint import find_weights
 

@@ -95,10 +95,14 @@ def test_four_bits_are_understood_and_refused_by_name(monkeypatch):
         assert len(err.strip().splitlines()) == 1
 
 
-def test_a_lora_file_given_to_full_fine_tuning_is_told_where_it_belongs(monkeypatch):
+def test_a_lora_file_given_to_full_fine_tuning_trains_an_adapter(world, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    status, _, err = run_script("trainer/train_full_sft.py", "--config", "configs/mu_xue.yaml")
-    assert status == 2 and "lora.use_lora: not for this script; trainer/train_lora.py knows it" in err
+    script, *words = command(ROOT / "configs/mu_xue.yaml")
+    data = ["--data_path", world / "chats.jsonl", "--val_path", world / "chats.jsonl", "--output_dir", tmp_path]
+    model = ["--base_model_path", world / "pretrain_32.pth"]
+    status, out, err = run_script("trainer/train_full_sft.py", *words, *data, *model, *SMALL)
+    assert status == 0 and "adapters beside" in out, err
+    assert (tmp_path / "lora/full_sft_32.pth").is_file() and not (tmp_path / "full_sft_32.pth").exists()
 
 
 def test_the_quickstart_joins_trains_and_saves(world, tmp_path):

@@ -10,15 +10,14 @@ from common.files import ROOT
 from dataset.read.mapping import read_mapping
 from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
-from model.checkpoint import Checkpoint, check_stated, find_weights, load_weights
+from model.checkpoint import Checkpoint, check_stated, open_weights
 from model.config import PRESETS, ModelConfig
 from model.transformer import CausalLM
 from tokenizer.chat import show_labels
-from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.stage import StageConfig
 
-# The files of MiniMind's data set, best first, as people keep them in dataset/; others are called as what they are for
+# The files of MiniMind's data set as people keep them in dataset/, best first. Of other kinds: dataset/<kind>.jsonl
 WELL_KNOWN = {
     "pretrain": ("pretrain_hq", "pretrain"),
     "dpo": ("dpo",),
@@ -31,7 +30,7 @@ SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/
 class Data(NamedTuple):
     train: TokenDataset
     val: TokenDataset | None
-    builtin: bool  # the tiny world, for want of anything else
+    builtin: bool  # whether it is the tiny world, because there is no other
     notes: list[str]  # lines to print
 
 
@@ -96,7 +95,7 @@ def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> Mode
 
 
 def check_start(config: StageConfig, model: CausalLM, parent: Checkpoint | None, outputs: list[Path]) -> None:
-    """What would be noticed too late: `outputs` are the files that the run will write."""
+    """Refuses what would go wrong only at the end. outputs: the files that the run will write."""
     for path in outputs:  # written over, the parent is gone, and the run could not be continued
         if parent and Path(parent.path).resolve() == path.resolve():
             raise UserError(
@@ -115,36 +114,38 @@ def check_positions(config: StageConfig, shape: ModelConfig, whose: str) -> None
         )
 
 
-def open_student(config: StageConfig, theirs: Tokenizer | None) -> tuple[Checkpoint | None, CausalLM, Tokenizer, str]:
-    """Who learns from a teacher with the tokenizer `theirs`: weights of the stage before, or with --preset alone a
-    fresh model -> (weights, model, tokenizer, a line to print)."""
-    if config.from_weight or not config.preset:
-        parent, tokenizer, origin = open_weights(config, "full_sft")
-        if theirs and not tokenizer.same_ids(theirs):
-            raise UserError(
-                f"--teacher {config.teacher}: its tokenizer ({theirs.path}, {theirs.vocab_size:,} ids) is not that of "
-                f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
-            )
-        return parent, parent.build(), tokenizer, origin
-    tokenizer = theirs or Tokenizer.load(config.tokenizer_path)
-    return None, CausalLM(architecture(config, tokenizer, config.preset)), tokenizer, f"from: a fresh {config.preset}"
+def open_model(
+    config: StageConfig, kind: str, weights: str | None, required: Tokenizer | None
+) -> tuple[Checkpoint | None, CausalLM, Tokenizer, str]:
+    """The model that is trained -> (weights it starts from, model, its tokenizer, a line to print).
+
+    --from_weight, or what is called `weights`; a fresh model, and no checkpoint, where neither is given.
+    kind      of data: on the tiny world a fresh model is small
+    required  the tokenizer of the teacher; weights that have another one are refused
+    """
+    wanted = config.from_weight or weights
+    if wanted is None:
+        tokenizer = required or Tokenizer.load(config.tokenizer_path)
+        preset = config.preset or ("nano" if choose_files(config, kind)[1] else "small")
+        model = CausalLM(architecture(config, tokenizer, preset))
+        return None, model, tokenizer, f"from: a fresh {preset}"
+    parent, tokenizer, origin = open_parent(config, wanted)
+    if required and not tokenizer.same_ids(required):
+        raise UserError(
+            f"--teacher {config.teacher}: its tokenizer ({required.path}, {required.vocab_size:,} ids) is not that of "
+            f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
+        )
+    return parent, parent.build(), tokenizer, origin
 
 
-def open_weights(config: StageConfig, name: str) -> tuple[Checkpoint, Tokenizer, str]:
-    """The weights to start from (--from_weight, by default the stage before), their tokenizer, and a line to print."""
-    wanted, folders = config.from_weight or name, [config.save_dir, ROOT / "out"]
+def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer, str]:
+    """The weights to start from, their tokenizer, and a line to print."""
+    folders = [config.save_dir, ROOT / "out"]
     if wanted == config.save_weight and Path(config.save_dir).resolve() != (ROOT / "out").resolve():
-        folders.reverse()  # the one in save_dir is what this very command has written the last time
-    path = find_weights(wanted, *folders, hidden_size=config.hidden_size, moe=config.use_moe)
-    checkpoint = load_weights(path)
-    stated = dict(PRESETS[config.preset]) if config.preset else {}
-    stated |= {
-        name: value
-        for name in ("hidden_size", "num_hidden_layers", "use_moe")
-        if (value := getattr(config, name)) is not None
-    }
-    check_stated(checkpoint, **stated)
-    rows = checkpoint.config.vocab_size
-    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), rows, config.tokenizer_path)
-    stages = " -> ".join(entry["stage"] for entry in checkpoint.lineage)
-    return checkpoint, tokenizer, f"from: {checkpoint.path}" + (f" ({stages})" if stages else "")
+        folders.reverse()  # the one in save_dir is what this very command wrote the last time
+    stated = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
+    parent, tokenizer = open_weights(wanted, *folders, tokenizer_path=config.tokenizer_path, **stated)
+    if config.preset:
+        check_stated(parent, **{k: v for k, v in PRESETS[config.preset].items() if stated.get(k) is None})
+    stages = " -> ".join(entry["stage"] for entry in parent.lineage)
+    return parent, tokenizer, f"from: {parent.path}" + (f" ({stages})" if stages else "")

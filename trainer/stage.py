@@ -1,4 +1,4 @@
-"""What every training script shares: the options of a stage, and how a mistake is reported.
+"""The options of every training stage.
 
 A stage states what differs; everything else, help and aliases included, is inherited:
 
@@ -13,7 +13,8 @@ A stage states what differs; everything else, help and aliases included, is inhe
     if __name__ == "__main__":
         run(main)
 
-Neither this file nor common/options.py imports anything heavier than argparse, so that `--help` is instant.
+Neither this file nor common/options.py imports anything heavier than argparse, so that `--help` is instant. What comes
+after the options is in trainer/run_stage.py.
 """
 
 from __future__ import annotations
@@ -29,19 +30,68 @@ from trainer.loop import launch
 
 
 @dataclass(frozen=True)
-class StageConfig(Options):
-    """Options of every training stage"""
+class LoRAOptions(Options):
+    """Options of LoRA, which any stage can train with"""
 
-    settled_by_switch: ClassVar[dict[str, tuple[str, ...]]] = {
-        "use_lora": ("lora_rank", "lora_r", "r", "lora_alpha", "lora_dropout", "lora_targets", "target_modules")
-    }
+    use_lora: bool | None = option(
+        None, "freeze the weights and train an adapter beside them; --lora_rank alone says so too"
+    )
+    lora_name: str | None = option(None, "name of the adapter (default: that of --save_weight)")
+    lora_rank: int | None = option(
+        None,
+        "inner size of the adapter's matrices (default: 8; 0: no adapter)",
+        aliases=("lora_r", "r"),
+        within="[0, inf)",
+    )
+    lora_alpha: float = option(16.0, "what an adapter adds is multiplied by alpha / rank", within="(0, inf)")
+    lora_dropout: float = option(0.0, "share of an adapter's inputs left out at random", within="[0, 1)")
+    lora_targets: tuple[str, ...] = option(
+        ("all",),
+        "layers that get an adapter: all, attention, mlp, or names such as q_proj,v_proj",
+        aliases=("target_modules",),
+    )
+    use_rslora: bool = option(False, "multiply by alpha / sqrt(rank) instead, for high ranks")
+    save_peft: bool = option(False, "write the adapter as a directory for peft as well")
+    merge_lora: bool = option(False, "write the full weights with the adapter in them as well: <name>_merged")
+    load_in_4bit: bool = option(False, "not built yet: train beside weights of 4 bits", aliases=("use_4bit",))
+    load_in_8bit: bool = option(False, "not built yet: the same with 8 bits", aliases=("use_8bit",))
+
+    def __post_init__(self):
+        if self.use_lora and self.lora_rank is None:
+            object.__setattr__(self, "lora_rank", 8)
+
+    @property
+    def trains_adapter(self) -> bool:
+        return bool(self.lora_rank) if self.use_lora is None else self.use_lora
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.use_lora and self.lora_rank == 0:
+            found.append("--use_lora and --lora_rank 0: an adapter has a rank of at least 1")
+        elif self.use_lora is None and not self.lora_rank:  # `use_lora: false` in a file makes the others idle
+            names = ("lora_name", "lora_alpha", "lora_dropout", "lora_targets", "use_rslora", "save_peft", "merge_lora")
+            changed = [f"--{name}" for name in names if getattr(self, name) != getattr(LoRAOptions, name)]
+            if changed:
+                found.append(f"{', '.join(changed)}: all weights are trained; for an adapter give --use_lora as well")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name):
+                found.append(
+                    f"--{name}: training beside quantised weights is not built yet; leave it out, and see with --plan "
+                    "what fits (--batch_size, --activation_checkpointing)"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class StageConfig(LoRAOptions):
+    """Options of every training stage"""
 
     needless: ClassVar[dict[str, str]] = {
         "ddp": "torchrun says so by itself",
         "per_device_eval_batch_size": "validation takes --batch_size",
         "evaluation_strategy": "validation comes with every save, or as --val_interval says",
         "eval_strategy": "validation comes with every save, or as --val_interval says",
-        "save_strategy": "saved is every --save_interval steps",
+        "save_strategy": "saving follows --save_interval",
     }
 
     # model and data
@@ -109,7 +159,7 @@ class StageConfig(Options):
     output_dir: str | None = option(
         None, "as save_dir, and the result in Hugging Face's layout beside it: final_model/ or lora_model/", path=True
     )
-    save_weight: str = option("", "name of the weights file")
+    save_weight: str = option("", "name of the file of weights, or of the adapter")
     save_interval: int = option(
         500, "save every N steps (0: at the end only)", aliases=("save_steps",), within="[0, inf)"
     )
@@ -158,6 +208,10 @@ class StageConfig(Options):
     local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N
 
     def __post_init__(self):
+        super().__post_init__()
+        named = self.lora_name and self.trains_adapter
+        if named and self.save_weight == type(self).save_weight:
+            object.__setattr__(self, "save_weight", self.lora_name)
         if self.output_dir and self.save_dir == StageConfig.save_dir:
             object.__setattr__(self, "save_dir", self.output_dir)
 
@@ -173,6 +227,9 @@ class StageConfig(Options):
             found.append("--val_path and --val_fraction: both name the validation data; give one of them")
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
             found.append(f"--warmup_steps {self.warmup_steps:g}: a whole number of steps, or a share below 1")
+        if self.trains_adapter and self.lora_name not in (None, self.save_weight):
+            found.append("--save_weight and --lora_name: both name what is written; give one of them")
         if not self.save_weight or Path(self.save_weight).name != self.save_weight:
-            found.append(f"--save_weight '{self.save_weight}': a plain name; --save_dir says where it is written")
+            name = "--lora_name" if self.lora_name else "--save_weight"
+            found.append(f"{name} '{self.save_weight}': a plain name; --save_dir says where it is written")
         return found

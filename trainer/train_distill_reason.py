@@ -39,38 +39,20 @@ class ReasonConfig(StageConfig):
 def main():
     config = parse(ReasonConfig, description=__doc__)
 
-    import torch
-
     from dataset.tokens.reason import ReasonDataset
-    from trainer.inputs import open_data, open_weights
-    from trainer.loop.engine import Engine, Job
-    from trainer.loop.processes import start
-    from trainer.losses.base import Weighted
+    from trainer.losses.next_token import Weighted
+    from trainer.run_stage import start_stage
 
-    torch.manual_seed(config.seed)
-    parent, tokenizer, origin = open_weights(config, "full_sft")
-    data = open_data(ReasonDataset, config, "reason", tokenizer, on_long=config.on_long, tag_weight=config.tag_weight)
-    thoughts, seen = data.train.thoughts()
-    if not thoughts:
-        raise UserError(
-            f"{data.train.source(0)}: none of {seen:,} examples has a <think> block or reasoning_content; "
-            "trainer/train_full_sft.py is for plain chats"
-        )
-    with start(config) as backend:
-        Engine(
-            Job(
-                stage="reason",
-                config=config,
-                model=parent.build(),
-                objective=Weighted(),
-                tokenizer=tokenizer,
-                data=data,
-                packing=True,
-                parent=parent,
-                notes=[origin, f"thoughts: in {thoughts:,} of {seen:,} examples looked at"],
-            ),
-            backend,
-        ).run()
+    options = dict(on_long=config.on_long, tag_weight=config.tag_weight)
+    with start_stage("reason", config, ReasonDataset, kind="reason", weights="full_sft", **options) as stage:
+        thoughts, seen = stage.data.train.thoughts()
+        if not thoughts:
+            raise UserError(
+                f"{stage.data.train.source(0)}: none of {seen:,} examples has a <think> block or reasoning_content; "
+                "trainer/train_full_sft.py is for plain chats"
+            )
+        stage.notes.append(f"thoughts: in {thoughts:,} of {seen:,} examples looked at")
+        stage.train(Weighted())
 
 
 if __name__ == "__main__":

@@ -53,42 +53,25 @@ class DistillationConfig(StageConfig):
 def main():
     config = parse(DistillationConfig, description=__doc__)
 
-    import torch
-
     from dataset.tokens.teacher import TaughtDataset
     from model.precision import pick_dtype
-    from trainer.inputs import open_data, open_student
-    from trainer.loop.engine import Engine, Job
-    from trainer.loop.processes import start
     from trainer.losses.distillation import Distill, Teacher, open_teacher, read_views, write_views
-    from trainer.run.artifacts import Weights
+    from trainer.run_stage import start_stage
 
-    torch.manual_seed(config.seed)
-    weights, theirs, views = open_teacher(config) if config.teacher else (None, None, read_views(config))
-    parent, model, tokenizer, origin = open_student(config, theirs)
-    data = open_data(TaughtDataset, config, "sft", tokenizer, on_long=config.on_long, views=views)
-    with start(config) as backend:
-        teacher = Teacher(weights, pick_dtype(config.dtype, backend.device)[0], backend.device) if weights else None
+    weights, tokenizer, views = open_teacher(config) if config.teacher else (None, None, read_views(config))
+    student = None if config.preset else "full_sft"  # with --preset, a fresh one
+    options = dict(on_long=config.on_long, views=views)
+    with start_stage(
+        "distillation", config, TaughtDataset, kind="sft", weights=student, tokenizer=tokenizer, **options
+    ) as stage:
+        device = stage.backend.device
+        teacher = Teacher(weights, pick_dtype(config.dtype, device)[0], device) if weights else None
         if config.write_logprobs:
-            print(write_views(config, data, tokenizer, teacher, backend))
+            print(write_views(config, stage.data, stage.tokenizer, teacher, stage.backend))
             return
-        output = Weights()
-        output.identity = dict(teacher=teacher.hash if teacher else views["teacher"])
-        Engine(
-            Job(
-                stage="distillation",
-                config=config,
-                model=model,
-                objective=Distill(config.distill_loss, config.temperature, config.alpha, tokenizer.vocab_size, teacher),
-                tokenizer=tokenizer,
-                data=data,
-                packing=True,
-                parent=parent,
-                notes=[origin, f"teacher: {teacher or views['about']}"],
-                output=output,
-            ),
-            backend,
-        ).run()
+        stage.output.identity["teacher"] = teacher.hash if teacher else views["teacher"]
+        stage.notes.append(f"teacher: {teacher or views['about']}")
+        stage.train(Distill(config.distill_loss, config.temperature, config.alpha, stage.tokenizer.vocab_size, teacher))
 
 
 if __name__ == "__main__":

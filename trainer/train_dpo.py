@@ -19,7 +19,18 @@ from dataclasses import dataclass
 
 from common.console import run
 from common.options import option, parse
+from trainer.losses.pair_losses import LOSSES, OWN_OPTIONS
 from trainer.stage import StageConfig
+
+BETA_HELP = (
+    "pull to the reference; in losses without one the scale of rewards, in orpo the weight of the odds "
+    f"({', '.join(f'{name} {loss.beta:g}' for name, loss in LOSSES.items())})"
+)
+
+
+def having(option: str) -> str:
+    """The losses that have an option, in words."""
+    return ", ".join(name for name, loss in LOSSES.items() if option in loss.options)
 
 
 @dataclass(frozen=True)
@@ -31,85 +42,46 @@ class DPOConfig(StageConfig):
     batch_size: int = 4
     max_seq_len: int = 1024
     learning_rate: float = 5e-6
-    loss_type: str = option("sigmoid", "sigmoid is DPO", choices=("sigmoid", "ipo", "hinge", "simpo", "orpo"))
-    beta: float = option(
-        0.1,
-        "pull to the reference; in simpo scale of rewards (its paper: 2), in orpo weight of odds",
-        aliases=("dpo_beta",),
-        within="(0, inf)",
+    loss_type: str = option("sigmoid", "sigmoid is DPO; docs/preferences.md has them all", choices=tuple(LOSSES))
+    beta: float | None = option(None, BETA_HELP, aliases=("dpo_beta",), within="(0, inf)")
+    label_smoothing: float = option(
+        0.0, f"share of pairs that are labelled wrongly ({having('label_smoothing')})", within="[0, 0.5)"
     )
-    label_smoothing: float = option(0.0, "share of pairs that are labelled wrongly (sigmoid, simpo)", within="[0, 0.5)")
-    simpo_gamma: float = option(0.5, "margin that simpo asks for", within="[0, inf)")
+    simpo_gamma: float = option(0.5, f"margin to reach ({having('simpo_gamma')})", within="[0, inf)")
+    cpo_alpha: float = option(
+        1.0, f"weight of the chosen answer's likelihood ({having('cpo_alpha')})", within="[0, inf)"
+    )
     max_prompt_length: int = option(0, "tokens of a prompt, cut from the left (0: what fits)", within="[0, inf)")
-    lora_rank: int = option(
-        0,
-        "train an adapter of this rank; without it, the model is the reference (0: all weights)",
-        aliases=("lora_r", "r"),
-        within="[0, inf)",
-    )
-    lora_alpha: float = option(16.0, "what the adapter adds is multiplied by alpha / rank", within="(0, inf)")
-    lora_targets: tuple[str, ...] = option(
-        ("all",), "layers: all, attention, mlp or names", aliases=("target_modules",)
-    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.beta is None and self.loss_type in LOSSES:
+            object.__setattr__(self, "beta", LOSSES[self.loss_type].beta)
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.label_smoothing and self.loss_type not in ("sigmoid", "simpo"):
-            found.append(f"--label_smoothing {self.label_smoothing:g}: --loss_type {self.loss_type} has none")
-        if self.simpo_gamma != DPOConfig.simpo_gamma and self.loss_type != "simpo":
-            found.append(f"--simpo_gamma {self.simpo_gamma:g}: only --loss_type simpo has it, not {self.loss_type}")
-        changed = [name for name in ("lora_alpha", "lora_targets") if getattr(self, name) != getattr(DPOConfig, name)]
-        if changed and not self.lora_rank:
-            found.append(f"--{changed[0]}: without --lora_rank all weights are trained; give it as well")
+        for name in OWN_OPTIONS if self.loss_type in LOSSES else ():
+            if getattr(self, name) != getattr(DPOConfig, name) and name not in LOSSES[self.loss_type].options:
+                owners = f"belongs to --loss_type {having(name)}, not to {self.loss_type}"
+                found.append(f"--{name} {getattr(self, name):g}: {owners}")
         return found
 
 
 def main():
     config = parse(DPOConfig, description=__doc__)
 
-    import torch
-
     from dataset.batches.preference import PairLoader, PreferenceDataset
-    from model.lora import LoRASettings, add_lora, freeze
-    from model.precision import pick_dtype
-    from trainer.inputs import open_data, open_weights
-    from trainer.loop.engine import Engine, Job
-    from trainer.loop.processes import start
-    from trainer.losses.preference import WITHOUT_REFERENCE, Preference, add_reference
-    from trainer.run.artifacts import AdapterOnly, Weights
+    from trainer.losses.preference import Preference, add_reference
+    from trainer.run_stage import start_stage
 
-    torch.manual_seed(config.seed)
-    parent, tokenizer, origin = open_weights(config, "full_sft")
+    loss = LOSSES[config.loss_type]
     options = dict(on_long=config.on_long, max_prompt_length=config.max_prompt_length)
-    data = open_data(PreferenceDataset, config, "dpo", tokenizer, **options)
-    with start(config) as backend:
-        model, notes = parent.build().to(backend.device), [origin]
-        model.compute_dtype, _ = pick_dtype(config.dtype, backend.device)
-        output = Weights()
-        if config.lora_rank:
-            settings = LoRASettings(config.lora_rank, config.lora_alpha, targets=config.lora_targets)
-            freeze(model)
-            add_lora(model, settings)
-            output = AdapterOnly(settings, parent)
-        elif config.loss_type not in WITHOUT_REFERENCE:
-            sets = [dataset for dataset in (data.train, data.val) if dataset is not None]
-            notes.append(add_reference(sets, model, backend, config, f"{parent.hash} {model.compute_dtype}"))
-        Engine(
-            Job(
-                stage="dpo",
-                config=config,
-                model=model,
-                objective=Preference(config.loss_type, config.beta, config.label_smoothing, config.simpo_gamma),
-                tokenizer=tokenizer,
-                data=data,
-                packing=True,
-                parent=parent,
-                notes=notes,
-                loader=PairLoader,
-                output=output,
-            ),
-            backend,
-        ).run()
+    with start_stage("dpo", config, PreferenceDataset, kind="dpo", weights="full_sft", **options) as stage:
+        if loss.reference and not config.trains_adapter:  # an adapter's reference is the model without it
+            sets = [dataset for dataset in (stage.data.train, stage.data.val) if dataset is not None]
+            stage.notes.append(add_reference(sets, stage.model, stage.backend, config, stage.parent.hash))
+        own = {name: getattr(config, name) for name in loss.options}
+        stage.train(Preference(config.loss_type, config.beta, **own), loader=PairLoader)
 
 
 if __name__ == "__main__":

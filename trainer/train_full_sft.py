@@ -34,32 +34,11 @@ class SFTConfig(StageConfig):
 def main():
     config = parse(SFTConfig, description=__doc__)
 
-    import torch
-
     from dataset.tokens.examples import SFTDataset
-    from trainer.inputs import open_data, open_weights
-    from trainer.loop.engine import Engine, Job
-    from trainer.loop.processes import start
-    from trainer.losses.base import NextToken
+    from trainer.losses.next_token import NextToken
+    from trainer.run_stage import run_stage
 
-    torch.manual_seed(config.seed)
-    parent, tokenizer, origin = open_weights(config, "pretrain")
-    data = open_data(SFTDataset, config, "sft", tokenizer, on_long=config.on_long)
-    with start(config) as backend:
-        Engine(
-            Job(
-                stage="full_sft",
-                config=config,
-                model=parent.build(),
-                objective=NextToken(),
-                tokenizer=tokenizer,
-                data=data,
-                packing=True,
-                parent=parent,
-                notes=[origin],
-            ),
-            backend,
-        ).run()
+    run_stage("full_sft", config, NextToken(), SFTDataset, kind="sft", weights="pretrain", on_long=config.on_long)
 
 
 if __name__ == "__main__":

@@ -18,87 +18,38 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from dataclasses import dataclass
 
 from common.console import run
-from common.options import option, parse
+from common.options import parse
 from trainer.stage import StageConfig
 
 
 @dataclass(frozen=True)
 class LoRAConfig(StageConfig):
-    """Options of LoRA"""
+    """Options of training an adapter"""
 
-    save_weight: str = option("lora_identity", "name of the adapter", aliases=("lora_name",))
-    lora_rank: int = option(8, "inner size of the matrices", aliases=("lora_r", "r"), within="[1, inf)")
-    lora_alpha: float = option(16.0, "what they add is multiplied by alpha / rank", within="(0, inf)")
-    lora_dropout: float = option(0.0, "share of their inputs left out at random", within="[0, 1)")
-    lora_targets: tuple[str, ...] = option(
-        ("all",), "layers: all, attention, mlp, or names such as q_proj,v_proj", aliases=("target_modules",)
-    )
-    use_rslora: bool = option(False, "alpha / sqrt(rank) instead, for high ranks")
-    load_in_4bit: bool = option(False, "not built yet: train beside weights of 4 bits", aliases=("use_4bit",))
-    load_in_8bit: bool = option(False, "not built yet: the same with 8 bits", aliases=("use_8bit",))
-    use_lora: bool = option(True, "said in files written for other projects")
-    save_peft: bool = option(False, "write a directory that peft reads as well")
-    merge_lora: bool = option(False, "write the full weights with the adapter in them as well: <lora_name>_merged")
+    save_weight: str = "lora_identity"
+    use_lora: bool | None = True
     epochs: int = 3
     batch_size: int = 16
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
 
-    def problems(self):
-        without = [] if self.use_lora else ["--use_lora false: tuning all weights is trainer/train_full_sft.py"]
-        bits = [
-            f"--{name}: training beside quantised weights is not built yet; leave it out, and see with --plan what "
-            "fits (--batch_size, --activation_checkpointing)"
-            for name in ("load_in_4bit", "load_in_8bit")
-            if getattr(self, name)
-        ]
-        found = [line.replace("--save_weight", "--lora_name") for line in super().problems()]
-        return found + without + bits
+    def problems(self) -> list[str]:
+        without = [] if self.trains_adapter else ["--use_lora false: tuning all weights is trainer/train_full_sft.py"]
+        return super().problems() + without
 
 
 def main():
     config = parse(LoRAConfig, description=__doc__)
 
-    import torch
-
     from dataset.tokens.examples import SFTDataset
-    from model.checkpoint import weights_name
-    from model.lora import LoRASettings, add_lora, freeze
-    from trainer.inputs import open_data, open_weights
-    from trainer.loop.engine import Engine, Job
-    from trainer.loop.processes import start
-    from trainer.losses.base import NextToken
-    from trainer.run.artifacts import AdapterOnly
+    from trainer.losses.next_token import NextToken
+    from trainer.run_stage import start_stage
 
-    torch.manual_seed(config.seed)
-    parent, tokenizer, origin = open_weights(config, "full_sft")
-    settings = LoRASettings(
-        config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora
-    )
-    model = parent.build()
-    freeze(model)
-    layers = add_lora(model, settings)
-    merged = weights_name(f"{config.save_weight}_merged", model.config) if config.merge_lora else ""
-    named = config.save_weight != LoRAConfig.save_weight or not config.data_path
-    called = [] if named else [f"note: this adapter is called {config.save_weight}; --lora_name gives it another name"]
-    data = open_data(SFTDataset, config, config.save_weight, tokenizer, on_long=config.on_long)
-    with start(config) as backend:
-        torch.manual_seed(config.seed + backend.rank)  # dropout: other samples on every rank
-        Engine(
-            Job(
-                stage=config.save_weight,
-                config=config,
-                model=model,
-                objective=NextToken(),
-                tokenizer=tokenizer,
-                data=data,
-                packing=True,
-                parent=parent,
-                notes=[*called, origin, f"adapters beside {len(layers)} layers: {', '.join(config.lora_targets)}"],
-                output=AdapterOnly(settings, parent, config.save_peft, merged),
-            ),
-            backend,
-        ).run()
+    name = config.save_weight  # of the adapter, of the stage, and of the data if no other is named
+    with start_stage(name, config, SFTDataset, kind=name, weights="full_sft", on_long=config.on_long) as stage:
+        if config.data_path and name == LoRAConfig.save_weight:
+            stage.notes.append(f"note: this adapter is called {name}; --lora_name gives it another name")
+        stage.train(NextToken())
 
 
 if __name__ == "__main__":

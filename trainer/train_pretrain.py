@@ -36,42 +36,11 @@ class PretrainConfig(StageConfig):
 def main():
     config = parse(PretrainConfig, description=__doc__)
 
-    import torch
-
     from dataset.tokens.examples import PretrainDataset
-    from model.transformer import CausalLM
-    from tokenizer.text import Tokenizer
-    from trainer.inputs import architecture, open_data, open_weights
-    from trainer.loop.engine import Engine, Job
-    from trainer.loop.processes import start
-    from trainer.losses.base import NextToken
+    from trainer.losses.next_token import NextToken
+    from trainer.run_stage import run_stage
 
-    torch.manual_seed(config.seed)
-    parent, origin = None, ""
-    if config.from_weight:
-        parent, tokenizer, origin = open_weights(config, config.from_weight)
-        model = parent.build()
-    else:
-        tokenizer = Tokenizer.load(config.tokenizer_path)
-    data = open_data(PretrainDataset, config, "pretrain", tokenizer)
-    if not parent:
-        preset = config.preset or ("nano" if data.builtin else "small")
-        model = CausalLM(architecture(config, tokenizer, preset))
-    with start(config) as backend:
-        Engine(
-            Job(
-                stage="pretrain",
-                config=config,
-                model=model,
-                objective=NextToken(),
-                tokenizer=tokenizer,
-                data=data,
-                packing=False,
-                parent=parent,
-                notes=[origin],
-            ),
-            backend,
-        ).run()
+    run_stage("pretrain", config, NextToken(), PretrainDataset, kind="pretrain", weights=None, packing=False)
 
 
 if __name__ == "__main__":

@@ -25,19 +25,17 @@ import torch
 from benchmarks.real_data.common import hold_out, stage
 from common.files import ROOT
 from dataset.batches.preference import PairLoader, PreferenceDataset
-from model.checkpoint import find_weights, load_weights
+from model.checkpoint import find_weights, open_weights
 from model.precision import pick_dtype
-from tokenizer.find import tokenizer_of
 from trainer.losses.preference import read_answers
 
 
 @torch.no_grad()
 def read_pairs(weights: Path, path: Path, length: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(pairs, 2) summed log-probabilities of the file's answers, and how many tokens they have."""
-    checkpoint = load_weights(weights)
+    checkpoint, tokenizer = open_weights(str(weights))
     model = checkpoint.build().eval()
     model.compute_dtype, _ = pick_dtype("auto", torch.device("cpu"))
-    tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.path, checkpoint.config.vocab_size)
     data = PreferenceDataset(path, tokenizer, max_seq_len=length, cache_dir=folder)
     loader = PairLoader(data, packing=True, batch_size=4, accumulation_steps=1, max_seq_len=length, shuffle=False)
     sums, tokens = torch.zeros(2, len(data), 2)

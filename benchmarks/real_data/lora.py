@@ -26,7 +26,7 @@ from model.adapter import find_base, load_adapter
 from model.checkpoint import find_weights
 from model.lora import adapter_disabled
 from tokenizer.text import Tokenizer
-from trainer.losses.base import NextToken
+from trainer.losses.next_token import NextToken
 
 
 @torch.no_grad()

@@ -19,10 +19,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from benchmarks.real_data.common import hold_out, stage
 from common.files import ROOT
 from inference.decode import Sampling, generate
-from model.checkpoint import find_weights, load_weights
+from model.checkpoint import find_weights, open_weights
 from model.precision import pick_device, pick_dtype
 from tokenizer.chat import encode_chat
-from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -91,10 +90,9 @@ def main():
     )
     trained = time.perf_counter()
 
-    checkpoint = load_weights(find_weights("reason", folder))
+    checkpoint, tokenizer = open_weights("reason", folder)
     model, device = checkpoint.build().eval(), pick_device("auto")
     model.to(device).compute_dtype = pick_dtype("auto", device)[0]
-    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), checkpoint.config.vocab_size)
     fine, right, ended, shown = 0, 0, 0, []
     for start in range(0, len(asked), 50):
         chats = asked[start : start + 50]

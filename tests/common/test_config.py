@@ -32,7 +32,7 @@ class Stage(StageConfig):
     epochs: int = 2
     save_weight: str = "full_sft"
     noise: float = option(0.0, "noise on the embeddings", within="[0, 1)")
-    layers: tuple[str, ...] = option((), "names", aliases=("target_modules",))
+    layers: tuple[str, ...] = option((), "names", aliases=("layer_names",))
 
 
 def read(*argv: str) -> Stage:
@@ -177,14 +177,14 @@ def test_two_spellings_that_disagree_are_a_contradiction_that_names_both(words, 
 
 def test_another_scripts_option_is_named_with_the_script(complaints):
     """`--teacher` was answered with "did you mean cache_dir?"."""
-    words = "--teacher x --tag_weight 3 --vocab_size 300 --temperature 0 --lora_rank 4 --ratio 3".split()
+    words = "--teacher x --tag_weight 3 --vocab_size 300 --temperature 0 --loss_type ipo --ratio 3".split()
     know = {
         "teacher": "trainer/train_distillation.py knows",
         "tag_weight": "trainer/train_distill_reason.py knows",
         "vocab_size": "trainer/train_tokenizer.py knows",
         "ratio": "scripts/prepare_data.py knows",
         "temperature": "trainer/train_distillation.py, eval_model.py know",
-        "lora_rank": "trainer/train_dpo.py, trainer/train_lora.py know",
+        "loss_type": "trainer/train_dpo.py knows",
     }
     lines = complaints(*words)
     assert sorted(lines) == sorted(f"--{name}: not for this script; {scripts} it" for name, scripts in know.items())
@@ -270,13 +270,36 @@ def test_a_nested_file_in_others_words_means_ours_and_the_command_line_wins(tmp_
     assert config.save_dir == str(tmp_path.parent / "model")
 
 
-def test_a_key_that_contradicts_the_script_names_the_right_one(tmp_path, complaints):
-    file = yaml_file(tmp_path, MUXUE.format(four_bit="true", use_lora="true"))
-    lines = complaints("--config", file)
-    assert [line.partition("; ")[0].removeprefix(f"{file}: ") for line in lines] == [
-        f"{key}: not for this script" for key in ("model.use_4bit", "lora.use_lora", "lora.r", "lora.lora_alpha")
-    ]
-    assert all("train_lora.py" in line for line in lines)
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_a_files_switch_decides_whether_its_lora_section_counts(use_lora, tmp_path, complaints):
+    """Full fine-tuning refused such a file, whichever way its switch stood."""
+    file = yaml_file(tmp_path, MUXUE.format(four_bit="true", use_lora=str(use_lora).lower()))
+    (line,) = complaints("--config", file)
+    assert line.startswith("--load_in_4bit: training beside quantised weights is not built yet")
+    assert read("--config", file, "--use_4bit=false").trains_adapter == use_lora
+
+
+def test_what_turns_lora_on():
+    assert not read().trains_adapter and read().lora_rank is None
+    assert read("--use_lora").lora_rank == 8 and read("--use_lora").trains_adapter
+    assert read("--r=4").trains_adapter and not read("--lora_rank=0").trains_adapter
+    assert not read("--use_lora=false", "--lora_rank=4", "--lora_name=mine").trains_adapter
+    assert read("--use_lora", "--lora_name=mine").save_weight == "mine"
+    assert read("--use_lora=false", "--lora_name=mine").save_weight == read().save_weight
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--lora_alpha=8 --lora_name=mine", "--lora_name, --lora_alpha: all weights are trained; for an adapter give"),
+        ("--use_lora --lora_rank=0", "--use_lora and --lora_rank 0: an adapter has a rank of at least 1"),
+        ("--use_lora --lora_name=a --save_weight=b", "--save_weight and --lora_name: both name what is written"),
+        ("--use_lora --lora_name=a/b", "--lora_name 'a/b': a plain name"),
+    ],
+)
+def test_lora_options_that_cannot_be_meant(flags, words, complaints):
+    (line,) = complaints(*flags.split())
+    assert words in line
 
 
 def test_problems_in_a_file_name_the_file_and_the_key(tmp_path, complaints):

@@ -98,7 +98,7 @@ def sft_engine(folder: Path, batch_size: int, accumulation_steps: int, backend=N
     from trainer.inputs import open_data
     from trainer.loop.backend import Backend
     from trainer.loop.engine import Engine, Job
-    from trainer.losses.base import NextToken
+    from trainer.losses.next_token import NextToken
     from trainer.train_full_sft import SFTConfig
 
     flags = [

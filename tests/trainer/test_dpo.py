@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.options import parse, specs
+from common.options import describe, parse
 from dataset.batches.preference import PairLoader, PreferenceDataset
 from model.checkpoint import save_weights
 from model.config import ModelConfig
@@ -22,7 +22,8 @@ from tests.trainer.test_engine import assert_same_gradients, same, state_of, sto
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
-from trainer.losses.preference import WITHOUT_REFERENCE, Preference, add_reference, pair_losses
+from trainer.losses.pair_losses import LOSSES, cpo, hinge, ipo, orpo, sigmoid, simpo
+from trainer.losses.preference import Preference, add_reference
 from trainer.train_dpo import DPOConfig
 
 CPU = Backend(torch.device("cpu"))
@@ -32,18 +33,22 @@ def test_losses_by_hand():
     """Log-ratios +4 and -1 (h = 5) with beta 0.2, and mean log-probabilities log 1/2 and log 1/4."""
     ratios = torch.tensor([[4.0, -1.0]])
     s = lambda x: 1 / (1 + math.exp(-x))
-    assert pair_losses("sigmoid", ratios, 0.2).item() == pytest.approx(-math.log(s(1.0)))
+    assert sigmoid(ratios, 0.2).item() == pytest.approx(-math.log(s(1.0)))
     smooth = -0.9 * math.log(s(1.0)) - 0.1 * math.log(s(-1.0))
-    assert pair_losses("sigmoid", ratios, 0.2, smoothing=0.1).item() == pytest.approx(smooth)
-    assert pair_losses("hinge", ratios, 0.1).item() == pytest.approx(0.5)
-    assert pair_losses("hinge", ratios, 0.3).item() == 0
-    assert pair_losses("ipo", ratios, 0.2).item() == pytest.approx((5 - 2.5) ** 2)
+    assert sigmoid(ratios, 0.2, label_smoothing=0.1).item() == pytest.approx(smooth)
+    assert hinge(ratios, 0.1).item() == pytest.approx(0.5)
+    assert hinge(ratios, 0.3).item() == 0
+    assert ipo(ratios, 0.2).item() == pytest.approx((5 - 2.5) ** 2)
     means = torch.tensor([[0.5, 0.25]]).log()
-    assert pair_losses("simpo", means, 2.0, gamma=0.5).item() == pytest.approx(-math.log(s(2 * math.log(2) - 0.5)))
+    assert simpo(means, 2.0, label_smoothing=0.0, simpo_gamma=0.5).item() == pytest.approx(
+        -math.log(s(2 * math.log(2) - 0.5))
+    )
     # odds 1 and 1/3: the odds ratio is 3, and s(log 3) = 3/4
-    assert pair_losses("orpo", means, 0.1).item() == pytest.approx(math.log(2) - 0.1 * math.log(0.75))
+    assert orpo(means, 0.1).item() == pytest.approx(math.log(2) - 0.1 * math.log(0.75))
+    # h = 5 and beta 0.2 as above, beside half the mean negative log-likelihood of the chosen answer
+    assert cpo(ratios, means, 0.2, cpo_alpha=0.5).item() == pytest.approx(-math.log(s(1.0)) + 0.5 * math.log(2))
     certain = torch.tensor([[0.0, -1.0]], requires_grad=True)
-    pair_losses("orpo", certain, 0.1).backward()
+    orpo(certain, 0.1).backward()
     assert certain.grad.isfinite().all()
 
 
@@ -66,11 +71,12 @@ def one_batch(dataset):
     return loader._batch(loader.rows(0), loader.row_length(0))
 
 
-@pytest.mark.parametrize("kind", specs(DPOConfig)["loss_type"].choices)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_loss_and_gradient_equal_a_plain_reference(kind, pairs):
     """One sequence at a time through the model and a frozen copy that has moved on a little, formulas spelled out."""
     model, frozen = small_model(), moved_on(small_model())
-    batch, beta, gamma, e = one_batch(pairs), 0.3, 0.4, 0.1 if kind in ("sigmoid", "simpo") else 0.0
+    values = dict(label_smoothing=(e := 0.1), simpo_gamma=(gamma := 0.4), cpo_alpha=(alpha := 0.7))
+    batch, beta, own = one_batch(pairs), 0.3, {name: values[name] for name in LOSSES[kind].options}
     reference, total = [], 0.0
     for example in batch.examples:
         prompt, *answers = pairs.pair(example)
@@ -87,6 +93,9 @@ def test_loss_and_gradient_equal_a_plain_reference(kind, pairs):
         elif kind == "simpo":
             h = beta * (w / nw - l / nl) - gamma
             total = total - (1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
+        elif kind == "cpo":
+            h = beta * (w - l)
+            total = total - (1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h) - alpha * w / nw
         else:
             pw, pl = torch.exp(w / nw), torch.exp(l / nl)
             total = total - w / nw - beta * F.logsigmoid(torch.log(pw / (1 - pw)) - torch.log(pl / (1 - pl)))
@@ -94,11 +103,11 @@ def test_loss_and_gradient_equal_a_plain_reference(kind, pairs):
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    loss, metrics = Preference(kind, beta, e, gamma)(model, replace(batch, reference=torch.tensor(reference)))
+    loss, metrics = Preference(kind, beta, **own)(model, replace(batch, reference=torch.tensor(reference)))
     torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)
     loss.backward()
     assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, expected, 1e-4)
-    assert ("kl" in metrics) == (kind not in WITHOUT_REFERENCE)
+    assert ("kl" in metrics) == (kind in ("sigmoid", "hinge", "ipo"))
 
 
 def test_losses_equal_trls(tmp_path, pairs):
@@ -151,8 +160,16 @@ def test_losses_equal_trls(tmp_path, pairs):
 
     means = torch.stack([torch.stack([alone(model, p, a) / len(a[0]) for a in both]) for p, *both in examples])
     me = SimpleNamespace(alpha=0.0, loss_type="simpo", beta=2.0, simpo_gamma=0.5, label_smoothing=0.1, accelerator=CPU)
-    simpo, _, _ = CPOTrainer.cpo_loss(me, *means.unbind(1))
-    torch.testing.assert_close(Preference("simpo", 2.0, 0.1, 0.5)(model, batch)[0], simpo.sum(), atol=1e-4, rtol=1e-5)
+    losses, _, _ = CPOTrainer.cpo_loss(me, *means.unbind(1))
+    found = Preference("simpo", label_smoothing=0.1, simpo_gamma=0.5)(model, batch)[0]  # 2 is its own beta
+    torch.testing.assert_close(found, losses.sum(), atol=1e-4, rtol=1e-5)
+    sums = torch.stack([torch.stack([alone(model, p, a) for a in both]) for p, *both in examples])
+    me.loss_type, me.beta = "sigmoid", 0.3
+    losses, rewards, _ = CPOTrainer.cpo_loss(me, *sums.unbind(1))
+    found, metrics = Preference("cpo", 0.3, cpo_alpha=0.5, label_smoothing=0.1)(model, batch)
+    torch.testing.assert_close(found, (losses - 0.5 * means[:, 0]).sum(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(metrics["reward_chosen"], rewards.sum(), atol=1e-4, rtol=1e-5)
+    me.beta = 2.0
     odds, *_ = ORPOTrainer.odds_ratio_loss(me, *means.unbind(1))  # trl subtracts it from the likelihood term
     found = Preference("orpo", 2.0)(model, batch)[0]
     torch.testing.assert_close(found, (-means[:, 0] - odds).sum(), atol=1e-4, rtol=1e-5)
@@ -321,18 +338,28 @@ def test_preferences_are_learned_and_logged(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     (
-        (["--loss_type=ipo", "--label_smoothing=0.1"], "--label_smoothing 0.1: --loss_type ipo has none"),
-        (["--lora_alpha=8"], "--lora_alpha: without --lora_rank all weights are trained"),
-        (["--simpo_gamma=1"], "--simpo_gamma 1: only --loss_type simpo has it"),
+        (
+            ["--loss_type=ipo", "--label_smoothing=0.1"],
+            "--label_smoothing 0.1: belongs to --loss_type sigmoid, simpo, cpo, not to ipo",
+        ),
+        (["--simpo_gamma=1"], "--simpo_gamma 1: belongs to --loss_type simpo, not to sigmoid"),
         (["--beta=0"], "--beta 0: must be above 0"),
         (["--dpo_beta=0.1", "--beta=0.2"], "both set beta"),
-        (["--lora_dropout=0.1"], "trainer/train_lora.py knows it"),
     ),
 )
 def test_flags_that_cannot_be_meant(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
         parse(DPOConfig, flags)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_beta_is_the_losss_own_where_none_is_given(capsys):
+    """SimPO was silently trained with DPO's 0.1, a twentieth of its paper's. What is printed is what is used."""
+    assert parse(DPOConfig, []).beta == parse(DPOConfig, ["--loss_type=orpo"]).beta == 0.1
+    assert "*beta" not in describe(parse(DPOConfig, []))
+    config = parse(DPOConfig, ["--loss_type=simpo"])
+    assert config.as_dict()["beta"] == 2 and "*beta=2" in describe(config)
+    assert parse(DPOConfig, ["--loss_type=simpo", "--beta=0.5"]).beta == 0.5
 
 
 def test_a_bad_row_ends_with_status_2_and_one_line(tmp_path):

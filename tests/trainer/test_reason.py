@@ -22,7 +22,7 @@ from tokenizer.text import Tokenizer
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
-from trainer.losses.base import Weighted
+from trainer.losses.next_token import Weighted
 from trainer.train_distill_reason import ReasonConfig
 
 TOKENIZER = Tokenizer.load()
@@ -114,7 +114,7 @@ def test_weights_by_hand(tmp_path):
 
 def test_equal_weights_are_plain_fine_tuning(tmp_path):
     from dataset.tokens.examples import SFTDataset
-    from trainer.losses.base import NextToken
+    from trainer.losses.next_token import NextToken
 
     path, model, found = write_reason(tmp_path / "r.jsonl"), small_model(num_experts=4), []
     for dataset, objective in (

@@ -189,7 +189,7 @@ def test_packed_rows_compute_what_single_ones_do(world, tmp_path):
     [
         (["--lora_targets=c_attn"], "--lora_targets c_attn: no such linear layer; this model has down_proj,"),
         (["--use_lora=false"], "--use_lora false: tuning all weights is trainer/train_full_sft.py"),
-        (["--lora_rank=0"], "--lora_rank 0: must be at least 1"),
+        (["--lora_rank=0"], "--use_lora and --lora_rank 0: an adapter has a rank of at least 1"),
         (["--lora_name=lora_weather", "--data_path="], "no dataset/lora_weather.jsonl"),
         (["--output_dir=elsewhere"], "--save_dir and --output_dir: both say where results go"),
     ],

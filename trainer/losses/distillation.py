@@ -1,20 +1,20 @@
-"""Learning from what a larger model would say: three distances between two next-token distributions.
+"""Learning from a teacher's next-token distributions: three distances between its distribution and the student's.
 
     objective = Distill("forward_kl", temperature=2, alpha=0.5, width=tokenizer.vocab_size, teacher=Teacher(...))
     loss, metrics = objective(model, batch)          # summed over the batch's trained tokens
 
 Letters: p the teacher's distribution over the ids of the tokenizer, q the student's, both softmax(logits / T).
 
-    forward_kl   KL(p || q), the student covers all the teacher says    (Hinton 2015, arXiv:1503.02531, section 2)
-    reverse_kl   KL(q || p), it keeps to what the teacher likes best    (MiniLLM, arXiv:2306.08543, eq. 1, per token)
-    js           KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2       (GKD, arXiv:2306.13649, eq. 1, beta = 1/2)
+    forward_kl   KL(p || q), mass-covering        (Hinton 2015, arXiv:1503.02531, section 2)
+    reverse_kl   KL(q || p), mode-seeking         (MiniLLM, arXiv:2306.08543, eq. 1, per token)
+    js           KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2   (GKD, arXiv:2306.13649, eq. 1, beta = 1/2)
 
-    loss = alpha * cross-entropy + (1 - alpha) * T^2 * distance         T^2 keeps gradients at their size (Hinton)
+    loss = alpha * cross-entropy + (1 - alpha) * T^2 * distance         T^2 keeps the size of gradients (Hinton)
 
-With a file instead of a teacher, p is known for its k likeliest ids, and for all others only together: then both are
-distributions over k + 1 outcomes. That is never more than the whole distance, and equal to it where k = V.
+A file written by --write_logprobs holds p for the k likeliest ids and the sum of all others. Then p and q are
+distributions over k + 1 outcomes. Their distance is at most that of the full distributions, and equal to it for k = V.
 
-N = trained tokens of a batch, d = width of what the head reads, V = ids
+N = trained tokens of a batch, d = hidden size, V = ids of the tokenizer
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ from common.files import ROOT, atomic
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from dataset.tokens.token_cache import Progress
-from model.checkpoint import Checkpoint, find_weights, load_weights
+from model.checkpoint import Checkpoint, find_tokenizer, find_weights, load_weights
 from model.lora import prepare_for_inference
-from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, check_positions
 from trainer.loop.backend import Backend
 
-LOGITS_AT_ONCE = 1 << 24  # logits that exist at once, of each model
+LOGITS_AT_ONCE = 1 << 24  # how many logits of each model are in memory at once
 
 
 def distance(kind: str, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(N, W), (N, W) -> (N,)"""
+    """Of two distributions over W outcomes: log-probabilities (N, W), (N, W) -> (N,)"""
     if kind == "forward_kl":
         return _kl(log_p, log_q)
     if kind == "reverse_kl":
@@ -59,14 +58,14 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def with_rest(log_q: Tensor, ids: Tensor) -> Tensor:
-    """log-probabilities (N, V) -> of these ids (N, k) and of all others together: (N, k + 1)."""
+    """Log-probabilities (N, V) -> those of the given ids (N, k), and of all others together: (N, k + 1)."""
     chosen = log_q.gather(1, ids)
     rest = -torch.expm1(chosen.logsumexp(1, keepdim=True))  # 1 - their sum
     return torch.cat([chosen, rest.clamp_min(1e-7).log()], 1)
 
 
 class Teacher:
-    """Frozen, in the dtype it computes in. Its head is kept distance, so that logits are made a chunk at a time."""
+    """The frozen teacher, in its compute dtype. Its head is called separately, so that logits are made in chunks."""
 
     def __init__(self, weights: Checkpoint, dtype: torch.dtype, device: torch.device):
         self.model = prepare_for_inference(weights.build(), dtype).to(device)
@@ -91,7 +90,11 @@ class Teacher:
 
 
 class Distill:
-    """An objective whose units are tokens. width: ids of the tokenizer, which models may have more rows than."""
+    """An objective whose units are tokens.
+
+    width    ids of the tokenizer; a model may have more rows than that
+    teacher  None: the batch brings its log-probabilities, read from a file
+    """
 
     per_token = False
 
@@ -112,15 +115,15 @@ class Distill:
         return loss + (out.aux_loss * units).sum(), metrics
 
     def _teacher_targets(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What is known of the teacher where a loss is asked for: states, or log-probabilities and ids."""
+        """What is known of the teacher at the trained tokens: hidden states, or log-probabilities and their ids."""
         if self.teacher is not None:
             return (self.teacher.states(batch),)
         kept = [batch.extras[name].flatten(0, 1) for name in ("teacher_logprobs", "teacher_ids")]
         return tuple(kept if batch.selected is None else (values[batch.selected] for values in kept))
 
     def _loss(self, seen: tuple[Tensor, ...], sums: list[Tensor], head, x: Tensor, targets: Tensor) -> Tensor:
-        """x (N, d), targets (N,) -> (N,). A chunk's logits are dropped after use and made again for its gradient: of
-        (N, V) tensors there are never more than a chunk."""
+        """x (N, d), targets (N,) -> (N,). The logits of a chunk are freed after use and computed again for its
+        gradient, so no (N, V) tensor is ever complete in memory."""
         parts, size = [], max(LOGITS_AT_ONCE // self.width, 128)
         for chunk in zip(x.split(size), targets.split(size), *(values.split(size) for values in seen)):
             losses, both = checkpoint(self._chunk, head, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -142,15 +145,15 @@ class Distill:
         return losses, torch.stack([cross_entropy.sum(), distances.sum()])
 
 
-# ---- a teacher that is asked once
+# ---- a teacher whose log-probabilities are written to a file
 
 
 def open_teacher(config) -> tuple[Checkpoint, Tokenizer, None]:
     """--teacher -> its weights and its tokenizer."""
     weights = load_weights(find_weights(config.teacher, config.save_dir, ROOT / "out"))
     check_positions(config, weights.config, f"--teacher {config.teacher}")
-    place = config.tokenizer_path if not weights.tokenizer else None  # of another project's file
-    return weights, tokenizer_of(weights.tokenizer, Path(weights.path), weights.config.vocab_size, place), None
+    place = config.tokenizer_path if not weights.tokenizer else None  # another project's file does not say
+    return weights, find_tokenizer(weights, place), None
 
 
 def read_views(config) -> dict:
@@ -158,8 +161,8 @@ def read_views(config) -> dict:
     views = read_header(config.teacher_logprobs)
     if views["temperature"] != config.temperature:
         raise UserError(
-            f"--temperature {config.temperature:g}: {views['path']} was written at {views['temperature']:g}, and what "
-            "lies beyond the k likeliest ids cannot be told for another one; give that, or write it again"
+            f"--temperature {config.temperature:g}: {views['path']} was written at {views['temperature']:g}, the only "
+            "temperature it can be used at; give that one, or write the file again"
         )
     about = f"{views['path']}, the {views['top_k']} likeliest ids of {views['tokens']:,} tokens"
     return views | dict(about=f"{about}, {views['bytes_per_token']} bytes each, of {views['weights']}")
@@ -167,12 +170,12 @@ def read_views(config) -> dict:
 
 @torch.no_grad()
 def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, backend: Backend) -> str:
-    """Asks about every example and writes --write_logprobs -> a line to print."""
+    """Runs the teacher over every example and writes --write_logprobs -> a line to print."""
     if backend.world > 1:
         raise UserError("--write_logprobs: a file is written by one process; start it without torchrun")
     dataset, width = data.train, tokenizer.vocab_size
     _, first = np.unique(dataset.order, return_index=True)
-    # the longest first, so that rows of neighbours are full rows
+    # the longest first: examples of the same length fill rows best
     distinct = dataset.view(first[np.argsort(-dataset.lengths[first], kind="stable")], "")
     loader = Loader(
         distinct,
@@ -192,13 +195,13 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
         for step, batches in loader.prefetch(0, loader.steps_per_epoch):
             for batch in batches:
                 states = teacher.states(batch.to(backend.device))
-                # the selected positions are the trained ones, in order, and then filling
+                # the selected positions are the trained ones, in order, and then padding
                 trained = torch.from_numpy(np.flatnonzero(batch.targets.numpy() != IGNORED)).to(states.device)
                 states = states[trained] if batch.selected is None else states[: len(trained)]
                 found = [_likeliest(teacher.log_probs(s, width, config.temperature), top_k) for s in states.split(size)]
                 ids, logprobs = (torch.cat(parts).cpu().numpy() for parts in zip(*found))
                 begin = 0
-                for example in distinct.order[list(batch.examples)].tolist():  # as they lie in the rows
+                for example in distinct.order[list(batch.examples)].tolist():  # in the order of the rows
                     stop = begin + int(records.begins[example + 1] - records.begins[example])
                     records[example] = ids[begin:stop], logprobs[begin:stop]
                     begin = stop

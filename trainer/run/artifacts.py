@@ -1,4 +1,4 @@
-"""What a run writes. Most write the model's weights, LoRA its adapter; everything else about a run is the same.
+"""What a run writes: the model's weights, or with LoRA the adapter alone.
 
 <save_dir>/<name>_<hidden>[_moe].pth            Weights
 <save_dir>/lora/<name>_<hidden>[_moe].pth       AdapterOnly
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from common.files import keep_previous
 from model.adapter import find_base, load_adapter, save_adapter
@@ -21,14 +22,15 @@ from tokenizer.text import Tokenizer
 from trainer.stage import StageConfig
 
 
+@dataclass
 class Weights:
     """The whole model."""
 
-    folder = ""  # below save_dir
-    identity: dict = {}  # what else may not change when a run is continued
+    identity: dict = field(default_factory=dict, kw_only=True)  # what else may not change when a run is continued
+    folder: ClassVar[str] = ""  # below save_dir
 
     def writes(self, path: Path, config: StageConfig) -> list[Path]:
-        """Every place that is written to, `path` first."""
+        """All files and folders that are written, `path` first."""
         exported = [Path(config.output_dir) / "final_model"] if config.output_dir else []
         return [path, path.parent / "best" / path.name, *exported]
 
@@ -36,13 +38,13 @@ class Weights:
         save_weights(path, model, tokenizer=tokenizer, lineage=lineage)
 
     def finish(self, path: Path, config: StageConfig, tokenizer: Tokenizer) -> list[str]:
-        """Once the run is done: what was asked for besides -> lines to print."""
+        """After the last step: writes the other formats that were asked for -> lines to print."""
         if not config.output_dir:
             return []
         try:
             folder = Path(config.output_dir) / "final_model"
             return [f"also: {save_hf(folder, load_weights(path), tokenizer.path, tokenizer.stop_ids)}"]
-        except ValueError as error:  # the weights themselves are written: no reason to fail
+        except ValueError as error:  # the weights are written already: the run has not failed
             return [f"not written: {error}"]
 
 
@@ -54,15 +56,12 @@ class AdapterOnly(Weights):
     parent: InitVar[Checkpoint]
     peft: bool = False  # also as a directory that peft reads
     merged: str = ""  # file of full weights to write as well
-    folder = "lora"
     base: dict = field(init=False)
+    folder: ClassVar[str] = "lora"
 
     def __post_init__(self, parent):
         self.base = dict(path=str(Path(parent.path).resolve()), hash=parent.hash)
-
-    @property
-    def identity(self) -> dict:
-        return dict(lora=self.settings.to_dict())
+        self.identity = dict(lora=self.settings.to_dict())
 
     def writes(self, path, config):
         return [*super().writes(path, config)[:2], *([Path(config.save_dir) / self.merged] if self.merged else [])]
@@ -78,7 +77,7 @@ class AdapterOnly(Weights):
             save_peft(folder, adapter.settings.to_dict(), adapter.state, self.base, layers)
             copy_tokenizer(folder, tokenizer.path)
             lines.append(f"also: {folder}, for peft")
-        if self.merged:  # into the base as it was stored, not as it was kept for training
+        if self.merged:  # merged into the stored base in fp32: for training it was rounded to the compute dtype
             model = adapter.apply(find_base(adapter, None, config.save_dir).build())
             merge(model)
             remove_lora(model)
