@@ -16,7 +16,6 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.console import UserError, check_writable, run
-from common.files import ROOT
+from common.files import ROOT, atomic_file, atomic_folder, hash_file, remove_folder
 from common.options import Options, option, parse
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
@@ -103,22 +102,20 @@ def save(tokenizer, directory: str | Path) -> None:
         try:
             kept = backup_path(directory, known := Tokenizer.load(directory).hash)
         except ValueError:  # of another kind
-            kept = backup_path(directory, known := hashlib.sha256(former.read_bytes()).hexdigest())
-        kept.mkdir(exist_ok=True)
-        for name in FILES:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, kept / name)
-    temporary = directory / f"tokenizer.json.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / "tokenizer.json")
+            kept = backup_path(directory, known := hash_file(former))
+        if not kept.is_dir():
+            with atomic_folder(kept) as folder:
+                for name in FILES:
+                    if (directory / name).is_file():
+                        shutil.copyfile(directory / name, folder / name)
+    with atomic_file(former) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     if directory != SHIPPED:
         for name in FILES[1:]:
-            shutil.copyfile(SHIPPED / name, directory / name)
+            with atomic_file(directory / name) as temporary:
+                shutil.copyfile(SHIPPED / name, temporary)
     if kept and Tokenizer.load(directory).hash == known:  # the same again
-        shutil.rmtree(kept)
+        remove_folder(kept)
     elif kept:
         print(f"the tokenizer that was in {directory} is now in {kept}, for the weights that were trained with it")
 

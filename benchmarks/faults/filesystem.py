@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors
+import safetensors.torch
+
 
 class Operation(NamedTuple):
     kind: str
@@ -35,6 +38,7 @@ class Operations:
         names = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open", "close")
         self.real = {name: getattr(os, name) for name in names}
         self.real_open, self.real_rmtree = builtins.open, shutil.rmtree
+        self.real_serialize = safetensors.torch.serialize_file
         for name in ("mkdir", "unlink", "rmdir"):
             setattr(os, name, self._simple(name))
         os.rename = os.replace = lambda a, b: self._do(Operation("rename", str(a), str(b)), self.real["replace"], a, b)
@@ -42,12 +46,14 @@ class Operations:
         os.open, os.close = self._os_open, self._os_close
         builtins.open = self._open
         shutil.rmtree = self._rmtree
+        safetensors.torch.serialize_file = self._serialize
         return self
 
     def __exit__(self, *_):
         for name, function in self.real.items():
             setattr(os, name, function)
         builtins.open, shutil.rmtree = self.real_open, self.real_rmtree
+        safetensors.torch.serialize_file = self.real_serialize
 
     def _do(self, operation: Operation, action: Callable, *arguments):
         if not operation.path.startswith(self.root):
@@ -81,6 +87,11 @@ class Operations:
         raw = self._do(Operation("create", str(path)), opening) if "w" in mode else opening()
         self.paths[raw.fileno()] = str(path)
         return _File(self, raw, str(path))
+
+    def _serialize(self, tensors, path, metadata=None):
+        """The same bytes as safetensors' own writer, which is in Rust: its operations could not be seen."""
+        with open(path, "wb") as file:
+            file.write(safetensors.serialize(tensors, metadata))
 
     def _rmtree(self, path, ignore_errors=False):
         """The same as shutil's, in operations that can be seen."""

@@ -70,7 +70,7 @@ def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple
     last step that had been saved, what is wrong then)"""
     from model.checkpoint import load_weights
     from trainer.run import resume
-    from trainer.run.durable import problem
+    from trainer.run.resume import problem
 
     shared[0:8] = struct.pack("ii", 0, -1)
     child = os.fork()

@@ -16,12 +16,14 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.console import UserError
+from common.files import atomic_file, hash_file
 from dataset.tokens.cache import Mapped, cache_root, get_or_build, is_writable
 
 BLOCK = 8 << 20  # bytes read at a time
@@ -325,6 +327,7 @@ class RowErrors:
 
     def __enter__(self) -> "RowErrors":
         self.target = self.folder / f"{self.path.name}.rejects.jsonl"
+        self.stack = ExitStack()  # closes the file, then gives it its name
         self.file = None
         return self
 
@@ -336,19 +339,13 @@ class RowErrors:
         if self.count > self.allowed:
             raise UserError(f"{'; '.join(self.first)} ...: more than {self.allowed} bad rows (1 %), too many to skip")
         if self.file is None:
-            self.file = open(self.target.with_suffix(".tmp"), "w", encoding="utf-8")
+            temporary = self.stack.enter_context(atomic_file(self.target))
+            self.file = self.stack.enter_context(open(temporary, "w", encoding="utf-8"))
         reject = {"line": line, "reason": reason, "row": raw.decode("utf-8", "replace")}
         self.file.write(json.dumps(reject, ensure_ascii=False) + "\n")
 
-    def __exit__(self, failed, *_) -> None:
-        if self.file is None:
-            return
-        self.file.close()
-        temporary = Path(self.file.name)
-        if failed:
-            temporary.unlink()
-        else:
-            os.replace(temporary, self.target)
+    def __exit__(self, *failure) -> None:
+        self.stack.__exit__(*failure)
 
 
 class TextFile:
@@ -360,11 +357,7 @@ class TextFile:
         self.size = self.path.stat().st_size
         if not self.size:
             raise UserError(f"{self.path}:1: the file is empty")
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-        self.content = digest.hexdigest()
+        self.content = hash_file(self.path)
 
     def __len__(self) -> int:
         return 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from common.console import UserError
+from common.files import atomic_file
 from dataset.read.jsonl import Jsonl, RowErrors
 from dataset.read.mapping import Mapping, Reader, find_reader
 
@@ -148,27 +148,23 @@ def _lines(files: list[_File], report: MergeReport, held_out) -> Iterator[tuple[
 
 
 class Writer:
-    """A file that is complete as soon as it has its name."""
+    """Writes lines to a file that has its name only once it is complete, and counts them."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, 0
 
     def __enter__(self) -> Writer:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f"{self.path.name}.tmp{os.getpid()}")
-        self.file = open(self.temporary, "wb", buffering=1 << 20)
+        self.stack = ExitStack()
+        temporary = self.stack.enter_context(atomic_file(self.path))
+        self.file = self.stack.enter_context(open(temporary, "wb", buffering=1 << 20))
         return self
 
     def write(self, line: bytes) -> None:
         self.file.write(line + b"\n")
         self.rows += 1
 
-    def __exit__(self, failed, *_) -> None:
-        if not failed:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        os.unlink(self.temporary) if failed else os.replace(self.temporary, self.path)
+    def __exit__(self, *failure) -> None:
+        self.stack.__exit__(*failure)
 
 
 def line_hash(raw: bytes, seed: int = 0) -> int:

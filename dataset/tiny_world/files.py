@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from common.console import UserError
+from common.files import atomic_file
 from dataset.tiny_world.rows import FILES
 from dataset.tiny_world.world import Dice, World
 
@@ -30,20 +30,11 @@ def generate(directory: str | Path, seed: int = 0, files: tuple[str, ...] = ("pr
             continue
         rows = FILES[name](world, Dice(name, seed))
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        _write(path, data)
-        _write(stamp, json.dumps(_stamp(seed, data)).encode())
+        for target, content in ((path, data), (stamp, json.dumps(_stamp(seed, data)).encode())):
+            with atomic_file(target) as temporary:
+                temporary.write_bytes(content)
     return paths
 
 
 def _stamp(seed: int, data: bytes) -> dict:
     return {"version": VERSION, "seed": seed, "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.console import UserError
-from common.files import ROOT, atomic
+from common.files import ROOT, atomic_file
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from dataset.tokens.token_cache import Progress
@@ -186,7 +186,7 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
     facts = dict(temperature=config.temperature, teacher=teacher.hash, weights=str(teacher))
     progress = Progress("asking the teacher", len(distinct), " examples")
     with (
-        atomic(Path(config.write_logprobs)) as temporary,
+        atomic_file(Path(config.write_logprobs)) as temporary,
         writing(temporary, dataset, tokenizer, top_k, facts) as records,
     ):
         for step, batches in loader.prefetch(0, loader.steps_per_epoch):

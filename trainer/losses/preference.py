@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import atomic
+from common.files import atomic_file
 from dataset.batches.preference import PairBatch, PairLoader, PreferenceDataset
 from dataset.tokens.cache import cache_root
 from dataset.tokens.token_cache import Progress
@@ -161,5 +161,5 @@ def _reference(dataset: PreferenceDataset, model: nn.Module, backend: Backend, c
 
 
 def _save(path, values: np.ndarray) -> None:
-    with atomic(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, values)

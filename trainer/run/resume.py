@@ -3,10 +3,12 @@
     <save_dir>/resume/<name>_<hidden>[_moe]/<run_id>/step_00000500/
         weights.safetensors  optimizer.safetensors  ranks.safetensors  state.json  manifest.json
 
-Tensors are full, fp32 and filed by parameter name; trainer/run/durable.py writes them so that a state exists
-whole or not at all. On reading, the newest that its manifest confirms is taken, and a broken one is named and set
-aside. An older state goes only once the newer one is on the disk, and none is ever overwritten: the same step again is
-step_00000500.1, and a run that goes on from another than its newest state becomes a run of its own.
+Tensors are full, fp32 and filed by parameter name. There is no pickle anywhere. The folder of a state has its name only
+once all of it is on the disk (common/files.py), and its manifest has the size and SHA-256 of every file. Reading takes
+the newest state that its manifest confirms; a broken one is named and set aside.
+
+An older state is removed only once the newer one is on the disk. None is ever overwritten: saving the same step again
+makes step_00000500.1, and a run that continues from another state than its newest one becomes a run of its own.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.console import UserError
-from common.files import sweep
+from common.files import atomic_folder, hash_file, remove_folder, rename, sweep
 from model.checkpoint import read_plain
-from trainer.run.durable import problem, remove, write_folder
+
+MANIFEST = "manifest.json"
 
 # What a continued run may not change, since it would no longer be the same run
 FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
@@ -38,13 +41,58 @@ RULE = (
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep_last: int) -> Path:
-    """Writes <folder>/step_<n> from {"weights": {name: tensor}, ...} and plain values; then drops the oldest states."""
+    """Writes <folder>/step_<n> from {"weights": {name: tensor}, ...} and plain values; then removes all but the newest
+    `keep_last` states. Returns the new state's folder."""
     again = [path for path in _states(folder) if _number(path)[0] == step]
     final = folder / (f"step_{step:08d}" + (f".{_number(again[-1])[1] + 1}" if again else ""))
-    write_folder(final, tensors, state)
+    write_state(final, tensors, state)
     for old in _states(folder)[:-keep_last]:
-        remove(old)
+        remove_folder(old)
     return final
+
+
+def write_state(path: Path, tensors: dict[str, dict[str, Tensor]], values: dict) -> None:
+    """Makes the folder `path`: a .safetensors file for each entry of `tensors`, state.json, and last the manifest.
+
+    Tensors that lie in the processor's memory are not copied. Those of a GPU are, one file's at a time.
+    """
+    with atomic_folder(path) as folder:
+        for name, content in tensors.items():
+            content = {key: tensor.detach().contiguous() for key, tensor in content.items()}
+            save_file(content, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        _write_json(folder / "state.json", values)
+        files = [f"{name}.safetensors" for name in tensors] + ["state.json"]
+        _write_json(folder / MANIFEST, {name: _fingerprint(folder / name) for name in files})
+
+
+def problem(path: Path) -> str | None:
+    """What is wrong with a state on the disk: which file is missing, or is not what was written. None: it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} is damaged ({error})"
+    if not isinstance(manifest, dict) or "state.json" not in manifest:
+        return f"{MANIFEST} is damaged (it does not list state.json)"
+    for name, expected in manifest.items():
+        try:
+            if Path(name).name != name or _fingerprint(path / name) != expected:
+                return f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
+    return None
+
+
+def _fingerprint(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def _write_json(path: Path, values: dict) -> None:
+    with open(path, "wb") as file:
+        file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -94,9 +142,8 @@ def newest_state(folder: Path, say=print) -> Path | None:
         reason = problem(path)
         if reason is None:
             return path
-        aside = path.with_name(f"broken-{path.name}")
         try:
-            os.rename(path, aside)  # kept for whoever wants to look; it counts no longer
+            aside = rename(path, f"broken-{path.name}")  # kept for whoever wants to look; it no longer counts
             say(f"{path}: {reason}; trying the one before ({aside.name} is what is left of it)")
         except OSError:
             say(f"{path}: {reason}; trying the one before")
