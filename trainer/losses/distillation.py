@@ -29,11 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.console import UserError
+from common.console import Progress, UserError
 from common.files import ROOT, atomic_file
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
-from dataset.tokens.token_cache import Progress
 from model.checkpoint import Checkpoint, find_weights, load_weights
 from model.lora import prepare_for_inference
 from tokenizer.find import tokenizer_of

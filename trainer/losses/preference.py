@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.console import Progress
 from common.files import atomic_file
 from dataset.batches.preference import PairBatch, PairLoader, PreferenceDataset
 from dataset.tokens.cache import cache_root
-from dataset.tokens.token_cache import Progress
 from model.lora import adapter_disabled
 from trainer.loop.backend import Backend
 
