@@ -1,8 +1,8 @@
-"""Every file operation of a save, seen one by one: to record it, to die or to fail at the i-th, to cut the power.
+"""Observes every file operation of a save: to record it, to exit or fail at the i-th one, to simulate a power cut.
 
     with Operations(root) as log: save()            log.done: what it did, in order
     with Operations(root, before=f): save()         f(i, operation) may raise or end the process; a write is half done
-    for disk in after_power_cut(base, log.done, i, random): ...      what a disk may hold that lost power after i
+    for disk in after_power_cut(base, root, log.done[:i], random): ...    what the disk may hold after a power cut
 
 Operation = (kind, path, extra): create, write (its bytes), fsync, mkdir, rename (the new path), unlink, rmdir.
 """
@@ -28,7 +28,7 @@ class Operation(NamedTuple):
 
 
 class Operations:
-    """Stands between Python and the operating system for everything below `root`."""
+    """Replaces Python's file functions while the block runs, for everything below `root`."""
 
     def __init__(self, root: Path, before: Callable[[int, Operation], None] = lambda i, operation: None):
         self.root, self.before, self.done, self.asked = str(root), before, [], -1
@@ -89,12 +89,12 @@ class Operations:
         return _File(self, raw, str(path))
 
     def _serialize(self, tensors, path, metadata=None):
-        """The same bytes as safetensors' own writer, which is in Rust: its operations could not be seen."""
+        """Writes the same bytes as safetensors' own writer, whose operations cannot be observed: it is in Rust."""
         with open(path, "wb") as file:
             file.write(safetensors.serialize(tensors, metadata))
 
     def _rmtree(self, path, ignore_errors=False):
-        """The same as shutil's, in operations that can be seen."""
+        """Does the same as shutil's, in operations that can be observed."""
         try:
             for folder, folders, files in os.walk(path, topdown=False):
                 for name in files:
@@ -125,7 +125,7 @@ class _File:
         def both_halves():
             self.raw.write(data[len(data) // 2 :])
 
-        self.raw.write(data[: len(data) // 2])  # what a death or a full disk leaves of a write
+        self.raw.write(data[: len(data) // 2])  # what a kill or a full disk leaves of a write
         self.log._do(Operation("write", self.path, data), both_halves)
         return len(data)
 
@@ -134,7 +134,7 @@ class _File:
 
 
 class Disk:
-    """Files and directories as the disk knows them: a directory is {name: node}, a file is bytes."""
+    """Files and directories as they are on the disk: a directory is {name: node}, a file is bytes."""
 
     def __init__(self, folder: Path):
         self.root = {}
@@ -194,7 +194,7 @@ def _replay(disk: Disk, root: Path, operations: list[Operation], names: Callable
         return tree, name
 
     def entry(tree: dict, name: str, node) -> None:
-        """The change of a name, once the disk has it."""
+        """Notes a changed name, which the disk has after the next fsync of its directory."""
         pending.setdefault(id(tree), []).append((name, node))
 
     for kind, path, extra in operations:

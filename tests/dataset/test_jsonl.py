@@ -308,5 +308,5 @@ def test_what_stands_after_an_array_is_not_lost_silently(rest, tmp_path):
 def test_a_row_over_several_lines_is_named_as_such(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{\n  "text": "a"\n}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="a row has to stand on one line"):
+    with pytest.raises(ValueError, match="a row has to be on one line"):
         Jsonl(path)[0]

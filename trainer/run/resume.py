@@ -32,7 +32,7 @@ from model.checkpoint import read_plain
 
 MANIFEST = "manifest.json"
 
-# What a continued run may not change, since it would no longer be the same run
+# Options that a continued run may not change: it would be another run
 FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
 RULE = (
     f"a continued run keeps its architecture, data, tokenizer, parent weights, {', '.join(FIXED)} and the examples of "
@@ -112,8 +112,11 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
 
 @contextmanager
 def rollback_interrupted_step(device: torch.device, received: list[int], alone: bool):
-    """A step that a Ctrl-C breaks off has not been. The terminal sends it to the compiler that torch.compile has
-    started as well, which ends with an error of its own; that is put into the list, instead of being raised."""
+    """Undoes a step that Ctrl-C interrupts, by setting the random state back.
+
+    The terminal sends Ctrl-C to the compiler processes of torch.compile, too, which then fail. After Ctrl-C (`received`
+    is not empty) in a run of one process (`alone`), such an error is put into the list that is yielded, not raised.
+    """
     failed: list[Exception] = []
     before = random_state(device) if alone else None
     try:
@@ -126,7 +129,7 @@ def rollback_interrupted_step(device: torch.device, received: list[int], alone: 
 
 
 def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Numbers that nobody could continue from never replace ones that somebody can."""
+    """UserError if a tensor has NaN or infinity: a state that nobody can continue from must not replace a good one."""
     for kind, content in tensors.items():
         for name, tensor in content.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -137,7 +140,7 @@ def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
 
 
 def newest_state(folder: Path, say=print) -> Path | None:
-    """The newest whole state of a run's folder; broken ones are named and set aside."""
+    """The newest whole state in a run's folder, None if there is none. Broken ones are named and set aside."""
     for path in reversed(_states(folder)):
         reason = problem(path)
         if reason is None:
@@ -151,12 +154,12 @@ def newest_state(folder: Path, say=print) -> Path | None:
 
 
 def is_newest(state: Path) -> bool:
-    """Whether its run has gone no further."""
+    """Whether its run has no newer state."""
     return state == _states(state.parent)[-1]
 
 
 def clean(states: Path, *folders: Path) -> None:
-    """Removes what a killed save left half written in these folders and in those of the runs below `states`."""
+    """Removes what killed saves left, in `folders` and in the folders of the runs below `states`."""
     for folder in (*folders, *states.glob("*")):
         sweep(folder)
 
@@ -173,30 +176,32 @@ def read_values(path: Path) -> dict:
 
 
 def is_of(run: dict, weights: Path) -> bool:
-    """Whether an earlier process of the run with this lineage entry has written that file."""
+    """Whether the weights file was written by an earlier process of the run that this lineage entry belongs to."""
     try:
         last = read_plain(weights)["lineage"][-1]
-    except (ValueError, KeyError, IndexError):  # not there, damaged, or of somebody else
+    except (ValueError, KeyError, IndexError):  # not there, damaged, or of another program
         return False
     return last["steps"] <= run["steps"] and all(last.get(k) == run[k] for k in ("stage", "data", "parent", "seed"))
 
 
 def new_run(states: Path) -> str:
-    """A name that no run has yet, later in the alphabet than all before."""
+    """A name for a new run, from the time: it sorts after the names of all earlier runs."""
     name = time.strftime("%Y%m%d-%H%M%S")
     return name if not (states / name).exists() else f"{name}-{1 + len(list(states.glob(f'{name}*')))}"
 
 
 def launch() -> str:
-    """Which start of torchrun this process belongs to: the same for all its restarts."""
+    """Identifies the start of torchrun that this process belongs to; it stays the same when torchrun restarts it."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}@{socket.gethostname()}:{os.getppid()}"
 
 
 def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
-    """The state that --from_resume means: 0 none, 1 or auto the newest run of this identity below `states`, or a path.
+    """The state that --from_resume means, None for a new run.
 
-    A process that torchrun has restarted goes on where this launch of torchrun was, whatever the flag says.
-    ValueError where runs exist, but none of this identity.
+    wanted    0: none; 1 or auto: of the newest run below `states` with this identity; else the path of a state or run
+    identity  what has to be equal, see RULE; UserError if there are states, but none of this identity
+
+    A process that torchrun has restarted continues what this launch of torchrun has saved, whatever the flag says.
     """
     newest = lambda: [state for run in sorted(states.glob("*"), reverse=True) if (state := newest_state(run, say))]
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
@@ -208,7 +213,7 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
     if wanted in ("1", "auto"):
         candidates = newest()
         if not candidates:
-            say(f"nothing to resume in {states}: starting afresh")
+            say(f"nothing to resume in {states}: starting a new run")
             return None
     else:
         candidates = [_at(Path(wanted), say)]
@@ -228,7 +233,7 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
 
 
 def _at(path: Path, say) -> Path:
-    """What a typed path means: a state, or the newest one of a run."""
+    """The state at a path that the user gave: of a state, or of a run, which means its newest state."""
     if _number(path):
         if reason := problem(path):
             raise UserError(f"--from_resume {path}: {reason}; take another step_* beside it, or auto")
@@ -240,6 +245,7 @@ def _at(path: Path, say) -> Path:
 
 
 def _short(value) -> str:
+    """As JSON; a long one as its hash."""
     text = json.dumps(value)
     return text if len(text) <= 60 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -251,11 +257,12 @@ def _number(path: Path) -> tuple[int, int] | None:
 
 
 def _states(folder: Path) -> list[Path]:
+    """The states in a run's folder, the oldest first."""
     return sorted((path for path in folder.glob("step_*") if _number(path) and path.is_dir()), key=_number)
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """{"<parameter>/<kind>": tensor}, whichever optimiser holds the parameter."""
+    """{"<parameter>/<kind>": tensor}, "lm_head.weight/exp_avg" for instance, of all optimisers together."""
     found = {}
     for optimizer in optimizers:
         for name, parameter in model.named_parameters():
@@ -265,6 +272,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for key, tensor in tensors.items():
