@@ -32,8 +32,8 @@ def run(main: Callable[[], Any]) -> None:
     The exit status is 2 after a mistake, 130 after Ctrl-C, 141 if whoever read the output (`| head`) has closed it.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a console that lacks a character must not end the program
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a console that lacks a character must not end the program
     try:
         main()
         sys.stdout.flush()

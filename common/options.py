@@ -143,13 +143,14 @@ def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, 
     parser.add_argument("--config", help=argparse.SUPPRESS, nargs="?", const="")
     for spec in known.values():
         for spelling in spec.spellings():
-            bare = spec.kind is bool or spec.switch or spec.stands_for(spelling)
+            bare = "true" if spec.kind is bool or spec.switch or spec.stands_for(spelling) else ""
             parser.add_argument(
                 f"--{spelling}",
                 dest=spec.name,
                 action=_Record,
                 help=argparse.SUPPRESS,
-                **{"nargs": "*"} if spec.many else {"nargs": "?", "const": "true" if bare else ""},
+                nargs="*" if spec.many else "?",
+                const=None if spec.many else bare,
             )
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     seen, unknown = parser.parse_known_args(words, argparse.Namespace(given=[]))
@@ -174,7 +175,7 @@ class _Record(argparse.Action):
     """Records (option, spelling, text) of every flag in order, so that a message can name contradictory ones."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        namespace.given.append((self.dest, option_string[2:], values or ""))
+        namespace.given.append((self.dest, (option_string or "")[2:], values or ""))
 
 
 def _underscored(word: str) -> str:
@@ -224,7 +225,8 @@ def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple
         problems.append(f"--config {path}: {error.strerror}" if path else "--config: needs a file")
         return []
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
         problems.append(f"--config {path}{line}: {getattr(error, 'problem', None) or error}")
         return []
     if not isinstance(tree, dict):

@@ -190,6 +190,12 @@ def array_to_jsonl(path: Path, target: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(starts, np.int64), np.array(lines, np.int64)
 
 
+def _after_space(text: str, at: int) -> int:
+    """The position of the first character from `at` on that is not white space."""
+    found = SPACE.match(text, at)
+    return found.end() if found else at
+
+
 class _ArrayReader:
     """Reads a JSON array element by element, in a window of text that grows until an element fits."""
 
@@ -218,7 +224,7 @@ class _ArrayReader:
     def skip(self, characters: str) -> str:
         """Skips white space and then one of `characters`, if it is next. Returns that character, or ""."""
         while True:
-            self.at = SPACE.match(self.text, self.at).end()
+            self.at = _after_space(self.text, self.at)
             found = self.text[self.at : self.at + 1]
             if found or self.ended:
                 found = found if found and found in characters else ""
@@ -235,7 +241,7 @@ class _ArrayReader:
         """(line number, text on one line). Line ends in JSON stand between tokens, never inside one."""
         while True:
             try:
-                self.at = SPACE.match(self.text, self.at).end()
+                self.at = _after_space(self.text, self.at)
                 _, end = self.decode(self.text, self.at)
                 line, text, self.at = self.line(), self.text[self.at : end], end
                 return line, LINE_END.sub(" ", text) if "\n" in text or "\r" in text else text
@@ -291,8 +297,8 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _value(text: str) -> object:
-    try:
-        value, end = _decoder.scan_once(text, 0)  # `decode` without its two searches for white space
+    try:  # `decode` without its two searches for white space, which take time
+        value, end = _decoder.scan_once(text, 0)  # type: ignore[attr-defined]
         if end == len(text):
             return value
     except StopIteration:

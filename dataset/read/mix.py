@@ -92,15 +92,15 @@ def prepare(
         left -= file.limit
     with ExitStack() as stack:
         train = stack.enter_context(Writer(target))
-        val = stack.enter_context(Writer(val_target)) if val_fraction else None
+        val = stack.enter_context(Writer(val_target)) if val_target and val_fraction else None
         held_out = _held_out(files + extra, val_fraction, seed)
         for line, side in _lines(files, report, held_out):
             report.task += 1
-            (val if side else train).write(line)
+            (val if val and side else train).write(line)
         task_rows, kept = train.rows, []
         for line, side in _lines(extra, report, held_out):
             report.identity += 1
-            val.write(line) if side else kept.append(line)
+            val.write(line) if val and side else kept.append(line)
         wanted = max(len(kept), round(task_rows / ratio)) if ratio else len(kept)
         for i in range(wanted if kept else 0):
             train.write(kept[i % len(kept)])

@@ -118,6 +118,6 @@ class Mapped:
         self._touched += found.nbytes + self.FAULT
         if self._touched > self.KEEP:
             self._touched = 0
-            if hasattr(self._map, "madvise"):
+            if self._map is not None and hasattr(self._map, "madvise"):
                 self._map.madvise(mmap.MADV_DONTNEED)
         return found

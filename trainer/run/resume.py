@@ -43,8 +43,8 @@ RULE = (
 def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep_last: int) -> Path:
     """Writes <folder>/step_<n> from {"weights": {name: tensor}, ...} and plain values; then removes all but the newest
     `keep_last` states. Returns the new state's folder."""
-    again = [path for path in _states(folder) if _number(path)[0] == step]
-    final = folder / (f"step_{step:08d}" + (f".{_number(again[-1])[1] + 1}" if again else ""))
+    again = [number[1] for path in _states(folder) if (number := _number(path)) and number[0] == step]
+    final = folder / (f"step_{step:08d}" + (f".{again[-1] + 1}" if again else ""))
     write_state(final, tensors, state)
     for old in _states(folder)[:-keep_last]:
         remove_folder(old)
@@ -122,7 +122,7 @@ def rollback_interrupted_step(device: torch.device, received: list[int], alone: 
     try:
         yield failed
     except Exception as error:
-        if not (alone and received):
+        if before is None or not received:
             raise
         set_random_state(before, device)
         failed.append(error)
@@ -258,7 +258,8 @@ def _number(path: Path) -> tuple[int, int] | None:
 
 def _states(folder: Path) -> list[Path]:
     """The states in a run's folder, the oldest first."""
-    return sorted((path for path in folder.glob("step_*") if _number(path) and path.is_dir()), key=_number)
+    found = [(number, path) for path in folder.glob("step_*") if (number := _number(path)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
