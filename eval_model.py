@@ -348,9 +348,9 @@ def measure(model: CausalLM, tokenizer: Tokenizer, checkpoint: Checkpoint, confi
     result = run_benchmark(model, tokenizer, config.question_seed)
     screen.write(f"{result['table']}\n{result['score']:.1%} of all questions, answered in {result['seconds']} s\n")
     if config.json:
-        from common.files import atomic
+        from common.files import atomic_file
 
-        with atomic(Path(config.json)) as temporary:
+        with atomic_file(Path(config.json)) as temporary:
             content = {"weights": str(checkpoint.path), "lineage": checkpoint.lineage, **result}
             temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""How a program meets its user: mistakes are told in one line, and what cannot work is said before it starts.
+"""What a program says to its user: mistakes in one line, and the progress of long work.
 
 if __name__ == "__main__":
     run(main)      # UserError: one line and status 2; Ctrl-C: 130; any other exception: its traceback
@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,21 @@ from common.files import ROOT
 
 
 class UserError(ValueError):
-    """What the user can mend: its message names the file, line or flag, the value, and the way out. `run` shows it in
-    one line; every other exception is a mistake of ours and keeps its traceback."""
+    """A mistake that the user can correct. Its message names the file, line or flag, the value, and what to do.
+
+    `run` prints it in one line; every other exception is a bug and keeps its traceback.
+    """
 
 
 def run(main: Callable[[], Any]) -> None:
-    """main(), with the user's mistakes in one line and ours with their traceback (everything: SPARROW_TRACEBACK=1)."""
+    """Calls main(). A user's mistake is printed in one line, a bug with its traceback.
+
+    SPARROW_TRACEBACK=1 in the environment: mistakes are printed with their traceback, too.
+    The exit status is 2 after a mistake, 130 after Ctrl-C, 141 if whoever read the output (`| head`) has closed it.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a console that lacks a character is no reason to die
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a console that lacks a character must not end the program
     try:
         main()
         sys.stdout.flush()
@@ -37,15 +44,18 @@ def run(main: Callable[[], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (UserError, OSError) as error:
-        ours = isinstance(error, OSError) and not _met_by_us(error)
-        if ours or os.environ.get("SPARROW_TRACEBACK", "0") != "0":
+        bug = isinstance(error, OSError) and not _raised_in_our_code(error)
+        if bug or os.environ.get("SPARROW_TRACEBACK", "0") != "0":
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _met_by_us(error: OSError) -> bool:
-    """Whether our code met it through nothing but the standard library: then the system's words are for the user."""
+def _raised_in_our_code(error: OSError) -> bool:
+    """Whether our code or the standard library, called by it, raised it: then it is about a file of the user's.
+
+    An OSError of another package may be a bug, and needs its traceback.
+    """
     import traceback
 
     library = os.path.dirname(os.__file__)
@@ -55,7 +65,7 @@ def _met_by_us(error: OSError) -> bool:
 
 
 def _belongs(filename: str, folder: str) -> bool:
-    """Whether a source file is part of this folder, installed packages in it aside (.venv)."""
+    """Whether a source file is part of this folder; packages installed in it (.venv) do not count."""
     path = os.path.realpath(filename)
     if filename.startswith("<frozen "):  # parts of the standard library
         return folder != str(ROOT)
@@ -63,7 +73,7 @@ def _belongs(filename: str, folder: str) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """The message of a ValueError; for what the operating system says, words that name the way out."""
+    """The error's message; for an error of the operating system, the file and what to do."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
@@ -78,7 +88,7 @@ def explain(error: BaseException) -> str:
 
 
 def check_writable(save_dir: str) -> None:
-    """What cannot be written is to be known before hours are spent on it."""
+    """UserError if nothing can be written to `save_dir`: better now than after hours of training."""
     folder = next(place for place in (Path(save_dir), *Path(save_dir).absolute().parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -86,3 +96,35 @@ def check_writable(save_dir: str) -> None:
     except OSError as error:
         reason = error.strerror if folder.is_dir() else f"{folder} is not a directory"
         raise UserError(f"--save_dir {save_dir}: nothing can be written there ({reason}); choose another") from None
+
+
+class Progress:
+    """Progress of long work on stderr: a bar on a terminal, elsewhere a line every ten seconds.
+
+    what  what is being done, e.g. "tokenising a.jsonl"
+    size  the whole work, in units ("B": bytes)
+    """
+
+    def __init__(self, what: str, size: int, unit: str = "B"):
+        self.what, self.size, self.unit, self.done, self.bar = what, size, unit, 0, None
+        self.began = self.printed = time.monotonic()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=size, desc=what, unit=unit, unit_scale=True)
+
+    def advance(self, size: int) -> None:
+        """Another `size` units are done."""
+        self.done += size
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(size)
+        elif now - self.printed > 10:
+            self.printed = now
+            rate = self.done / (now - self.began)
+            rate = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:,.1f} {self.unit.strip()}/s"
+            print(f"{self.what}: {self.done / self.size:.0%}, {rate}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()

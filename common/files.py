@@ -1,12 +1,22 @@
-"""The one way to write: what has a name is whole, whenever a process is killed and the power is cut."""
+"""The one way to write. A file or folder has its name only once all of it is on the disk.
+
+    with atomic_file(path) as temporary:          # or atomic_folder(path)
+        temporary.write_text("...")               # a kill, a full disk or a power cut: `path` is as it was before
+
+Everything is written under a hidden name beside the target, flushed to the disk (fsync), then renamed; then the parent
+folder is flushed, which makes the new name survive a power cut.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import socket
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,29 +24,94 @@ ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 
 @contextmanager
-def atomic(path: Path):
-    """A name to write to, which becomes `path` only once everything is on the disk: a kill or a full disk never leaves
-    half a file, and never costs the one that was there."""
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yields a name to write to; at the end of the block, that file replaces `path`.
+
+    If the block or the system fails, `path` is untouched and the temporary file is removed.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    with _system_errors(path):
+        _make_folder(path.parent)
+        sweep(path.parent, path.name)
+        temporary = temporary_name(path)
+        try:
+            with open(temporary, "wb"):
+                mode = os.stat(temporary).st_mode
+            yield temporary
+            _flush(temporary, mode)
+            os.replace(temporary, path)
+            flush_folder(path.parent)
+        finally:
+            with suppress(OSError):  # renamed already; or the disk is gone, and the first error is the one to report
+                temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yields an empty folder to fill; at the end of the block, it becomes `path`, with all that is in it.
+
+    If the block or the system fails, the temporary folder is removed. A folder that is there already is never replaced:
+    that is an OSError.
+    """
+    path = Path(path)
+    with _system_errors(path):
+        _make_folder(path.parent)
+        sweep(path.parent, path.name)
+        temporary = temporary_name(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+            mode = temporary.stat().st_mode & 0o666
+            for inside in sorted(temporary.rglob("*"), reverse=True):  # what is in a folder before the folder
+                flush_folder(inside) if inside.is_dir() else _flush(inside, mode)
+            flush_folder(temporary)
+            os.rename(temporary, path)
+            flush_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def lock(path: Path | str, message: str) -> Iterator[None]:
+    """Holds the lock file `path` inside the block; prints `message` to stderr if another process holds it.
+
+    The system frees the lock when its holder dies, so a killed process blocks nobody. On drives without locks (some
+    network drives) the block runs without one: at worst, two processes do the same work.
+    """
+    from filelock import FileLock, Timeout
+
+    # its substitute for missing locks is a file that a killed process leaves behind, for others to wait for
+    held = FileLock(path, fallback_to_soft=False)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # what the system says of a full disk does not tell where
-        raise
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            print(message, file=sys.stderr, flush=True)
+            held.acquire()
+    except (OSError, NotImplementedError):
+        pass  # there are no locks here
+    try:
+        yield
     finally:
-        with suppress(OSError):  # gone already, as it should; or the disk is, and the first error is the one to hear of
-            temporary.unlink()
+        held.release()
+
+
+def hash_file(path: Path | str) -> str:
+    """SHA-256 of its bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def keep_previous(path: Path) -> str:
-    """What is about to be replaced gets a second name, `<name>.previous.pth`, which no `--weight` means by chance -> a
-    line to print, empty if there was nothing. That it cannot be kept is no reason to end a run."""
+    """Gives a file that will be replaced a second name, `<name>.previous.pth`, which no `--weight` finds.
+
+    Returns a line to print, empty if there is no such file. That it cannot be kept is a warning and no error.
+    """
     if not path.exists():
         return ""
     kept = path.with_name(f"{path.stem}.previous{path.suffix}")
@@ -47,7 +122,7 @@ def keep_previous(path: Path) -> str:
         except OSError:  # a file system without links
             shutil.copy2(path, temporary)
         os.replace(temporary, kept)
-        sync_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
@@ -55,21 +130,45 @@ def keep_previous(path: Path) -> str:
     return f"{path} is replaced; what it was is now {kept.name}"
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder under a temporary name, so that a kill never leaves half of it under its own name.
+
+    An error is ignored (another process reads it, say): whoever tries again removes it.
+    """
+    with suppress(OSError):
+        doomed = temporary_name(folder)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def rename(path: Path, name: str) -> Path:
+    """Gives a file or folder another name in the same parent folder; the new path."""
+    new = path.with_name(name)
+    os.rename(path, new)
+    return new
+
+
 def temporary_name(path: Path) -> Path:
-    """Hidden, beside it, and telling whose it is."""
+    """A hidden name in the same folder, with the machine and process that it belongs to: `.<name>.<host>-<pid>.tmp`."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Removes what killed processes left half written: anything of a process of this machine that no longer runs (or
-    has this one's number, which is then a former life in the same container), and what is older than a day."""
-    swept = []
+def sweep(folder: Path, name: str | None = None) -> list[Path]:
+    """Removes temporary files and folders that killed processes left: all in `folder`, or those of one name.
+
+    A process counts as killed if it is of this machine and no longer runs. So does one with our own number: before a
+    restart, the same container had it. What is older than a day is removed in any case. Returns what was removed.
+    """
+    swept, host = [], socket.gethostname()
+    whose = re.compile(rf"\.{re.escape(name) if name else '.+?'}\.({re.escape(host)}|[^.]+)-(\d+)\.tmp")
     for path in folder.glob(".*.tmp"):
-        owner = re.search(r"\.([^/]+)-(\d+)\.tmp$", path.name)
+        owner = whose.fullmatch(path.name)
+        if name and not owner:
+            continue
         try:
             old = time.time() - path.stat().st_mtime > 86400
-            here = owner and owner[1].endswith(socket.gethostname()) and os.name == "posix"
-            if old or (here and not _runs_beside_us(int(owner[2]))):
+            killed = owner is not None and owner[1] == host and not _another_runs(int(owner[2]))
+            if old or killed:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 swept.append(path)
         except OSError:  # gone already, or not ours to remove
@@ -77,9 +176,22 @@ def sweep(folder: Path) -> list[Path]:
     return swept
 
 
-def _runs_beside_us(process: int) -> bool:
+def flush_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut. Only POSIX systems can open folders; others need not."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _another_runs(process: int) -> bool:
+    """Whether another process than this one has that number; where nobody can ask (not POSIX): True."""
+    if os.name != "posix":
+        return True
     try:
-        os.kill(process, 0)  # asks only
+        os.kill(process, 0)  # signal 0 only asks
     except ProcessLookupError:
         return False
     except OSError:
@@ -87,11 +199,43 @@ def _runs_beside_us(process: int) -> bool:
     return process != os.getpid()
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in it survive a power cut. Only POSIX systems can open directories; others need not."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _flush(file: Path, mode: int) -> None:
+    """Flushes a file's bytes to the disk. `mode`: its permissions, since safetensors makes files that only their owner
+    can read."""
+    if os.name == "posix" and file.stat().st_mode & 0o777 != mode & 0o777:
+        with suppress(OSError):  # a file system without permissions
+            os.chmod(file, mode & 0o777)
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and its parents, each of which survives a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush_folder(path.parent)
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """An error of the system inside the block names a file: `path`, if it names no other.
+
+    safetensors' writer, which is in Rust, raises an error of its own, with the system's number in its text: it becomes
+    the OSError that Python's own functions raise.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # else its text is ours, and says everything
+            error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if not found or not isinstance(error, SafetensorError):
+            raise
+        number = int(found[1])
+        # on Windows it is a winerror, the fourth argument, from which Python works out errno
+        raise OSError(number, os.strerror(number), str(path), number) from error

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
-from common.files import atomic
+from common.files import atomic_file
 from model.config import ModelConfig
 from model.interop.hf import load_hf
 from model.interop.minimind import config_from_state
@@ -93,7 +93,7 @@ def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage:
 def write_plain(path: Path, values: dict, **tensors: dict[str, Tensor]) -> Path:
     """Plain values, tensors and their hashes -> a .pth file, whole or not at all."""
     content = values | tensors | dict(sha256={name: hash_of(state) for name, state in tensors.items()})
-    with atomic(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # its writer hides what the system said: that the disk is full

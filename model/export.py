@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from common.console import UserError
-from common.files import atomic
+from common.files import atomic_file
 from model.checkpoint import Checkpoint
 from model.interop.hf import config_to_hf
 
@@ -30,10 +30,10 @@ def save_hf(directory: Path | str, checkpoint: Checkpoint, tokenizer: Path | str
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.state.items()}
     if checkpoint.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # stored once
-    with atomic(directory / "model.safetensors") as temporary:
+    with atomic_file(directory / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     copy_tokenizer(directory, tokenizer)
-    with atomic(directory / "config.json") as temporary:  # last: with it the directory is a model
+    with atomic_file(directory / "config.json") as temporary:  # last: with it the directory is a model
         values |= dict(eos_token_id=sorted(stop_ids))
         temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
     return directory
@@ -43,5 +43,5 @@ def copy_tokenizer(directory: Path, tokenizer: Path | str) -> None:
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
     for name in TOKENIZER:
         if (folder / name).is_file():
-            with atomic(directory / name) as temporary:
+            with atomic_file(directory / name) as temporary:
                 shutil.copyfile(folder / name, temporary)

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from benchmarks.faults import bad_steps, damage, operations, stops
+from common import files
 from tests.helpers.small_run import ROOT
-from trainer.run import durable
 from trainer.run.logger import RunLogger
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
@@ -60,7 +60,7 @@ def test_the_simulated_disk_sees_a_missing_fsync(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(os, name)
 
-    monkeypatch.setattr(durable, "os", Careless())
+    monkeypatch.setattr(files, "os", Careless())
     assert operations.power_cuts(tmp_path / "base", tmp_path / "root", 4, every=8)[1]
 
 

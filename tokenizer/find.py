@@ -1,4 +1,4 @@
-"""Which tokenizer belongs to some weights. A wrong one turns every answer into noise, so it is refused by its hash."""
+"""Finds the tokenizer that weights were trained with. With another one, every answer would be noise; its hash tells."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizer.text import SHIPPED, Tokenizer
 
 
 def backup_path(directory: Path, hash: str) -> Path:
-    """Where a tokenizer stays that another one replaces: weights may still need it."""
+    """Where a tokenizer is kept when another one replaces it in `directory`: weights may still need it."""
     directory = directory.absolute()
     return directory.parent / f"{directory.name}-{hash[:12]}"
 
@@ -17,13 +17,15 @@ def backup_path(directory: Path, hash: str) -> Path:
 def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | None = None) -> Tokenizer:
     """The tokenizer that `weights` were trained with.
 
-    recorded  {"path", "hash"} as the weights file has it; empty for files of other projects
-    path      where to look instead (--tokenizer_path); what is found there has to be the same tokenizer all the same
+    recorded    {"path", "hash"} from the weights file; empty for files of other projects
+    weights     their file or folder
+    vocab_size  number of token embeddings; a tokenizer with more tokens is a UserError
+    path        look only here (--tokenizer_path); the hash must still match
     """
     folder = weights if weights.is_dir() else weights.parent
     if path is not None:
         places = [Path(path)]
-    else:  # a path below the repository is recorded relative to it, so that a clone can be moved
+    else:  # a path inside the repository is recorded relative to it, so that the repository can be moved
         places = [SHIPPED.parent / recorded["path"]] if recorded.get("path") else []
         places += [folder, folder / "tokenizer"] + ([SHIPPED] if recorded else [])
     if recorded.get("hash"):

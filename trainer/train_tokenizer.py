@@ -3,9 +3,9 @@
     python trainer/train_tokenizer.py --vocab_size 2000                  # on the tiny world: half a minute on a CPU
     python trainer/train_tokenizer.py --data_path dataset/pretrain_hq.jsonl dataset/sft_mini_512.jsonl:4 --holdout 10
 
-Every text in a row counts, whatever the row's layout. FILE:3 counts a file three times, FILE:0.1 takes a tenth of its
-rows. `--holdout 10` leaves every tenth row (by its hash) out of training, and takes the figures on those rows alone.
-The shipped tokenizer/ was made by this script; docs/tokenizer.md has the command and explains the choices.
+All text of a row is used, whatever the row's layout. FILE:3 counts a file three times, FILE:0.1 takes a tenth of its
+rows. `--holdout 10` leaves out every tenth row (by its hash) and measures on these rows only. The shipped tokenizer/
+was made by this script; docs/tokenizer.md has the command and explains the choices.
 """
 
 import sys
@@ -16,7 +16,6 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -24,23 +23,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.console import UserError, check_writable, run
-from common.files import ROOT
+from common.files import ROOT, atomic_file, atomic_folder, hash_file, remove_folder
 from common.options import Options, option, parse
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 MARKUP = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/"))
-SPARE = tuple(f"<|spare_{n}|>" for n in range(5))  # for what comes later, without a new vocabulary
+SPARE = tuple(f"<|spare_{n}|>" for n in range(5))  # for control tokens added later, without a new vocabulary
 FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json")
 SMALLEST = len(SPECIAL + MARKUP + SPARE) + 256
 
-# Qwen2's (huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json), which llama.cpp knows as "qwen2": digits one by one
+# Qwen2's (huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json); llama.cpp calls it "qwen2". Every digit is one token
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 UNSPACED = r"[^\r\n\p{L}\p{N}]?[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]{1,16}"
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-NO_CONTENT = ("from", "type", "id")  # keys whose values are words of the file format
+NO_CONTENT = ("from", "type", "id")  # keys whose values belong to the file format, and are no text
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,25 @@ class TokenizerConfig(Options):
         aliases=("data_file", "train_path"),
     )
     save_dir: str = option(str(ROOT / "out" / "tokenizer"), "where it is written", aliases=("output_dir",), path=True)
-    vocab_size: int = option(6400, "entries, control tokens and the 256 bytes included", within=f"[{SMALLEST}, inf)")
-    holdout: int = option(0, "keep every Nth row out of training, to measure on (0: none)", within="[0, inf)")
-    chinese_weight: float = option(1.0, "count rows in Chinese so many times more", within="(0, inf)")
-    sample_mb: float = option(32.0, "sample about so much of the files: 32 MB of Chinese take 2 GB", within="(0, inf)")
+    vocab_size: int = option(
+        6400, "number of tokens, with the control tokens and the 256 bytes", within=f"[{SMALLEST}, inf)"
+    )
+    holdout: int = option(
+        0, "leave every Nth row out of training, and measure on these rows (0: none)", within="[0, inf)"
+    )
+    chinese_weight: float = option(1.0, "count a row in Chinese so many times", within="(0, inf)")
+    sample_mb: float = option(
+        32.0, "train on a sample of about so many MB; 32 MB of Chinese need 2 GB of memory", within="(0, inf)"
+    )
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int):
-    """A `tokenizers.Tokenizer`, the same for the same texts. Encodes with the control tokens, unlike tokenizer/text.py.
+    """A `tokenizers.Tokenizer`, the same for the same texts. Unlike tokenizer/text.py, it finds control tokens in text.
 
-    The trainer keeps every distinct word, and walks through all of a word for each merge in it. To WORDS a clause of
-    Chinese is one word, and a novel without punctuation too. So in training such text is cut into runs; a mark before a
-    clause stays with it, because "，我" is worth a token. Few runs occur twice, though: memory still grows by 200 bytes
-    a Chinese character (100 GB for 1.5 GB, huggingface/tokenizers#1795), which is why there is `--sample_mb`.
+    The trainer keeps every distinct word, and goes through the whole word for each merge in it. WORDS takes a clause of
+    Chinese for one word, even a novel without punctuation. So in training, such text is cut into runs of 16 characters;
+    a punctuation mark before a clause stays with it, because "，我" is worth a token. Few runs occur twice, though, so
+    memory grows by 200 bytes a Chinese character (100 GB for 1.5 GB, huggingface/tokenizers#1795): hence `--sample_mb`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -84,14 +89,16 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     spec = json.loads(tokenizer.to_str())
-    for token in spec["added_tokens"]:  # not "special", as in Qwen3: other libraries hide those when they decode
+    for token in spec["added_tokens"]:  # markup is not "special", as in Qwen3: others leave special tokens out of text
         token["special"] = token["content"] not in MARKUP
     return Tokenizer.from_str(json.dumps(spec))
 
 
 def save(tokenizer, directory: str | Path) -> None:
-    """tokenizer.json with the shipped chat template and configuration beside it, so that there is only one format.
-    Another one that was there is kept beside the directory, where the weights that need it find it."""
+    """Writes tokenizer.json, and beside it the shipped chat template and configuration: there is only one chat format.
+
+    Another tokenizer that is there is kept beside the directory, where `tokenizer_of` finds it for its weights.
+    """
     from tokenizer.find import backup_path
     from tokenizer.text import SHIPPED, Tokenizer
 
@@ -103,28 +110,26 @@ def save(tokenizer, directory: str | Path) -> None:
         try:
             kept = backup_path(directory, known := Tokenizer.load(directory).hash)
         except ValueError:  # of another kind
-            kept = backup_path(directory, known := hashlib.sha256(former.read_bytes()).hexdigest())
-        kept.mkdir(exist_ok=True)
-        for name in FILES:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, kept / name)
-    temporary = directory / f"tokenizer.json.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / "tokenizer.json")
+            kept = backup_path(directory, known := hash_file(former))
+        if not kept.is_dir():
+            with atomic_folder(kept) as folder:
+                for name in FILES:
+                    if (directory / name).is_file():
+                        shutil.copyfile(directory / name, folder / name)
+    with atomic_file(former) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     if directory != SHIPPED:
         for name in FILES[1:]:
-            shutil.copyfile(SHIPPED / name, directory / name)
+            with atomic_file(directory / name) as temporary:
+                shutil.copyfile(SHIPPED / name, temporary)
     if kept and Tokenizer.load(directory).hash == known:  # the same again
-        shutil.rmtree(kept)
+        remove_folder(kept)
     elif kept:
         print(f"the tokenizer that was in {directory} is now in {kept}, for the weights that were trained with it")
 
 
 class Corpus:
-    """Rows of weighted files. A row's hash decides its fate, so that order, other rows and threads do not matter."""
+    """Rows of weighted files. A row's hash decides whether and how often it is used, whatever the order of the rows."""
 
     def __init__(self, config: TokenizerConfig):
         from dataset.read.jsonl import Jsonl, TextFile
@@ -152,7 +157,7 @@ class Corpus:
                         yield text
 
     def measured_texts(self) -> Iterator[tuple[str, str]]:
-        """("file kind language", text) of the rows held out; of every tenth row if none are."""
+        """("file kind language", text) of the rows held out; without `--holdout`, of every tenth row."""
         for file, _ in self.files:
             for texts, number in self._rows(file):
                 if self._held_out(number) or not self.config.holdout and number % 10 == 0:
@@ -178,7 +183,7 @@ class Corpus:
 
 
 def contents(value, kind: str = "text") -> Iterator[tuple[str, str]]:
-    """(kind, text) of every text in a row. Roles count as well: the model reads one at the head of every turn."""
+    """(kind, text) of every text in a row. Roles too: the model reads one at the start of every turn."""
     if isinstance(value, str):
         yield kind, value
     elif isinstance(value, dict):
@@ -193,13 +198,13 @@ def contents(value, kind: str = "text") -> Iterator[tuple[str, str]]:
 
 
 def language_of(texts: list[tuple[str, str]]) -> str:
-    """By script: zh where a fifth of the characters are Chinese."""
+    """ "zh" if at least a fifth of the characters are Chinese, else "en"."""
     row = "".join(text for kind, text in texts if kind != "role")
     return "zh" if len(HAN.findall(row)) * 5 >= max(len(row), 1) else "en"
 
 
 def report(corpus: Corpus, directory: str | Path) -> str:
-    """Characters and bytes per token, by file and language; every text is decoded again on the way."""
+    """A table of characters and bytes per token, by file and language. Checks that decoding gives each text back."""
     from tokenizer.text import Tokenizer
 
     tokenizer, sums = Tokenizer.load(directory), Counter()

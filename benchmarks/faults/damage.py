@@ -1,9 +1,9 @@
-"""Damage to the newest state: is every kind noticed, the file named, and the state before taken?
+"""Damage to the newest state: is it always noticed, the file named, and the state before taken?
 
     python benchmarks/faults/damage.py
 
-Two states of a small model lie there. In each file of the newer one, one bit is flipped at 40 places, it is cut at
-every twentieth of its length, made longer, emptied, deleted, and replaced by the older state's. The manifest's too.
+There are two states of a small model. Each file of the newer one, its manifest too, is damaged in these ways: one bit
+flipped, at 40 places; cut at every twentieth of its length; one byte longer; deleted; replaced by the older state's.
 """
 
 import os
@@ -23,7 +23,7 @@ FLIPS, CUTS = 40, 20
 
 
 def damages(older: Path, newer: Path, chooser: random.Random) -> Iterator[tuple[str, str, bytes | None]]:
-    """(file, what is done to it, its bytes then, None for none)"""
+    """(file, what is done to it, its bytes then; None: it is deleted)"""
     for path in sorted(newer.iterdir()):
         whole, name = path.read_bytes(), path.name
         for place in sorted(chooser.sample(range(len(whole) * 8), FLIPS)):

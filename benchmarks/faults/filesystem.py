@@ -1,8 +1,8 @@
-"""Every file operation of a save, seen one by one: to record it, to die or to fail at the i-th, to cut the power.
+"""Observes every file operation of a save: to record it, to exit or fail at the i-th one, to simulate a power cut.
 
     with Operations(root) as log: save()            log.done: what it did, in order
     with Operations(root, before=f): save()         f(i, operation) may raise or end the process; a write is half done
-    for disk in after_power_cut(base, log.done, i, random): ...      what a disk may hold that lost power after i
+    for disk in after_power_cut(base, root, log.done[:i], random): ...    what the disk may hold after a power cut
 
 Operation = (kind, path, extra): create, write (its bytes), fsync, mkdir, rename (the new path), unlink, rmdir.
 """
@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors
+import safetensors.torch
+
 
 class Operation(NamedTuple):
     kind: str
@@ -25,7 +28,7 @@ class Operation(NamedTuple):
 
 
 class Operations:
-    """Stands between Python and the operating system for everything below `root`."""
+    """Replaces Python's file functions while the block runs, for everything below `root`."""
 
     def __init__(self, root: Path, before: Callable[[int, Operation], None] = lambda i, operation: None):
         self.root, self.before, self.done, self.asked = str(root), before, [], -1
@@ -35,6 +38,7 @@ class Operations:
         names = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open", "close")
         self.real = {name: getattr(os, name) for name in names}
         self.real_open, self.real_rmtree = builtins.open, shutil.rmtree
+        self.real_serialize = safetensors.torch.serialize_file
         for name in ("mkdir", "unlink", "rmdir"):
             setattr(os, name, self._simple(name))
         os.rename = os.replace = lambda a, b: self._do(Operation("rename", str(a), str(b)), self.real["replace"], a, b)
@@ -42,12 +46,14 @@ class Operations:
         os.open, os.close = self._os_open, self._os_close
         builtins.open = self._open
         shutil.rmtree = self._rmtree
+        safetensors.torch.serialize_file = self._serialize
         return self
 
     def __exit__(self, *_):
         for name, function in self.real.items():
             setattr(os, name, function)
         builtins.open, shutil.rmtree = self.real_open, self.real_rmtree
+        safetensors.torch.serialize_file = self.real_serialize
 
     def _do(self, operation: Operation, action: Callable, *arguments):
         if not operation.path.startswith(self.root):
@@ -82,8 +88,13 @@ class Operations:
         self.paths[raw.fileno()] = str(path)
         return _File(self, raw, str(path))
 
+    def _serialize(self, tensors, path, metadata=None):
+        """Writes the same bytes as safetensors' own writer, whose operations cannot be observed: it is in Rust."""
+        with open(path, "wb") as file:
+            file.write(safetensors.serialize(tensors, metadata))
+
     def _rmtree(self, path, ignore_errors=False):
-        """The same as shutil's, in operations that can be seen."""
+        """Does the same as shutil's, in operations that can be observed."""
         try:
             for folder, folders, files in os.walk(path, topdown=False):
                 for name in files:
@@ -114,7 +125,7 @@ class _File:
         def both_halves():
             self.raw.write(data[len(data) // 2 :])
 
-        self.raw.write(data[: len(data) // 2])  # what a death or a full disk leaves of a write
+        self.raw.write(data[: len(data) // 2])  # what a kill or a full disk leaves of a write
         self.log._do(Operation("write", self.path, data), both_halves)
         return len(data)
 
@@ -123,7 +134,7 @@ class _File:
 
 
 class Disk:
-    """Files and directories as the disk knows them: a directory is {name: node}, a file is bytes."""
+    """Files and directories as they are on the disk: a directory is {name: node}, a file is bytes."""
 
     def __init__(self, folder: Path):
         self.root = {}
@@ -183,7 +194,7 @@ def _replay(disk: Disk, root: Path, operations: list[Operation], names: Callable
         return tree, name
 
     def entry(tree: dict, name: str, node) -> None:
-        """The change of a name, once the disk has it."""
+        """Notes a changed name, which the disk has after the next fsync of its directory."""
         pending.setdefault(id(tree), []).append((name, node))
 
     for kind, path, extra in operations:

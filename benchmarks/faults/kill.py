@@ -4,10 +4,10 @@ moment, half of the time at a random moment of the 20 ms after a save begins.
     python benchmarks/faults/kill.py                      # 1,000 trials, some minutes
     python benchmarks/faults/kill.py --trials 50
 
-Every trial is a process that resumes (--from_resume auto), trains on, and is killed. Then every state under its own
-name has to be whole, none that had been finished may be missing without two newer ones, the weights file has to load.
-The process is forked from one that has trained already, so that a trial costs little; nothing is logged, since drawing
-the curve would be most of what a save takes.
+Every trial is a process that resumes (--from_resume auto), trains, and is killed. Then every state under its own name
+has to be whole, a finished state may be missing only if there are two newer ones, and the weights file has to load.
+The process is forked from one that has trained already, which makes a trial cheap. Nothing is logged: drawing the loss
+curve would take most of the time of a save.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def train(folder: Path, steps: int = 1_000_000) -> None:
 
 
 def watch(shared: mmap.mmap) -> None:
-    """Lets runs tell (whether they are in a save, the last step whose save was finished), and nothing else."""
+    """Makes runs write to `shared` whether they are in a save, and the last step that they saved; no logs."""
     from tokenizer.text import Tokenizer
     from trainer.loop.engine import Engine
     from trainer.run.logger import NoLogger, RunLogger
@@ -56,7 +56,7 @@ def watch(shared: mmap.mmap) -> None:
 
     def watched(self):
         if here not in (os.getpid(), os.getppid()):
-            os._exit(1)  # whoever was to kill it is gone
+            os._exit(1)  # the process that would kill it is gone
         shared[0:4] = struct.pack("i", 1)
         save(self)
         shared[0:8] = struct.pack("ii", 0, self.step)
@@ -66,11 +66,11 @@ def watch(shared: mmap.mmap) -> None:
 
 
 def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple[bool, int, str]:
-    """Killed `seconds` after its first save, or after a save begins if `aimed` -> (whether that was inside a save, the
-    last step that had been saved, what is wrong then)"""
+    """A run is killed `seconds` after its first save or, if `aimed`, after the start of a save -> (whether that was
+    inside a save, the last step that had been saved, what is wrong then)"""
     from model.checkpoint import load_weights
     from trainer.run import resume
-    from trainer.run.durable import problem
+    from trainer.run.resume import problem
 
     shared[0:8] = struct.pack("ii", 0, -1)
     child = os.fork()

@@ -1,11 +1,13 @@
-"""A save that dies, fails, or loses power at each of its file operations: is the state before still whole?
+"""A save that is killed, fails, or loses power at each of its file operations: is the state before still whole?
 
     python benchmarks/faults/operations.py            # a second save of the newest step, and one of the next step
 
-Two states lie there; `resume.save_state` and `save_weights` write what the engine writes. For every i: the process
-exits before its i-th operation, a write half done; the operation fails (broken disk), or it and all after it that need
-space (full disk); the power is cut after it, so that of what no fsync has covered the disk holds nothing, the names
-without the bytes, or any part.
+Two states are there already; `resume.save_state` and `save_weights` write what the engine writes. For every i:
+
+exits       the process exits before its i-th operation, or in the middle of it if it is a write
+failures    that operation fails (broken disk), or it and all later ones that need space (full disk)
+power_cuts  the power is cut after it. Of what no fsync has covered, the disk then holds nothing, the names without the
+            bytes, or any part
 """
 
 import argparse
@@ -27,7 +29,7 @@ from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from trainer.run import resume
-from trainer.run.durable import problem
+from trainer.run.resume import problem
 
 SHAPE = ModelConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 
@@ -47,7 +49,7 @@ def prepare(root: Path) -> None:
 
 
 def wrong(root: Path, before: float, after: float) -> str:
-    """What is not as it should be once a save of `after` has been disturbed; "" if the state before is whole."""
+    """What is wrong after a save of `after` was disturbed; "" if the state before, or the new one, is whole."""
     resume.clean(root, root)  # as the next start does
     said = []
     whole = [path for path in resume._states(root / "run") if problem(path) is None]
@@ -146,7 +148,7 @@ def main() -> int:
     every = parser.parse_args().every
     torch.set_num_threads(1)
     failed = 0
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nothing here asks the real disk
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # faults are simulated, no real disk is needed
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         base, root = Path(folder, "base"), Path(folder, "root")
         prepare(base)

@@ -24,12 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.console import UserError
+from common.console import Progress, UserError
 from dataset.doctor.token_statistics import TokenStatistics
 from dataset.read.jsonl import Chunk, Jsonl, TextFile
 from dataset.read.mapping import Mapping, Reader, find_reader
 from dataset.read.mix import Writer, encode
-from dataset.tokens.token_cache import Progress
 from tokenizer.text import Tokenizer
 
 READ_BYTES = 2 << 20  # bytes of rows read at a time

@@ -1,13 +1,13 @@
-"""JSONL files of any size: any row at once, and errors that say where.
+"""JSONL files of any size: direct access to every row, and errors that name file and line.
 
     rows = Jsonl("dataset/sft_mini_512.jsonl")
     rows[41]          # the 42nd object, parsed now; nothing else was read
     rows.where(41)    # 'dataset/sft_mini_512.jsonl:42'
 
-The file is mapped and an index tells where each row starts (int64, numpy finds the newlines), kept in the cache and
-tied to the file's size, time and a hash of its ends: ten gigabytes open at once from the second time on. Blank lines
-are no rows. A file that holds one JSON array, as `.json` files do, is rewritten into the cache as JSONL once. UTF-8
-only; a byte order mark may stand at the start.
+The file is memory-mapped, and an index holds where each row starts (int64). The index is kept in the cache, under a key
+made of the file's size, time and a hash of its first and last 64 KiB: from the second time on, ten gigabytes open at
+once. Blank lines are no rows. A file that holds one JSON array, as `.json` files do, is rewritten once as JSONL, into
+the cache. Files are UTF-8; a byte order mark at the start is skipped.
 """
 
 import difflib
@@ -16,16 +16,18 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.console import UserError
+from common.files import atomic_file, hash_file
 from dataset.tokens.cache import Mapped, cache_root, get_or_build, is_writable
 
 BLOCK = 8 << 20  # bytes read at a time
-ENDS = 64 << 10  # bytes at either end that tell whether the file is still the same
+ENDS = 64 << 10  # bytes at the start and at the end, hashed to notice that a file has changed
 BOM = b"\xef\xbb\xbf"
 SPACE, LINE_END = re.compile(r"\s*"), re.compile(r"[\r\n]\s*")
 OTHER_FILES = {
@@ -38,13 +40,18 @@ OTHER_FILES = {
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows as they stand in the file."""
+    """Consecutive rows, unparsed."""
 
     rows: list[bytes]
     lines: np.ndarray  # int64, 1-based
 
 
 class Jsonl:
+    """A file of rows: `rows[i]` parses row i, `rows.raw(i)` gives its bytes. UserError if it has no rows.
+
+    cache_dir  where to keep the index; None: see `cache_root`
+    """
+
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None):
         self.path = require_file(path)
         self.cache = cache_root(self.path, cache_dir)
@@ -86,7 +93,7 @@ class Jsonl:
         return f"{self.path}:{self.line(row)}"
 
     def chunks(self, size: int, limit: int | None = None) -> Iterator[Chunk]:
-        """All rows (or the first `limit`) in order, about `size` bytes at a time."""
+        """All rows (or the first `limit`) in order, about `size` bytes at a time, at least one row."""
         row, end = 0, len(self) if limit is None else min(limit, len(self))
         starts = self._starts.array
         while row < end:
@@ -112,7 +119,7 @@ class Jsonl:
 
 
 def require_file(path: str | Path) -> Path:
-    """The path as given, or an error with the nearest name that is there."""
+    """The path, if it is a file; else an OSError whose message has the most similar name in its folder."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name the files in it, e.g. {path / '*.jsonl'}")
@@ -127,14 +134,19 @@ def require_file(path: str | Path) -> Path:
 
 
 def entry_name(path: Path, kind: str, state: str) -> str:
+    """A name in the cache: the data file's, what it holds, and a hash of all that it depends on."""
     key = hashlib.sha256(state.encode()).hexdigest()[:16]
     return f"{path.name[:48]}-{kind}-{key}"  # a file name may have 255 bytes, a Chinese character takes 3
 
 
 def index_lines(file) -> tuple[np.ndarray, np.ndarray, str]:
-    """Where the rows start (and the end), their line numbers, and the content's SHA-256. Reads `file` once."""
+    """(starts, lines, SHA-256 of the content); reads `file` once.
+
+    starts  (rows + 1,) int64, where each row starts, and the end of the file
+    lines   (rows,) int64, their line numbers from 1
+    """
     digest, buffer, position, at_start = hashlib.sha256(), bytearray(BLOCK), 0, True
-    starts, firsts = [], []  # of every line: its position and its first byte
+    starts, firsts = [], []  # of every line: its position, its first byte
     while count := file.readinto(buffer):
         digest.update(memoryview(buffer)[:count])
         block = np.frombuffer(buffer, np.uint8, count)
@@ -151,7 +163,7 @@ def index_lines(file) -> tuple[np.ndarray, np.ndarray, str]:
         return np.zeros(1, np.int64), np.empty(0, np.int64), digest.hexdigest()
     starts, firsts = np.concatenate(starts + [[position]]).astype(np.int64), np.concatenate(firsts)
     blank = firsts == ord("\n")
-    for line in np.flatnonzero(np.isin(firsts, (9, 11, 12, 13, 32))):  # starts with other white space: is there more?
+    for line in np.flatnonzero(np.isin(firsts, (9, 11, 12, 13, 32))):  # starts with a space: is anything else in it?
         file.seek(starts[line])
         blank[line] = not file.read(starts[line + 1] - starts[line]).strip()
     rows = np.flatnonzero(~blank)
@@ -159,7 +171,7 @@ def index_lines(file) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def array_to_jsonl(path: Path, target: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Rewrites a JSON array as JSONL, one element in memory at a time; gives starts and lines as `index_lines` does."""
+    """Rewrites a JSON array as JSONL, with one element in memory at a time -> (starts, lines) as of `index_lines`."""
     starts, lines = [0], []
     with open(path, encoding="utf-8-sig") as source, open(target, "wb") as rows:
         reader = _ArrayReader(path, source)
@@ -178,8 +190,14 @@ def array_to_jsonl(path: Path, target: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(starts, np.int64), np.array(lines, np.int64)
 
 
+def _after_space(text: str, at: int) -> int:
+    """The position of the first character from `at` on that is not white space."""
+    found = SPACE.match(text, at)
+    return found.end() if found else at
+
+
 class _ArrayReader:
-    """Walks over a JSON array in a window of text that grows until an element fits in."""
+    """Reads a JSON array element by element, in a window of text that grows until an element fits."""
 
     def __init__(self, path: Path, source):
         self.path, self.source, self.decode = path, source, json.JSONDecoder().raw_decode
@@ -204,9 +222,9 @@ class _ArrayReader:
         self.text, self.at, self.counted, self.ended = rest + read, 0, 0, not read
 
     def skip(self, characters: str) -> str:
-        """Moves over white space and one of the characters, if it stands there; returns it, or an empty string."""
+        """Skips white space and then one of `characters`, if it is next. Returns that character, or ""."""
         while True:
-            self.at = SPACE.match(self.text, self.at).end()
+            self.at = _after_space(self.text, self.at)
             found = self.text[self.at : self.at + 1]
             if found or self.ended:
                 found = found if found and found in characters else ""
@@ -220,10 +238,10 @@ class _ArrayReader:
         return self.at == len(self.text)
 
     def element(self) -> tuple[int, str]:
-        """Its line, and its text on one line: JSON has line ends between its words only, never inside of one."""
+        """(line number, text on one line). Line ends in JSON stand between tokens, never inside one."""
         while True:
             try:
-                self.at = SPACE.match(self.text, self.at).end()
+                self.at = _after_space(self.text, self.at)
                 _, end = self.decode(self.text, self.at)
                 line, text, self.at = self.line(), self.text[self.at : end], end
                 return line, LINE_END.sub(" ", text) if "\n" in text or "\r" in text else text
@@ -239,11 +257,11 @@ class _ArrayReader:
 
 
 def parse_row(raw: bytes) -> dict:
-    """One row's object; a ValueError gives the reason, without the place, when it is none."""
+    """The object that a row holds. UserError says what is wrong with it, without file and line."""
     text = decode(raw)
     if text.strip() in ("{", "["):
         raise UserError(
-            "a row has to stand on one line, and this one goes on below; what is spread over lines has to "
+            "a row has to be on one line, and this one continues on the next; objects over several lines have to "
             "be a .json array"
         )
     row = loads(text)
@@ -253,7 +271,7 @@ def parse_row(raw: bytes) -> dict:
 
 
 def loads(text: str) -> object:
-    """JSON, strictly: a key that stands twice is an error (of its values one would be lost), half a character too."""
+    """Parses JSON. Also errors: a key twice in one object (one value would be lost), and half of a surrogate pair."""
     try:
         value = _value(text)
         if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
@@ -269,7 +287,7 @@ def loads(text: str) -> object:
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
-    if len(found) != len(pairs):  # JSON would keep the last one, in silence
+    if len(found) != len(pairs):  # json would silently keep the last one
         keys = [key for key, _ in pairs]
         raise UserError(f'the key "{next(key for key in keys if keys.count(key) > 1)}" stands twice in one object')
     return found
@@ -279,8 +297,8 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _value(text: str) -> object:
-    try:
-        value, end = _decoder.scan_once(text, 0)  # what `decode` calls when it has looked for white space
+    try:  # `decode` without its two searches for white space, which take time
+        value, end = _decoder.scan_once(text, 0)  # type: ignore[attr-defined]
         if end == len(text):
             return value
     except StopIteration:
@@ -311,10 +329,10 @@ def _likely(raw: bytes) -> str:
 
 
 class RowErrors:
-    """What to do with bad rows: stop at the first (`error`), or set them aside, up to 1 % of the rows (`skip`).
+    """Bad rows: "error" stops at the first one; "skip" leaves out up to 1 % of the rows, and at least one.
 
-    Under `skip` one bad row always passes, however small the file. They go to `<file>.rejects.jsonl`, beside the file
-    or, where that is read-only, in the cache: {"line", "reason", "row"}.
+    Skipped rows are written to `<file>.rejects.jsonl` as {"line", "reason", "row"}: beside the file or, where that
+    folder is read-only, in the cache.
     """
 
     def __init__(self, path: Path, cache: Path, rows: int, on_bad_row: str):
@@ -325,6 +343,7 @@ class RowErrors:
 
     def __enter__(self) -> "RowErrors":
         self.target = self.folder / f"{self.path.name}.rejects.jsonl"
+        self.stack = ExitStack()  # closes the file, then renames it
         self.file = None
         return self
 
@@ -336,23 +355,17 @@ class RowErrors:
         if self.count > self.allowed:
             raise UserError(f"{'; '.join(self.first)} ...: more than {self.allowed} bad rows (1 %), too many to skip")
         if self.file is None:
-            self.file = open(self.target.with_suffix(".tmp"), "w", encoding="utf-8")
+            temporary = self.stack.enter_context(atomic_file(self.target))
+            self.file = self.stack.enter_context(open(temporary, "w", encoding="utf-8"))
         reject = {"line": line, "reason": reason, "row": raw.decode("utf-8", "replace")}
         self.file.write(json.dumps(reject, ensure_ascii=False) + "\n")
 
-    def __exit__(self, failed, *_) -> None:
-        if self.file is None:
-            return
-        self.file.close()
-        temporary = Path(self.file.name)
-        if failed:
-            temporary.unlink()
-        else:
-            os.replace(temporary, self.target)
+    def __exit__(self, *failure) -> None:
+        self.stack.__exit__(*failure)
 
 
 class TextFile:
-    """A plain text file, read like a `Jsonl` that holds one document: `chunks` gives pieces cut at line ends."""
+    """A plain text file, with the methods of a `Jsonl` of one row; `chunks` cuts it at line ends."""
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None):
         self.path = require_file(path)
@@ -360,11 +373,7 @@ class TextFile:
         self.size = self.path.stat().st_size
         if not self.size:
             raise UserError(f"{self.path}:1: the file is empty")
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-        self.content = digest.hexdigest()
+        self.content = hash_file(self.path)
 
     def __len__(self) -> int:
         return 1

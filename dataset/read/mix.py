@@ -1,17 +1,16 @@
-"""Files in any layout -> one file in ours: joined, in a ratio, with a validation part set aside.
+"""Files in any layout -> one file in our layout: joined, mixed in a ratio, with a part held out for validation.
 
     report = prepare(["alpaca.json"], ["identity.jsonl"], target="merged.jsonl", ratio=3, val_fraction=0.01)
     print(report.task, report.identity, report.written, report.held_out)
 
-Rows keep their order; training shuffles. Validation rows are chosen by a hash of what stands in the file, so that
-equal rows are on one side. Memory: 8 bytes a row for that, and the identity rows.
+Rows keep their order; training shuffles. A hash of a row's bytes decides whether it is held out, so that equal rows are
+all held out or none. Memory: 8 bytes a row for these hashes, and the identity rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,16 +19,17 @@ from pathlib import Path
 import numpy as np
 
 from common.console import UserError
+from common.files import atomic_file
 from dataset.read.jsonl import Jsonl, RowErrors
 from dataset.read.mapping import Mapping, Reader, find_reader
 
 READ_BYTES = 4 << 20  # bytes of rows read at a time
-encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # what came from JSON has no circles
+encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # objects read from JSON have no circles
 
 
 @dataclass
 class MergeReport:
-    """How many rows there were and what became of them."""
+    """How many rows were read, and what was done with them."""
 
     kind: str
     layouts: dict[str, str]  # file -> its layout
@@ -38,8 +38,8 @@ class MergeReport:
     written: int = 0
     repeated: int = 0  # rows written for the identity ones
     held_out: int = 0
-    left_out: int = 0  # worse answers, under `to` "chat"
-    bad: int = 0
+    left_out: int = 0  # answers labelled bad, when conversations are written
+    bad: int = 0  # broken rows that were skipped
 
     @property
     def ratio(self) -> float:
@@ -48,7 +48,7 @@ class MergeReport:
 
 
 def to_ours(row: dict) -> dict:
-    """A canonical row as we keep it in files; reading it back gives the canonical row again."""
+    """A canonical row -> the row as it is written to a file; reading it gives the same canonical row."""
     return {"conversations" if key == "messages" else key: value for key, value in row.items()}
 
 
@@ -67,7 +67,14 @@ def prepare(
     seed: int = 42,
     cache_dir: str | None = None,
 ) -> MergeReport:
-    """Writes `target` (and `val_target`). `ratio` R repeats identity rows until task : identity is R : 1."""
+    """Writes `target`, and `val_target` if `val_fraction` is not 0.
+
+    task, identity  files to read: the data, and rows about who the assistant is
+    ratio           R repeats the identity rows until there are R task rows for each; 0: each once, never fewer
+    data_limit      read so many task rows, of all files together; 0: all
+    to              "chat" makes conversations of preferences, with their better answer; None: the kind that was read
+    on_bad_row      "error" or "skip", see RowErrors
+    """
     files, extra = ([_File(path, to, mapping, on_bad_row, cache_dir) for path in paths] for paths in (task, identity))
     if not files:
         raise UserError("--data_path: no file given")
@@ -85,15 +92,15 @@ def prepare(
         left -= file.limit
     with ExitStack() as stack:
         train = stack.enter_context(Writer(target))
-        val = stack.enter_context(Writer(val_target)) if val_fraction else None
+        val = stack.enter_context(Writer(val_target)) if val_target and val_fraction else None
         held_out = _held_out(files + extra, val_fraction, seed)
         for line, side in _lines(files, report, held_out):
             report.task += 1
-            (val if side else train).write(line)
+            (val if val and side else train).write(line)
         task_rows, kept = train.rows, []
         for line, side in _lines(extra, report, held_out):
             report.identity += 1
-            val.write(line) if side else kept.append(line)
+            val.write(line) if val and side else kept.append(line)
         wanted = max(len(kept), round(task_rows / ratio)) if ratio else len(kept)
         for i in range(wanted if kept else 0):
             train.write(kept[i % len(kept)])
@@ -104,7 +111,7 @@ def prepare(
 
 
 class _File:
-    """One file to read: its rows, its reader, and the kind that its rows are to become."""
+    """One file to read: its rows, its reader, and the kind of row to make of them."""
 
     def __init__(self, path: str, to: str | None, mapping: Mapping | None, on_bad_row: str, cache_dir: str | None):
         if Path(path).suffix.lower() == ".txt":
@@ -117,7 +124,7 @@ class _File:
         self.on_bad_row, self.limit = on_bad_row, len(self.rows)
 
     def canonical(self, report: MergeReport) -> Iterator[tuple[bytes, dict | None]]:
-        """(raw, row in the wanted kind); None: a row that is left out."""
+        """(bytes as read, row of the wanted kind); None instead of a row that is left out."""
         with RowErrors(self.rows.path, self.rows.cache, len(self.rows), self.on_bad_row) as errors:
             for chunk in self.rows.chunks(READ_BYTES, self.limit):
                 for raw, line in zip(chunk.rows, chunk.lines.tolist()):
@@ -131,6 +138,7 @@ class _File:
 
 
 def _better_answer(row: dict) -> dict | None:
+    """A preference or rated row -> a conversation; None if its only answer is labelled bad."""
     if row.get("label") is False:
         return None
     found = {"messages": row.get("chosen") or row.get("messages"), "tools": row.get("tools")}
@@ -138,7 +146,7 @@ def _better_answer(row: dict) -> dict | None:
 
 
 def _lines(files: list[_File], report: MergeReport, held_out) -> Iterator[tuple[bytes, bool]]:
-    """(line to write, is it for validation)"""
+    """(line to write, whether it is held out)"""
     for file in files:
         for raw, row in file.canonical(report):
             if row is None:
@@ -148,35 +156,32 @@ def _lines(files: list[_File], report: MergeReport, held_out) -> Iterator[tuple[
 
 
 class Writer:
-    """A file that is complete as soon as it has its name."""
+    """Writes lines to a file that has its name only once it is complete, and counts them."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, 0
 
     def __enter__(self) -> Writer:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f"{self.path.name}.tmp{os.getpid()}")
-        self.file = open(self.temporary, "wb", buffering=1 << 20)
+        self.stack = ExitStack()
+        temporary = self.stack.enter_context(atomic_file(self.path))
+        self.file = self.stack.enter_context(open(temporary, "wb", buffering=1 << 20))
         return self
 
     def write(self, line: bytes) -> None:
         self.file.write(line + b"\n")
         self.rows += 1
 
-    def __exit__(self, failed, *_) -> None:
-        if not failed:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        os.unlink(self.temporary) if failed else os.replace(self.temporary, self.path)
+    def __exit__(self, *failure) -> None:
+        self.stack.__exit__(*failure)
 
 
 def line_hash(raw: bytes, seed: int = 0) -> int:
+    """64 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
 
 
 def _held_out(files: list[_File], fraction: float, seed: int):
-    """raw row -> does it go to validation? The rows of the smallest hashes do: the share, whatever the order."""
+    """A function: bytes of a row -> whether it is held out. Rows with the smallest hashes are, in whatever order."""
     if not fraction:
         return lambda raw: False
     hashes = np.fromiter(

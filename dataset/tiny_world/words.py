@@ -8,7 +8,8 @@ LANGUAGES = ("zh", "en")
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    return [tuple(part.strip() for part in pair.split("=")) for pair in text.split(",")]
+    halves = (pair.split("=") for pair in text.split(","))
+    return [(first.strip(), second.strip()) for first, second in halves]
 
 
 PEOPLE = _pairs(

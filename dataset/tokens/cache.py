@@ -1,32 +1,23 @@
-"""What is worked out once from a data file, kept on disk: line indexes and token caches.
+"""The cache on disk of what is computed once from a data file: line indexes and tokens.
 
     directory, facts = get_or_build(cache_root(data_file), "pretrain.jsonl-tokens-1f2e", build)
 
-An entry is a directory that is complete as soon as it has its name: it is filled under a temporary name, synced,
-renamed. A killed build leaves no half entry, and of several processes that want the same one, one builds and the
-others wait. The big arrays are read through `Mapped`, which keeps a file of any size at a few MiB of this process's
-memory.
+An entry is a folder that exists complete or not at all (common/files.py). If several processes want the same one, one
+builds it and the others wait. The big arrays are read through `Mapped`, which keeps a file of any size at a few MiB of
+this process's memory.
 """
 
 import json
 import mmap
 import os
-import shutil
-import socket
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
+from common.files import atomic_folder, lock, remove_folder
 
 
 def cache_root(data_file: Path, cache_dir: str | Path | None = None) -> Path:
@@ -55,42 +46,32 @@ def is_writable(folder: Path) -> bool:
 
 
 def get_or_build(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[Path, dict]:
-    """The entry `root/name` and the facts `build` returned for it; `build` fills a directory, and only if need be."""
+    """The entry `root/name` and its facts. Only if there is no such entry, `build` is called: it fills the folder that
+    it is given and returns the facts, which must have a "source" and a "content"."""
     path = root / name
     if (facts := _facts(path)) is not None:
         return path, facts
-    lock = root / f"{name}.lock"
-    with _locked(lock, f"{name}: waiting for the process that is building it") as alone:
+    lock_file = root / f"{name}.lock"
+    with lock(lock_file, f"{name}: waiting for the process that is building it"):
         if (facts := _facts(path)) is not None:
             return path, facts
-        for leftover in root.iterdir():  # of a build that was killed, or an entry that was damaged
-            if leftover.name == name or alone and leftover.name.startswith(f"{name}.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        temporary = root / f"{name}.tmp{socket.gethostname()}-{os.getpid()}"
-        temporary.mkdir()
+        remove_folder(path)  # a damaged one
         try:
-            facts = build(temporary)
-            facts["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-            (temporary / "facts.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
-            for file in temporary.iterdir():
-                _sync(file)
-            try:
-                os.rename(temporary, path)
-            except OSError:  # without locks another process may have been first, with the same
-                if (facts := _facts(path)) is None:
-                    raise
-                shutil.rmtree(temporary, ignore_errors=True)
-            with suppress(OSError):  # whoever waits for it will find the entry; Windows keeps it while it is open there
-                lock.unlink()
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            with atomic_folder(path) as folder:
+                facts = build(folder)
+                facts["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+                (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
+        except OSError:  # without locks, another process may have been first, with the same content
+            if (facts := _facts(path)) is None:
+                raise
+        with suppress(OSError):  # whoever waits for it will find the entry; Windows keeps it while it is open there
+            lock_file.unlink()
     _forget_older(root, name, facts)
     return path, facts
 
 
 def _facts(path: Path) -> dict | None:
-    """The entry's facts, or None if it is not there or a file of it lost bytes."""
+    """The entry's facts; None if it does not exist or one of its files has not the size that was written."""
     try:
         facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
         whole = all((path / name).stat().st_size == size for name, size in facts["files"].items())
@@ -100,63 +81,24 @@ def _facts(path: Path) -> dict | None:
 
 
 def _forget_older(root: Path, name: str, facts: dict) -> None:
-    """Drops what was made from an earlier content of the same data file: nothing asks for it again."""
+    """Removes entries that were made from an earlier content of the same data file: nothing asks for them again."""
     prefix = name.rsplit("-", 2)[0] + "-"
     for other in root.iterdir():
         if other.name.startswith(prefix) and other.name != name:
             theirs = _facts(other)
             if theirs and theirs["source"] == facts["source"] and theirs["content"] != facts["content"]:
-                shutil.rmtree(other, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-@contextmanager
-def _locked(path: Path, message: str) -> Iterator[bool]:
-    """Holds the lock file -> whether it does: on some network drives there are no locks, and at worst two processes do
-    the same work. The system frees it when its holder dies, so a killed build blocks nobody."""
-    with open(path, "ab") as handle:
-        locked = _try_lock(handle)
-        if locked is False:
-            print(message, file=sys.stderr, flush=True)
-            _wait_for_lock(handle)
-        yield locked is not None  # closing the file frees it
-
-
-def _try_lock(handle) -> bool | None:
-    """None: there are no locks here."""
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        return True
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return None
-
-
-def _wait_for_lock(handle) -> None:
-    if fcntl:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        return
-    while _try_lock(handle) is False:  # msvcrt's own waiting gives up after ten seconds
-        time.sleep(0.2)
+                remove_folder(other)
 
 
 class Mapped:
     """A file as an array that is read in slices: `Mapped(path, np.uint16)[10:20]`, a view into the page cache.
 
     Pages that were read count as this process's memory until they are handed back, which is done every `KEEP` bytes.
-    The system's page cache keeps them, and a view that is still in use reads them again by itself.
+    The system's page cache keeps them; a view that is still in use reads them again by itself.
     """
 
     KEEP = 32 << 20
-    FAULT = 1 << 16  # one access maps its surroundings too, 64 KiB on Linux
+    FAULT = 1 << 16  # bytes: an access to one page maps its neighbours too, 64 KiB on Linux
 
     def __init__(self, path: Path, dtype: type):
         self._touched = 0
@@ -176,6 +118,6 @@ class Mapped:
         self._touched += found.nbytes + self.FAULT
         if self._touched > self.KEEP:
             self._touched = 0
-            if hasattr(self._map, "madvise"):
+            if self._map is not None and hasattr(self._map, "madvise"):
                 self._map.madvise(mmap.MADV_DONTNEED)
         return found

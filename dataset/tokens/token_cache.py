@@ -13,7 +13,6 @@ cut at line ends, which bounds memory; a plain .txt file is one document.
 import json
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import UserError
+from common.console import Progress, UserError
 from dataset.read.jsonl import Chunk, Jsonl, RowErrors, TextFile, entry_name
 from dataset.read.mapping import Mapping, Reader, find_reader
 from dataset.read.pairs import encode_pairs
@@ -346,30 +345,3 @@ def _start_worker(loader: type[Tokenizer], path: str, reader: Reader) -> None:
 
 def _encode_in_worker(chunk: Chunk) -> Block:
     return encode(chunk, *_worker)
-
-
-class Progress:
-    """A bar on a terminal, elsewhere a line every ten seconds, on stderr."""
-
-    def __init__(self, what: str, size: int, unit: str = "B"):
-        self.what, self.size, self.unit, self.done, self.bar = what, size, unit, 0, None
-        self.began = self.told = time.monotonic()
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=size, desc=what, unit=unit, unit_scale=True)
-
-    def advance(self, size: int) -> None:
-        self.done += size
-        now = time.monotonic()
-        if self.bar:
-            self.bar.update(size)
-        elif now - self.told > 10:
-            self.told = now
-            rate = self.done / (now - self.began)
-            rate = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:,.1f} {self.unit.strip()}/s"
-            print(f"{self.what}: {self.done / self.size:.0%}, {rate}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.close()

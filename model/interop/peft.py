@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.console import UserError
-from common.files import atomic
+from common.files import atomic_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the arithmetic in ways we do not know, and the values that leave it alone
@@ -99,7 +99,7 @@ def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: d
     for name, tensor in state.items():
         layer, matrix = name.rsplit(".", 1)
         tensors[f"base_model.model.{layer}.lora_{matrix}.weight"] = tensor.contiguous()
-    with atomic(directory / TENSORS) as temporary:
+    with atomic_file(directory / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "base_hash": base["hash"] or ""})
-    with atomic(directory / CONFIG) as temporary:
+    with atomic_file(directory / CONFIG) as temporary:
         temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.files import atomic, sweep, temporary_name
+from common.files import atomic_file, sweep, temporary_name
 from tests.helpers.small_run import ROOT, run_stage, write_pretrain
 from trainer.run import resume
-from trainer.run.durable import problem, write_folder
+from trainer.run.resume import problem, write_state
 
 
 def save(folder, step, keep_last=2, value=None):
@@ -36,7 +36,7 @@ def test_every_kind_of_tensor_comes_back(tmp_path):
         "long": torch.tensor([2**40]),
         "名": torch.ones(2),
     }
-    write_folder(tmp_path / "a", {"x": tensors}, {"名": "字"})
+    write_state(tmp_path / "a", {"x": tensors}, {"名": "字"})
     found = load_file(tmp_path / "a" / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -106,7 +106,7 @@ time.sleep(60)
     process.kill()
     process.wait()
     assert len(sweep(tmp_path)) == 2 and names(tmp_path) == [".hidden"]
-    with atomic(tmp_path / "b") as temporary:  # a former life with our number, in a container
+    with atomic_file(tmp_path / "b") as temporary:  # a former life with our number, in a container
         temporary.touch()
         assert temporary == temporary_name(tmp_path / "b") and sweep(tmp_path) == [temporary]
         temporary.touch()
@@ -133,11 +133,11 @@ def test_a_restarted_process_continues_this_launch_only(tmp_path, monkeypatch):
     take that for its own, else it would be done at once."""
     identity = {"data": "1f"}
     values = lambda launch: {"identity": identity, "launch": launch}
-    write_folder(tmp_path / "old" / "step_00000009", {}, values("another"))
+    write_state(tmp_path / "old" / "step_00000009", {}, values("another"))
     find = lambda wanted="0": resume.find_state(tmp_path, wanted, identity, [].append)
     assert find() is None and find("auto")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert find() is None
-    write_folder(tmp_path / "own" / "step_00000003", {}, values(resume.launch()))
-    write_folder(tmp_path / "own-later" / "step_00000001", {}, values("a third"))
+    write_state(tmp_path / "own" / "step_00000003", {}, values(resume.launch()))
+    write_state(tmp_path / "own-later" / "step_00000001", {}, values("a third"))
     assert find().parent.name == find(str(tmp_path / "old")).parent.name == "own"

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.files import temporary_name
 from dataset.read import jsonl
 from dataset.read.jsonl import Jsonl, RowErrors, TextFile, parse_row
 from dataset.tokens import cache
@@ -204,7 +205,7 @@ def test_a_build_that_fails_leaves_nothing_and_a_damaged_entry_is_built_again(tm
     with pytest.raises(KeyboardInterrupt):
         get_or_build(tmp_path, "a-tokens-1", killed)
     assert [p.name for p in tmp_path.iterdir()] == ["a-tokens-1.lock"]
-    (tmp_path / "a-tokens-1.tmp77").mkdir()  # what a process leaves that was killed for good
+    temporary_name(tmp_path / "a-tokens-1").mkdir()  # what a process leaves that was killed for good
     folder, _ = get_or_build(tmp_path, "a-tokens-1", build)
     assert sorted(os.listdir(tmp_path)) == ["a-tokens-1"]
     for damage in (lambda: (folder / "big").write_bytes(b"123"), lambda: (folder / "facts.json").unlink()):
@@ -307,5 +308,5 @@ def test_what_stands_after_an_array_is_not_lost_silently(rest, tmp_path):
 def test_a_row_over_several_lines_is_named_as_such(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{\n  "text": "a"\n}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="a row has to stand on one line"):
+    with pytest.raises(ValueError, match="a row has to be on one line"):
         Jsonl(path)[0]

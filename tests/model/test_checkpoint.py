@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from common.files import atomic
+from common.files import atomic_file
 from model.checkpoint import find_weights, load_weights, save_weights, weights_name
 from model.config import ModelConfig
 from model.interop.hf import config_from_hf
@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 def test_atomic_leaves_nothing_behind_when_the_writer_fails(tmp_path):
     with pytest.raises(KeyError):
-        with atomic(tmp_path / "x") as temporary:
+        with atomic_file(tmp_path / "x") as temporary:
             temporary.write_text("half", encoding="utf-8")
             raise KeyError
     assert not list(tmp_path.iterdir())

@@ -29,11 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.console import UserError
-from common.files import ROOT, atomic
+from common.console import Progress, UserError
+from common.files import ROOT, atomic_file
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
-from dataset.tokens.token_cache import Progress
 from model.checkpoint import Checkpoint, find_tokenizer, find_weights, load_weights
 from model.lora import prepare_for_inference
 from tokenizer.text import Tokenizer
@@ -189,7 +188,7 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
     facts = dict(temperature=config.temperature, teacher=teacher.hash, weights=str(teacher))
     progress = Progress("asking the teacher", len(distinct), " examples")
     with (
-        atomic(Path(config.write_logprobs)) as temporary,
+        atomic_file(Path(config.write_logprobs)) as temporary,
         writing(temporary, dataset, tokenizer, top_k, facts) as records,
     ):
         for step, batches in loader.prefetch(0, loader.steps_per_epoch):

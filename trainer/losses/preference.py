@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.files import atomic
+from common.console import Progress
+from common.files import atomic_file
 from dataset.batches.preference import PairBatch, PairLoader, PreferenceDataset
 from dataset.tokens.cache import cache_root
-from dataset.tokens.token_cache import Progress
 from model.lora import adapter_disabled
 from model.precision import pick_dtype
 from model.transformer import CausalLM
@@ -147,5 +147,5 @@ def _reference(dataset: PreferenceDataset, model: nn.Module, backend: Backend, c
 
 
 def _save(path, values: np.ndarray) -> None:
-    with atomic(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, values)

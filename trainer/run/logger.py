@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common.files import ROOT, atomic
+from common.files import ROOT, atomic_file
 from common.options import Options
 
 TRACKERS = ("wandb", "swanlab", "tensorboard")
@@ -153,7 +153,7 @@ class RunLogger(NoLogger):
                 earlier = json.loads(path.read_text(encoding="utf-8"))
                 self.run_info["earlier"] = [*earlier.pop("earlier", []), earlier]
             self.run_info |= self.facts
-        with atomic(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(self.run_info, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _open_metrics(self, step: int) -> None:
@@ -162,7 +162,7 @@ class RunLogger(NoLogger):
         if self.metrics.exists():
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
             self.earlier_seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
-            with atomic(self.metrics) as temporary, jsonlines.open(temporary, "w") as file:
+            with atomic_file(self.metrics) as temporary, jsonlines.open(temporary, "w") as file:
                 file.write_all(kept)
         writer = jsonlines.open(self.metrics, "a", flush=True)
         finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no NaN
@@ -316,5 +316,5 @@ def draw_losses(metrics: Path, picture: Path) -> None:
         axes.legend(frameon=False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic(picture) as temporary:
+    with atomic_file(picture) as temporary:
         figure.savefig(temporary, format="png")

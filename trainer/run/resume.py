@@ -3,10 +3,12 @@
     <save_dir>/resume/<name>_<hidden>[_moe]/<run_id>/step_00000500/
         weights.safetensors  optimizer.safetensors  ranks.safetensors  state.json  manifest.json
 
-Tensors are full, fp32 and filed by parameter name; trainer/run/durable.py writes them so that a state exists
-whole or not at all. On reading, the newest that its manifest confirms is taken, and a broken one is named and set
-aside. An older state goes only once the newer one is on the disk, and none is ever overwritten: the same step again is
-step_00000500.1, and a run that goes on from another than its newest state becomes a run of its own.
+Tensors are full, fp32 and filed by parameter name. There is no pickle anywhere. The folder of a state has its name only
+once all of it is on the disk (common/files.py), and its manifest has the size and SHA-256 of every file. Reading takes
+the newest state that its manifest confirms; a broken one is named and set aside.
+
+An older state is removed only once the newer one is on the disk. None is ever overwritten: saving the same step again
+makes step_00000500.1, and a run that continues from another state than its newest one becomes a run of its own.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.console import UserError
-from common.files import sweep
+from common.files import atomic_folder, hash_file, remove_folder, rename, sweep
 from model.checkpoint import read_plain
-from trainer.run.durable import problem, remove, write_folder
 
-# What a continued run may not change, since it would no longer be the same run
+MANIFEST = "manifest.json"
+
+# Options that a continued run may not change: it would be another run
 FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
 RULE = (
     f"a continued run keeps its architecture, data, tokenizer, parent weights, {', '.join(FIXED)} and the examples of "
@@ -38,13 +41,58 @@ RULE = (
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep_last: int) -> Path:
-    """Writes <folder>/step_<n> from {"weights": {name: tensor}, ...} and plain values; then drops the oldest states."""
-    again = [path for path in _states(folder) if _number(path)[0] == step]
-    final = folder / (f"step_{step:08d}" + (f".{_number(again[-1])[1] + 1}" if again else ""))
-    write_folder(final, tensors, state)
+    """Writes <folder>/step_<n> from {"weights": {name: tensor}, ...} and plain values; then removes all but the newest
+    `keep_last` states. Returns the new state's folder."""
+    again = [number[1] for path in _states(folder) if (number := _number(path)) and number[0] == step]
+    final = folder / (f"step_{step:08d}" + (f".{again[-1] + 1}" if again else ""))
+    write_state(final, tensors, state)
     for old in _states(folder)[:-keep_last]:
-        remove(old)
+        remove_folder(old)
     return final
+
+
+def write_state(path: Path, tensors: dict[str, dict[str, Tensor]], values: dict) -> None:
+    """Makes the folder `path`: a .safetensors file for each entry of `tensors`, state.json, and last the manifest.
+
+    Tensors that lie in the processor's memory are not copied. Those of a GPU are, one file's at a time.
+    """
+    with atomic_folder(path) as folder:
+        for name, content in tensors.items():
+            content = {key: tensor.detach().contiguous() for key, tensor in content.items()}
+            save_file(content, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        _write_json(folder / "state.json", values)
+        files = [f"{name}.safetensors" for name in tensors] + ["state.json"]
+        _write_json(folder / MANIFEST, {name: _fingerprint(folder / name) for name in files})
+
+
+def problem(path: Path) -> str | None:
+    """What is wrong with a state on the disk: which file is missing, or is not what was written. None: it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} is damaged ({error})"
+    if not isinstance(manifest, dict) or "state.json" not in manifest:
+        return f"{MANIFEST} is damaged (it does not list state.json)"
+    for name, expected in manifest.items():
+        try:
+            if Path(name).name != name or _fingerprint(path / name) != expected:
+                return f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
+    return None
+
+
+def _fingerprint(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def _write_json(path: Path, values: dict) -> None:
+    with open(path, "wb") as file:
+        file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -64,21 +112,24 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
 
 @contextmanager
 def rollback_interrupted_step(device: torch.device, received: list[int], alone: bool):
-    """A step that a Ctrl-C breaks off has not been. The terminal sends it to the compiler that torch.compile has
-    started as well, which ends with an error of its own; that is put into the list, instead of being raised."""
+    """Undoes a step that Ctrl-C interrupts, by setting the random state back.
+
+    The terminal sends Ctrl-C to the compiler processes of torch.compile, too, which then fail. After Ctrl-C (`received`
+    is not empty) in a run of one process (`alone`), such an error is put into the list that is yielded, not raised.
+    """
     failed: list[Exception] = []
     before = random_state(device) if alone else None
     try:
         yield failed
     except Exception as error:
-        if not (alone and received):
+        if before is None or not received:
             raise
         set_random_state(before, device)
         failed.append(error)
 
 
 def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Numbers that nobody could continue from never replace ones that somebody can."""
+    """UserError if a tensor has NaN or infinity: a state that nobody can continue from must not replace a good one."""
     for kind, content in tensors.items():
         for name, tensor in content.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -89,14 +140,13 @@ def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
 
 
 def newest_state(folder: Path, say=print) -> Path | None:
-    """The newest whole state of a run's folder; broken ones are named and set aside."""
+    """The newest whole state in a run's folder, None if there is none. Broken ones are named and set aside."""
     for path in reversed(_states(folder)):
         reason = problem(path)
         if reason is None:
             return path
-        aside = path.with_name(f"broken-{path.name}")
         try:
-            os.rename(path, aside)  # kept for whoever wants to look; it counts no longer
+            aside = rename(path, f"broken-{path.name}")  # kept for whoever wants to look; it no longer counts
             say(f"{path}: {reason}; trying the one before ({aside.name} is what is left of it)")
         except OSError:
             say(f"{path}: {reason}; trying the one before")
@@ -104,12 +154,12 @@ def newest_state(folder: Path, say=print) -> Path | None:
 
 
 def is_newest(state: Path) -> bool:
-    """Whether its run has gone no further."""
+    """Whether its run has no newer state."""
     return state == _states(state.parent)[-1]
 
 
 def clean(states: Path, *folders: Path) -> None:
-    """Removes what a killed save left half written in these folders and in those of the runs below `states`."""
+    """Removes what killed saves left, in `folders` and in the folders of the runs below `states`."""
     for folder in (*folders, *states.glob("*")):
         sweep(folder)
 
@@ -126,30 +176,32 @@ def read_values(path: Path) -> dict:
 
 
 def is_of(run: dict, weights: Path) -> bool:
-    """Whether an earlier process of the run with this lineage entry has written that file."""
+    """Whether the weights file was written by an earlier process of the run that this lineage entry belongs to."""
     try:
         last = read_plain(weights)["lineage"][-1]
-    except (ValueError, KeyError, IndexError):  # not there, damaged, or of somebody else
+    except (ValueError, KeyError, IndexError):  # not there, damaged, or of another program
         return False
     return last["steps"] <= run["steps"] and all(last.get(k) == run[k] for k in ("stage", "data", "parent", "seed"))
 
 
 def new_run(states: Path) -> str:
-    """A name that no run has yet, later in the alphabet than all before."""
+    """A name for a new run, from the time: it sorts after the names of all earlier runs."""
     name = time.strftime("%Y%m%d-%H%M%S")
     return name if not (states / name).exists() else f"{name}-{1 + len(list(states.glob(f'{name}*')))}"
 
 
 def launch() -> str:
-    """Which start of torchrun this process belongs to: the same for all its restarts."""
+    """Identifies the start of torchrun that this process belongs to; it stays the same when torchrun restarts it."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}@{socket.gethostname()}:{os.getppid()}"
 
 
 def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
-    """The state that --from_resume means: 0 none, 1 or auto the newest run of this identity below `states`, or a path.
+    """The state that --from_resume means, None for a new run.
 
-    A process that torchrun has restarted goes on where this launch of torchrun was, whatever the flag says.
-    ValueError where runs exist, but none of this identity.
+    wanted    0: none; 1 or auto: of the newest run below `states` with this identity; else the path of a state or run
+    identity  what has to be equal, see RULE; UserError if there are states, but none of this identity
+
+    A process that torchrun has restarted continues what this launch of torchrun has saved, whatever the flag says.
     """
     newest = lambda: [state for run in sorted(states.glob("*"), reverse=True) if (state := newest_state(run, say))]
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
@@ -161,7 +213,7 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
     if wanted in ("1", "auto"):
         candidates = newest()
         if not candidates:
-            say(f"nothing to resume in {states}: starting afresh")
+            say(f"nothing to resume in {states}: starting a new run")
             return None
     else:
         candidates = [_at(Path(wanted), say)]
@@ -181,7 +233,7 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
 
 
 def _at(path: Path, say) -> Path:
-    """What a typed path means: a state, or the newest one of a run."""
+    """The state at a path that the user gave: of a state, or of a run, which means its newest state."""
     if _number(path):
         if reason := problem(path):
             raise UserError(f"--from_resume {path}: {reason}; take another step_* beside it, or auto")
@@ -193,6 +245,7 @@ def _at(path: Path, say) -> Path:
 
 
 def _short(value) -> str:
+    """As JSON; a long one as its hash."""
     text = json.dumps(value)
     return text if len(text) <= 60 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -204,11 +257,13 @@ def _number(path: Path) -> tuple[int, int] | None:
 
 
 def _states(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step_*") if _number(path) and path.is_dir()), key=_number)
+    """The states in a run's folder, the oldest first."""
+    found = [(number, path) for path in folder.glob("step_*") if (number := _number(path)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """{"<parameter>/<kind>": tensor}, whichever optimiser holds the parameter."""
+    """{"<parameter>/<kind>": tensor}, "lm_head.weight/exp_avg" for instance, of all optimisers together."""
     found = {}
     for optimizer in optimizers:
         for name, parameter in model.named_parameters():
@@ -218,6 +273,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for key, tensor in tensors.items():
