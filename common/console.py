@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,30 @@ def check_writable(save_dir: str) -> None:
     except OSError as error:
         reason = error.strerror if folder.is_dir() else f"{folder} is not a directory"
         raise UserError(f"--save_dir {save_dir}: nothing can be written there ({reason}); choose another") from None
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line every ten seconds; both on stderr. `size` counts `unit`s."""
+
+    def __init__(self, what: str, size: int, unit: str = "B"):
+        self.what, self.size, self.unit, self.done, self.bar = what, size, unit, 0, None
+        self.began = self.last_line = time.monotonic()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=size, desc=what, unit=unit, unit_scale=True)
+
+    def advance(self, size: int) -> None:
+        self.done += size
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(size)
+        elif now - self.last_line > 10:
+            self.last_line = now
+            rate = self.done / (now - self.began)
+            rate = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:,.1f} {self.unit.strip()}/s"
+            print(f"{self.what}: {self.done / self.size:.0%}, {rate}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()

@@ -132,10 +132,11 @@ def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:
     from dataset.batches.preference import PreferenceDataset
     from dataset.tokens.examples import PretrainDataset, SFTDataset
 
-    dataset = {"text": PretrainDataset, "chat": SFTDataset, "preference": PreferenceDataset}.get(kind)
-    if dataset is None:
+    datasets = {dataset.kind: dataset for dataset in (PretrainDataset, SFTDataset, PreferenceDataset)}
+    if kind not in datasets:
         raise UserError(f"--max_seq_len: no stage trains on {kind} rows yet; leave it out")
-    print(f"tokenised: {dataset(path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir).summary}")
+    dataset = datasets[kind](path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir)
+    print(f"tokenised: {dataset.summary}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from common.console import UserError
 from tokenizer.messages import Conversation, Segment, check_messages, dumps, markup, split_reasoning
 from tokenizer.text import Tokenizer
 
@@ -57,19 +58,37 @@ def encode_chat(
     add_generation_prompt: bool = False,
     enable_thinking: bool | None = None,
 ) -> Encoded:
-    """One conversation. `enable_thinking` ends the generation prompt with <think> (True) or an empty block (False)."""
-    prompt = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
-    return encode_chats(tokenizer, [(messages, tools)], **prompt)[0]
+    """One conversation. UserError if it is not well-formed, or if a foreign template refuses it.
+
+    add_generation_prompt  the header of an assistant's turn follows, for a model to go on from
+    enable_thinking        the prompt then ends with <think> (True), with an empty think block (False) or neither (None)
+    """
+    check_messages(messages, tools)
+    return _encode(tokenizer, [_render(tokenizer, messages, tools, add_generation_prompt, enable_thinking)])[0]
 
 
-def encode_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation], **prompt) -> list[Encoded]:
-    """Many (messages, tools), with one call of the tokenizer. After a ValueError, encode_chat finds out whose it is."""
-    render = _chatml if tokenizer.chat_template in (None, TEMPLATE) else _foreign(tokenizer)
-    rows = []
+def encode_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[Encoded | UserError]:
+    """Many conversations, with one call of the tokenizer. They must have passed `check_messages` already. One that a
+    foreign template refuses gives the error instead."""
+    rendered: list[list[Segment] | UserError] = []
     for messages, tools in conversations:
-        check_messages(messages, tools)
-        rows.append(render(tokenizer, messages, tools, **prompt))
-    return _encode(tokenizer, rows)
+        try:
+            rendered.append(_render(tokenizer, messages, tools))
+        except UserError as error:
+            rendered.append(error)
+    encoded = iter(_encode(tokenizer, [segments for segments in rendered if not isinstance(segments, UserError)]))
+    return [segments if isinstance(segments, UserError) else next(encoded) for segments in rendered]
+
+
+def _render(
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
+) -> list[Segment]:
+    render = _chatml if tokenizer.chat_template in (None, TEMPLATE) else _foreign(tokenizer)
+    return render(tokenizer, messages, tools, add_generation_prompt, enable_thinking)
 
 
 @functools.lru_cache(maxsize=4)
@@ -136,8 +155,8 @@ def _chatml(
     tokenizer: Tokenizer,
     messages: list[dict],
     tools: list[dict] | None,
-    add_generation_prompt: bool = False,
-    enable_thinking: bool | None = None,
+    add_generation_prompt: bool,
+    enable_thinking: bool | None,
 ) -> list[Segment]:
     start, end = (tokenizer.im_start, False), (tokenizer.im_end, False)
     tag = functools.partial(markup, tokenizer)

@@ -73,7 +73,12 @@ class ForeignTemplate:
         return os.path.commonprefix(headers)
 
     def __call__(
-        self, tokenizer: Tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, enable_thinking=None
+        self,
+        tokenizer: Tokenizer,
+        messages: list[dict],
+        tools: list[dict] | None,
+        add_generation_prompt: bool,
+        enable_thinking: bool | None,
     ) -> list[Segment]:
         used = set(dumps([messages, tools]))
         private = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)

@@ -24,12 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.console import UserError
+from common.console import Progress, UserError
 from dataset.doctor.token_statistics import TokenStatistics
 from dataset.read.jsonl import Chunk, Jsonl, TextFile
 from dataset.read.mapping import Mapping, Reader, find_reader
 from dataset.read.mix import Writer, encode
-from dataset.tokens.token_cache import Progress
 from tokenizer.text import Tokenizer
 
 READ_BYTES = 2 << 20  # bytes of rows read at a time
@@ -151,7 +150,7 @@ class Examination:
             for index in hashes.repeated():
                 self._judge(index, self.source.line(index), DUPLICATE, report.duplicates)
         report.rows = 1 if self.read.kind == "plain" else at
-        report.tokens = statistics.summary(exact=share == 1.0, of=self.source.size)
+        report.tokens = statistics.summary(exact=share == 1.0)
 
     def _rows(self, chunk: Chunk, at: int) -> list[Row]:
         """Those that can be read and teach something."""

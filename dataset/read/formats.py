@@ -24,6 +24,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from common.console import UserError
+from dataset.kinds import KINDS
 from dataset.read.jsonl import loads
 from tokenizer.messages import Conversation
 
@@ -104,21 +105,12 @@ def to_preference(row: dict) -> dict:
 
 def not_that_kind(row: dict, layout: Layout | None, kind: str | None) -> str:
     """Why a row is none of `kind` (None: of any), and the way out."""
-    found = f"no {NEEDED[kind]} in this row, it has {_keys(row)}"
+    found = f"no {KINDS[kind].needs if kind else 'known layout'} in this row, it has {_keys(row)}"
     if layout is None:
         return f"{found} (docs/data.md shows all layouts, --data_mapping names columns of your own)"
     keeps = kind == "chat" and layout.kind in ("preference", "rated")
     way_out = "; `scripts/prepare_data.py --to chat` keeps its better answers" if keeps else ""
-    return f"{found}: it is a {NEEDED[layout.kind]}{way_out}"
-
-
-NEEDED = {
-    None: "known layout",
-    "text": '"text"',
-    "chat": 'conversation ("conversations", "messages", "instruction", ...)',
-    "preference": 'pair of "chosen" and "rejected"',
-    "rated": 'rated answer ("label", true or false)',
-}
+    return f"{found}: it is a {KINDS[layout.kind].needs}{way_out}"
 
 
 # ---- what the layouts have in common: who asked what, and the answer

@@ -14,15 +14,13 @@ Columns of your own, `--data_mapping mapping.yaml`, our name first. Only the col
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.console import UserError
+from dataset.kinds import KINDS
 from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
 from dataset.read.jsonl import Jsonl, decode, parse_row
-from dataset.read.pairs import check_pair
-from tokenizer.messages import check_messages, never_closed
 
 HEAD = 100  # rows in which a mapping's columns must be found
 
@@ -120,7 +118,7 @@ class Reader:
                 "one layout a file (scripts/prepare_data.py joins files)"
             )
         found = layout.read(row, *layout.columns)
-        CHECKS[self.kind](found)
+        KINDS[self.kind].check(found)
         return found
 
 
@@ -147,25 +145,3 @@ def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None 
         row = source[0]
         raise UserError(f"{source.where(0)}: {not_that_kind(mapping(row) if mapping else row, None, None)}")
     return found or Reader(kind, mapping=mapping)  # no row is of that kind: each says what it is instead
-
-
-def _check_rated(row: dict) -> None:
-    check_messages(row["messages"], row.get("tools"))
-
-
-def _check_chat(row: dict) -> None:
-    _check_rated(row)
-    for i, message in enumerate(row["messages"]):
-        if message["role"] == "assistant" and (tag := never_closed(message)):
-            raise UserError(
-                f"messages[{i}] (assistant): begins with {tag}, which never ends; a model that learns from it would "
-                "not end it either: complete the row or take it out"
-            )
-
-
-CHECKS: dict[str, Callable[[dict], None]] = {
-    "text": lambda row: None,
-    "chat": _check_chat,
-    "rated": _check_rated,
-    "preference": check_pair,
-}

@@ -109,7 +109,7 @@ class Records:
 @contextmanager
 def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, facts: dict):
     """`path` is the file to fill; facts: what else its readers have to know."""
-    counts = [int(targets(dataset._trained(example)).sum()) for example in range(int(dataset._first[-1]))]
+    counts = [int(targets(dataset._trained(example)).sum()) for example in range(dataset.distinct_count)]
     begins = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     dtype = record_type(top_k, tokenizer.vocab_size)
     head = facts | dict(

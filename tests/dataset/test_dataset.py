@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dataset.read.formats import to_conversation, to_text
+from dataset.tokens import encode
 from dataset.tokens import token_cache as tc
 from dataset.tokens.examples import PretrainDataset, SFTDataset, weighted
 from tokenizer.chat import Encoded
@@ -110,8 +111,8 @@ def test_a_text_file_is_one_document_tokenised_in_pieces(tmp_path, monkeypatch):
 
 
 def test_a_long_text_in_jsonl_is_tokenised_in_pieces_cut_at_line_ends(monkeypatch):
-    monkeypatch.setattr(tc, "PIECE", 8)
-    assert tc.pieces("ab\ncd\nefghijklmnopqrst") == ["ab\ncd\n", "efghijkl", "mnopqrst"]
+    monkeypatch.setattr(encode, "PIECE", 8)
+    assert encode.pieces("ab\ncd\nefghijklmnopqrst") == ["ab\ncd\n", "efghijkl", "mnopqrst"]
 
 
 # ---- conversations: the mask, spelled out
@@ -244,7 +245,7 @@ def test_drop_leaves_long_ones_out_and_none_left_is_an_error(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", chat("q" * 50, "yes"), chat("q", "a"))
     ds = sft(file, max_seq_len=40, on_long="drop")
     assert len(ds) == 1 and "too long: 0 cut, 1 left out" in ds.summary
-    with pytest.raises(ValueError, match="--max_seq_len 1: no example fits, the longest needs 72"):
+    with pytest.raises(ValueError, match="--max_seq_len 1: no example fits, the longest needs --max_seq_len 72"):
         sft(file, max_seq_len=1)
 
 
@@ -263,8 +264,9 @@ def test_rows_without_an_answer_are_left_out_counted_and_named(tmp_path):
 
 def test_a_conversation_of_which_only_the_first_token_is_trained_on_teaches_nothing(monkeypatch):
     """The first token is never predicted. (A foreign template may mark it.)"""
-    monkeypatch.setattr(tc, "encode_chats", lambda *_: [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])])
-    block = tc.encode_conversations([(1, {"messages": []}), (2, {"messages": []})], [], ByteTokenizer())
+    chats = [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])]
+    monkeypatch.setattr(encode, "encode_chats", lambda *_: chats)
+    block = encode.encode_conversations([(1, {"messages": []}), (2, {"messages": []})], ByteTokenizer())
     assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2], [5, 6])
 
 
@@ -323,18 +325,18 @@ def test_the_cache_is_made_anew_when_data_or_tokenizer_change(tmp_path):
 def test_an_interrupted_build_leaves_no_half_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tc, "TOKENISED_BYTES", 20)
     file, tokenizer = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(9)]), ByteTokenizer()
-    encode = tokenizer.encode_batch
+    encode_batch = tokenizer.encode_batch
 
     def interrupted(texts):
         if "text 5" in texts:
             raise KeyboardInterrupt
-        return encode(texts)
+        return encode_batch(texts)
 
     tokenizer.encode_batch = interrupted
     with pytest.raises(KeyboardInterrupt):
         pretrain(file, tokenizer)
     assert not [p for p in (tmp_path / ".cache").iterdir() if "-text-" in p.name and p.is_dir()]
-    tokenizer.encode_batch = encode
+    tokenizer.encode_batch = encode_batch
     assert text(pretrain(file, tokenizer, max_seq_len=100).tokens(0)) == "".join(f"Etext {i}" for i in range(9)) + "E"
 
 

@@ -107,7 +107,7 @@ def test_pairs_are_cut_and_left_out_as_in_dpo(tmp_path):
     file = jsonl(tmp_path / "dpo.jsonl", *pairs)
     found = check(file, max_seq_len=40, batch_size=2).tokens
     ds = PreferenceDataset(file, ByteTokenizer(), max_seq_len=40)
-    assert f"{found['cut']} prompts cut, {found['left_out']} pairs left out" in ds.summary and found["left_out"] == 2
+    assert f"{found['cut']} cut, {found['left_out']} left out" in ds.summary and found["left_out"] == 2
     assert found["rows_padded"] == 2 * len(ds)
     assert found["total"] == PreferenceDataset(file, ByteTokenizer(), max_seq_len=900).lengths.sum()
     assert check(file).tokens["max_seq_len"] == 1024 and check(file).tokens["batch_size"] == 4, "as train_dpo.py has it"
