@@ -63,7 +63,8 @@ def main():
 
     import numpy as np
 
-    from dataset.doctor.examine import examine, hashes_of
+    from dataset.doctor.duplicates import hashes_of
+    from dataset.doctor.examine import examine
     from dataset.read.mapping import read_mapping
     from tokenizer.text import Tokenizer
 

@@ -62,8 +62,8 @@ def weighted(spec: str | Path) -> tuple[Path, float]:
 class TokenDataset:
     """Examples in an order, in which one may stand twice, or not at all. The base of all data sets.
 
-    A subclass states its `kind`, fills in `order`, `lengths`, `fingerprint` and `summary`, and reads a distinct example in
-    `_tokens`, `_trained` and `_source`; in `_extras` too, where an objective needs more than tokens.
+    A subclass states its `kind`, fills in `order`, `lengths`, `fingerprint` and `summary`, and reads a distinct example
+    in `_tokens`, `_trained` and `_source`; in `_extras` too, where an objective needs more than tokens.
 
     paths        one or several files. `file:3` repeats its examples three times an epoch, `file:0.5` takes a seeded
                  half of them, `file:2.5` does both

@@ -8,7 +8,9 @@ import pytest
 
 import dataset.doctor.examine as doctor
 from dataset.batches.preference import PreferenceDataset
-from dataset.doctor.examine import examine, hashes_of
+from dataset.doctor import duplicates
+from dataset.doctor.duplicates import hashes_of
+from dataset.doctor.examine import examine
 from scripts import check_data
 from tests.dataset.test_dataset import ByteTokenizer, chat, jsonl, sft
 from tests.dataset.test_formats import PAIRS
@@ -122,7 +124,7 @@ def test_a_sample_is_said_to_be_one(tmp_path):
 
 def test_equal_rows_are_found_whatever_their_spelling_and_however_they_are_stored(tmp_path, monkeypatch):
     """The order of keys, spaces and the layout make no other row. Hashes in many files, as for a huge data set."""
-    monkeypatch.setattr(doctor, "PART", 64)  # bytes: a file for every four rows
+    monkeypatch.setattr(duplicates, "PART", 64)  # bytes: a file for every four rows
     monkeypatch.setattr(doctor, "READ_BYTES", 100)
     again = '{"conversations":[{"content":"q3","role":"user"},{"content":"a","role":"assistant"}]}'
     rows = [chat(f"q{i}", "a") for i in range(40)]
