@@ -1,8 +1,7 @@
 """The layouts people keep their rows in -> one canonical row of each kind.
 
-    to_text({"text": "Once upon a time"})
-    to_conversation({"instruction": "Add.", "input": "1+1", "output": "2"})
-    to_preference({"prompt": "hi", "chosen": "hello", "rejected": "go away"})
+    canonical({"instruction": "Add.", "input": "1+1", "output": "2"})
+    # {"messages": [{"role": "user", "content": "Add.\\n1+1"}, {"role": "assistant", "content": "2"}]}
 
 | kind       | canonical row                                                                     |
 |------------|-----------------------------------------------------------------------------------|
@@ -26,7 +25,6 @@ from typing import NamedTuple
 from common.console import UserError
 from dataset.kinds import KINDS
 from dataset.read.jsonl import loads
-from tokenizer.messages import Conversation
 
 ROLES = {
     "human": "user",
@@ -84,23 +82,11 @@ def _by_columns(columns: tuple[str, ...], rating: str | None, sharegpt: bool) ->
 
 
 def canonical(row: dict, kind: str | None = None) -> dict:
+    """One row in any layout, without the check of its kind. UserError if it is not of this kind (None: of any)."""
     layout = layout_of(row, kind)
     if layout is None or kind not in (None, layout.kind):
         raise UserError(not_that_kind(row, layout, kind))
     return layout.read(row, *layout.columns)
-
-
-def to_text(row: dict) -> str:
-    return canonical(row, "text")["text"]
-
-
-def to_conversation(row: dict) -> Conversation:
-    found = canonical(row, "chat")
-    return found["messages"], found.get("tools")
-
-
-def to_preference(row: dict) -> dict:
-    return canonical(row, "preference")
 
 
 def not_that_kind(row: dict, layout: Layout | None, kind: str | None) -> str:

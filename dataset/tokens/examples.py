@@ -23,6 +23,7 @@ import numpy as np
 from common.console import UserError
 from dataset.read.mapping import Mapping
 from dataset.tokens.lengths import fit
+from dataset.tokens.stream import Stream
 from dataset.tokens.token_cache import TokenCache, token_cache
 from tokenizer.text import Tokenizer
 
@@ -204,7 +205,7 @@ class PretrainDataset(TokenDataset):
         by_weight: dict[float, list[TokenCache]] = {}
         for cache, weight in zip(self._caches, self._weights):
             by_weight.setdefault(weight, []).append(cache)
-        self._streams = [_Stream(group) for group in by_weight.values()]
+        self._streams = [Stream(group) for group in by_weight.values()]
         rows = [-(-(stream.length - 1) // self.max_seq_len) for stream in self._streams]
         self._first_rows = np.cumsum([0, *rows])
         lengths = [np.full(n, self.max_seq_len + 1, np.int32) for n in rows]
@@ -227,35 +228,9 @@ class PretrainDataset(TokenDataset):
         stream, start = self._place(row)
         return stream.source(start)
 
-    def _place(self, row: int) -> tuple[_Stream, int]:
+    def _place(self, row: int) -> tuple[Stream, int]:
         which = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return self._streams[which], (row - int(self._first_rows[which])) * self.max_seq_len
-
-
-class _Stream:
-    """The tokens of several caches one after the other, and one <|endoftext|> that ends the last document."""
-
-    def __init__(self, caches: list[TokenCache]):
-        self.caches = caches
-        self.starts = np.cumsum([0, *(len(cache.tokens) for cache in caches)])
-        self.length = int(self.starts[-1]) + 1
-
-    def read(self, start: int, stop: int, end: int) -> np.ndarray:
-        parts = []
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        for cache, begin in zip(self.caches[first:], self.starts[first:].tolist()):
-            if begin >= stop:
-                break
-            parts.append(cache.tokens[max(start - begin, 0) : stop - begin])
-        if stop >= self.length:
-            parts.append(np.array([end], parts[0].dtype if parts else np.uint32))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def source(self, position: int) -> str:
-        which = int(np.searchsorted(self.starts, position, side="right")) - 1
-        cache = self.caches[which]
-        document = int(np.searchsorted(cache.offsets.array, position - int(self.starts[which]), side="right")) - 1
-        return f"{cache.path}:{cache.lines[document]}"
 
 
 class EntryDataset(TokenDataset):
@@ -290,9 +265,7 @@ class EntryDataset(TokenDataset):
         counts = [len(entries) for entries in kept]
         self.distinct_count = sum(counts)
         if not self.distinct_count:
-            raise UserError(
-                f"--max_seq_len {self.max_seq_len}: no {self.called} fits, the longest needs --max_seq_len {longest}"
-            )
+            raise UserError(f"--max_seq_len {self.max_seq_len}: no {self.called} fits, the longest needs {longest}")
         self._kept, self._cuts, self._first = kept, cuts, np.cumsum([0, *counts])
         self.order = repeated(counts, self._weights, self._seed)
         self.lengths = np.concatenate(sizes)[self.order]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataset.read.formats import to_conversation, to_text
+from dataset.read.formats import canonical
 from dataset.tokens import encode
 from dataset.tokens import token_cache as tc
 from dataset.tokens.examples import PretrainDataset, SFTDataset, weighted
@@ -128,16 +128,16 @@ def test_exactly_the_assistants_words_and_its_end_token_are_trained_on(tmp_path)
 
 def test_layouts_give_the_same_conversation():
     call = {"name": "add", "arguments": {"a": 1}}
-    canonical = (
-        [
+    expected = {
+        "messages": [
             {"role": "system", "content": "be"},
             {"role": "user", "content": "1+1?"},
             {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": [call]},
             {"role": "tool", "content": "2"},
             {"role": "assistant", "content": "2"},
         ],
-        [{"type": "function"}],
-    )
+        "tools": [{"type": "function"}],
+    }
     tools = [{"type": "function"}]
     openai = [
         {"role": "user", "content": "1+1?"},
@@ -157,10 +157,10 @@ def test_layouts_give_the_same_conversation():
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "2"},
     ]
-    assert to_conversation({"messages": openai, "system": "be", "tools": tools}) == canonical
-    assert to_conversation({"conversations": minimind}) == canonical
+    assert canonical({"messages": openai, "system": "be", "tools": tools}) == expected
+    assert canonical({"conversations": minimind}) == expected
     minimind[0] |= {"tools": None, "functions": tools}
-    assert to_conversation({"conversations": minimind}) == canonical
+    assert canonical({"conversations": minimind}) == expected
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_bad_document_is_named_with_file_line_and_reason(tmp_path, row, reason
     with pytest.raises(ValueError) as error:
         pretrain(file)
     assert str(error.value).startswith(f"{file}:2: ") and reason in str(error.value)
-    assert to_text({"text": "a"}) == "a"
+    assert canonical({"text": "a", "label": True}, "text") == {"text": "a"}, "other columns are its own business"
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path):
@@ -245,7 +245,7 @@ def test_drop_leaves_long_ones_out_and_none_left_is_an_error(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", chat("q" * 50, "yes"), chat("q", "a"))
     ds = sft(file, max_seq_len=40, on_long="drop")
     assert len(ds) == 1 and "too long: 0 cut, 1 left out" in ds.summary
-    with pytest.raises(ValueError, match="--max_seq_len 1: no example fits, the longest needs --max_seq_len 72"):
+    with pytest.raises(ValueError, match="--max_seq_len 1: no example fits, the longest needs 72"):
         sft(file, max_seq_len=1)
 
 

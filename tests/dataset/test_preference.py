@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataset.batches.preference import PairLoader, PreferenceDataset
-from dataset.read.formats import to_preference
+from dataset.read.formats import canonical
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from tests.helpers.small_run import write_dpo
@@ -61,9 +61,9 @@ def small_model():
 )
 def test_layouts_mean_the_same(row):
     expected = {"chosen": [user("1+1?"), says("2")], "rejected": [user("1+1?"), says("3")]}
-    assert to_preference(row) == expected
+    assert canonical(row, "preference") == expected
     be_short = {"role": "system", "content": "Be short."}
-    assert to_preference({**row, "system": "Be short."}) == {k: [be_short, *v] for k, v in expected.items()}
+    assert canonical({**row, "system": "Be short."}, "preference") == {k: [be_short, *v] for k, v in expected.items()}
 
 
 BAD = {
