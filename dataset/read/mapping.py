@@ -1,10 +1,10 @@
-"""One file's rows -> canonical rows: its layout is told from its head, and every row must then have it.
+"""The rows of one file -> canonical rows. The first rows tell the file's layout, which all of its rows must have.
 
     rows = Jsonl("alpaca.jsonl")
     read = find_reader(rows, "chat")                   # layout "instruction + output", seen in line 1
-    read(rows.raw(7))                                  # {"messages": [...]}, or a ValueError with the reason
+    read(rows.raw(7))                                  # {"messages": [...]}, or a UserError with the reason
 
-Columns of your own, `--data_mapping mapping.yaml`, our name first. Only the columns it names are read:
+Other columns are named by `--data_mapping mapping.yaml`, our name first. Only the columns that it names are read:
 
     columns: {conversations: dialogue, system: persona}    # or {instruction: 问题, output: 回答}
     turns: {role: speaker, content: words}                 # if the turns have names of their own
@@ -22,7 +22,7 @@ from dataset.kinds import KINDS
 from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
 from dataset.read.jsonl import Jsonl, decode, parse_row
 
-HEAD = 100  # rows in which a mapping's columns must be found
+HEAD = 100  # rows in which each column of a mapping must occur
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Mapping:
     """Which of a file's columns stand for ours."""
 
     path: str
-    columns: dict[str, str]
-    turns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str]  # ours -> theirs
+    turns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, inside a turn
     roles: dict[str, str] = field(default_factory=dict)  # theirs -> ours
 
     def __call__(self, row: dict) -> dict:
@@ -52,7 +52,7 @@ class Mapping:
 
 
 def read_mapping(path: str | Path | None) -> Mapping | None:
-    """The mapping that a YAML file describes."""
+    """The mapping that a YAML file describes; None for None."""
     if path is None:
         return None
     import yaml
@@ -89,18 +89,19 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the rows of one file, all in one layout. Travels to worker processes."""
+    """Reads the rows of one file, all of one layout. It is pickled for worker processes."""
 
-    kind: str
-    layout: str = ""  # what the head shows; empty: it shows nothing, each row says what is wrong with it
-    line: int = 1  # where
-    unread: tuple[str, ...] = ()  # columns of that row that mean nothing to us
+    kind: str  # a key of KINDS
+    layout: str = ""  # its name; empty: no row of this kind was found, so every row is an error
+    line: int = 1  # where the layout was seen first
+    unread: tuple[str, ...] = ()  # columns of that line that are not read
     mapping: Mapping | None = None
 
     def __call__(self, raw: bytes) -> dict:
+        """A row as it stands in the file -> its canonical row, checked. UserError gives the reason, not the place."""
         try:
             return self._read(raw)
-        except RecursionError:  # what the parser takes may still be too deep to be looked at
+        except RecursionError:  # the parser takes deeper nesting than Python can walk through
             raise UserError("nested too deeply") from None
 
     def _read(self, raw: bytes) -> dict:
@@ -123,7 +124,7 @@ class Reader:
 
 
 def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None = None) -> Reader:
-    """By the first row that is of this kind; kind None: of any, and the reader says of which."""
+    """The reader for the layout of the first row that is of this kind. kind None: of any; the reader has its kind."""
     found, columns = None, {}
     for i in range(len(source)):
         if found and (i == HEAD or not mapping):
@@ -131,17 +132,19 @@ def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None 
         try:
             row = source[i]
         except ValueError:
-            continue  # it will be reported when its turn comes
+            continue  # reported when the row is read
         columns |= dict.fromkeys(row)
         layout = layout_of(mapping(row) if mapping else row, kind)
         if not found and layout and kind in (None, layout.kind):
-            aside = () if mapping else tuple(unread(row, layout))  # a mapping says itself what is read
-            found = Reader(layout.kind, layout.name, source.line(i), aside, mapping)
+            not_read = () if mapping else tuple(unread(row, layout))  # a mapping names what is read
+            found = Reader(layout.kind, layout.name, source.line(i), not_read, mapping)
     missing = [name for name in mapping.columns.values() if name not in columns] if mapping else []
-    if missing:
+    if mapping and missing:
         missing, there = (", ".join(f'"{name}"' for name in names) for names in (missing, columns))
         raise UserError(f"{source.where(0)}: --data_mapping {mapping.path}: no column {missing}; the file has {there}")
-    if not found and not kind:
+    if found:
+        return found
+    if not kind:
         row = source[0]
         raise UserError(f"{source.where(0)}: {not_that_kind(mapping(row) if mapping else row, None, None)}")
-    return found or Reader(kind, mapping=mapping)  # no row is of that kind: each says what it is instead
+    return Reader(kind, mapping=mapping)  # the error of each row says what it is instead
