@@ -38,7 +38,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pair_row_length(lengths: list[int], max_seq_len: int) -> int:
-    """The length of rows for a step of pairs with these lengths: the cheapest multiple of max_seq_len / 4 that holds the
+    """The length of rows for a step of pairs of these lengths: the cheapest multiple of max_seq_len / 4 that holds the
     longest pair. Unfilled positions cost time, and so do long rows: in a `small` model, attention over 800 positions
     takes about as much time as everything else."""
     unit = -(-max_seq_len // 4)

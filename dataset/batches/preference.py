@@ -36,6 +36,8 @@ Answer = tuple[np.ndarray, np.ndarray]  # ids; which of them are trained on, boo
 
 
 class PreferenceDataset(EntryDataset):
+    """Pairs of answers to one prompt."""
+
     kind, called = "preference", "pair"
     reference: np.ndarray | None = None  # (distinct pairs, 2) log-probabilities of chosen and rejected, where needed
 
@@ -82,7 +84,9 @@ class PairBatch(Batch):
 
 
 class PairLoader(Loader):
-    """`batch_size` counts pairs. The rows of a step are as long as suits its pairs."""
+    """`batch_size` counts pairs. The length of a step's rows follows from its pairs: pair_row_length."""
+
+    dataset: PreferenceDataset
 
     ROWS_PER_EXAMPLE = 2
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -60,6 +60,9 @@ def weighted(spec: str | Path) -> tuple[Path, float]:
     return Path(path), weight
 
 
+Self = TypeVar("Self", bound="TokenDataset")
+
+
 class TokenDataset:
     """Examples in an order, in which one may stand twice, or not at all. The base of all data sets.
 
@@ -96,14 +99,22 @@ class TokenDataset:
         seed: int = 42,
         mapping: Mapping | None = None,
     ):
-        self.max_seq_len, self.end_of_text, self._tokenizer_hash = max_seq_len, tokenizer.end_of_text, tokenizer.hash
-        self._seed, left = seed, data_limit
+        self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
+        self._tokenizer_hash, self._seed, left = tokenizer.hash, seed, data_limit
         self._caches: list[TokenCache] = []
         self._weights: list[float] = []  # of each cache: how often its examples come in an epoch
         for spec in [paths] if isinstance(paths, (str, Path)) else paths:
             path, weight = weighted(spec)
-            options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
-            cache = token_cache(path, tokenizer, self.kind, limit=left, **options)
+            cache = token_cache(
+                path,
+                tokenizer,
+                self.kind,
+                cache_dir=cache_dir,
+                num_workers=num_workers,
+                on_bad_row=on_bad_row,
+                limit=left,
+                mapping=mapping,
+            )
             self._caches.append(cache)
             self._weights.append(weight)
             left -= cache.facts["rows"]
@@ -148,7 +159,7 @@ class TokenDataset:
     def _extras(self, example: int) -> dict[str, np.ndarray]:
         return {}
 
-    def split(self, val_fraction: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
+    def split(self: Self, val_fraction: float, seed: int) -> tuple[Self, Self]:
         """(training, validation): views, the same for the same seed. A repeated example is on one side only."""
         if not 0 < val_fraction < 1:
             raise UserError(f"--val_fraction {val_fraction}: must be between 0 and 1")
@@ -164,7 +175,7 @@ class TokenDataset:
             self.view(np.unique(self.order, return_index=True)[1][held_out[distinct]], f"val {name}"),
         )
 
-    def view(self, examples: np.ndarray, name: str) -> TokenDataset:
+    def view(self: Self, examples: np.ndarray, name: str) -> Self:
         """The same data set with these examples only, in this order; the name goes into its fingerprint."""
         view = copy.copy(self)
         view.order, view.lengths = self.order[examples], self.lengths[examples]
@@ -234,13 +245,13 @@ class PretrainDataset(TokenDataset):
 
 
 class EntryDataset(TokenDataset):
-    """Each entry of the token caches is an example; what of it is too long is cut (dataset/tokens/lengths.py).
+    """Each entry of the token caches is an example. dataset/tokens/lengths.py says what happens to those too long.
 
     max_prompt_length  cut prompts of more ids (0: only what does not fit)
     on_long            "drop": leave out what is too long, and cut nothing
     """
 
-    called = "example"
+    called = "example"  # in messages
 
     def __init__(
         self,
@@ -288,7 +299,7 @@ class EntryDataset(TokenDataset):
 
 
 class SFTDataset(EntryDataset):
-    """One conversation an example, with its trained positions.
+    """Conversations, with the mask of what is trained on.
 
     An answer is trained on whole or not at all: one whose beginning was cut is context only.
     """
@@ -303,7 +314,7 @@ class SFTDataset(EntryDataset):
         on_long: str = "truncate",
         **options,
     ):
-        super().__init__(paths, tokenizer, on_long=on_long, **options)
+        super().__init__(paths, tokenizer, on_long=on_long, max_prompt_length=0, **options)
         self.fingerprint = self._fingerprint("sft", on_long, self.max_seq_len)
 
     def _tokens(self, example: int) -> np.ndarray:
