@@ -1,12 +1,12 @@
-"""What is wrong with data files, and what training on them would be like.
+"""The data doctor: what is wrong with data files, and what training on them would be like.
 
     python scripts/check_data.py dataset/sft.jsonl
     python scripts/check_data.py train.jsonl --val_path val.jsonl --max_seq_len 1024
     python scripts/check_data.py train.jsonl --fix        # writes train.clean.jsonl, train.jsonl.rejects.jsonl
     python scripts/check_data.py *.jsonl --json           # for machines
 
-Errors are what training would stop at. The exit status is 1 if there are any, else 0. A random sample of 4 MB of rows
-is tokenised (--sample_mb 0: all of them); everything else is said of every row.
+Training would stop at what is called an error here. The exit status is 1 if there are errors, else 0. Every row is
+checked; a random sample of 4 MB of rows is tokenised (--sample_mb 0: all rows).
 """
 
 import sys
@@ -33,21 +33,21 @@ class CheckConfig(Options):
         (), "files to check; the flag may be left out", path=True, aliases=("data_file", "train_path")
     )
     val_path: tuple[str, ...] = option(
-        (), "validation files: rows of theirs are reported", path=True, aliases=("eval_data",)
+        (), "validation files: report rows that are in them too", path=True, aliases=("eval_data",)
     )
     max_seq_len: int | None = option(
         None,
-        "length at which cuts and packing are counted (default: the stage's, 512, of pairs 1024)",
+        "count cuts and packing at this length (default: that of the stage, 512, for pairs 1024)",
         within="[2, inf)",
         aliases=("max_length", "cutoff_len"),
     )
     batch_size: int | None = option(
-        None, "examples that packing may put together (default: the stage's: 16, of pairs 4)", within="[1, inf)"
+        None, "examples that are packed together (default: those of a step, 16, for pairs 4)", within="[1, inf)"
     )
     kind: str | None = option(None, "what the rows must be", choices=("text", "chat", "preference", "rated"))
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     tokenizer_path: str | None = option(None, "directory with a tokenizer.json", path=True)
-    sample_mb: float = option(4.0, "how much is tokenised (0: everything)", within="[0, inf)")
+    sample_mb: float = option(4.0, "MB of rows that are tokenised (0: all)", within="[0, inf)")
     fix: bool = option(False, "write <name>.clean.jsonl and <file>.rejects.jsonl")
     json: bool = option(False, "print JSON")
     cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
@@ -63,7 +63,8 @@ def main():
 
     import numpy as np
 
-    from dataset.doctor.examine import examine, hashes_of
+    from dataset.doctor.duplicates import hashes_of
+    from dataset.doctor.examine import examine
     from dataset.read.mapping import read_mapping
     from tokenizer.text import Tokenizer
 
@@ -99,7 +100,7 @@ def main():
 
 
 def lines(report, config: CheckConfig) -> list[str]:
-    """The report as people read it."""
+    """The report as text."""
     name = shown(report.path)
     if report.failure:
         return [name, f"{'error':<{LABEL}}{report.failure}", ""]
@@ -163,7 +164,7 @@ def token_lines(report) -> list[str]:
 
 
 def shown(path: str | Path) -> str:
-    """As it was typed, or nearly: paths are absolute in the report."""
+    """The path relative to the current folder where possible: the report has absolute ones."""
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

@@ -1,4 +1,4 @@
-"""Converts files in any layout to ours, joins them, by ratio if wished, and sets a validation part aside.
+"""Converts files in any layout to ours, joins them, and sets a validation part aside.
 
     python scripts/prepare_data.py --data_path alpaca.json --save_path train.jsonl
     python scripts/prepare_data.py --task_data a.jsonl b.json --identity_data me.jsonl --ratio 3 --merged_data all.jsonl
@@ -6,7 +6,7 @@
     python scripts/prepare_data.py --data_path dpo.jsonl --to chat        # the chosen answers, for fine-tuning
     python scripts/prepare_data.py --data_path mine.jsonl --data_mapping columns.yaml --max_seq_len 1024
 
---ratio R repeats the identity rows until task : identity is R : 1; without it the files follow one another.
+--ratio R repeats the identity rows until there are R task rows for each of them. Without it every row is written once.
 docs/data.md shows the layouts.
 """
 
@@ -29,11 +29,11 @@ class PrepareConfig(Options):
 
     data_path: tuple[str, ...] = option(
         (),
-        "files to convert and join: .jsonl or .json arrays, any layout",
+        "files to convert and join: .jsonl or .json arrays in any layout",
         path=True,
         aliases=("task_data", "data_file", "train_path", "dataset_name"),
     )
-    identity_data: tuple[str, ...] = option((), "files that are repeated by --ratio: who the model is", path=True)
+    identity_data: tuple[str, ...] = option((), "files about who the model is; --ratio repeats them", path=True)
     ratio: float = option(0.0, "task rows for each identity row (0: no repeating)", within="[0, inf)")
     save_path: str = option(
         str(ROOT / "dataset" / "merged_training_data.jsonl"),
@@ -52,12 +52,12 @@ class PrepareConfig(Options):
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
     max_seq_len: int = option(
         0,
-        "also tokenise, and say what would be cut at this length",
+        "also tokenise, and print what would be cut at this length",
         within="[0, inf)",
         aliases=("max_length", "cutoff_len"),
     )
     tokenizer_path: str | None = option(
-        None, "for that: directory with a tokenizer.json", path=True, aliases=("tokenizer_name",)
+        None, "for tokenising: directory with a tokenizer.json", path=True, aliases=("tokenizer_name",)
     )
     seed: int = option(42, "seed of the validation part", within="[0, inf)")
     cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
@@ -85,7 +85,7 @@ def main():
         target = target / "train.jsonl"
     val_target = target.with_name("val.jsonl" if target.name == "train.jsonl" else f"{target.stem}.val.jsonl")
     tokenizer = None
-    if config.max_seq_len:  # what is wrong with it is to be known before anything is written
+    if config.max_seq_len:  # loaded first, so that nothing is written if it cannot be loaded
         from tokenizer.text import Tokenizer
 
         tokenizer = Tokenizer.load(config.tokenizer_path)
@@ -120,8 +120,8 @@ def main():
         print(f"written: {report.held_out:,} rows to {val_target}")
     elif val_target.exists():
         print(
-            f"warning: {val_target} is from another time and may hold rows that are in {target} now; remove it, or "
-            "set some aside again with --val_fraction"
+            f"warning: {val_target} is from an earlier run and may hold rows that are in {target} now; remove it, or "
+            "write it anew with --val_fraction"
         )
     if config.max_seq_len:
         tokenise(target, report.kind, tokenizer, config)
@@ -132,10 +132,11 @@ def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:
     from dataset.batches.preference import PreferenceDataset
     from dataset.tokens.examples import PretrainDataset, SFTDataset
 
-    dataset = {"text": PretrainDataset, "chat": SFTDataset, "preference": PreferenceDataset}.get(kind)
-    if dataset is None:
+    datasets = {dataset.kind: dataset for dataset in (PretrainDataset, SFTDataset, PreferenceDataset)}
+    if kind not in datasets:
         raise UserError(f"--max_seq_len: no stage trains on {kind} rows yet; leave it out")
-    print(f"tokenised: {dataset(path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir).summary}")
+    dataset = datasets[kind](path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir)
+    print(f"tokenised: {dataset.summary}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Chat messages -> token ids and, made in the same pass, the mask of the ids that are trained on.
+"""Chat messages -> token ids, and in the same pass the mask of the ids that are trained on.
 
     from tokenizer.chat import encode_chat, show_labels
     messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     ids, trained = encode_chat(tokenizer, messages)
     print(show_labels(tokenizer, ids, trained))
 
-A conversation becomes segments: a control id, or plain text, each trained on or not. Neighbouring texts are joined
-and then encoded by a tokenizer that knows no control tokens. So what somebody wrote stays text, labels never depend
-on finding a pattern of ids, and for harmless text the ids are those of transformers' `apply_chat_template`.
+A conversation becomes segments. A segment is a control id or plain text, and is trained on or not. Neighbouring texts
+are joined and encoded by a tokenizer that knows no control tokens. So what somebody wrote stays text, labels do not
+depend on finding a pattern of ids, and for text without control tokens the ids equal those of transformers'
+`apply_chat_template`.
 
-The format is ChatML, the same as chat_template.jinja. Trained on: an assistant's content and the <|im_end|> after it,
-not the newline that follows. A token that holds the end of a header and the beginning of a content counts as content.
+The format is ChatML, the same as in chat_template.jinja. Trained on are an assistant's content and the <|im_end|> after
+it, but not the newline that follows. A token that holds the end of a header and the beginning of a content is trained
+on.
 
-Markup in an assistant's turn: `reasoning_content`, or one <think>...</think> that the content begins with; after it,
-one <answer>...</answer> that the content ends with; `tool_calls`. Such words anywhere else are text. Newlines around
-the thinking are made uniform, nothing else is changed, left out or added: reasoning in earlier turns stays if the
-messages hold it, and a turn without reasoning has no think block.
+In an assistant's turn these are markup: its `reasoning_content`, or one <think>...</think> at the beginning of its
+content; after that, one <answer>...</answer> up to the end of its content; its `tool_calls`. The same words anywhere
+else are text. Newlines around the reasoning are made uniform. Nothing else is changed, left out or added: reasoning in
+earlier turns stays, and a turn without reasoning gets no think block.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from common.console import UserError
 from tokenizer.messages import Conversation, Segment, check_messages, dumps, markup, split_reasoning
 from tokenizer.text import Tokenizer
 
@@ -57,19 +60,37 @@ def encode_chat(
     add_generation_prompt: bool = False,
     enable_thinking: bool | None = None,
 ) -> Encoded:
-    """One conversation. `enable_thinking` ends the generation prompt with <think> (True) or an empty block (False)."""
-    prompt = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
-    return encode_chats(tokenizer, [(messages, tools)], **prompt)[0]
+    """One conversation. UserError if it is not well-formed, or if a foreign template refuses it.
+
+    add_generation_prompt  the header of an assistant's turn follows, for a model to go on from
+    enable_thinking        the prompt then ends with <think> (True), with an empty think block (False) or neither (None)
+    """
+    check_messages(messages, tools)
+    return _encode(tokenizer, [_render(tokenizer, messages, tools, add_generation_prompt, enable_thinking)])[0]
 
 
-def encode_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation], **prompt) -> list[Encoded]:
-    """Many (messages, tools), with one call of the tokenizer. After a ValueError, encode_chat finds out whose it is."""
-    render = _chatml if tokenizer.chat_template in (None, TEMPLATE) else _foreign(tokenizer)
-    rows = []
+def encode_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[Encoded | UserError]:
+    """Many conversations, with one call of the tokenizer. They must have passed `check_messages` already. One that a
+    foreign template refuses gives the error instead."""
+    rendered: list[list[Segment] | UserError] = []
     for messages, tools in conversations:
-        check_messages(messages, tools)
-        rows.append(render(tokenizer, messages, tools, **prompt))
-    return _encode(tokenizer, rows)
+        try:
+            rendered.append(_render(tokenizer, messages, tools))
+        except UserError as error:
+            rendered.append(error)
+    encoded = iter(_encode(tokenizer, [segments for segments in rendered if not isinstance(segments, UserError)]))
+    return [segments if isinstance(segments, UserError) else next(encoded) for segments in rendered]
+
+
+def _render(
+    tokenizer: Tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool | None = None,
+) -> list[Segment]:
+    render = _chatml if tokenizer.chat_template in (None, TEMPLATE) else _foreign(tokenizer)
+    return render(tokenizer, messages, tools, add_generation_prompt, enable_thinking)
 
 
 @functools.lru_cache(maxsize=4)
@@ -81,7 +102,7 @@ def _foreign(tokenizer: Tokenizer):
 
 def _encode(tokenizer: Tokenizer, rows: list[list[Segment]]) -> list[Encoded]:
     plans: list[list[tuple]] = []
-    runs: dict[str, int] = {}  # each distinct text once: every turn but the first begins after the same "\n"
+    runs: dict[str, int] = {}  # each distinct text once; many repeat, like the "\n" between two turns
     for segments in rows:
         plan: list[tuple] = []
         for is_text, group in groupby(segments, key=lambda segment: isinstance(segment[0], str)):
@@ -111,7 +132,7 @@ def _encode(tokenizer: Tokenizer, rows: list[list[Segment]]) -> list[Encoded]:
 
 
 def _join(group: Iterator[Segment]) -> tuple[str, list[tuple[int, int]]]:
-    """Neighbouring texts as one, so that tokens form across them as for transformers; and the parts trained on."""
+    """Neighbouring texts as one, because tokens may form across them, and the spans of it that are trained on."""
     text, spans = "", []
     for piece, trained in group:
         if trained and piece:
@@ -121,10 +142,10 @@ def _join(group: Iterator[Segment]) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _overlap(encoding, spans: list[tuple[int, int]], length: int) -> list[bool]:
-    """For each token: does any of its characters lie in one of the spans?"""
+    """For each token: is any of its characters in one of the spans?"""
     if not spans or spans == [(0, length)]:
         return [bool(spans)] * len(encoding.ids)
-    if len(spans) == 1 and spans[0][1] == length:  # a header, then a content: nearly always, so it should be quick
+    if len(spans) == 1 and spans[0][1] == length:  # a header and then a content: nearly always, so this is fast
         return [end > spans[0][0] for _, end in encoding.offsets]
     return [any(begin < stop and end > start for start, stop in spans) for begin, end in encoding.offsets]
 
@@ -136,8 +157,8 @@ def _chatml(
     tokenizer: Tokenizer,
     messages: list[dict],
     tools: list[dict] | None,
-    add_generation_prompt: bool = False,
-    enable_thinking: bool | None = None,
+    add_generation_prompt: bool,
+    enable_thinking: bool | None,
 ) -> list[Segment]:
     start, end = (tokenizer.im_start, False), (tokenizer.im_end, False)
     tag = functools.partial(markup, tokenizer)
@@ -152,7 +173,7 @@ def _chatml(
         out += [end, ("\n", False)]
 
     for role, turns in groupby(messages, key=lambda message: message["role"]):
-        if role == "tool":  # results that follow one another share a turn
+        if role == "tool":  # consecutive results share a turn
             out += [start, ("user", False)]
             for message in turns:
                 pieces = ("\n", tag("<tool_response>"), f"\n{message['content']}\n", tag("</tool_response>"))
@@ -193,16 +214,16 @@ def _assistant(tag, message: dict) -> Iterator[int | str]:
         yield from (tag("<tool_call>"), body, tag("</tool_call>"))
 
 
-# ---- for the eye
+# ---- for people
 
 DIM, GREEN, BOLD, RESET = "\x1b[2m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
-# a row must not be able to steer the terminal: C0 as the pictures Unicode has for them, C1 and DEL as U+FFFD
+# text of a row must not control the terminal: C0 is shown as Unicode's control pictures, C1 and DEL as U+FFFD
 VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 VISIBLE |= dict.fromkeys([0x7F, *range(0x80, 0xA0)], "\ufffd")
 
 
 def show_labels(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool]) -> str:
-    """The row as text for a terminal: trained on in green, the rest dim, control tokens bold."""
+    """The row as text for a terminal: what is trained on in green, the rest dim, control tokens bold."""
     control = set(tokenizer.control.values())
     kinds = [(bool(label), int(i) in control) for i, label in zip(ids, trained)]
     shown = []

@@ -1,16 +1,19 @@
-"""Chat templates that other people's tokenizers bring along, run in Jinja's sandbox and read back as segments.
+"""Chat templates of other tokenizers. They run in Jinja's sandbox, and what they print is read back as segments.
 
     tokenizer = Tokenizer.load("path/to/Qwen3-0.6B")     # its chat_template is not ours, so
-    encode_chat(tokenizer, messages)                     # comes here
+    encode_chat(tokenizer, messages)                     # calls this file
 
-A template is a program that prints one text; which parts of it are content and which are the template's own must
-survive that. So the template sees every text with a *guard* character after each letter that could begin a control
-token: what it prints then contains exactly its own control tokens. And it sees every message with a *mark* of that
-message's own at both ends. Guard and marks are private-use characters that occur nowhere in the row, and are taken
-out again.
+A template is a program that prints one text. Afterwards it must be known which parts of that text are content and which
+are the template's own. So the template is given changed texts:
 
-Trained on: from the end of the turn's header, which is what a generation prompt would have supplied, to the turn's end
-token. Where a template prints no such header, from the first letter of the message.
+- after each letter that could begin a control token stands a *guard* character. So a control token in the printed text
+  is always the template's own.
+- at both ends of a message stands a *mark*, another character for each message. It tells where the message was printed.
+
+Guard and marks are private-use characters that do not occur in the row. They are removed at the end.
+
+Trained on is everything from the end of the turn's header, which a generation prompt supplies, to the turn's end token.
+If a template prints no such header, the trained part begins at the first letter of the message.
 """
 
 from __future__ import annotations
@@ -61,11 +64,11 @@ class ForeignTemplate:
             given |= {"enable_thinking": enable_thinking, "open_thinking": enable_thinking}  # Qwen's name, MiniMind's
         try:
             return self.template.render(given)
-        except Exception as error:  # somebody else's program: it may fail in any way
+        except Exception as error:  # a template is a program and may fail in any way
             raise UserError(f"{self.path}: the chat template refuses this conversation: {error}") from None
 
     def _header(self) -> str:
-        """What every generation prompt begins with, whether the model is to think or not."""
+        """What every generation prompt begins with, with thinking and without."""
         question, headers = [{"role": "user", "content": "?"}], []
         for thinking in (True, False):
             without, with_prompt = (self._print(question, None, prompt, thinking) for prompt in (False, True))
@@ -73,7 +76,12 @@ class ForeignTemplate:
         return os.path.commonprefix(headers)
 
     def __call__(
-        self, tokenizer: Tokenizer, messages: list[dict], tools=None, add_generation_prompt=False, enable_thinking=None
+        self,
+        tokenizer: Tokenizer,
+        messages: list[dict],
+        tools: list[dict] | None,
+        add_generation_prompt: bool,
+        enable_thinking: bool | None,
     ) -> list[Segment]:
         used = set(dumps([messages, tools]))
         private = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
@@ -104,7 +112,7 @@ class ForeignTemplate:
             label = any(start <= begin and end <= stop for start, stop in trained)
             segments.append((piece if isinstance(piece, int) else piece.translate(erase), label))
         if spoken and spoken[-1] == len(messages) - 1 and not ends and not add_generation_prompt:
-            # GLM's turns are ended by the header of the next one; the last turn needs an end to learn as well
+            # GLM ends a turn with the header of the next one; the last turn needs an end that can be learned too
             segments.append((tokenizer.end_of_text, True))
         return [segment for segment in segments if segment[0] != ""]
 

@@ -15,14 +15,12 @@ from tokenizer.text import Tokenizer
 ROLES = ("system", "user", "assistant", "tool")
 THINKING = re.compile(r"\n*<think>(.*?)</think>(.*)", re.DOTALL)
 
-Conversation = tuple[list[dict], list[dict] | None]  # messages, tools  # messages, tools
-Segment = tuple[
-    int | str, bool
-]  # a control id or plain text; whether it is trained on  # a control id or plain text; whether it is trained on
+Conversation = tuple[list[dict], list[dict] | None]  # messages, tools
+Segment = tuple[int | str, bool]  # a control id or plain text; whether it is trained on
 
 
 def markup(tokenizer: Tokenizer, text: str) -> int | str:
-    """The control id of a piece of markup; plain text in a tokenizer that has no such token, and text as it is."""
+    """The control id of a piece of markup. Other text, and markup for which the tokenizer has no token, stays text."""
     return tokenizer.control.get(text, text)
 
 
@@ -35,7 +33,7 @@ def split_reasoning(message: dict) -> tuple[str | None, str]:
 
 
 def never_closed(message: dict) -> str | None:
-    """The tag that an assistant's message opens where it would be markup, and never closes: an answer that was cut."""
+    """The tag that an assistant's message begins with and never closes, as an answer does that was cut off; or None."""
     reasoning, rest = split_reasoning(message)
     tag = "<think>" if reasoning is None else "<answer>"
     return tag if rest.lstrip().startswith(tag) and tag.replace("<", "</") not in rest else None
@@ -46,7 +44,7 @@ def dumps(value) -> str:
 
 
 def check_messages(messages: list[dict], tools: list[dict] | None = None) -> None:
-    """ValueError for the first thing that is not a canonical conversation; whoever read it adds file and line."""
+    """UserError for the first thing that is not as a canonical conversation has it. The caller adds file and line."""
     if not isinstance(messages, list) or not messages:
         raise UserError("messages: expected a list of at least one message")
     for i, message in enumerate(messages):

@@ -2,14 +2,15 @@
 
     from tokenizer.text import Tokenizer
     tokenizer = Tokenizer.load()                         # the shipped one; or any directory with a tokenizer.json
-    ids = tokenizer.encode("你好 <|im_end|>")            # harmless pieces of text: none is the id of <|im_end|>
+    ids = tokenizer.encode("你好 <|im_end|>")            # ids of text; none of them is the id of <|im_end|>
     assert tokenizer.decode(ids) == "你好 <|im_end|>"
 
-HF `tokenizers` does the merging. It is handed a copy of the tokenizer *without any added token*, because its own switch
-(`encode_special_tokens`) only skips those flagged special, and `<think>` or `<tool_call>` usually are not. Control ids
-are put in by whoever builds a sequence (tokenizer/chat.py, the data sets), never found in text.
+HF `tokenizers` does the merging. It gets a copy of the tokenizer *without any added token*. Its own switch
+(`encode_special_tokens`) would not do, because it skips only tokens that are flagged special, and `<think>` or
+`<tool_call>` usually are not. Control ids are put in by the code that builds a sequence (tokenizer/chat.py, the data
+sets), and are never found in text.
 
-Decoding goes through a table id -> bytes, so it is exact, also for tokens that hold a part of a character.
+Decoding uses a table id -> bytes. So it is exact, also for tokens that hold a part of a character.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 class Tokenizer:
-    """Made by `Tokenizer.load`; `control` and `token_bytes` are attributes, what may be missing is a property."""
+    """Made by `Tokenizer.load`.
+
+    control      control token -> id
+    token_bytes  (vocab_size,) int64: bytes of text that each id stands for, 0 for control tokens
+    hash         SHA-256 of everything that decides the ids, the chat template included
+    """
 
     def __init__(self, spec: dict, *, path: str, chat_template: str | None = None, config: dict | None = None):
         self.path = path
@@ -49,7 +55,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Tokenizer:
-        """Read a directory with a tokenizer.json, or that file; None is the shipped tokenizer/."""
+        """From a directory with a tokenizer.json, or from that file; None is the shipped tokenizer/."""
         file = SHIPPED if path is None else Path(path)
         if file.is_dir() or file.suffix != ".json":
             file = file / "tokenizer.json"
@@ -74,11 +80,11 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of many texts; much faster than one by one, and on all cores unless TOKENIZERS_PARALLELISM=false."""
+        """Ids of many texts. Much faster than one by one; on all cores, unless TOKENIZERS_PARALLELISM=false."""
         return [encoding.ids for encoding in self.encode_offsets(texts)]
 
     def encode_offsets(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """As encode_batch, with the characters behind each token (`Encoding.char_to_token`), for labels."""
+        """As encode_batch, with the characters of each token (`Encoding.offsets`)."""
         try:
             return self._plain.encode_batch(texts)
         except TypeError:
@@ -87,19 +93,19 @@ class Tokenizer:
     # ---- ids -> text
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
-        """The exact text; bytes that are no UTF-8 become U+FFFD, control tokens their names unless skipped."""
+        """The exact text. Bytes that are not UTF-8 become U+FFFD. Control tokens become their names, unless skipped."""
         stream = self.stream(skip_control)
         return stream.push_all(ids) + stream.flush()
 
     def bytes_of(self, ids: Iterable[int]) -> list[bytes]:
-        """What each of them stands for, control tokens their names."""
+        """The bytes that each id stands for; of control tokens, their names."""
         return [self._bytes.get(i, b"") for i in map(int, ids)]
 
     def stream(self, skip_control: bool = False) -> StreamDecoder:
         return StreamDecoder(self, skip_control)
 
     def same_ids(self, other: Tokenizer) -> bool:
-        """Every id stands for the same, whatever the chat templates are."""
+        """Whether every id stands for the same in both. Chat templates may differ."""
         return self._bytes == other._bytes and self.control == other.control
 
     # ---- tokens by name
@@ -119,7 +125,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """What ends an answer: <|im_end|>, <|endoftext|>, and what the tokenizer's own files name."""
+        """Ids that end an answer: <|im_end|>, <|endoftext|>, and those that the tokenizer's own files name."""
         names = {END_OF_TEXT, IM_END, self.special("eos_token")}
         more = self.config.get("eos_token_id") or []
         return frozenset(self.control[name] for name in names if name in self.control).union(
@@ -139,7 +145,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of tokens as they come. A character appears once its last byte has come, so nothing shown is taken back."""
+    """The text of tokens as they arrive. A character appears when its last byte has arrived, so shown text is final."""
 
     def __init__(self, tokenizer: Tokenizer, skip_control: bool = False):
         self._bytes = tokenizer._bytes
@@ -151,7 +157,7 @@ class StreamDecoder:
         return self.push_all((id,))
 
     def push_all(self, ids: Iterable[int]) -> str:
-        # rows added to a model's vocabulary beyond the tokenizer's (Qwen: 151,936 for 151,669) stand for nothing
+        # a model may have more embeddings than its tokenizer has ids (Qwen: 151,936 and 151,669); they have no text
         text = self._utf8.decode(b"".join(self._bytes.get(i, b"") for i in map(int, ids) if i not in self._hidden))
         if self._drop_space and text:
             self._drop_space = False
@@ -159,7 +165,7 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: nothing, or U+FFFD for a character that was cut off."""
+        """The rest at the end: nothing, or U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -168,7 +174,7 @@ def _read_config(directory: Path) -> tuple[dict, str | None]:
     config = _read_json(directory / "tokenizer_config.json")
     config["eos_token_id"] = _read_json(directory / "generation_config.json").get("eos_token_id")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones (Hermes, Command R): the default talks
+    if isinstance(template, list):  # several named ones (Hermes, Command R): "default" is the one for chatting
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     file = directory / "chat_template.jinja"
     if file.is_file():
@@ -184,7 +190,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
-    """The copy that encodes plain text: no added tokens, and none of them left as a word of the vocabulary either."""
+    """The copy that encodes plain text: without added tokens, also in its vocabulary."""
     added = {token["content"] for token in spec["added_tokens"]}
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in added}
     plain = dict(spec, added_tokens=[], post_processor=None, truncation=None, padding=None)
@@ -196,7 +202,7 @@ def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
 
 
 def _bytes_of_ids(spec: dict) -> tuple[dict[int, bytes], bool]:
-    """What each id stands for, and whether a leading space is an artefact (SentencePiece puts one before any text)."""
+    """The bytes of each id, and whether decoding drops a leading space (SentencePiece puts one before every text)."""
     decoder = json.dumps(spec.get("decoder"))
     to_bytes = _from_byte_level if "ByteLevel" in decoder else _from_sentencepiece
     table = {i: to_bytes(token) for token, i in spec["model"]["vocab"].items()}
@@ -225,19 +231,19 @@ def _from_sentencepiece(token: str) -> bytes:
 
 
 def _hash(spec: dict, chat_template: str | None, config: dict) -> str:
-    """Of what decides the ids and nothing else, so that other tools may reformat the file."""
+    """Of everything that decides the ids and of nothing else, so that other tools may reformat the file."""
     defining = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer", "model")}
     defining["added_tokens"] = sorted((token["id"], token["content"]) for token in spec["added_tokens"])
     defining["chat_template"] = chat_template
     if not {END_OF_TEXT, IM_START, IM_END} <= {token["content"] for token in spec["added_tokens"]} or (
         chat_template and "_token" in chat_template
-    ):  # then names in tokenizer_config.json decide too: a template writes {{ eos_token }}
+    ):  # then names in tokenizer_config.json matter too, because a template writes {{ eos_token }}
         defining["names"] = [config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")]
     return hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()
 
 
 def _explain_not_text(texts: list[str]) -> Exception:
-    """tokenizers says only "must be str" of a str with a lone surrogate, the one kind that is not Unicode text."""
+    """The error for texts that `tokenizers` refused. Of a lone surrogate it says only that it "must be str"."""
     for text in texts:
         if not isinstance(text, str):
             return TypeError(f"only text can be encoded, not {type(text).__name__}: {text!r:.80}")

@@ -1,4 +1,4 @@
-"""Optimiser step -> this rank's batches: pure arithmetic, the same whatever was asked before.
+"""Number of an optimiser step -> this rank's batches. They depend on nothing that was asked before.
 
     loader = Loader(ds, packing=True, batch_size=8, accumulation_steps=4, max_seq_len=512)
     for step, batches in loader.prefetch(0, loader.steps_per_epoch):
@@ -7,10 +7,11 @@
 
 An epoch is a seeded permutation, so a step's examples are a slice of it. Two ways to fill rows:
     packing=False   an example is a row (pretraining): batch_size x accumulation_steps x world rows a step
-    packing=True    the same number of *examples* a step, packed best-fit into as few rows as hold them; a rank's rows
-                    go in batches of batch_size, the rest in powers of two (5 rows = 4 + 1), so that only a few shapes
-                    occur and compiled code is reused
-The rows are dealt to the ranks in turn. Which examples a step holds depends on the product alone.
+    packing=True    the same number of *examples* a step, packed best-fit into as few rows as hold them. A rank's rows
+                    form batches of batch_size, the remaining ones batches of powers of two (5 rows = 4 + 1), so that
+                    only a few shapes occur and compiled code is reused
+The ranks take rows in turn. Which examples a step holds depends only on the product batch_size x accumulation_steps x
+world.
 
 B = rows of a batch, T = max_seq_len, N = rows of a rank's step, K = selected positions
 """
@@ -46,16 +47,16 @@ class Batch:
     selected: torch.Tensor | None  # (K,) int64, b * T + t of the positions with a target, then filling; None = all
     trained_tokens: int
     examples: tuple[int, ...]
-    # (B, T, ...) beside the targets, 0 in the filling
+    # (B, T, ...) what the data set knows of each target (TokenDataset.extras), 0 in the filling
     extras: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
     def context(self) -> dict[str, torch.Tensor | None]:
-        """What the model has to know besides the tokens: its keyword arguments."""
+        """The model's keyword arguments: what it needs besides the tokens."""
         names = ("targets", "documents", "positions", "selected")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> Batch:
-        """On the device; for CUDA through pinned memory, so that the copy runs beside the computation."""
+        """This batch on the device. For CUDA through pinned memory, so that copying overlaps with computing."""
         if torch.device(device).type == "cpu":
             return self
         cuda = torch.device(device).type == "cuda"
@@ -71,7 +72,16 @@ class Batch:
 
 
 class Loader:
-    ROWS_PER_EXAMPLE = 1  # an example has at most so many times max_seq_len positions
+    """The batches of every step.
+
+    packing             False: one example a row; True: several, see above
+    batch_size          rows of a batch at most
+    accumulation_steps  batches of a step; with batch_size and world it tells the examples of a step
+    rank, world         which process this is, of how many
+    shuffle             False: in the data set's order, for validation
+    """
+
+    ROWS_PER_EXAMPLE = 1  # length of the longest example, in multiples of max_seq_len
 
     def __init__(
         self,
@@ -97,7 +107,7 @@ class Loader:
         self._extras = {name: (own.shape[1:], own.dtype) for name, own in dataset.extras(0).items()}
 
     def examples(self, step: int) -> np.ndarray:
-        """Of global step `step`, on all ranks together."""
+        """(examples,) the numbers of a step's examples, on all ranks together; steps are counted over all epochs."""
         epoch, nth = divmod(step, self.steps_per_epoch)
         begin = nth * self.examples_per_step
         end = min(begin + self.examples_per_step, len(self.dataset))
@@ -113,7 +123,7 @@ class Loader:
         return self.max_seq_len
 
     def rows(self, step: int) -> list[list[int]]:
-        """The examples of each row of the step, over all ranks; blank rows make it the same number for each."""
+        """The examples of each row of the step, on all ranks together. Blank rows give each rank the same number."""
         examples = self.examples(step).tolist()
         if self.packing:
             lengths = (self.dataset.lengths[examples] - 1).tolist()
@@ -122,7 +132,7 @@ class Loader:
         else:
             rows = [[example] for example in examples]
             share = -(-len(rows) // self.world)
-            # a step of full batches, all of one shape, except where the whole data set is less than one
+            # full batches, all of one shape; only a data set that is smaller than a step has smaller ones
             share = -(-share // self.batch_size) * self.batch_size if self.steps_per_epoch > 1 else share
         return rows + [[]] * (share * self.world - len(rows))
 
@@ -135,7 +145,7 @@ class Loader:
         return batches
 
     def prefetch(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(step, batches) for start <= step < stop, prepared by one thread; an error there is raised here."""
+        """(step, batches) for start <= step < stop. One thread prepares them; its errors are raised here."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         try:
             waiting = deque()
@@ -150,7 +160,7 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def describe(self) -> str:
-        """Examples -> rows -> steps; of a long epoch 64 steps are looked at."""
+        """Examples -> rows -> steps of an epoch, for people. Of more than 64 steps, 64 are counted."""
         steps = self.steps_per_epoch
         asked = range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
         examples = np.concatenate([self.examples(step) for step in asked])
@@ -204,7 +214,8 @@ class Loader:
         )
 
     def _documents_of_stream(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A row of the stream holds several documents: each <|endoftext|> that is an input opens one. filled: 1, 0."""
+        """(documents, positions) of rows of a stream: each <|endoftext|> among the inputs opens a document.
+        filled: (B, T) 1, and 0 in the filling."""
         opens = tokens == self.dataset.end_of_text
         opens[:, 0] = True
         opens &= filled > 0
@@ -215,15 +226,16 @@ class Loader:
 
 
 def batch_sizes(rows: int, most: int) -> list[int]:
-    """As many batches of `most` rows as are full, then powers of two: 21 rows, 8 at most: [8, 8, 4, 1]."""
+    """As many full batches of `most` rows as there are, then powers of two: 21 rows, at most 8 each: [8, 8, 4, 1]."""
     full, rest = divmod(rows, most)
     return [most] * full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
 
 
 def select(targets: np.ndarray) -> torch.Tensor | None:
-    """Where the head is needed: positions with a target, filled up to a multiple with one that has none.
+    """(K,) positions for which the head is needed: those with a target, and filling up to a multiple.
 
-    Filling must not count, so it cannot point at a trained position. Where there is no other: None, all positions.
+    The filling must not count in the loss, so it repeats a position without a target. If there is no such position, or
+    if selecting saves nothing: None, which means all positions.
     """
     flat = targets.ravel()
     trained = np.flatnonzero(flat != IGNORED)

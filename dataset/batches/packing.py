@@ -2,9 +2,9 @@
 
     pack([5, 3, 4, 2, 4], capacity=8)        # [[0, 1], [2, 4], [3]]
 
-The longest example first, each into the row it fills best, a new row where none has room; nothing is split. That
-takes at most 11/9 of the fewest possible rows, plus a constant (Johnson et al. 1974, "Worst-case performance bounds
-for simple one-dimensional packing algorithms"); usually none more.
+The longest example comes first. Each goes into the row with the least free space that is enough, or into a new row.
+Nothing is split. This takes at most 11/9 of the fewest possible rows, plus a constant (Johnson et al. 1974, "Worst-case
+performance bounds for simple one-dimensional packing algorithms"); usually it takes the fewest.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from common.console import UserError
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices into `lengths`, whose lengths add up to at most `capacity` in each. O(n log n), deterministic."""
+    """Rows of indices into `lengths`. The lengths in a row add up to at most `capacity`. O(n log n), deterministic."""
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # free space -> rows that have exactly that much
-    spaces = 0  # bit s is set if with_room[s] has a row: finds the least space that is enough in one operation
+    spaces = 0  # bit s is set if with_room[s] has a row, so the lowest bit from `length` on is the best fit
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = int(lengths[index])
         if not 0 < length <= capacity:
@@ -38,8 +38,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pair_row_length(lengths: list[int], max_seq_len: int) -> int:
-    """For a step of pairs: of the multiples of max_seq_len / 4 that hold the longest, the cheapest. Unfilled positions
-    cost time, and so do long rows: in a `small` model of T = 800, attention takes about as much as everything else."""
+    """The length of rows for a step of pairs of these lengths: the cheapest multiple of max_seq_len / 4 that holds the
+    longest pair. Unfilled positions cost time, and so do long rows: in a `small` model, attention over 800 positions
+    takes about as much time as everything else."""
     unit = -(-max_seq_len // 4)
     candidates = range(-(-max(lengths) // unit) * unit, 8 * unit + 1, unit)
     return min(candidates, key=lambda length: len(pack(lengths, length)) * length * (1 + length / 800))

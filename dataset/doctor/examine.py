@@ -5,17 +5,13 @@
     report.bad, report.duplicates.count, report.tokens["suggested_max_seq_len"]
     examination.fix(Path("sft.clean.jsonl"), Path("sft.jsonl.rejects.jsonl"))
 
-Rows are read by the reader that training has, so what passes here passes there. Memory: 17 bytes a row (16 of line
-index, 1 of verdict), 8 for each row of the validation file, and one chunk. Duplicates are told by 8-byte hashes of the
-canonical rows, kept in temporary files (16 bytes a row) that are compared a part at a time: among a billion different
-rows the chance that any two have the same hash is 3 %.
+Rows are read by the reader that training uses, so a row that passes here passes there. Memory: 17 bytes a row (16 of
+line index, 1 of verdict), 8 for each row of the validation file, and one chunk.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tempfile
 from collections import Counter
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
@@ -25,17 +21,17 @@ from typing import NamedTuple
 import numpy as np
 
 from common.console import Progress, UserError
+from dataset.doctor.duplicates import READ_BYTES, RowHashes, content_hash, found_in
 from dataset.doctor.token_statistics import TokenStatistics
+from dataset.kinds import KINDS
 from dataset.read.jsonl import Chunk, Jsonl, TextFile
 from dataset.read.mapping import Mapping, Reader, find_reader
 from dataset.read.mix import Writer, encode
 from tokenizer.text import Tokenizer
 
-READ_BYTES = 2 << 20  # bytes of rows read at a time
 HUGE = 1 << 20  # bytes of a row from which it is not tokenised here
-PART = 64 << 20  # bytes of hashes compared at once
 SHOWN = 5  # lines named for each finding
-REASONS = 30  # different findings that are told apart
+REASONS = 30  # different reasons that are told apart
 OK, BAD, EMPTY, OVERLAP, DUPLICATE = range(5)  # verdicts
 WORDS = {EMPTY: "nothing to train on", OVERLAP: "stands in the validation file", DUPLICATE: "repeats an earlier row"}
 
@@ -54,29 +50,39 @@ class Finding:
             self.lines.append(line)
 
 
+class Findings(dict[str, Finding]):
+    """One finding for each reason. Reasons that differ in a number or a quotation only are the same."""
+
+    def add(self, reason: str, line: int) -> None:
+        key = re.sub(r"\d+", "N", re.sub(r"\"[^\"]*\"|'[^']*'", "...", reason))[:60]
+        if key not in self and len(self) >= REASONS:
+            key, reason = "other", "other reasons"
+        self.setdefault(key, Finding(reason)).add(line)
+
+
 @dataclass
 class DataReport:
     path: str
-    size: int = 0
-    kind: str = ""
+    size: int = 0  # bytes
+    kind: str = ""  # of its rows, a key of KINDS
     layout: str = ""
     rows: int = 0
-    failure: str = ""  # why the file cannot be read at all
-    errors: dict[str, Finding] = field(default_factory=dict)
-    notes: dict[str, Finding] = field(default_factory=dict)  # what is allowed, and seldom meant
+    failure: str = ""  # why the file cannot be read at all; then nothing else is known
+    errors: Findings = field(default_factory=Findings)  # what training would stop at
+    notes: Findings = field(default_factory=Findings)  # what is allowed, and seldom meant
     roles: Counter[str] = field(default_factory=Counter)
-    empty: Finding = field(default_factory=Finding)
-    duplicates: Finding = field(default_factory=Finding)
-    overlap: Finding = field(default_factory=Finding)
-    tokens: dict = field(default_factory=dict)
+    empty: Finding = field(default_factory=Finding)  # rows with nothing to train on
+    duplicates: Finding = field(default_factory=Finding)  # rows that repeat an earlier one
+    overlap: Finding = field(default_factory=Finding)  # rows that are in the validation files too
+    tokens: dict = field(default_factory=dict)  # TokenStatistics.summary
 
     @property
     def bad(self) -> int:
         return sum(finding.count for finding in self.errors.values())
 
     def as_dict(self) -> dict:
-        found = asdict(self) | {"bad": self.bad, "roles": dict(self.roles)}
-        return found | {"errors": list(found["errors"].values()), "notes": list(found["notes"].values())}
+        lists = {name: [asdict(finding) for finding in getattr(self, name).values()] for name in ("errors", "notes")}
+        return asdict(self) | {"bad": self.bad, "roles": dict(self.roles)} | lists
 
 
 def examine(
@@ -89,10 +95,15 @@ def examine(
     mapping: Mapping | None = None,
     val_hashes: np.ndarray | None = None,
     sample: int = 4 << 20,
-    cache_dir=None,
+    cache_dir: str | Path | None = None,
 ) -> Examination:
-    """`sample` is how many bytes of rows are tokenised, drawn at random; 0: all. The length and the number of examples
-    in a step are by default those of the stage that reads such rows."""
+    """Reads the whole file once.
+
+    max_seq_len, batch_size  for the counts of cuts and rows (None: those of the stage that trains on such rows)
+    kind                     what the rows must be (None: what the first row is)
+    val_hashes               `hashes_of` the validation files
+    sample                   bytes of rows that are tokenised, drawn at random (0: all)
+    """
     report = DataReport(str(path))
     try:
         if Path(path).suffix.lower() == ".txt":
@@ -105,13 +116,13 @@ def examine(
         return Examination(report)
     report.size, report.kind, report.layout = source.size, read.kind, read.layout
     if read.unread:
-        named(report.notes, f"columns that are not read: {', '.join(read.unread)}").add(read.line)
-    if read.kind == "rated":
-        what = "no stage trains on rated rows yet; scripts/prepare_data.py --to chat keeps the good ones"
-        named(report.notes, what).add(read.line)
-    examination = Examination(report, source, read)
-    share = min(1.0, sample / source.size) if sample else 1.0
-    examination.run(TokenStatistics(read.kind, tokenizer, max_seq_len, batch_size), val_hashes, share)
+        report.notes.add(f"columns that are not read: {', '.join(read.unread)}", read.line)
+    if not KINDS[read.kind].trained:
+        what = f"no stage trains on {read.kind} rows yet; scripts/prepare_data.py --to chat keeps the good ones"
+        report.notes.add(what, read.line)
+    examination = Examination(report)
+    statistics = TokenStatistics(read.kind, tokenizer, max_seq_len, batch_size)
+    examination.run(source, read, statistics, val_hashes, share=min(1.0, sample / source.size) if sample else 1.0)
     return examination
 
 
@@ -123,54 +134,68 @@ class Row(NamedTuple):
 
 
 class Examination:
-    """One pass over a file. A verdict for each row stays, for `fix`."""
+    """One pass over a file. It keeps a verdict for each row, for `fix`."""
 
-    def __init__(self, report: DataReport, source: Jsonl | TextFile | None = None, read: Reader | None = None):
-        self.report, self.source, self.read = report, source, read
+    source: Jsonl | None = None  # the file, where it has rows that can be fixed
+    read: Reader
+    verdicts: np.ndarray  # (rows,) uint8
 
-    def run(self, statistics: TokenStatistics, val_hashes: np.ndarray | None, share: float) -> None:
+    def __init__(self, report: DataReport):
+        self.report = report
+
+    def run(
+        self,
+        source: Jsonl | TextFile,
+        read: Reader,
+        statistics: TokenStatistics,
+        val_hashes: np.ndarray | None,
+        share: float,
+    ) -> None:
         report, drawing, at = self.report, np.random.default_rng(0), 0
-        self.verdicts = np.zeros(0 if self.read.kind == "plain" else len(self.source), np.uint8)
-        with closing(Progress(f"reading {self.source.path.name}", self.source.size)) as progress, ExitStack() as stack:
-            hashes = _Hashes(stack, self.source)
-            for chunk in self.source.chunks(READ_BYTES):
+        self.read = read
+        if isinstance(source, Jsonl):
+            self.source, self.verdicts = source, np.zeros(len(source), np.uint8)
+        with closing(Progress(f"reading {source.path.name}", source.size)) as progress, ExitStack() as stack:
+            hashes = RowHashes(stack, len(source), source.cache)
+            for chunk in source.chunks(READ_BYTES):
                 rows = self._rows(chunk, at)
-                if self.read.kind != "plain":
+                if self.source:
                     own = np.array([content_hash(row.row) for row in rows], np.uint64)
-                    hashes.add(own, np.array([row.index for row in rows], np.int64))
-                    for n in _found_in(own, val_hashes):
+                    hashes.add(own, [row.index for row in rows])
+                    for n in found_in(own, val_hashes):
                         self._judge(rows[n].index, rows[n].line, OVERLAP, report.overlap)
                 drawn = drawing.random(len(rows)) < share
-                drawn[:1] |= not at
-                chosen = [(row.line, row.row) for row, taken in zip(rows, drawn) if taken and row.size <= HUGE]
-                for line, reason, _ in statistics.add(chosen):  # what the chat template cannot say
-                    named(report.errors, reason).add(line)
+                drawn[:1] |= not at  # the first row always
+                sample = [(row.line, row.row) for row, taken in zip(rows, drawn) if taken and row.size <= HUGE]
+                for line, reason, _ in statistics.add(sample):  # refused by the chat template
+                    report.errors.add(reason, line)
                 at += len(chunk.rows)
                 progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
-            for index in hashes.repeated():
+            for index in hashes.repeated() if self.source else ():
                 self._judge(index, self.source.line(index), DUPLICATE, report.duplicates)
-        report.rows = 1 if self.read.kind == "plain" else at
-        report.tokens = statistics.summary(exact=share == 1.0, of=self.source.size)
+        report.rows = at if self.source else 1
+        report.tokens = statistics.summary(exact=share == 1.0)
 
     def _rows(self, chunk: Chunk, at: int) -> list[Row]:
-        """Those that can be read and teach something."""
+        """The rows that can be read and have something to train on."""
         rows = []
         for index, (raw, line) in enumerate(zip(chunk.rows, chunk.lines.tolist()), start=at):
             row, reason = read_row(self.read, raw)
             if row is None:
-                self._judge(index, line, BAD, named(self.report.errors, reason))
+                self.report.errors.add(reason, line)
+                self._judge(index, line, BAD)
                 continue
             if len(raw) > HUGE:
-                named(self.report.notes, "longer than 1 MB, left out of the token counts").add(line)
-            teaches = bool(row["text"].strip()) if "text" in row else self._listen(row, line)
-            if teaches or self.read.kind == "plain":
+                self.report.notes.add("longer than 1 MB, left out of the token counts", line)
+            teaches = bool(row["text"].strip()) if "text" in row else self._note_turns(row, line)
+            if teaches or not self.source:
                 rows.append(Row(index, line, row, len(raw)))
             else:
                 self._judge(index, line, EMPTY, self.report.empty)
         return rows
 
-    def _listen(self, row: dict, line: int) -> bool:
-        """Who says what. False: the assistant says nothing that could be learned."""
+    def _note_turns(self, row: dict, line: int) -> bool:
+        """Counts the roles and notes what is odd about their order -> whether the assistant says anything."""
         messages = row.get("messages") or row["chosen"]
         roles = [message["role"] for message in messages]
         self.report.roles.update(roles)
@@ -180,17 +205,19 @@ class Examination:
             ("a system turn is not the first", "system" in roles[1:]),
         ):
             if found:
-                named(self.report.notes, what).add(line)
+                self.report.notes.add(what, line)
         return any(m["role"] == "assistant" and (m["content"].strip() or len(m) > 2) for m in messages)
 
-    def _judge(self, index: int, line: int, verdict: int, finding: Finding) -> None:
-        if len(self.verdicts) and not self.verdicts[index]:
+    def _judge(self, index: int, line: int, verdict: int, finding: Finding | None = None) -> None:
+        """The first verdict on a row stays."""
+        if self.source and not self.verdicts[index]:
             self.verdicts[index] = verdict
-        finding.add(line)
+        if finding:
+            finding.add(line)
 
     def fix(self, clean: Path, rejects: Path) -> tuple[int, int]:
         """Writes the rows that are fine as they stand, and the others with their reasons; how many of each."""
-        if self.source is None or self.read.kind == "plain":
+        if not self.source:
             reason = self.report.failure or "it is one text"
             raise UserError(f"{self.report.path}: cannot be fixed row by row: {reason}")
         at = 0
@@ -213,67 +240,5 @@ def read_row(read: Reader, raw: bytes) -> tuple[dict | None, str]:
         return read(raw), ""
     except ValueError as error:
         return None, str(error)[:300]
-    except Exception as error:  # a fault of ours; this row is bad all the same, and the others can be looked at
+    except Exception as error:  # a fault of ours: the row counts as bad, and the others are still looked at
         return None, f"cannot be read: {type(error).__name__} {error}"[:300]
-
-
-def named(findings: dict[str, Finding], reason: str) -> Finding:
-    """The finding for this reason. Reasons that differ in a number or a quotation only are the same."""
-    key = re.sub(r"\d+", "N", re.sub(r"\"[^\"]*\"|'[^']*'", "...", reason))[:60]
-    if key not in findings and len(findings) >= REASONS:
-        key, reason = "other", "other reasons"
-    return findings.setdefault(key, Finding(reason))
-
-
-# ---- the same row twice
-
-
-def content_hash(row: dict) -> int:
-    data = encode(row).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def hashes_of(path: str | Path, *, mapping: Mapping | None = None, cache_dir=None) -> np.ndarray:
-    """The sorted hashes of a file's rows, as far as they can be read."""
-    source = Jsonl(path, cache_dir=cache_dir)
-    read = find_reader(source, mapping=mapping)
-    parts = [
-        [content_hash(row) for raw in chunk.rows if (row := read_row(read, raw)[0])]
-        for chunk in source.chunks(READ_BYTES)
-    ]
-    return np.sort(np.concatenate([np.array(part, np.uint64) for part in parts]))
-
-
-def _found_in(own: np.ndarray, known: np.ndarray | None) -> np.ndarray:
-    """Which of `own` are in the sorted `known`."""
-    if known is None or not len(known):
-        return np.empty(0, np.int64)
-    return np.flatnonzero(known[np.minimum(np.searchsorted(known, own), len(known) - 1)] == own)
-
-
-class _Hashes:
-    """(hash, row) in as many temporary files as it takes for each to fit into memory: equal hashes share a file."""
-
-    PAIR = np.dtype([("hash", np.uint64), ("row", np.int64)])
-
-    def __init__(self, stack: ExitStack, source: Jsonl | TextFile):
-        count = 1 + len(source) * self.PAIR.itemsize // PART
-        self.files = [stack.enter_context(tempfile.TemporaryFile(dir=source.cache)) for _ in range(min(count, 200))]
-
-    def add(self, hashes: np.ndarray, rows: np.ndarray) -> None:
-        pairs = np.empty(len(rows), self.PAIR)
-        pairs["hash"], pairs["row"] = hashes, rows
-        which = hashes % np.uint64(len(self.files))
-        for i, file in enumerate(self.files):
-            file.write(pairs[which == i].tobytes())
-
-    def repeated(self) -> list[int]:
-        """Rows whose like has come before, in order."""
-        found = [np.empty(0, np.int64)]
-        for file in self.files:
-            file.seek(0)
-            pairs = np.frombuffer(file.read(), self.PAIR)
-            order = np.lexsort((pairs["row"], pairs["hash"]))
-            later = pairs["hash"][order][1:] == pairs["hash"][order][:-1]
-            found.append(pairs["row"][order][1:][later])
-        return np.sort(np.concatenate(found)).tolist()

@@ -1,8 +1,7 @@
-"""The layouts people keep their rows in -> one canonical row of each kind.
+"""A row in any of the layouts that people use -> one canonical row of its kind.
 
-    to_text({"text": "Once upon a time"})
-    to_conversation({"instruction": "Add.", "input": "1+1", "output": "2"})
-    to_preference({"prompt": "hi", "chosen": "hello", "rejected": "go away"})
+    canonical({"instruction": "Add.", "input": "1+1", "output": "2"})
+    # {"messages": [{"role": "user", "content": "Add.\\n1+1"}, {"role": "assistant", "content": "2"}]}
 
 | kind       | canonical row                                                                     |
 |------------|-----------------------------------------------------------------------------------|
@@ -11,12 +10,13 @@
 | preference | {"chosen": [...], "rejected": [...], "tools": [...]}, same up to the answer       |
 | rated      | a chat row with "label": was this a good answer? (KTO)                            |
 
-Messages are as tokenizer/chat.py takes and checks them: "role" and "content", an assistant's also "reasoning_content"
-and "tool_calls" ([{"name", "arguments": {}}]); "tools" is there if there are any. Here layouts are translated, no more.
-A ValueError gives the reason, its caller knows the place.
+A message has "role" and "content", an assistant's may also have "reasoning_content" and "tool_calls" ([{"name",
+"arguments": {}}]); "tools" is there if there are any. This file translates layouts, and the check of a kind
+(dataset/kinds.py) then tells whether the result can be used. Its errors give the reason only: the caller knows file and
+line.
 
-Which layout a row has is told by the columns it has: the first line of LAYOUTS whose columns are all there. To read
-another one add a line. docs/data.md shows an example of each.
+The columns of a row tell its layout: it is the first line of LAYOUTS whose columns are all there. To read another
+layout, add a line. docs/data.md shows an example of each.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,8 +24,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from common.console import UserError
+from dataset.kinds import KINDS
 from dataset.read.jsonl import loads
-from tokenizer.messages import Conversation
 
 ROLES = {
     "human": "user",
@@ -47,7 +47,7 @@ PARTS = {
     "thinking": "reasoning",
     "tool_call": "tool_call",
 }
-CALLS = ("function_call", "tool_call")  # as roles: a turn of the assistant that is nothing but calls
+CALLS = ("function_call", "tool_call")  # as roles: a turn of the assistant that consists of calls
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -55,7 +55,7 @@ class Layout(NamedTuple):
     kind: str
     columns: tuple[str, ...]
     read: Callable[..., dict]  # (row, *columns) -> canonical row
-    turns: str = ""  # how they are written, where that tells two layouts apart
+    turns: str = ""  # how the turns are written, for the name, where two layouts have the same columns
 
     @property
     def name(self) -> str:
@@ -63,7 +63,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(row: dict, kind: str | None = None) -> Layout | None:
-    """The layout of a row; `kind` "text" reads its "text", whatever else stands beside it."""
+    """The layout of a row, None if it has none. With `kind` "text" only its column "text" counts."""
     if kind == "text" and "text" in row:
         return LAYOUTS[-1]
     rating = "label" if isinstance(row.get("label"), bool) else "kto_tag" if row.get("kto_tag") is not None else None
@@ -83,42 +83,21 @@ def _by_columns(columns: tuple[str, ...], rating: str | None, sharegpt: bool) ->
 
 
 def canonical(row: dict, kind: str | None = None) -> dict:
+    """One row in any layout, without the check of its kind. UserError if it is not of this kind (None: of any)."""
     layout = layout_of(row, kind)
     if layout is None or kind not in (None, layout.kind):
         raise UserError(not_that_kind(row, layout, kind))
     return layout.read(row, *layout.columns)
 
 
-def to_text(row: dict) -> str:
-    return canonical(row, "text")["text"]
-
-
-def to_conversation(row: dict) -> Conversation:
-    found = canonical(row, "chat")
-    return found["messages"], found.get("tools")
-
-
-def to_preference(row: dict) -> dict:
-    return canonical(row, "preference")
-
-
 def not_that_kind(row: dict, layout: Layout | None, kind: str | None) -> str:
-    """Why a row is none of `kind` (None: of any), and the way out."""
-    found = f"no {NEEDED[kind]} in this row, it has {_keys(row)}"
+    """Why a row is not of `kind` (None: of any), and what can be done about it."""
+    found = f"no {KINDS[kind].needs if kind else 'known layout'} in this row, it has {_keys(row)}"
     if layout is None:
         return f"{found} (docs/data.md shows all layouts, --data_mapping names columns of your own)"
     keeps = kind == "chat" and layout.kind in ("preference", "rated")
     way_out = "; `scripts/prepare_data.py --to chat` keeps its better answers" if keeps else ""
-    return f"{found}: it is a {NEEDED[layout.kind]}{way_out}"
-
-
-NEEDED = {
-    None: "known layout",
-    "text": '"text"',
-    "chat": 'conversation ("conversations", "messages", "instruction", ...)',
-    "preference": 'pair of "chosen" and "rejected"',
-    "rated": 'rated answer ("label", true or false)',
-}
+    return f"{found}: it is a {KINDS[layout.kind].needs}{way_out}"
 
 
 # ---- what the layouts have in common: who asked what, and the answer
@@ -141,7 +120,7 @@ def _exchange(row: dict, question: str, answer: str) -> dict:
 
 
 def _preference(row: dict, *columns: str) -> dict:
-    """Two answers to what was asked beside them, or at the head of both."""
+    """Two answers to a question, which is in a column of its own or at the beginning of both."""
     *asked, chosen, rejected = columns
     prompt = _asked(row, asked[0]) if asked else []
     sides = {}
@@ -149,7 +128,7 @@ def _preference(row: dict, *columns: str) -> dict:
         if isinstance(row[key], str) and not prompt:
             raise UserError(f'"{key}" must be messages, or text beside a "prompt", this is {_short(row[key])}')
         answer = _said(row[key], "assistant", key)
-        # in some files the prompt is there, and once more in front of the answers
+        # some files have the prompt in its own column and also before both answers
         sides[name] = _with_system(row, prompt + answer if answer[0]["role"] == "assistant" else answer)
     tools = _tools(row)
     return sides | ({"tools": tools} if tools else {})
@@ -195,7 +174,7 @@ def _with_tools(row: dict, messages: list[dict]) -> dict:
 
 
 def _tools(row: dict) -> list | None:
-    """Beside the turns or, MiniMind, in the first of them; bare functions get the wrapping that OpenAI's have."""
+    """From a column of the row or, as MiniMind has it, from the first turn. Bare functions are wrapped as OpenAI's."""
     tools = row.get("tools") or row.get("functions")
     if not tools:
         turns = row.get("conversations") or row.get("messages") or row.get("chosen")
@@ -242,13 +221,13 @@ def _message(turn: dict, where: str) -> dict:
     role = turn["role"] if "role" in turn else turn["from"]
     content = turn["content"] if "content" in turn else turn.get("value")
     if len(turn) == 2 and content and isinstance(content, str) and isinstance(role, str) and role not in CALLS:
-        return {"role": ROLES.get(role, role), "content": content}  # nearly always
+        return {"role": ROLES.get(role, role), "content": content}  # nearly every turn ends here
     calls, reasoning = turn.get("tool_calls") or turn.get("function_call"), None
     for key in ("weight", "loss", "train"):
         if turn.get(key) in (0, False) and ROLES.get(role, role) == "assistant":
             raise UserError(
-                f'{where}: "{key}": {turn[key]!r} asks not to train on this answer, which cannot be '
-                "done for single turns yet; end the row before it, or take the key out to train on it"
+                f'{where}: "{key}": {turn[key]!r} asks not to train on this answer, which is not possible for single '
+                "turns yet; end the row before it, or take the key out to train on it"
             )
     for key in REASONING:
         reasoning = reasoning or turn.get(key)
@@ -272,7 +251,7 @@ def _message(turn: dict, where: str) -> dict:
 
 
 def _parts(parts: list, where: str) -> tuple[str, str, list]:
-    """Content in parts -> (text, reasoning, calls). A part's words are in "value", "text" or under its type's name."""
+    """Content in parts -> (text, reasoning, calls). A part has its words in "value", in "text" or under its type."""
     found = {"text": [], "reasoning": [], "tool_call": []}
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
@@ -305,7 +284,7 @@ def _call(call: object, where: str) -> dict:
 
 DIALOGUES = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "query", "question")
-BELOW = ("input", "context")  # what a question is about; stands below it
+BELOW = ("input", "context")  # what a question is about; put below it
 PAIRED = (("human", "assistant"), ("user", "assistant"), ("input", "output"))  # inside one turn of a dialogue
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -327,7 +306,7 @@ BESIDE = (*BELOW, "history", "system", "system_prompt", "tools", "functions", *R
 
 
 def unread(row: dict, layout: Layout) -> list[str]:
-    """Columns that are left aside. A document's are its own business."""
+    """Columns that are not read. None of a document: what stands beside its text is usually metadata."""
     if layout.kind == "text":
         return []
     beside = BESIDE[len(BELOW) :] if layout.columns[0] in (*DIALOGUES, "chosen") else BESIDE
@@ -339,7 +318,7 @@ def column_names() -> Iterable[str]:
     return dict.fromkeys([key for layout in LAYOUTS for key in layout.columns] + list(BESIDE))
 
 
-# ---- what was found, in a few words
+# ---- values, or the error that says what was found instead
 
 
 def _listed(value: object, where: str) -> list:

@@ -1,10 +1,10 @@
-"""One file's rows -> canonical rows: its layout is told from its head, and every row must then have it.
+"""The rows of one file -> canonical rows. The first rows tell the file's layout, which all of its rows must have.
 
     rows = Jsonl("alpaca.jsonl")
     read = find_reader(rows, "chat")                   # layout "instruction + output", seen in line 1
-    read(rows.raw(7))                                  # {"messages": [...]}, or a ValueError with the reason
+    read(rows.raw(7))                                  # {"messages": [...]}, or a UserError with the reason
 
-Columns of your own, `--data_mapping mapping.yaml`, our name first. Only the columns it names are read:
+Other columns are named by `--data_mapping mapping.yaml`, our name first. Only the columns that it names are read:
 
     columns: {conversations: dialogue, system: persona}    # or {instruction: 问题, output: 回答}
     turns: {role: speaker, content: words}                 # if the turns have names of their own
@@ -14,17 +14,15 @@ Columns of your own, `--data_mapping mapping.yaml`, our name first. Only the col
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.console import UserError
+from dataset.kinds import KINDS
 from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
 from dataset.read.jsonl import Jsonl, decode, parse_row
-from dataset.read.pairs import check_pair
-from tokenizer.messages import check_messages, never_closed
 
-HEAD = 100  # rows in which a mapping's columns must be found
+HEAD = 100  # rows in which each column of a mapping must occur
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class Mapping:
     """Which of a file's columns stand for ours."""
 
     path: str
-    columns: dict[str, str]
-    turns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str]  # ours -> theirs
+    turns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, inside a turn
     roles: dict[str, str] = field(default_factory=dict)  # theirs -> ours
 
     def __call__(self, row: dict) -> dict:
@@ -54,7 +52,7 @@ class Mapping:
 
 
 def read_mapping(path: str | Path | None) -> Mapping | None:
-    """The mapping that a YAML file describes."""
+    """The mapping that a YAML file describes; None for None."""
     if path is None:
         return None
     import yaml
@@ -91,18 +89,19 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the rows of one file, all in one layout. Travels to worker processes."""
+    """Reads the rows of one file, all of one layout. It is pickled for worker processes."""
 
-    kind: str
-    layout: str = ""  # what the head shows; empty: it shows nothing, each row says what is wrong with it
-    line: int = 1  # where
-    unread: tuple[str, ...] = ()  # columns of that row that mean nothing to us
+    kind: str  # a key of KINDS
+    layout: str = ""  # its name; empty: no row of this kind was found, so every row is an error
+    line: int = 1  # where the layout was seen first
+    unread: tuple[str, ...] = ()  # columns of that line that are not read
     mapping: Mapping | None = None
 
     def __call__(self, raw: bytes) -> dict:
+        """A row as it stands in the file -> its canonical row, checked. UserError gives the reason, not the place."""
         try:
             return self._read(raw)
-        except RecursionError:  # what the parser takes may still be too deep to be looked at
+        except RecursionError:  # the parser takes deeper nesting than Python can walk through
             raise UserError("nested too deeply") from None
 
     def _read(self, raw: bytes) -> dict:
@@ -120,12 +119,12 @@ class Reader:
                 "one layout a file (scripts/prepare_data.py joins files)"
             )
         found = layout.read(row, *layout.columns)
-        CHECKS[self.kind](found)
+        KINDS[self.kind].check(found)
         return found
 
 
 def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None = None) -> Reader:
-    """By the first row that is of this kind; kind None: of any, and the reader says of which."""
+    """The reader for the layout of the first row that is of this kind. kind None: of any; the reader has its kind."""
     found, columns = None, {}
     for i in range(len(source)):
         if found and (i == HEAD or not mapping):
@@ -133,39 +132,19 @@ def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None 
         try:
             row = source[i]
         except ValueError:
-            continue  # it will be reported when its turn comes
+            continue  # reported when the row is read
         columns |= dict.fromkeys(row)
         layout = layout_of(mapping(row) if mapping else row, kind)
         if not found and layout and kind in (None, layout.kind):
-            aside = () if mapping else tuple(unread(row, layout))  # a mapping says itself what is read
-            found = Reader(layout.kind, layout.name, source.line(i), aside, mapping)
+            not_read = () if mapping else tuple(unread(row, layout))  # a mapping names what is read
+            found = Reader(layout.kind, layout.name, source.line(i), not_read, mapping)
     missing = [name for name in mapping.columns.values() if name not in columns] if mapping else []
-    if missing:
+    if mapping and missing:
         missing, there = (", ".join(f'"{name}"' for name in names) for names in (missing, columns))
         raise UserError(f"{source.where(0)}: --data_mapping {mapping.path}: no column {missing}; the file has {there}")
-    if not found and not kind:
+    if found:
+        return found
+    if not kind:
         row = source[0]
         raise UserError(f"{source.where(0)}: {not_that_kind(mapping(row) if mapping else row, None, None)}")
-    return found or Reader(kind, mapping=mapping)  # no row is of that kind: each says what it is instead
-
-
-def _check_rated(row: dict) -> None:
-    check_messages(row["messages"], row.get("tools"))
-
-
-def _check_chat(row: dict) -> None:
-    _check_rated(row)
-    for i, message in enumerate(row["messages"]):
-        if message["role"] == "assistant" and (tag := never_closed(message)):
-            raise UserError(
-                f"messages[{i}] (assistant): begins with {tag}, which never ends; a model that learns from it would "
-                "not end it either: complete the row or take it out"
-            )
-
-
-CHECKS: dict[str, Callable[[dict], None]] = {
-    "text": lambda row: None,
-    "chat": _check_chat,
-    "rated": _check_rated,
-    "preference": check_pair,
-}
+    return Reader(kind, mapping=mapping)  # the error of each row says what it is instead

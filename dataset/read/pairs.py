@@ -5,8 +5,8 @@
     (pair,) = encode_pairs(tokenizer, [row])
     prompt, chosen = pair.ids[:pair.prompt], pair.ids[pair.prompt:pair.prompt + pair.chosen]
 
-Both conversations are encoded as ever (tokenizer/chat.py); the answers begin where the first assistant's turn that
-differs begins. Turns before it are context: they say the same on both sides, so nothing can be learned from them.
+Both conversations are encoded like any other (tokenizer/chat.py). The answers begin with the first assistant's turn
+that differs. The turns before it are context: they are the same on both sides, so nothing can be learned from them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tokenizer.text import Tokenizer
 
 
 class Pair(NamedTuple):
-    ids: np.ndarray  # prompt, chosen, rejected
-    trained: np.ndarray  # bool, of each id; never in the prompt
+    ids: np.ndarray  # (n,) prompt, chosen answer, rejected answer
+    trained: np.ndarray  # (n,) bool; False in the whole prompt
     prompt: int  # ids of the prompt
     chosen: int  # ids of the chosen answer
 
 
 def check_pair(row: dict) -> None:
-    """ValueError for two conversations that are no choice between two answers to the same prompt."""
+    """UserError unless the two conversations are well-formed and end with different answers to the same prompt."""
     chosen, rejected, tools = row["chosen"], row["rejected"], row.get("tools")
     check_messages(chosen, tools)
     check_messages(rejected, tools)
@@ -41,37 +41,38 @@ def check_pair(row: dict) -> None:
         if messages[-1]["role"] != "assistant":
             raise UserError(f"{name} must end with an assistant's answer, it ends with {_short(messages[-1])}")
         if same == len(messages):
-            raise UserError(f"{name} has no answer of its own: the other side goes on where it ends")
+            raise UserError(f"{name} has no answer of its own: the other side begins with all of it and goes on")
         for i, message in enumerate(messages[same:], start=same):
             if message["role"] in ("user", "system"):
-                raise UserError(f"the prompts differ: {name}[{i}] is {_short(message)}, after the sides have parted")
+                raise UserError(f"the prompts differ: {name}[{i}] is {_short(message)}, which the other side lacks")
 
 
-def encode_pairs(tokenizer: Tokenizer, rows: Sequence[dict]) -> list[Pair | str]:
-    """Checked rows -> pairs, or the reason why a row is none."""
-    try:
-        sides = [(row[side], row.get("tools")) for row in rows for side in ("chosen", "rejected")]
-        found = encode_chats(tokenizer, sides)
-    except ValueError as error:  # of a foreign template: find out whose it is
-        return [str(error)] if len(rows) == 1 else [encode_pairs(tokenizer, [row])[0] for row in rows]
-    return [_pair(*both) for both in zip(found[::2], found[1::2])]
+def encode_pairs(tokenizer: Tokenizer, rows: Sequence[dict]) -> list[Pair | UserError]:
+    """Checked rows -> pairs. A row that is no pair in this tokenizer's chat format gives the error instead."""
+    sides = [(row[side], row.get("tools")) for row in rows for side in ("chosen", "rejected")]
+    found = encode_chats(tokenizer, sides)
+    return [_pair(chosen, rejected) for chosen, rejected in zip(found[::2], found[1::2])]
 
 
-def _pair(chosen: Encoded, rejected: Encoded) -> Pair | str:
+def _pair(chosen: Encoded | UserError, rejected: Encoded | UserError) -> Pair | UserError:
+    if isinstance(chosen, UserError):
+        return chosen
+    if isinstance(rejected, UserError):
+        return rejected
     sides = [(np.array(ids), np.array(trained, bool)) for ids, trained in (chosen, rejected)]
     (a, _), (b, _) = sides
     if np.array_equal(a, b):
-        return "chosen and rejected are the same in this tokenizer's chat format: there is nothing to prefer"
+        return UserError("chosen and rejected are the same in this tokenizer's chat format: there is nothing to prefer")
     n = min(len(a), len(b))
-    parted = int(np.append(np.flatnonzero(a[:n] != b[:n]), n)[0])
-    # An answer begins after the last id up to the parting that is not trained on. Where a header and its answer share a
-    # token, that may be one side's only, and what follows the parting is no prompt for both.
-    prompt = min(parted, *(_after_last(~trained[: parted + 1]) for _, trained in sides))
+    differ = int(np.append(np.flatnonzero(a[:n] != b[:n]), n)[0])  # the first place where the sides differ
+    # The answers begin after the last untrained id, looked for up to where the sides differ. On one side a single token
+    # may hold the end of the header and the beginning of the answer. So the earlier of the two places ends the prompt.
+    prompt = min(differ, *(_after_last(~trained[: differ + 1]) for _, trained in sides))
     ids, masks = [a[:prompt]], [np.zeros(prompt, bool)]
     for own, trained in sides:
-        stop = _after_last(trained)  # what follows can teach nothing
+        stop = _after_last(trained)  # nothing can be learned from what follows
         if not prompt or stop <= prompt:
-            return "an answer has nothing to train on in this tokenizer's chat format"
+            return UserError("an answer has nothing to train on in this tokenizer's chat format")
         ids.append(own[prompt:stop])
         masks.append(trained[prompt:stop])
     return Pair(np.concatenate(ids), np.concatenate(masks), prompt, len(ids[1]))

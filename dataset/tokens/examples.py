@@ -4,27 +4,30 @@
     ds.tokens(7), ds.trained(7), ds.source(7)      # ids, which of them are trained on, 'dataset/sft.jsonl:8'
     train, val = ds.split(0.01, seed=42)
 
-An example of n ids is n - 1 positions: its ids but the last are the inputs, its ids but the first are the targets. So
-with rows of T positions, an example has at most T + 1 ids.
-
-`paths` is one or several files. `file:3` repeats its examples three times an epoch, `file:0.5` takes a seeded half of
-them, `file:2.5` does both. Repeats and views are an order over the examples; tokens are stored once.
+A data set reads one kind of data (dataset/kinds.py). Its tokens are stored once, in the token cache; repeats and splits
+are orders over them. So an example has two numbers: `i` counts in the order, and the number of the *distinct* example
+counts what is stored.
 """
+
+from __future__ import annotations
 
 import copy
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
 from common.console import UserError
 from dataset.read.mapping import Mapping
+from dataset.tokens.lengths import fit
+from dataset.tokens.stream import Stream
 from dataset.tokens.token_cache import TokenCache, token_cache
 from tokenizer.text import Tokenizer
 
-SPLIT, PART = 1 << 62, 1 << 61  # streams of `shuffled`; the loader's are the epochs 0, 1, ...
+SPLIT, PART = 1 << 62, 1 << 61  # streams of `shuffled`; the loader uses the epochs 0, 1, ... as streams
 
 
 def shuffled(n: int, seed: int, stream: int) -> np.ndarray:
@@ -57,28 +60,78 @@ def weighted(spec: str | Path) -> tuple[Path, float]:
     return Path(path), weight
 
 
-class TokenDataset:
-    """What both datasets share: an order over the distinct examples, so that one may come twice, or not at all.
+Self = TypeVar("Self", bound="TokenDataset")
 
-    A subclass fills in `_tokens`, `_trained`, `_source`, for the number of a distinct example, and `_extras` where an
-    objective needs more than the tokens.
+
+class TokenDataset:
+    """Examples in an order, in which one may stand twice, or not at all. The base of all data sets.
+
+    A subclass states its `kind`, fills in `order`, `lengths`, `fingerprint` and `summary`, and reads a distinct example
+    in `_tokens`, `_trained` and `_source`; in `_extras` too, where an objective needs more than tokens.
+
+    paths        one or several files. `file:3` repeats its examples three times an epoch, `file:0.5` takes a seeded
+                 half of them, `file:2.5` does both
+    max_seq_len  positions of a row
+    data_limit   use only the first rows, of all files together (0: all)
+    seed         chooses the rows that `file:0.5` takes
+    cache_dir, num_workers, on_bad_row, mapping: as in `token_cache`
     """
+
+    kind: ClassVar[str]  # a key of KINDS
 
     max_seq_len: int
     end_of_text: int  # opens documents in a stream, fills rows
-    order: np.ndarray  # example -> distinct example
-    lengths: np.ndarray  # int32, ids of each example
-    fingerprint: str
-    summary: str
+    order: np.ndarray  # (examples,) the number of each as a distinct example
+    lengths: np.ndarray  # (examples,) int32, ids of each
+    fingerprint: str  # the same for the same examples in the same order
+    summary: str  # for people
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path] | str | Path,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int,
+        cache_dir: str | Path | None = None,
+        num_workers: int | None = None,
+        on_bad_row: str = "error",
+        data_limit: int = 0,
+        seed: int = 42,
+        mapping: Mapping | None = None,
+    ):
+        self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
+        self._tokenizer_hash, self._seed, left = tokenizer.hash, seed, data_limit
+        self._caches: list[TokenCache] = []
+        self._weights: list[float] = []  # of each cache: how often its examples come in an epoch
+        for spec in [paths] if isinstance(paths, (str, Path)) else paths:
+            path, weight = weighted(spec)
+            cache = token_cache(
+                path,
+                tokenizer,
+                self.kind,
+                cache_dir=cache_dir,
+                num_workers=num_workers,
+                on_bad_row=on_bad_row,
+                limit=left,
+                mapping=mapping,
+            )
+            self._caches.append(cache)
+            self._weights.append(weight)
+            left -= cache.facts["rows"]
+            if data_limit and left <= 0:
+                break
+        if not self._caches:
+            raise UserError("--data_path: no file given")
 
     def __len__(self) -> int:
         return len(self.order)
 
     def tokens(self, i: int) -> np.ndarray:
+        """(n,) ids of example i, uint16 or uint32."""
         return self._tokens(int(self.order[i]))
 
     def trained(self, i: int) -> np.ndarray | None:
-        """Which of tokens(i) are trained on, bool; None = all of them. The first is no target, whatever it says."""
+        """(n,) bool: which of tokens(i) are trained on; None: all. The first is never a target, whatever it says."""
         return self._trained(int(self.order[i]))
 
     def sequences(self, i: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -90,14 +143,23 @@ class TokenDataset:
         targets, so the first token's is never used."""
         return self._extras(int(self.order[i]))
 
-    def _extras(self, example: int) -> dict[str, np.ndarray]:
-        return {}
-
     def source(self, i: int) -> str:
         """file:line where the example begins."""
         return self._source(int(self.order[i]))
 
-    def split(self, val_fraction: float, seed: int) -> tuple["TokenDataset", "TokenDataset"]:
+    def _tokens(self, example: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def _trained(self, example: int) -> np.ndarray | None:
+        raise NotImplementedError
+
+    def _source(self, example: int) -> str:
+        raise NotImplementedError
+
+    def _extras(self, example: int) -> dict[str, np.ndarray]:
+        return {}
+
+    def split(self: Self, val_fraction: float, seed: int) -> tuple[Self, Self]:
         """(training, validation): views, the same for the same seed. A repeated example is on one side only."""
         if not 0 < val_fraction < 1:
             raise UserError(f"--val_fraction {val_fraction}: must be between 0 and 1")
@@ -113,11 +175,30 @@ class TokenDataset:
             self.view(np.unique(self.order, return_index=True)[1][held_out[distinct]], f"val {name}"),
         )
 
-    def view(self, examples: np.ndarray, name: str) -> "TokenDataset":
+    def view(self: Self, examples: np.ndarray, name: str) -> Self:
+        """The same data set with these examples only, in this order; the name goes into its fingerprint."""
         view = copy.copy(self)
         view.order, view.lengths = self.order[examples], self.lengths[examples]
         view.fingerprint = _hash(self.fingerprint, name)
         return view
+
+    def _fingerprint(self, *options: object) -> str:
+        facts = [cache.facts for cache in self._caches]
+        data = [[f["content"], f["rows"], f["bad"], weight] for f, weight in zip(facts, self._weights)]
+        seed = self._seed if any(weight % 1 for weight in self._weights) else ""  # else it does not change the data
+        return _hash(json.dumps(data), self._tokenizer_hash, *options, seed)
+
+    def _left_aside(self) -> str:
+        """For the summary: what of the files did not become an example, with the first places."""
+        facts = [cache.facts for cache in self._caches]
+        unread = dict.fromkeys(name for f in facts for name in f["unread"])
+        empty, where = sum(f["empty"] for f in facts), [place for f in facts for place in f["first_empty"]][:3]
+        bad, rejects = sum(f["bad"] for f in facts), [f["rejects"] for f in facts if f["bad"]]
+        return (
+            (f"; columns not read: {', '.join(unread)}" if unread else "")
+            + (f"; {empty:,} rows with nothing to train on left out ({', '.join(where)})" if empty else "")
+            + (f"; {bad:,} bad rows skipped (see {', '.join(rejects)})" if bad else "")
+        )
 
 
 class PretrainDataset(TokenDataset):
@@ -128,36 +209,24 @@ class PretrainDataset(TokenDataset):
     T inputs and the target of the last. Only the stream's last row may be shorter. Files of one weight share a stream.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str | Path] | str | Path,
-        tokenizer: Tokenizer,
-        *,
-        max_seq_len: int,
-        cache_dir=None,
-        num_workers: int | None = None,
-        on_bad_row: str = "error",
-        data_limit: int = 0,
-        seed: int = 42,
-        mapping: Mapping | None = None,
-    ):
-        self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
-        options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
-        caches = read_caches(paths, tokenizer, "text", data_limit, options)
+    kind = "text"
+
+    def __init__(self, paths: Sequence[str | Path] | str | Path, tokenizer: Tokenizer, **options):
+        super().__init__(paths, tokenizer, **options)
         by_weight: dict[float, list[TokenCache]] = {}
-        for cache, weight in caches:
+        for cache, weight in zip(self._caches, self._weights):
             by_weight.setdefault(weight, []).append(cache)
-        self._streams = [_Stream(group) for group in by_weight.values()]
-        rows = [-(-(stream.length - 1) // max_seq_len) for stream in self._streams]
+        self._streams = [Stream(group) for group in by_weight.values()]
+        rows = [-(-(stream.length - 1) // self.max_seq_len) for stream in self._streams]
         self._first_rows = np.cumsum([0, *rows])
-        lengths = [np.full(n, max_seq_len + 1, np.int32) for n in rows]
+        lengths = [np.full(n, self.max_seq_len + 1, np.int32) for n in rows]
         for own, n, stream in zip(lengths, rows, self._streams):
-            own[-1] = stream.length - (n - 1) * max_seq_len
-        self.order = repeated(rows, list(by_weight), seed)
+            own[-1] = stream.length - (n - 1) * self.max_seq_len
+        self.order = repeated(rows, list(by_weight), self._seed)
         self.lengths = np.concatenate(lengths)[self.order]
-        self.fingerprint = fingerprint_of(caches, tokenizer, seed, "pretrain", max_seq_len)
-        documents, tokens = (sum(cache.facts[key] for cache, _ in caches) for key in ("documents", "tokens"))
-        self.summary = f"{documents:,} documents, {tokens:,} tokens{rows_without_use(caches)}"
+        self.fingerprint = self._fingerprint("pretrain", self.max_seq_len)
+        documents, tokens = (sum(cache.facts[key] for cache in self._caches) for key in ("documents", "tokens"))
+        self.summary = f"{documents:,} documents, {tokens:,} tokens{self._left_aside()}"
 
     def _tokens(self, row: int) -> np.ndarray:
         stream, start = self._place(row)
@@ -170,121 +239,96 @@ class PretrainDataset(TokenDataset):
         stream, start = self._place(row)
         return stream.source(start)
 
-    def _place(self, row: int) -> tuple["_Stream", int]:
+    def _place(self, row: int) -> tuple[Stream, int]:
         which = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return self._streams[which], (row - int(self._first_rows[which])) * self.max_seq_len
 
 
-class _Stream:
-    """The tokens of several caches one after the other, and one <|endoftext|> that ends the last document."""
+class EntryDataset(TokenDataset):
+    """Each entry of the token caches is an example. dataset/tokens/lengths.py says what happens to those too long.
 
-    def __init__(self, caches: list[TokenCache]):
-        self.caches = caches
-        self.starts = np.cumsum([0, *(len(cache.tokens) for cache in caches)])
-        self.length = int(self.starts[-1]) + 1
-
-    def read(self, start: int, stop: int, end: int) -> np.ndarray:
-        parts = []
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        for cache, begin in zip(self.caches[first:], self.starts[first:].tolist()):
-            if begin >= stop:
-                break
-            parts.append(cache.tokens[max(start - begin, 0) : stop - begin])
-        if stop >= self.length:
-            parts.append(np.array([end], parts[0].dtype if parts else np.uint32))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def source(self, position: int) -> str:
-        which = int(np.searchsorted(self.starts, position, side="right")) - 1
-        cache = self.caches[which]
-        document = int(np.searchsorted(cache.offsets.array, position - int(self.starts[which]), side="right")) - 1
-        return f"{cache.path}:{cache.lines[document]}"
-
-
-class SFTDataset(TokenDataset):
-    """One conversation an example, with its trained positions.
-
-    A conversation of more than T + 1 ids is cut from the left (`on_long` "truncate") or left out ("drop"). An answer is
-    trained on whole or not at all: one that lost its beginning is context only, and where the last answer does not fit
-    with at least one token before it, the conversation is left out. `summary` counts both.
+    max_prompt_length  cut prompts of more ids (0: only what does not fit)
+    on_long            "drop": leave out what is too long, and cut nothing
     """
+
+    called = "example"  # in messages
 
     def __init__(
         self,
         paths: Sequence[str | Path] | str | Path,
         tokenizer: Tokenizer,
         *,
-        max_seq_len: int,
-        cache_dir=None,
-        num_workers: int | None = None,
-        on_bad_row: str = "error",
-        data_limit: int = 0,
-        seed: int = 42,
         on_long: str = "truncate",
-        mapping: Mapping | None = None,
+        max_prompt_length: int = 0,
+        **options,
     ):
-        self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
-        options = dict(cache_dir=cache_dir, num_workers=num_workers, on_bad_row=on_bad_row, mapping=mapping)
-        caches = read_caches(paths, tokenizer, "chat", data_limit, options)
-        self._caches = [cache for cache, _ in caches]
-        most = max_seq_len + 1
-        kept, lengths, longest, cut, left_out = [], [], 0, 0, 0
+        super().__init__(paths, tokenizer, **options)
+        kept, cuts, sizes, longest, shortened, left_out = [], [], [], 0, 0, 0
         for cache in self._caches:
-            full = np.diff(cache.offsets.array).astype(np.int32)
-            fits = full <= most
-            keep = fits | (cache.answers.array > full - most) if on_long == "truncate" else fits
+            lengths = cache.lengths()
+            keep, cut = fit(lengths, self.max_seq_len, max_prompt_length=max_prompt_length, on_long=on_long)
             kept.append(np.flatnonzero(keep).astype(np.int32))
-            lengths.append(np.minimum(full[keep], most))
-            longest = max(longest, int(full.max()))
-            cut += int((keep & ~fits).sum())
+            cuts.append(cut[keep])
+            sizes.append((lengths.total - cut)[keep])
+            longest = max(longest, int((lengths.prompt + lengths.answer).max()) - 1)
+            shortened += int((cuts[-1] > 0).sum())
             left_out += int((~keep).sum())
-        rows = [len(k) for k in kept]
-        if not sum(rows):
-            raise UserError(f"--max_seq_len {max_seq_len}: no example fits, the longest needs {longest - 1}")
-        self._kept, self._first = kept, np.cumsum([0, *rows])
-        self.order = repeated(rows, [weight for _, weight in caches], seed)
-        self.lengths = np.concatenate(lengths)[self.order]
-        self.fingerprint = fingerprint_of(caches, tokenizer, seed, "sft", on_long, max_seq_len)
-        long = f"; too long: {cut:,} cut, {left_out:,} left out (the longest needs --max_seq_len {longest - 1})"
-        long = long if cut or left_out else ""
-        self.summary = f"{len(self):,} examples, {int(self.lengths.sum()):,} tokens{long}{rows_without_use(caches)}"
+        counts = [len(entries) for entries in kept]
+        self.distinct_count = sum(counts)
+        if not self.distinct_count:
+            raise UserError(f"--max_seq_len {self.max_seq_len}: no {self.called} fits, the longest needs {longest}")
+        self._kept, self._cuts, self._first = kept, cuts, np.cumsum([0, *counts])
+        self.order = repeated(counts, self._weights, self._seed)
+        self.lengths = np.concatenate(sizes)[self.order]
+        self.summary = f"{len(self):,} {self.called}s, {int(self.lengths.sum()):,} tokens"
+        if shortened or left_out:
+            self.summary += (
+                f"; too long: {shortened:,} cut, {left_out:,} left out (the longest needs --max_seq_len {longest})"
+            )
+        self.summary += self._left_aside()
 
-    def _place(self, example: int) -> tuple[TokenCache, int, int, int]:
-        """(cache, entry in it, where its kept tokens start and stop)"""
+    def _place(self, example: int) -> tuple[TokenCache, int, int]:
+        """(its cache, its entry there, how many ids are cut from its left)"""
         which = int(np.searchsorted(self._first, example, side="right")) - 1
-        number = int(self._kept[which][example - int(self._first[which])])
-        cache = self._caches[which]
-        start, stop = cache.offsets[number : number + 2].tolist()
-        return cache, number, max(start, stop - self.max_seq_len - 1), stop
-
-    def _tokens(self, example: int) -> np.ndarray:
-        cache, _, start, stop = self._place(example)
-        return cache.tokens[start:stop]
-
-    def _trained(self, example: int) -> np.ndarray:
-        cache, number, start, stop = self._place(example)
-        trained = cache.trained[start:stop].astype(bool)
-        if start > cache.offsets[number] and trained[0]:  # the cut took the beginning of this answer
-            trained[: trained.argmin()] = False
-        return trained
+        nth = example - int(self._first[which])
+        return self._caches[which], int(self._kept[which][nth]), int(self._cuts[which][nth])
 
     def _source(self, example: int) -> str:
-        cache, number, _, _ = self._place(example)
-        return f"{cache.path}:{cache.lines[number]}"
+        cache, entry, _ = self._place(example)
+        return f"{cache.path}:{cache.lines[entry]}"
 
 
-def read_caches(paths, tokenizer: Tokenizer, kind: str, data_limit: int, options: dict):
-    """[(cache, weight)] in order; data_limit rows of all together."""
-    caches, left = [], data_limit
-    for spec in [paths] if isinstance(paths, (str, Path)) else paths:
-        path, weight = weighted(spec)
-        caches.append((token_cache(path, tokenizer, kind, limit=left, **options), weight))
-        left -= caches[-1][0].facts["rows"]
-        if data_limit and left <= 0:
-            break
-    if not caches:
-        raise UserError("--data_path: no file given")
-    return caches
+class SFTDataset(EntryDataset):
+    """Conversations, with the mask of what is trained on.
+
+    An answer is trained on whole or not at all: one whose beginning was cut is context only.
+    """
+
+    kind = "chat"
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path] | str | Path,
+        tokenizer: Tokenizer,
+        *,
+        on_long: str = "truncate",
+        **options,
+    ):
+        super().__init__(paths, tokenizer, on_long=on_long, max_prompt_length=0, **options)
+        self.fingerprint = self._fingerprint("sft", on_long, self.max_seq_len)
+
+    def _tokens(self, example: int) -> np.ndarray:
+        cache, entry, cut = self._place(example)
+        start, stop = cache.offsets[entry : entry + 2].tolist()
+        return cache.tokens[start + cut : stop]
+
+    def _trained(self, example: int) -> np.ndarray:
+        cache, entry, cut = self._place(example)
+        start, stop = cache.offsets[entry : entry + 2].tolist()
+        trained = cache.columns["trained"][start + cut : stop].astype(bool)
+        if cut and trained[0]:  # the beginning of this answer was cut
+            trained[: trained.argmin()] = False
+        return trained
 
 
 def repeated(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
@@ -301,26 +345,5 @@ def repeated(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
     return order.astype(np.int32 if first < 1 << 31 else np.int64)
 
 
-def fingerprint_of(caches: list[tuple[TokenCache, float]], tokenizer: Tokenizer, seed: int, *options: object) -> str:
-    data = [[cache.facts["content"], cache.facts["rows"], cache.facts["bad"], weight] for cache, weight in caches]
-    chosen = seed if any(weight % 1 for _, weight in caches) else ""  # else the seed has no say in what the data is
-    return _hash(json.dumps(data), tokenizer.hash, *options, chosen)
-
-
 def _hash(*parts: object) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
-
-
-def rows_without_use(caches: list[tuple[TokenCache, float]]) -> str:
-    """What did not become an example, with the first places."""
-    empty = sum(cache.facts["empty"] for cache, _ in caches)
-    where = [place for cache, _ in caches for place in cache.facts["first_empty"]][:3]
-    bad = sum(cache.facts["bad"] for cache, _ in caches)
-    rejects = ", ".join(cache.facts["rejects"] for cache, _ in caches if cache.facts["bad"])
-    unread = dict.fromkeys(name for cache, _ in caches for name in cache.facts["unread"])
-    aside = f"; columns not read: {', '.join(unread)}" if unread else ""
-    return (
-        aside
-        + (f"; {empty:,} rows with nothing to train on left out ({', '.join(where)})" if empty else "")
-        + (f"; {bad:,} bad rows skipped (see {rejects})" if bad else "")
-    )

@@ -1,14 +1,14 @@
-"""Conversations in which an assistant may think first: the tags around thought and answer count more than words.
+"""Conversations in which the assistant may think first. The tags around thoughts and answers weigh more than words.
 
     ds = ReasonDataset("dataset/reason.jsonl", tokenizer, max_seq_len=1024, tag_weight=10)
     ds.extras(7)["weight"]     # (n,) fp32: 10 for <think> </think> <answer> </answer>, 1 for other trained tokens, or 0
 
-A tag is markup that begins, divides or ends an answer (tokenizer/chat.py), never a word that looks like one. In our
-tokenizer each is a token of its own. Where a foreign one spells it out, its place in the answer tells which tokens it
-is: `<`, `th`, `ink`, `>` occur in ordinary words as well, so looking for those ids would find too many.
+A tag is markup at the beginning, in the middle or at the end of an answer (tokenizer/chat.py), never a word that looks
+like it. In our tokenizer each tag is one token. A foreign tokenizer may spell it in several tokens, `<` `th` `ink` `>`.
+These also occur in ordinary text, so the tag is found by its place in the answer and not by its ids.
 
-As in every chat, an answer is trained on whole or not at all. So no thought is learned without its end: where
-`max_seq_len` does not hold the last answer, the example is left out and counted in `summary`.
+As in every conversation, an answer is trained on whole or not at all. So no thought is learned without its end: if
+max_seq_len does not hold the last answer, the example is left out and counted in `summary`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from tokenizer.text import Tokenizer
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SPELLED = re.compile(rb"\s*(<think>).*?(</think>)(?:\s*(<answer>).*(</answer>))?", re.DOTALL)
-SAMPLE = 1000  # examples that show whether there are thoughts at all
+SAMPLE = 1000  # examples in which thoughts are looked for
 
 
 class ReasonDataset(SFTDataset):
+    """SFTDataset, with the `weight` of each token as an extra."""
+
     def __init__(self, paths, tokenizer: Tokenizer, *, tag_weight: float = 10.0, **options):
         super().__init__(paths, tokenizer, **options)
         self.tokenizer, self.tag_weight = tokenizer, tag_weight
@@ -37,13 +39,13 @@ class ReasonDataset(SFTDataset):
         return {"weight": np.where(tags, self.tag_weight, trained).astype(np.float32)}
 
     def thoughts(self) -> tuple[int, int]:
-        """(how many have a thought, of how many that were looked at)"""
+        """(examples with a thought, examples looked at)"""
         seen = np.unique(np.linspace(0, len(self) - 1, SAMPLE).astype(int)).tolist()
         return sum(bool(find_tags(self.tokenizer, self.tokens(i), self.trained(i)).any()) for i in seen), len(seen)
 
 
 def find_tags(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """(n,) bool: which of the trained tokens are, or are a part of, a tag."""
+    """(n,) ids, (n,) bool -> (n,) bool: the trained tokens that are a tag, or a part of one."""
     single = [tokenizer.control[tag] for tag in TAGS if tag in tokenizer.control]
     found = np.isin(ids, single) & trained
     if len(single) == len(TAGS):

@@ -1,12 +1,12 @@
-"""What a teacher expects of every trained token, in a file: its k most likely ids, and how likely each is.
+"""A teacher's view of every trained token, in a file: its k most likely ids, and their log-probabilities.
 
     with writing("teacher.lp", dataset, top_k=32, facts={...}) as records:
         records[example] = ids, logprobs           # (n, 32), (n, 33) of its n trained tokens
     TaughtDataset("sft.jsonl", tokenizer, max_seq_len=512, views=read_header("teacher.lp"))
 
 The last log-probability is that of all other ids together. So a token takes k * (2 + 2) + 2 bytes (130 for 32), or
-k * (4 + 2) + 2 for more than 65,536 ids. The file is mapped, never held in memory, and belongs to the examples it was
-made from: their tokens, their order and where they were cut.
+k * (4 + 2) + 2 in a vocabulary of more than 65,536 ids. The file is mapped, not held in memory. It belongs to the
+examples that it was made from: to their tokens, their order and their cuts.
 
     4096 bytes    JSON, filled with blanks
     8 * (n + 1)   int64: where each example's records begin
@@ -27,7 +27,7 @@ from tokenizer.text import Tokenizer
 
 HEADER = 4096
 FORMAT = "sparrow-teacher-1"
-LEAST = -30.0  # e^-30 is nothing, and finite in fp16
+LEAST = -30.0  # lowest log-probability in the file: e^-30 is practically 0, and -30 is finite in fp16
 
 
 def record_type(top_k: int, vocab_size: int) -> np.dtype:
@@ -36,7 +36,7 @@ def record_type(top_k: int, vocab_size: int) -> np.dtype:
 
 
 def read_header(path: str | Path) -> dict:
-    """The facts it was written with, and its own path."""
+    """The facts that the file was written with, and its path. UserError if it is another file, or truncated."""
     with open(path, "rb") as file:
         head = file.read(HEADER)
     try:
@@ -53,7 +53,7 @@ def read_header(path: str | Path) -> dict:
 
 class TaughtDataset(SFTDataset):
     """Conversations with the teacher's view of each trained token: extras `teacher_ids` (n, k) int32 and
-    `teacher_logprobs` (n, k + 1) fp16. Without a file, plain ones."""
+    `teacher_logprobs` (n, k + 1) fp16. views: a file's header; None: plain conversations without extras."""
 
     def __init__(self, paths, tokenizer: Tokenizer, *, views: dict | None = None, **options):
         super().__init__(paths, tokenizer, **options)
@@ -87,12 +87,12 @@ class TaughtDataset(SFTDataset):
 
 
 def targets(trained: np.ndarray) -> np.ndarray:
-    """Which tokens of an example are ever a target: the trained ones but the first."""
+    """(n,) bool -> (n,) bool: which tokens of an example are targets, i.e. the trained ones except the first."""
     return np.concatenate([[False], trained[1:]])
 
 
 class Records:
-    """What `writing` gives: records[example] = ids, logprobs, in any order of examples."""
+    """The records of a file that is being written: records[example] = ids, logprobs, in any order of examples."""
 
     def __init__(self, file, begins: np.ndarray, dtype: np.dtype):
         self.file, self.begins, self.dtype = file, begins, dtype
@@ -108,8 +108,8 @@ class Records:
 
 @contextmanager
 def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, facts: dict):
-    """`path` is the file to fill; facts: what else its readers have to know."""
-    counts = [int(targets(dataset._trained(example)).sum()) for example in range(int(dataset._first[-1]))]
+    """Creates the file `path` -> Records to fill it with. facts: what else a reader of the file has to know."""
+    counts = [int(targets(dataset._trained(example)).sum()) for example in range(dataset.distinct_count)]
     begins = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     dtype = record_type(top_k, tokenizer.vocab_size)
     head = facts | dict(

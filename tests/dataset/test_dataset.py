@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataset.read.formats import to_conversation, to_text
+from dataset.read.formats import canonical
+from dataset.tokens import encode
 from dataset.tokens import token_cache as tc
 from dataset.tokens.examples import PretrainDataset, SFTDataset, weighted
 from tokenizer.chat import Encoded
@@ -110,8 +111,8 @@ def test_a_text_file_is_one_document_tokenised_in_pieces(tmp_path, monkeypatch):
 
 
 def test_a_long_text_in_jsonl_is_tokenised_in_pieces_cut_at_line_ends(monkeypatch):
-    monkeypatch.setattr(tc, "PIECE", 8)
-    assert tc.pieces("ab\ncd\nefghijklmnopqrst") == ["ab\ncd\n", "efghijkl", "mnopqrst"]
+    monkeypatch.setattr(encode, "PIECE", 8)
+    assert encode.pieces("ab\ncd\nefghijklmnopqrst") == ["ab\ncd\n", "efghijkl", "mnopqrst"]
 
 
 # ---- conversations: the mask, spelled out
@@ -127,16 +128,16 @@ def test_exactly_the_assistants_words_and_its_end_token_are_trained_on(tmp_path)
 
 def test_layouts_give_the_same_conversation():
     call = {"name": "add", "arguments": {"a": 1}}
-    canonical = (
-        [
+    expected = {
+        "messages": [
             {"role": "system", "content": "be"},
             {"role": "user", "content": "1+1?"},
             {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": [call]},
             {"role": "tool", "content": "2"},
             {"role": "assistant", "content": "2"},
         ],
-        [{"type": "function"}],
-    )
+        "tools": [{"type": "function"}],
+    }
     tools = [{"type": "function"}]
     openai = [
         {"role": "user", "content": "1+1?"},
@@ -156,10 +157,10 @@ def test_layouts_give_the_same_conversation():
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "2"},
     ]
-    assert to_conversation({"messages": openai, "system": "be", "tools": tools}) == canonical
-    assert to_conversation({"conversations": minimind}) == canonical
+    assert canonical({"messages": openai, "system": "be", "tools": tools}) == expected
+    assert canonical({"conversations": minimind}) == expected
     minimind[0] |= {"tools": None, "functions": tools}
-    assert to_conversation({"conversations": minimind}) == canonical
+    assert canonical({"conversations": minimind}) == expected
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_a_bad_document_is_named_with_file_line_and_reason(tmp_path, row, reason
     with pytest.raises(ValueError) as error:
         pretrain(file)
     assert str(error.value).startswith(f"{file}:2: ") and reason in str(error.value)
-    assert to_text({"text": "a"}) == "a"
+    assert canonical({"text": "a", "label": True}, "text") == {"text": "a"}, "other columns are its own business"
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path):
@@ -263,8 +264,9 @@ def test_rows_without_an_answer_are_left_out_counted_and_named(tmp_path):
 
 def test_a_conversation_of_which_only_the_first_token_is_trained_on_teaches_nothing(monkeypatch):
     """The first token is never predicted. (A foreign template may mark it.)"""
-    monkeypatch.setattr(tc, "encode_chats", lambda *_: [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])])
-    block = tc.encode_conversations([(1, {"messages": []}), (2, {"messages": []})], [], ByteTokenizer())
+    chats = [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])]
+    monkeypatch.setattr(encode, "encode_chats", lambda *_: chats)
+    block = encode.encode_conversations([(1, {"messages": []}), (2, {"messages": []})], ByteTokenizer())
     assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2], [5, 6])
 
 
@@ -323,18 +325,18 @@ def test_the_cache_is_made_anew_when_data_or_tokenizer_change(tmp_path):
 def test_an_interrupted_build_leaves_no_half_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tc, "TOKENISED_BYTES", 20)
     file, tokenizer = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(9)]), ByteTokenizer()
-    encode = tokenizer.encode_batch
+    encode_batch = tokenizer.encode_batch
 
     def interrupted(texts):
         if "text 5" in texts:
             raise KeyboardInterrupt
-        return encode(texts)
+        return encode_batch(texts)
 
     tokenizer.encode_batch = interrupted
     with pytest.raises(KeyboardInterrupt):
         pretrain(file, tokenizer)
     assert not [p for p in (tmp_path / ".cache").iterdir() if "-text-" in p.name and p.is_dir()]
-    tokenizer.encode_batch = encode
+    tokenizer.encode_batch = encode_batch
     assert text(pretrain(file, tokenizer, max_seq_len=100).tokens(0)) == "".join(f"Etext {i}" for i in range(9)) + "E"
 
 

@@ -8,7 +8,9 @@ import pytest
 
 import dataset.doctor.examine as doctor
 from dataset.batches.preference import PreferenceDataset
-from dataset.doctor.examine import examine, hashes_of
+from dataset.doctor import duplicates
+from dataset.doctor.duplicates import hashes_of
+from dataset.doctor.examine import examine
 from scripts import check_data
 from tests.dataset.test_dataset import ByteTokenizer, chat, jsonl, sft
 from tests.dataset.test_formats import PAIRS
@@ -107,7 +109,7 @@ def test_pairs_are_cut_and_left_out_as_in_dpo(tmp_path):
     file = jsonl(tmp_path / "dpo.jsonl", *pairs)
     found = check(file, max_seq_len=40, batch_size=2).tokens
     ds = PreferenceDataset(file, ByteTokenizer(), max_seq_len=40)
-    assert f"{found['cut']} prompts cut, {found['left_out']} pairs left out" in ds.summary and found["left_out"] == 2
+    assert f"{found['cut']} cut, {found['left_out']} left out" in ds.summary and found["left_out"] == 2
     assert found["rows_padded"] == 2 * len(ds)
     assert found["total"] == PreferenceDataset(file, ByteTokenizer(), max_seq_len=900).lengths.sum()
     assert check(file).tokens["max_seq_len"] == 1024 and check(file).tokens["batch_size"] == 4, "as train_dpo.py has it"
@@ -122,7 +124,7 @@ def test_a_sample_is_said_to_be_one(tmp_path):
 
 def test_equal_rows_are_found_whatever_their_spelling_and_however_they_are_stored(tmp_path, monkeypatch):
     """The order of keys, spaces and the layout make no other row. Hashes in many files, as for a huge data set."""
-    monkeypatch.setattr(doctor, "PART", 64)  # bytes: a file for every four rows
+    monkeypatch.setattr(duplicates, "PART", 64)  # bytes: a file for every four rows
     monkeypatch.setattr(doctor, "READ_BYTES", 100)
     again = '{"conversations":[{"content":"q3","role":"user"},{"content":"a","role":"assistant"}]}'
     rows = [chat(f"q{i}", "a") for i in range(40)]

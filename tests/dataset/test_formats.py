@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.read.formats import DIALOGUES, LAYOUTS, QUESTIONS, canonical, layout_of, to_conversation, to_preference
+from dataset.read.formats import DIALOGUES, LAYOUTS, QUESTIONS, canonical, layout_of
 from dataset.read.jsonl import Jsonl
 from dataset.read.mapping import find_reader, read_mapping
 from tests.dataset.test_dataset import jsonl, pretrain, sft, text
@@ -21,6 +21,13 @@ TWO = [USER, ANSWER, {"role": "user", "content": "ok?"}, {"role": "assistant", "
 ADD = {"name": "add", "arguments": {"a": 1}}
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
 GPT_TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+
+
+def to_conversation(row):
+    """(messages, tools)"""
+    found = canonical(row, "chat")
+    return found["messages"], found.get("tools")
+
 
 CHATS = {
     "openai": ({"messages": ONE}, ONE),
@@ -154,8 +161,8 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_preference_in_any_layout_is_the_same_row(name):
-    assert to_preference(PAIRS[name]) == {"chosen": ONE, "rejected": [USER, BAD]}
-    with_system = to_preference(PAIRS[name] | {"system": "be", "tools": '[{"name": "add"}]'})
+    assert canonical(PAIRS[name], "preference") == {"chosen": ONE, "rejected": [USER, BAD]}
+    with_system = canonical(PAIRS[name] | {"system": "be", "tools": '[{"name": "add"}]'}, "preference")
     assert with_system == {"chosen": [SYSTEM, *ONE], "rejected": [SYSTEM, USER, BAD], "tools": TOOLS}
 
 
@@ -367,7 +374,7 @@ def test_what_a_question_is_about_stands_below_it(row, asked):
 def test_a_system_prompt_by_its_other_name():
     row = {"system_prompt": "Be brief.", "question": "hi", "response": "yo"}  # OpenOrca
     assert to_conversation(row)[0][0] == {"role": "system", "content": "Be brief."}
-    pair = to_preference({"system_prompt": "Be brief.", "prompt": "hi", "chosen": "yo", "rejected": "no"})
+    pair = canonical({"system_prompt": "Be brief.", "prompt": "hi", "chosen": "yo", "rejected": "no"}, "preference")
     assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "system"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataset.batches.preference import PairLoader, PreferenceDataset
-from dataset.read.formats import to_preference
+from dataset.read.formats import canonical
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from tests.helpers.small_run import write_dpo
@@ -61,9 +61,9 @@ def small_model():
 )
 def test_layouts_mean_the_same(row):
     expected = {"chosen": [user("1+1?"), says("2")], "rejected": [user("1+1?"), says("3")]}
-    assert to_preference(row) == expected
+    assert canonical(row, "preference") == expected
     be_short = {"role": "system", "content": "Be short."}
-    assert to_preference({**row, "system": "Be short."}) == {k: [be_short, *v] for k, v in expected.items()}
+    assert canonical({**row, "system": "Be short."}, "preference") == {k: [be_short, *v] for k, v in expected.items()}
 
 
 BAD = {
@@ -132,11 +132,11 @@ def test_what_is_too_long_by_hand(tmp_path):
     assert [len(ds.pair(i)[0]) for i in range(len(ds))] == [10, 7], "10 + 5 fit into 17, of 10 + 10 the prompt keeps 7"
     np.testing.assert_array_equal(ds.pair(1)[0], everything.pair(1)[0][-7:])
     assert len(ds.pair(1)[1][0]) == 10, "no answer is cut"
-    assert "1 prompts cut, 1 pairs left out (the longest needs 27)" in ds.summary
+    assert "1 cut, 1 left out (the longest needs --max_seq_len 27)" in ds.summary
 
     shorter = PreferenceDataset(path, TOKENIZER, max_seq_len=64, max_prompt_length=3)
     assert [len(shorter.pair(i)[0]) for i in range(3)] == [3, 3, 3]
-    assert "3 prompts cut, 0 pairs left out" in shorter.summary
+    assert "3 cut, 0 left out" in shorter.summary
     assert len(PreferenceDataset(path, TOKENIZER, max_seq_len=16, on_long="drop")) == 1
     with pytest.raises(ValueError, match="no pair fits, the longest needs 27"):
         PreferenceDataset(path, TOKENIZER, max_seq_len=4)
