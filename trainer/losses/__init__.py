@@ -1,1 +1,1 @@
-"""What is minimised: one table row and one class for each loss."""
+"""The losses. base.py says what each of them provides."""
