@@ -18,7 +18,8 @@ from torch import Tensor
 
 from common.console import UserError
 from model.config import ModelConfig
-from model.transformer import CausalLM, count_positions
+from model.rope import count_positions
+from model.transformer import CausalLM
 
 PREFILL_POSITIONS = 1024  # prompt positions computed at once: bounds the memory that a long prompt needs
 
@@ -45,20 +46,23 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def extend(self, tokens: Tensor, documents: Tensor | None) -> tuple[int, Tensor | None, Tensor]:
-        """Makes room for tokens (B, T) -> (number cached before, documents (B, S) of all or None, positions (B or 1,
-        T))."""
+    def extend(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Makes room for tokens (B, T) -> positions (B or 1, S) and documents (B, S) of all that is cached then.
+
+        documents (B, T) None: the tokens continue the document that each row ends with; if all rows are one document,
+        the result is None as well.
+        """
         past, T = self.length, tokens.shape[1]
         if past + T > self.capacity:
             raise UserError(f"{past + T} tokens do not fit into a cache of {self.capacity}")
         self.length = past + T
-        if documents is None and self.documents is not None:  # later tokens continue each row's last document
-            documents = self.documents[:, -1:].expand(-1, T)
+        if documents is None and self.documents is None:
+            return torch.arange(past + T, device=tokens.device)[None], None
         if documents is None:
-            return past, None, torch.arange(past, past + T, device=tokens.device)[None]
+            documents = self.documents[:, -1:].expand(-1, T)
         before = self.documents[:, :past] if self.documents is not None else documents[:, :0]
         self.documents = torch.cat((before, documents), dim=1)
-        return past, self.documents, count_positions(self.documents)[:, past:]
+        return count_positions(self.documents), self.documents
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, T, K, D) of the newest positions -> those of all positions (B, S, K, D)."""

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from model.attention import AttentionMask, causal_attention, visibility
+from model.attention import AttentionMask, build_mask, causal_attention
 from model.config import ModelConfig
-from model.transformer import CausalLM, count_positions
+from model.rope import count_positions
+from model.transformer import CausalLM
 
 KERNELS = ("sdpa", "blocked")
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -48,8 +49,8 @@ def test_kernels_equal_the_formula(T, packed):
     documents = torch.randint(1, 4, (2, T)).sort(1).values if packed else None
     expected = reference(q, k, v, documents)
     for kernel in KERNELS:
-        sees = visibility(T, T, documents, q, kernel)
-        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), sees).transpose(1, 2)
+        mask = build_mask(T, torch.arange(T)[None], documents, q, kernel)
+        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         torch.testing.assert_close(out, expected)
 
 
@@ -126,7 +127,8 @@ def test_positions_restart():
 
 
 def test_plain_causal_needs_no_mask():
-    assert visibility(8, 8, None, torch.zeros(1), "sdpa") == AttentionMask("sdpa")
-    assert visibility(1, 9, None, torch.zeros(1), "sdpa") == AttentionMask("sdpa")
-    late = visibility(2, 5, None, torch.zeros(1), "sdpa").tensor  # two new queries after three cached keys
+    build = lambda T, S: build_mask(T, torch.arange(S)[None], None, torch.zeros(1), "sdpa")
+    assert build(8, 8) == AttentionMask("sdpa")
+    assert build(1, 9) == AttentionMask("sdpa")
+    late = build(2, 5).tensor  # two new queries after three cached keys
     assert late[0, 0].tolist() == [[True, True, True, True, False], [True, True, True, True, True]]

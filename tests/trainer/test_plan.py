@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.cost import step_flops
 from tests.helpers.small_run import run_stage, sft_engine, write_pretrain, write_sft
 from trainer.run import plan as module
-from trainer.run.meter import Meter, step_flops
+from trainer.run.meter import Meter
 
 
 def test_a_plan_trains_ten_steps_in_any_stage_and_leaves_nothing(tmp_path, capsys):
