@@ -26,7 +26,7 @@ from common.files import ROOT
 from common.options import Options, option, parse
 
 if TYPE_CHECKING:  # torch is imported once the command line is known to be right: --help is instant
-    from inference.decode import Sampling
+    from inference.sampling import Sampling
     from inference.session import Session
     from model.adapter import AdapterFile
     from model.checkpoint import Checkpoint
@@ -127,8 +127,8 @@ class EvalConfig(Options):
 
 def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Checkpoint]:
     from model.checkpoint import check_stated, load_weights
-    from model.lora import merge, prepare_for_inference
-    from model.precision import pick_device, pick_dtype
+    from model.lora import merge
+    from model.precision import pick_device, pick_dtype, prepare_for_inference
 
     adapter = find_adapter(config)
     checkpoint = find_base_of(adapter, config) if adapter else load_weights(find_named(config))
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer, checkpoint = load(config, screen)
     if config.benchmark:
         return measure(model, tokenizer, checkpoint, config, screen)
-    from inference.decode import Sampling
+    from inference.sampling import Sampling
     from inference.session import Session
 
     stages = [entry.get("stage") for entry in checkpoint.lineage]

@@ -11,7 +11,7 @@
 
 A layer keeps its name and its weight's; the matrices are `<layer>.adapters.<name>.A` and `.B`, fp32 masters that are
 cast to the dtype of what flows through, as everywhere. What is frozen needs no master and can be kept in that dtype
-(`lower_frozen`). Files: model/adapter.py.
+(`model.precision.lower_frozen`). Files: model/adapter.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.console import UserError
-from model.moe import Experts
 from model.transformer import CausalLM, Linear
 
 GROUPS = {
@@ -206,24 +205,6 @@ def remove_lora(model: nn.Module) -> None:
 def freeze(model: nn.Module) -> None:
     """Nothing there learns any more; adapters added afterwards do."""
     model.requires_grad_(False)
-
-
-def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
-    """For a model that is not trained: it computes in `dtype` as in training, with what matters in fp32."""
-    freeze(model)
-    lower_frozen(model, dtype)
-    model.compute_dtype = dtype
-    return model.eval()
-
-
-def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps frozen weights in the dtype they are used in: half the memory, and no cast at every step. Norms and routers
-    are computed in fp32 and stay, RoPE's frequencies too, so that the model is the same to the last bit."""
-    for module in model.modules():
-        if isinstance(module, (Linear, nn.Embedding, Experts)):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
 
 
 def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

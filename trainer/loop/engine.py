@@ -26,8 +26,7 @@ from common.files import ROOT, keep_previous
 from common.options import describe
 from dataset.batches.loader import Loader
 from model.checkpoint import Checkpoint, weights_name
-from model.lora import lower_frozen
-from model.precision import pick_dtype
+from model.precision import lower_frozen, pick_dtype
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, check_start

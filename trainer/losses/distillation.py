@@ -35,7 +35,7 @@ from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from dataset.tokens.token_cache import Progress
 from model.checkpoint import Checkpoint, find_weights, load_weights
-from model.lora import prepare_for_inference
+from model.precision import prepare_for_inference
 from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, check_positions
