@@ -26,7 +26,7 @@ from common.files import ROOT
 from common.options import Options, option, parse
 
 if TYPE_CHECKING:  # torch is imported after the command line is checked: --help is instant
-    from inference.decode import Sampling
+    from inference.sampling import Sampling
     from inference.session import Session
     from model.adapter import AdapterFile
     from model.checkpoint import Checkpoint
@@ -128,8 +128,8 @@ class EvalConfig(Options):
 
 def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Checkpoint]:
     from model.checkpoint import check_stated, find_tokenizer
-    from model.lora import merge, prepare_for_inference
-    from model.precision import pick_device, pick_dtype
+    from model.lora import merge
+    from model.precision import pick_device, pick_dtype, prepare_for_inference
 
     checkpoint, adapter = find_checkpoint(config)
     check_stated(checkpoint, **{k: getattr(config, k) for k in ("hidden_size", "num_hidden_layers", "use_moe")})
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer, checkpoint = load(config, screen)
     if config.benchmark:
         return measure(model, tokenizer, checkpoint, config, screen)
-    from inference.decode import Sampling
+    from inference.sampling import Sampling
     from inference.session import Session
 
     stages = [entry.get("stage") for entry in checkpoint.lineage]

@@ -21,13 +21,14 @@ import torch
 from benchmarks.common import RandomRows, hugging_face_step, machine, seconds, spread
 from common.options import parse
 from model.config import ModelConfig
+from model.cost import step_flops
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
 from trainer.losses.next_token import NextToken
-from trainer.run.meter import gemm_rate, step_flops
+from trainer.run.meter import gemm_rate
 from trainer.train_pretrain import PretrainConfig
 
 

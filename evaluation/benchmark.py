@@ -22,7 +22,8 @@ from dataset.tiny_world import exam
 from dataset.tiny_world.exam import Scores
 from dataset.tiny_world.files import generate as generate_world
 from dataset.tiny_world.world import LATER
-from inference.decode import Sampling, generate
+from inference.decode import generate
+from inference.sampling import Sampling
 from model.transformer import CausalLM
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer

@@ -1,1 +1,1 @@
-"""Saying something: the cache, sampling, decoding, a conversation."""
+"""Generation: key/value cache, sampling, decoding, conversations."""

@@ -11,7 +11,7 @@ know about it.
     scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732, eq. 6)
 
 A layer and its weight keep their names; the matrices are `<layer>.adapters.<name>.A` and `.B`. They are fp32 and cast
-to the compute dtype, like all trained weights. Frozen weights can be stored in the compute dtype (`lower_frozen`).
+to the compute dtype, like all trained weights. Frozen weights can be stored in the compute dtype (`model.precision.lower_frozen`).
 Adapter files: model/adapter.py.
 """
 
@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.console import UserError
-from model.moe import Experts
 from model.transformer import CausalLM, Linear
 
 GROUPS = {
@@ -211,24 +210,6 @@ def remove_lora(model: nn.Module) -> None:
 def freeze(model: nn.Module) -> None:
     """No parameter of the model is trained; adapters added afterwards are."""
     model.requires_grad_(False)
-
-
-def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
-    """Freezes the model and makes it compute in `dtype`. Norms, routers and RoPE stay in fp32, as in training."""
-    freeze(model)
-    lower_frozen(model, dtype)
-    model.compute_dtype = dtype
-    return model.eval()
-
-
-def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Stores frozen weights in the compute dtype: half the memory, and no cast at every step. Norms, routers and RoPE's
-    frequencies are used in fp32 and stay so. Every result is the same to the last bit."""
-    for module in model.modules():
-        if isinstance(module, (Linear, nn.Embedding, Experts)):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
 
 
 def lora_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

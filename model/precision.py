@@ -1,4 +1,4 @@
-"""Which device and which precision, in one place for training and for generation."""
+"""Devices and precisions, for training and for generation: which to take, and what frozen weights are kept in."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import sys
 from contextlib import suppress
 
 import torch
+from torch import nn
 
 from common.console import UserError
+from model.moe import Experts
+from model.transformer import CausalLM, Linear
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """auto: the accelerator if there is one, else the CPU. local_rank picks among several of them.
+    """auto: the accelerator if there is one, else the CPU. local_rank: which of several accelerators.
 
-    Apple's (mps) only by name: nobody has checked there that a step which is not finite leaves the weights alone."""
+    Apple's (mps) is only taken by name: that a step which is not finite leaves the weights alone is untested there.
+    """
     if name == "npu":
         importlib.import_module("torch_npu")  # registers the device; untested here
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -45,7 +49,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(compute dtype, a line saying why it is not the one asked for, or "")."""
+    """name: auto, float32, bfloat16 or float16 -> (compute dtype, why it is not the one asked for, or "")."""
     best = torch.bfloat16 if has_bf16(device) else torch.float16 if device.type == "cuda" else torch.float32
     if name == "auto":
         return best, ""
@@ -57,13 +61,33 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return wanted, ""
 
 
-def keep_freed_memory() -> None:
-    """Makes this process use its memory again instead of giving it back to the system after each use.
+def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
+    """The model, frozen and in evaluation mode, computing in `dtype` as in training: norms and routing stay in fp32."""
+    model.requires_grad_(False)
+    lower_frozen(model, dtype)
+    model.compute_dtype = dtype
+    return model.eval()
 
-    By default glibc returns what is free at the end of its heap. Each step of training then meets its activations as
-    new pages, which the kernel has to find and to clear: 30,000 to 50,000 page faults a step with 26M parameters, 5 to
-    10 % of its time. Blocks of over 32 MiB still come from the system and go back: of aligned ones, which torch asks
-    for, glibc 2.36 leaves up to eight copies in its heap before it uses one again.
+
+def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps frozen weights in the dtype they are used in: half the memory, and no cast at every step.
+
+    Norms, routers and RoPE's frequencies are used in fp32 and keep it, so the results are the same to the last bit.
+    """
+    for module in model.modules():
+        if isinstance(module, (Linear, nn.Embedding, Experts)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed memory in this process instead of returning it to the system.
+
+    By default glibc returns what is free at the end of its heap. Each training step then gets its activations as new
+    pages, which the kernel has to find and clear: 30,000 to 50,000 page faults per step with 26M parameters, 5 to 10 %
+    of the time. Blocks of more than 32 MiB are still returned: they are aligned, and of aligned blocks glibc 2.36 can
+    hold up to eight copies in its heap before it uses one again.
     """
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library

@@ -1,10 +1,11 @@
 """Rotary position embedding, and the ways to stretch it beyond the trained length.
 
-Each pair of numbers (i, i + D/2) of a query or key head is turned by the angle position * frequency_i, so that the
+Each pair of numbers (i, i + R/2) of a query or key head is turned by the angle position * frequency_i, so that the
 product of a query and a key depends on the distance between them alone (RoFormer, arXiv:2104.09864, eq. 34). The pairs
-are laid out as in Hugging Face's Llama ("rotate half").
+are laid out as in Hugging Face's Llama ("rotate half"). R is the size D of a head, or less: with
+`ModelConfig.rotary_fraction` only the first R numbers are turned and the others pass through (GPT-NeoX, GLM, Phi).
 
->>> cos, sin = rope_table(torch.arange(4), inverse_frequencies(config)[0])          # (4, D/2) each
+>>> cos, sin = rope_table(torch.arange(4), inverse_frequencies(config)[0])          # (4, 1, R/2) each
 """
 
 from __future__ import annotations
@@ -17,9 +18,17 @@ from torch import Tensor
 from model.config import ModelConfig
 
 
+def count_positions(documents: Tensor) -> Tensor:
+    """documents (B, T) -> 0, 1, 2, ... restarting where the document's number changes (B, T)."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """((D/2,) radians per position in fp32, factor that cos and sin are multiplied with)."""
-    dim = config.head_dim
+    """((R/2,) radians per position in fp32, factor that cos and sin are multiplied with)."""
+    dim = config.rotary_dim
     freq = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     scaling = config.rope_scaling
     if scaling is None:
@@ -44,21 +53,20 @@ def _llama3(freq: Tensor, factor: float, scaling: dict) -> Tensor:
 
 def _yarn(freq: Tensor, factor: float, scaling: dict, config: ModelConfig) -> tuple[Tensor, float]:
     """YaRN's NTK-by-parts interpolation and attention temperature (arXiv:2309.00071, eqs. 17-22)."""
-    trained, half = scaling["original_max_position_embeddings"], len(freq)
+    trained, dim, half = scaling["original_max_position_embeddings"], config.rotary_dim, len(freq)
 
-    def dimension(turns: float) -> float:  # whose wave turns so often within the trained length
-        return config.head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    def dimension(turns: float) -> float:  # that makes so many turns within the trained length
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
-    high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), config.head_dim - 1)
+    high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), dim - 1)
     squeeze = ((torch.arange(half, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
     temperature = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0
     return freq * (1 - squeeze + squeeze / factor), temperature
 
 
 def _minimind2(freq: Tensor, factor: float, scaling: dict, length: int) -> Tensor:
-    """What MiniMind of 2025 calls YaRN: fast frequencies are scaled a little too. Only so do its checkpoints behave as
-    there."""
+    """What MiniMind of 2025 calls YaRN: fast frequencies are scaled a little too. Its checkpoints need exactly this."""
     trained, half = scaling["original_max_position_embeddings"], len(freq)
     if length <= trained:
         return freq
@@ -69,13 +77,18 @@ def _minimind2(freq: Tensor, factor: float, scaling: dict, length: int) -> Tenso
     return freq * torch.where(index < first_slow, (beta * factor - beta + 1) / (beta * factor), 1 / factor)
 
 
-def rope_table(positions: Tensor, freq: Tensor, temperature: float = 1.0, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """positions (..., T) -> cos and sin (..., T, 1, D/2), computed in fp32: large positions need the digits."""
+def rope_table(
+    positions: Tensor, freq: Tensor, temperature: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """positions (..., T) -> cos and sin (..., T, 1, R/2), computed in fp32: large positions need the digits."""
     angles = positions.float()[..., None, None] * freq
     return (angles.cos() * temperature).to(dtype), (angles.sin() * temperature).to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, H, D) turned by the angles of (B or 1, T, 1, D/2)."""
+    """x (B, T, H, D), its first R numbers turned by the angles of cos and sin (B or 1, T, 1, R/2)."""
+    rotated = 2 * cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat((apply_rope(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -14,17 +14,30 @@ weights already have that dtype. Norms, routing and losses are computed in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import AttentionMask, causal_attention, visibility
+from model.attention import AttentionMask, build_mask, causal_attention
 from model.config import ModelConfig
-from model.moe import Experts, MoE
-from model.rope import apply_rope, inverse_frequencies, rope_table
+from model.cost import idle_parameters
+from model.moe import MoE
+from model.rope import apply_rope, count_positions, inverse_frequencies, rope_table
+
+
+class Cache(Protocol):
+    """What the model needs of a key/value cache (`inference.cache.KVCache`)."""
+
+    def extend(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Makes room for tokens (B, T) -> positions (B or 1, S) and documents (B, S) of all keys, these included."""
+        ...
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, T, K, D) of the new positions -> those of all positions (B, S, K, D)."""
+        ...
 
 
 class Output(NamedTuple):
@@ -68,7 +81,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
+        """x (B, T, d) -> the same shape."""
         B, T, _ = x.shape
         q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # (B, T, H, D)
         k = apply_rope(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # (B, T, K, D)
@@ -102,7 +116,7 @@ class Block(nn.Module):
         self.mlp = MoE(config, FeedForward) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache=None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, d) -> the same shape, and the balancing loss (B,) of a mixture of experts."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -151,7 +165,7 @@ class CausalLM(nn.Module):
         selected: Tensor | None = None,
         prefixes: Tensor | None = None,
         criterion: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
-        cache=None,
+        cache: Cache | None = None,
     ) -> Output:
         """tokens (B, T) -> logits, or with `targets` (B, T) the loss of each of them (-100: none).
 
@@ -161,28 +175,29 @@ class CausalLM(nn.Module):
             outside must be -100, and an index may be repeated only where the target is -100.
         prefixes (B, T) number of another document in the row that a position sees too: a prompt that answers share.
         criterion another loss than cross-entropy: (head, what it reads (N, d), targets (N,)) -> (N,) fp32.
-        cache     a `inference.decode.KVCache`, which is filled and read.
+        cache     keys and values of what was read before; it is read and extended.
         """
         B, T = tokens.shape
-        past = 0
         if cache is not None:
-            past, documents, positions = cache.extend(tokens, documents)
+            positions, documents = cache.extend(tokens, documents)  # (B or 1, S) and (B, S)
+        elif positions is None and documents is not None:
+            positions = count_positions(documents)
         elif positions is None:
-            positions = (
-                count_positions(documents) if documents is not None else torch.arange(T, device=tokens.device)[None]
-            )
+            positions = torch.arange(T, device=tokens.device)[None]
+        S = positions.shape[1]
 
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
-        cos, sin = rope_table(positions, self.rope_frequencies, self.rope_temperature, x.dtype)
-        kernel = "sdpa" if cache is not None else self._kernel(x, documents)
-        mask = visibility(T, past + T, documents, x, kernel, prefixes)
+        cos, sin = rope_table(positions[:, S - T :], self.rope_frequencies, self.rope_temperature, x.dtype)
+        windows = self.config.windows
+        kernel = "sdpa" if cache is not None else self._kernel(x, documents is not None or any(windows))
+        masks = {window: build_mask(T, positions, documents, x, kernel, prefixes, window) for window in set(windows)}
         aux_loss = torch.zeros(B, device=tokens.device)
-        for block in self.model.layers:
+        for block, window in zip(self.model.layers, windows):
             if self.recompute and torch.is_grad_enabled() and cache is None:
-                x, aux = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                x, aux = checkpoint(block, x, cos, sin, masks[window], use_reentrant=False)
             else:
-                x, aux = block(x, cos, sin, mask, cache)
+                x, aux = block(x, cos, sin, masks[window], cache)
             aux_loss = aux_loss if aux is None else aux_loss + aux
         x = self.model.norm(x)
 
@@ -201,28 +216,18 @@ class CausalLM(nn.Module):
         """x (N, d), targets (N,) -> (N,) fp32. A function of its own, so that it can be compiled."""
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-100, reduction="none")
 
-    def _kernel(self, x: Tensor, documents: Tensor | None) -> str:
+    def _kernel(self, x: Tensor, masked: bool) -> str:
+        """masked: a query does not see all that stands before it."""
         if self.attention_kernel:
             return self.attention_kernel
-        # without gradients sdpa is the faster one where nothing is masked, and half as fast where something is
-        slow = torch.is_grad_enabled() or documents is not None
+        # on CPUs in bf16 sdpa is faster where it needs neither gradients nor a mask, and half as fast with either
+        slow = torch.is_grad_enabled() or masked
         return "blocked" if x.device.type == "cpu" and x.dtype == torch.bfloat16 and slow else "sdpa"
 
     def num_parameters(self, active: bool = False) -> int:
         """Tied weights count once. active: only the experts that one token passes through."""
         total = sum(p.numel() for p in self.parameters())
-        if active and self.config.num_experts:
-            experts = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
-            total -= experts * (self.config.num_experts - self.config.num_experts_per_tok) // self.config.num_experts
-        return total
-
-
-def count_positions(documents: Tensor) -> Tensor:
-    """documents (B, T) -> 0, 1, 2, ... restarting where the document's number changes (B, T)."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+        return total - idle_parameters(self.config) if active else total
 
 
 def initialise(model: CausalLM) -> None:

@@ -100,7 +100,8 @@ class Trained:
         }
 
     def say(self, prompt: str) -> str:
-        from inference.decode import Sampling, generate
+        from inference.decode import generate
+        from inference.sampling import Sampling
         from tokenizer.chat import encode_chat
 
         ids = encode_chat(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids

@@ -16,7 +16,8 @@ from common.options import parse
 from dataset.tiny_world import exam
 from eval_model import Conversation, Screen, chat
 from evaluation import benchmark
-from inference.decode import Sampling, generate
+from inference.decode import generate
+from inference.sampling import Sampling
 from inference.session import Session
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig

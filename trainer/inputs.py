@@ -11,7 +11,7 @@ from dataset.read.mapping import read_mapping
 from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, check_stated, open_weights
-from model.config import PRESETS, ModelConfig
+from model.config import MIXTURE, PRESETS, ModelConfig, architecture_options
 from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.text import Tokenizer
@@ -81,16 +81,10 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
 
 def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> ModelConfig:
     """Of a fresh model: a preset, changed by the flags that are given."""
-    names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-    )
-    changes = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    flags = [name for name, *_ in architecture_options()]
+    changes = {name: value for name in flags if (value := getattr(config, name, None)) is not None}
     if config.use_moe and preset != "moe":
-        changes |= dict(num_experts=4, num_shared_experts=1)
+        changes |= MIXTURE
     return ModelConfig.preset(preset, vocab_size=tokenizer.vocab_size, **changes)
 
 

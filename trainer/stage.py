@@ -26,6 +26,7 @@ from typing import ClassVar
 
 from common.files import ROOT
 from common.options import Options, option
+from model.config import PRESETS
 from trainer.loop import launch
 
 
@@ -101,7 +102,7 @@ class StageConfig(LoRAOptions):
         aliases=("model_path", "model_name_or_path", "base_model_path", "base_model"),
     )
     tokenizer_path: str | None = option(None, "directory with a tokenizer.json (default: the weights' own)", path=True)
-    preset: str | None = option(None, "size of the model", choices=("nano", "small", "base", "moe"))
+    preset: str | None = option(None, "size of the model", choices=tuple(PRESETS))
     hidden_size: int | None = option(None, "width; after pretraining it only picks among weights", within="[1, inf)")
     num_hidden_layers: int | None = option(None, "depth; as hidden_size", within="[1, inf)")
     use_moe: bool | None = option(None, "mixture of experts; as hidden_size")

@@ -14,23 +14,28 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 from common.console import run
-from common.options import option, parse
+from common.options import parse
+from model.config import architecture_options
 from trainer.stage import StageConfig
+
+# hidden_size and num_hidden_layers are options of every stage already: there they choose among weights
+ArchitectureOptions = make_dataclass(
+    "ArchitectureOptions",
+    [item for item in architecture_options() if item[0] not in StageConfig.__dataclass_fields__],
+    bases=(StageConfig,),
+    namespace={"__doc__": "Architecture of a fresh model"},
+    frozen=True,
+)
 
 
 @dataclass(frozen=True)
-class PretrainConfig(StageConfig):
+class PretrainConfig(ArchitectureOptions):
     """Options of pretraining"""
 
     save_weight: str = "pretrain"
-    num_attention_heads: int | None = option(None, "query heads", within="[1, inf)")
-    num_key_value_heads: int | None = option(
-        None, "key and value heads, each shared by some query heads", within="[1, inf)"
-    )
-    max_position_embeddings: int | None = option(None, "longest text it will be used on", within="[1, inf)")
 
 
 def main():

@@ -18,7 +18,8 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from benchmarks.real_data.common import hold_out, stage
 from common.files import ROOT
-from inference.decode import Sampling, generate
+from inference.decode import generate
+from inference.sampling import Sampling
 from model.checkpoint import find_weights, open_weights
 from model.precision import pick_device, pick_dtype
 from tokenizer.chat import encode_chat

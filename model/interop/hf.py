@@ -2,44 +2,73 @@
 
     config, state = load_hf("path/to/Qwen3-0.6B")
 
-Both spellings are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5.
+A model family is one row of FAMILIES. Names of settings are those in the metadata of `ModelConfig`. Both spellings of
+RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from common.console import UserError
-from model.config import ModelConfig
+from model.config import LAYER_TYPES, ModelConfig
 from model.interop.minimind import config_from_minimind
 
-SAME = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
-    "max_position_embeddings rms_norm_eps tie_word_embeddings num_experts num_experts_per_tok moe_intermediate_size "
-    "norm_topk_prob router_aux_loss_coef"
-).split()
-# model_type -> what the family fixes without writing it into its file
-FAMILIES = {
-    "llama": {},
-    "qwen2": dict(attention_bias=True),
-    "qwen3": dict(qk_norm=True),
-    "qwen3_moe": dict(qk_norm=True),
+# setting of ours -> its name in config.json; what is missing here is translated by hand below
+NAMES: dict[str, str] = {
+    item.name: item.metadata["hf"] or item.name for item in fields(ModelConfig) if item.metadata["hf"] is not None
 }
-# what transformers (5.2) takes where a file says nothing; llama's key/value heads: as many as query heads
-ABSENT = {
-    "llama": {},
-    "qwen2": dict(num_key_value_heads=32),
-    "qwen3": dict(num_key_value_heads=32, head_dim=128),
-    "qwen3_moe": dict(
-        num_key_value_heads=4,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        norm_topk_prob=False,
-        router_aux_loss_coef=0.001,
+PLAIN = {item.name: item.default for item in fields(ModelConfig)}  # a model without anything special
+LLAMA = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
+    "max_position_embeddings rms_norm_eps tie_word_embeddings"
+).split()
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+WINDOWS = ("sliding_window", "layer_types")
+
+
+class Family(NamedTuple):
+    """A model_type of transformers, by its differences from Llama."""
+
+    architecture: str  # the class
+    fixed: dict[str, Any]  # our settings that the family implies without writing them into its file
+    states: tuple[str, ...]  # our settings that its file states, beyond LLAMA
+    absent: dict[str, Any]  # what transformers (5.2) assumes where a file says nothing, in its names
+
+
+QWEN_WINDOWS = dict(use_sliding_window=False, sliding_window=4096)
+FAMILIES = {  # of two families that fit a model, the first is written
+    "llama": Family("LlamaForCausalLM", {}, (), {}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        dict(attention_bias=True),
+        WINDOWS,
+        dict(num_key_value_heads=32, max_window_layers=28, **QWEN_WINDOWS),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        dict(qk_norm=True),
+        WINDOWS,
+        dict(num_key_value_heads=32, head_dim=128, max_window_layers=28, **QWEN_WINDOWS),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        dict(qk_norm=True),
+        (*EXPERTS, "sliding_window"),
+        dict(
+            num_key_value_heads=4,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=False,
+            router_aux_loss_coef=0.001,
+            **QWEN_WINDOWS,
+        ),
     ),
 }
 ROPE_KEYS = (
@@ -53,37 +82,73 @@ ROPE_KEYS = (
 )
 
 
-def config_from_hf(values: dict) -> ModelConfig:
-    """From the content of a `config.json`."""
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"config.json: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
-    plain = ("use_sliding_window", "mlp_bias", "mlp_only_layers", "attention_bias")  # must be off or absent
-    unsupported = [f"{key}={values[key]!r}" for key in plain if values.get(key)]
-    unsupported += [f"decoder_sparse_step={step}" for step in (values.get("decoder_sparse_step", 1),) if step != 1]
-    if values.get("hidden_act", "silu") != "silu":
-        unsupported.append(f"hidden_act={values['hidden_act']!r}")
+def config_from_hf(values: dict[str, Any]) -> ModelConfig:
+    """The architecture in the content of a `config.json`. UserError names what we do not compute."""
+    name = values.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(f"config.json: model_type {name!r} is not supported, only {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    if "num_local_experts" in values:  # transformers 5 writes Mixtral's name
+        values = {**values, "num_experts": values["num_local_experts"]}
+    _refuse_unsupported(values, family)
+    absent = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, num_key_value_heads=values.get("num_attention_heads"))
+    # null is "not stated", except for a window, where it is "none"
+    stated = {key: value for key, value in values.items() if value is not None or key == "sliding_window"}
+    values = absent | family.absent | stated
+    names = [name for name in (*LLAMA, *family.states) if name not in WINDOWS]
+    return ModelConfig(
+        **{name: values[NAMES[name]] for name in names if NAMES[name] in values},
+        **family.fixed,
+        **_read_windows(values, family),
+        **_read_rope(values, family),
+    )
+
+
+def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
+    off = ["mlp_bias", "mlp_only_layers", "attention_bias"]  # must be off or absent
+    if "sliding_window" not in family.states:
+        off.append("use_sliding_window")
+    unsupported = [f"{key}={values[key]!r}" for key in off if values.get(key)]
+    if (step := values.get("decoder_sparse_step", 1)) != 1:
+        unsupported.append(f"decoder_sparse_step={step}")
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        unsupported.append(f"hidden_act={activation!r}")
     if unsupported:
         raise UserError(f"config.json: not supported: {', '.join(unsupported)}")
+
+
+def _read_windows(values: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Which layers have a sliding window: as `layer_types` lists them, else Qwen's from max_window_layers on, else all.
+    Qwen's files state a window even where use_sliding_window says that there is none."""
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    if "sliding_window" not in family.states or window is None:
+        return {}
+    if "layer_types" not in family.states:
+        return dict(sliding_window=window)
+    layers = values["num_hidden_layers"]
+    kinds = values.get("layer_types")
+    if kinds is None:
+        full = min(values.get("max_window_layers", 0), layers)
+        kinds = LAYER_TYPES[:1] * full + LAYER_TYPES[1:] * (layers - full)
+    return dict(sliding_window=window, layer_types=tuple(kinds))
+
+
+def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     rope = values.get("rope_parameters") or {}
     scaling = {**(values.get("rope_scaling") or rope)}
     theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    found = dict(rope_theta=theta)
+    if "rotary_fraction" in family.states:
+        share = NAMES["rotary_fraction"]
+        found["rotary_fraction"] = scaling.pop(share, None) or values.get(share, 1.0)
     harmless = dict(truncate=True, finetuned=True, partial_rotary_factor=1.0)
     scaling = {key: value for key, value in scaling.items() if value is not None and harmless.get(key) != value}
     if strange := [f"{key}={value!r}" for key, value in scaling.items() if key not in ROPE_KEYS]:
         raise UserError(f"config.json: RoPE scaling not supported: {', '.join(strange)}")
     if kind == "yarn":
         scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    if "num_local_experts" in values:  # transformers 5 writes Mixtral's name
-        values = {**values, "num_experts": values["num_local_experts"]}
-    absent = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, num_key_value_heads=values.get("num_attention_heads"))
-    return ModelConfig(
-        **absent | ABSENT[family] | {key: values[key] for key in SAME if values.get(key) is not None},
-        **FAMILIES[family],
-        rope_theta=theta,
-        rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling},
-    )
+    return found | dict(rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling})
 
 
 def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -108,34 +173,50 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, state
 
 
-def config_to_hf(config: ModelConfig) -> dict:
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The content of a `config.json`, for the family of transformers that computes the same."""
-    plain = not config.attention_bias and not config.qk_norm
-    if config.num_experts:
-        family, name = "qwen3_moe", "Qwen3MoeForCausalLM"
-    elif config.qk_norm:
-        family, name = "qwen3", "Qwen3ForCausalLM"
-    else:
-        family, name = ("llama", "LlamaForCausalLM") if plain else ("qwen2", "Qwen2ForCausalLM")
-    scaling = config.rope_scaling
-    strange = {
-        "q/k norms together with biases": config.qk_norm and config.attention_bias,
-        "experts without q/k norms": config.num_experts and not config.qk_norm,
-        "shared experts": config.num_shared_experts,
-        "MiniMind2's RoPE scaling": scaling and scaling["rope_type"] == "minimind2",
-    }
-    if reasons := [name for name, present in strange.items() if present]:
-        raise UserError(f"transformers has no family with {', '.join(reasons)}")
-    values = {key: getattr(config, key) for key in SAME}
-    if not config.num_experts:
-        experts = ("num_experts", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
-        values = {key: value for key, value in values.items() if not key.startswith(experts)}
+    mixture = config.num_experts > 0
+    candidates = {name: family for name, family in FAMILIES.items() if ("num_experts" in family.states) == mixture}
+    misfits = {name: _misfits(config, family) for name, family in candidates.items()}
+    name = min(misfits, key=lambda name: len(misfits[name]))
+    if misfits[name]:
+        raise UserError(f"transformers has no family for this model; {name} would need {', '.join(misfits[name])}")
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "minimind2":
+        raise UserError("transformers has no family with MiniMind2's RoPE scaling")
+    family = FAMILIES[name]
+    names = [name for name in NAMES if name in (*LLAMA, *family.states) and name not in WINDOWS]
     return dict(
-        architectures=[name],
-        model_type=family,
-        **values,
+        architectures=[family.architecture],
+        model_type=name,
+        **{NAMES[name]: getattr(config, name) for name in names},
+        **_write_windows(config, family),
         hidden_act="silu",
         rope_theta=config.rope_theta,
-        rope_scaling=scaling,
+        rope_scaling=config.rope_scaling,
         torch_dtype="float32",
     )
+
+
+def _misfits(config: ModelConfig, family: Family) -> list[str]:
+    """What would have to be different in `config` for this family to compute the same."""
+    found = []
+    for name in ("attention_bias", "qk_norm", "num_shared_experts", "sliding_window", "rotary_fraction"):
+        value, needed = getattr(config, name), family.fixed.get(name, PLAIN[name])
+        if name not in family.states and value != needed:
+            found.append(f"{name} {needed} (it is {value})")
+    if "layer_types" not in family.states and len(set(config.windows)) > 1:
+        found.append("the same window in all layers")
+    return found
+
+
+def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """For older readers also as max_window_layers, where the layers without a window are the first ones."""
+    if not any(config.windows):
+        return {}
+    found = dict(use_sliding_window=True, sliding_window=config.sliding_window)
+    if "layer_types" in family.states:
+        found["layer_types"] = [LAYER_TYPES[window is not None] for window in config.windows]
+        full = config.windows.count(None)
+        if None not in config.windows[full:]:
+            found["max_window_layers"] = full
+    return found

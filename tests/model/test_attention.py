@@ -1,14 +1,23 @@
 """Documents packed into one row behave as if each stood alone: in every kernel, forward and backward."""
 
+import math
+
 import pytest
 import torch
 
-from model.attention import AttentionMask, causal_attention, visibility
+from model.attention import AttentionMask, build_mask, causal_attention
 from model.config import ModelConfig
-from model.transformer import CausalLM, count_positions
+from model.rope import apply_rope, count_positions, inverse_frequencies, rope_table
+from model.transformer import CausalLM
 
 KERNELS = ("sdpa", "blocked")
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+MIXED = dict(  # a window in two of three layers, and half of each head rotated
+    num_hidden_layers=3,
+    sliding_window=3,
+    layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+    rotary_fraction=0.5,
+)
 LENGTHS = (5, 1, 9, 8)  # of the documents packed into a row of 23
 
 
@@ -27,14 +36,15 @@ def packed_row() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, documents
 
 
-def reference(q, k, v, documents=None):
-    """Attention as the formula has it, one head and one query at a time."""
+def reference(q, k, v, documents=None, window=None):
+    """Attention as the formula has it, one head and one query at a time. window: only that many keys, itself included."""
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for t in range(q.shape[2]):
-                seen = [s for s in range(t + 1) if documents is None or documents[b, s] == documents[b, t]]
+                near = range(0 if window is None else max(t + 1 - window, 0), t + 1)
+                seen = [s for s in near if documents is None or documents[b, s] == documents[b, t]]
                 scores = k[b, h // group, seen] @ q[b, h, t] / q.shape[-1] ** 0.5
                 out[b, h, t] = scores.softmax(0) @ v[b, h // group, seen]
     return out
@@ -42,20 +52,22 @@ def reference(q, k, v, documents=None):
 
 @pytest.mark.parametrize("T", (1, 3, 8, 13))
 @pytest.mark.parametrize("packed", (False, True))
-def test_kernels_equal_the_formula(T, packed):
+@pytest.mark.parametrize("window", (None, 1, 3, 20))
+def test_kernels_equal_the_formula(T, packed, window):
     torch.manual_seed(T)
     q, k, v = (torch.randn(2, heads, T, 6, dtype=torch.float64) for heads in (4, 2, 2))
     documents = torch.randint(1, 4, (2, T)).sort(1).values if packed else None
-    expected = reference(q, k, v, documents)
+    expected = reference(q, k, v, documents, window)
     for kernel in KERNELS:
-        sees = visibility(T, T, documents, q, kernel)
-        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), sees).transpose(1, 2)
+        mask = build_mask(T, torch.arange(T)[None], documents, q, kernel, window=window)
+        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_packed_logits_equal_unpacked_ones(kernel):
-    model = build(kernel)
+@pytest.mark.parametrize("changes", ({}, MIXED), ids=("plain", "windows"))
+def test_packed_logits_equal_unpacked_ones(kernel, changes):
+    model = build(kernel, **changes)
     tokens, documents = packed_row()
     packed = model(tokens, documents=documents).logits[0].split(LENGTHS)
     for alone, logits in zip(tokens[0].split(LENGTHS), packed):
@@ -91,11 +103,12 @@ def test_the_future_is_not_seen(kernel):
     assert moved.tolist() == [False] * 9 + [True] * 7
 
 
-def test_kernels_give_the_same_gradients():
+@pytest.mark.parametrize("changes", ({}, MIXED), ids=("plain", "windows"))
+def test_kernels_give_the_same_gradients(changes):
     tokens, documents = packed_row()
     gradients = []
     for kernel in KERNELS:
-        model = build(kernel)
+        model = build(kernel, **changes)
         model(tokens, targets=tokens.roll(-1, 1), documents=documents).loss.sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
@@ -126,7 +139,71 @@ def test_positions_restart():
 
 
 def test_plain_causal_needs_no_mask():
-    assert visibility(8, 8, None, torch.zeros(1), "sdpa") == AttentionMask("sdpa")
-    assert visibility(1, 9, None, torch.zeros(1), "sdpa") == AttentionMask("sdpa")
-    late = visibility(2, 5, None, torch.zeros(1), "sdpa").tensor  # two new queries after three cached keys
+    build = lambda T, S: build_mask(T, torch.arange(S)[None], None, torch.zeros(1), "sdpa")
+    assert build(8, 8) == AttentionMask("sdpa")
+    assert build(1, 9) == AttentionMask("sdpa")
+    late = build(2, 5).tensor  # two new queries after three cached keys
     assert late[0, 0].tolist() == [[True, True, True, True, False], [True, True, True, True, True]]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("changes", ({}, MIXED), ids=("plain", "windows"))
+def test_two_answers_share_a_prompt(kernel, changes):
+    """The second answer stands six places behind the prompt that it continues. A window has to count positions, not
+    places in the row, or it would not see the prompt at all."""
+    model = build(kernel, **changes)
+    prompt, first, second = torch.randint(61, (1, 15), generator=torch.Generator().manual_seed(1)).split((5, 6, 4), 1)
+    together = model(
+        torch.cat((prompt, first, second), 1),
+        documents=torch.tensor([[1] * 5 + [2] * 6 + [3] * 4]),
+        prefixes=torch.ones(1, 15, dtype=torch.long),
+        positions=torch.tensor([[*range(5), *range(5, 11), *range(5, 9)]]),
+    ).logits
+    alone = model(torch.cat((prompt, second), 1)).logits
+    torch.testing.assert_close(together[:, 11:], alone[:, 5:], atol=1e-5, rtol=1e-4)
+    alone = model(torch.cat((prompt, first), 1)).logits
+    torch.testing.assert_close(together[:, :11], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_token_is_felt_as_far_as_the_windows_reach():
+    """Three layers with a window of 3: each carries a token 2 places on, so token 4 reaches places 4 to 4 + 3 x 2."""
+    model = build("sdpa", num_hidden_layers=3, sliding_window=3)
+    tokens = torch.randint(61, (1, 16))
+    other = tokens.clone()
+    other[0, 4] = (other[0, 4] + 1) % 61
+    moved = (model(tokens).logits != model(other).logits).any(-1)[0]
+    assert moved.nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_mask_is_built_once_for_each_window(monkeypatch):
+    built = []
+    counted = lambda *arguments: built.append(arguments[-1]) or build_mask(*arguments)
+    monkeypatch.setattr("model.transformer.build_mask", counted)
+    build("sdpa")(torch.randint(61, (1, 9)))
+    assert built == [None]
+    built.clear()
+    build("sdpa", **MIXED)(torch.randint(61, (1, 9)))
+    assert sorted(built, key=str) == [3, None]
+
+
+def test_a_window_that_holds_the_whole_text_needs_no_mask():
+    positions = torch.arange(8)[None]
+    assert build_mask(8, positions, None, torch.zeros(1), "sdpa", window=8) == AttentionMask("sdpa")
+    assert (
+        build_mask(8, positions, None, torch.zeros(1), "sdpa", window=7).tensor[0, 0, 7].tolist()
+        == [False] + [True] * 7
+    )
+
+
+def test_what_is_not_rotated_passes_through():
+    """A head of 8 with half of it rotated: at position 1 the pairs are (0, 2), turned by 1, and (1, 3), turned by 0.01
+    (base 10,000, 4 numbers: frequencies 1 and 10,000^(-2/4))."""
+    config = ModelConfig(
+        hidden_size=8, num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4, rotary_fraction=0.5
+    )
+    x = torch.arange(1.0, 9.0)
+    y = apply_rope(x.view(1, 1, 1, 8), *rope_table(torch.tensor([[1]]), inverse_frequencies(config)[0]))
+    c, s = math.cos(1), math.sin(1)
+    slow_c, slow_s = math.cos(0.01), math.sin(0.01)
+    rotated = [1 * c - 3 * s, 2 * slow_c - 4 * slow_s, 3 * c + 1 * s, 4 * slow_c + 2 * slow_s]
+    torch.testing.assert_close(y.flatten(), torch.tensor([*rotated, 5, 6, 7, 8]))

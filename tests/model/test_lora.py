@@ -19,11 +19,11 @@ from model.lora import (
     find_targets,
     freeze,
     lora_state,
-    lower_frozen,
     merge,
     remove_lora,
     unmerge,
 )
+from model.precision import lower_frozen
 from model.transformer import CausalLM
 
 SHAPE = dict(

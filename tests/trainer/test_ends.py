@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from model.config import ModelConfig
+from model.cost import row_bytes
 from model.transformer import CausalLM
 from tests.helpers.small_run import ROOT
 from trainer.loop import processes
-from trainer.loop.interrupts import explained, memory_advice, row_bytes
+from trainer.loop.interrupts import explained, memory_advice
 
 CONFIG = SimpleNamespace(batch_size=6, accumulation_steps=2, max_seq_len=100, optimizer="adamw", ddp_timeout=30)
 TWICE = """

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from model.config import ModelConfig
+from model.cost import step_flops
 from tests.helpers.small_run import run_stage, sft_engine, write_pretrain, write_sft
 from trainer.run import plan as module
-from trainer.run.meter import Meter, step_flops
+from trainer.run.meter import Meter
 
 
 def test_a_plan_trains_ten_steps_in_any_stage_and_leaves_nothing(tmp_path, capsys):
@@ -86,23 +86,6 @@ def test_fewer_rows_at_once_are_the_same_step(tmp_path):
     before = [engine.loader.examples(step).tolist() for step in range(3)]
     module.set_rows(engine, 2)
     assert engine.loader.batch_size == 2 and [engine.loader.examples(step).tolist() for step in range(3)] == before
-
-
-def test_flops_by_hand():
-    """d 4, one head of 4, ffn 8, 10 words, 1 layer: q, k, v, o 4 x 16, three of 32, the head 40. A position costs
-    6 x (64 + 96 + 40) = 1200 and 6 x 4 x T for attention; frozen weights have no gradient of their own."""
-    shape = ModelConfig(
-        hidden_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=4,
-        intermediate_size=8,
-        vocab_size=10,
-    )
-    assert step_flops(shape, positions=32, length=16) == 32 * (1200 + 6 * 4 * 16)
-    assert step_flops(shape, 32, 16, heads=8) == 32 * (960 + 6 * 4 * 16) + 8 * 240
-    assert step_flops(shape, 32, 16, trained=0) == 32 * (800 + 6 * 4 * 16)
 
 
 def test_mfu_is_the_work_of_the_batches_over_what_the_device_can_do(tmp_path, monkeypatch):

@@ -24,8 +24,7 @@ from common.files import ROOT, keep_previous
 from common.options import describe
 from dataset.batches.loader import Batch, Loader
 from model.checkpoint import weights_name
-from model.lora import lower_frozen
-from model.precision import pick_dtype
+from model.precision import lower_frozen, pick_dtype
 from trainer.inputs import check_start
 from trainer.loop.backend import Backend
 from trainer.loop.compiling import compile_model

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from common.console import UserError
-from model.config import ModelConfig
+from model.cost import row_bytes, state_bytes
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
@@ -73,8 +73,7 @@ def explained(config: StageConfig, model: CausalLM, world: int):
 def memory_advice(config: StageConfig, model: CausalLM) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    # fp32 weight, gradient and two moments (Muon keeps one); what is frozen is a weight only
-    fixed = trained * (12 if config.optimizer == "muon" else 16) + frozen * 4
+    fixed = state_bytes(trained, frozen, moments=1 if config.optimizer == "muon" else 2)
     rows = config.batch_size
     moving = rows * row_bytes(model.config, config.max_seq_len, (model.compute_dtype or torch.float32).itemsize)
     advice, fewer = "", max((n for n in range(1, rows // 2 + 1) if rows % n == 0), default=0)
@@ -86,16 +85,6 @@ def memory_advice(config: StageConfig, model: CausalLM) -> str:
         f"tokens leave for the backward pass about {_gib(moving)} more (an estimate). {advice}lower --max_seq_len "
         f"(now {config.max_seq_len})" + ("" if model.compute_dtype == torch.bfloat16 else " or use --dtype bfloat16")
     )
-
-
-def row_bytes(config: ModelConfig, length: int, width: int) -> int:
-    """What one row leaves for the backward pass, roughly: per token and layer eight vectors of the hidden size (norms,
-    queries, attention, residuals), keys and values, and three of the feed-forward's; then fp32 logits, twice."""
-    inner = config.intermediate_size
-    if config.num_experts:
-        inner = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
-    kept = 8 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim + 3 * inner
-    return length * (config.num_hidden_layers * kept * width + 2 * 4 * config.vocab_size)
 
 
 def _gib(size: float) -> str:

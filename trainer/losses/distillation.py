@@ -34,7 +34,7 @@ from common.files import ROOT, atomic_file
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from model.checkpoint import Checkpoint, find_tokenizer, find_weights, load_weights
-from model.lora import prepare_for_inference
+from model.precision import prepare_for_inference
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, check_positions
 from trainer.loop.backend import Backend

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.cost import step_flops
 
 
 class Meter:
@@ -80,20 +81,6 @@ class Meter:
         figures = {name: total / units for name, total in zip(self.sums, totals)} if units else {}
         figures["tokens_per_second"] = self.tokens / seconds
         return figures | ({"mfu": self.flops / seconds / self.peak} if self.peak else {})
-
-
-def step_flops(config: ModelConfig, positions: int, length: int, heads: int | None = None, trained: float = 1) -> float:
-    """Of forward and backward over `positions` in rows of `length`, the head applied to `heads` of them.
-
-    Per position and weight of a matrix 2 forward, 2 for the gradient of its input, 2 for its own (of the share that is
-    `trained`); and causal attention's exact share."""
-    d, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
-    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
-    experts = (config.num_experts_per_tok + config.num_shared_experts) if config.num_experts else 1
-    width = config.moe_intermediate_size if config.num_experts else config.intermediate_size
-    weights = L * (2 * d * q + 2 * d * kv + 3 * d * width * experts + d * config.num_experts)
-    products = positions * weights + (positions if heads is None else heads) * config.vocab_size * d
-    return (4 + 2 * trained) * products + positions * 6 * L * q * length
 
 
 def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:

@@ -1,0 +1,90 @@
+"""What a model of a given architecture costs: parameters, floating-point operations, bytes. Nothing is built for it.
+
+>>> count_parameters(ModelConfig.preset("small"))
+25829888
+
+Letters: d hidden size, L layers, H query heads, K key/value heads, D head size, I width of the feed-forward, E experts,
+V vocabulary, T positions in a row.
+"""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+
+
+def _attention_weights(config: ModelConfig) -> int:
+    """Numbers in the four projections of one layer: q and o are (H D, d), k and v (K D, d)."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    return 2 * config.hidden_size * heads * config.head_dim
+
+
+def _active_width(config: ModelConfig) -> int:
+    """Hidden units of the feed-forward that one token passes through, in one layer."""
+    if not config.num_experts:
+        return config.intermediate_size
+    return config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
+
+
+def idle_parameters(config: ModelConfig) -> int:
+    """Parameters of the experts that a token is not sent to: E - k in each layer, of three matrices (d, I)."""
+    idle = config.num_experts - config.num_experts_per_tok if config.num_experts else 0
+    return config.num_hidden_layers * idle * 3 * config.hidden_size * config.moe_intermediate_size
+
+
+def count_parameters(config: ModelConfig, active: bool = False) -> int:
+    """All parameters, tied weights once. active: without the experts that a token does not pass through."""
+    d, D = config.hidden_size, config.head_dim
+    attention = _attention_weights(config)
+    if config.attention_bias:  # of q, k and v
+        attention += (config.num_attention_heads + 2 * config.num_key_value_heads) * D
+    if config.qk_norm:
+        attention += 2 * D
+    if config.num_experts:
+        experts = config.num_experts + config.num_shared_experts
+        feed_forward = 3 * d * config.moe_intermediate_size * experts + d * config.num_experts  # and the router
+    else:
+        feed_forward = 3 * d * config.intermediate_size
+    embeddings = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    norms = 2 * d  # of a layer
+    total = embeddings + config.num_hidden_layers * (attention + feed_forward + norms) + d  # and the last norm
+    return total - idle_parameters(config) if active else total
+
+
+def step_flops(config: ModelConfig, positions: int, length: int, heads: int | None = None, trained: float = 1) -> float:
+    """Operations of forward and backward over `positions` in rows of `length`.
+
+    heads: how many positions the head is applied to; None: all. trained: share of the weights that have a gradient.
+
+    A weight of a matrix costs 2 operations per position forward (multiply, add), 2 for the gradient of its input, and 2
+    for its own gradient if it is trained: the 6 N of arXiv:2001.08361, section 2.1. Attention multiplies every query
+    with the keys it sees and the weights with the values: 4 H D per pair of query and key forward, three times that in
+    all. A causal row of T has T^2/2 such pairs; with a window of W < T it has W^2/2 + (T - W) W.
+    """
+    d, L = config.hidden_size, config.num_hidden_layers
+    layer = _attention_weights(config) + 3 * d * _active_width(config) + d * config.num_experts  # the router's weights
+    products = positions * L * layer + (positions if heads is None else heads) * config.vocab_size * d
+    pairs = 0.0  # of query and key per position, doubled, over all layers
+    for window in config.windows:
+        seen = length if window is None else min(window, length)
+        pairs += seen * (2 * length - seen) / length
+    return (4 + 2 * trained) * products + positions * 6 * config.num_attention_heads * config.head_dim * pairs
+
+
+def state_bytes(trained: int, frozen: int, moments: int) -> int:
+    """Weights, gradients and the optimiser's moments, all fp32: a frozen weight has neither gradient nor moments."""
+    return 4 * (trained * (2 + moments) + frozen)
+
+
+def row_bytes(config: ModelConfig, length: int, width: int) -> int:
+    """Activations that one row of `length` keeps for the backward pass, an estimate. width: bytes of a number.
+
+    Per position and layer: eight vectors of the hidden size (norms, queries, attention, residuals), keys and values,
+    and three vectors of the feed-forward (gate, up, their product). Then the logits and their gradient in fp32.
+    """
+    kept = 8 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim + 3 * _active_width(config)
+    return length * (config.num_hidden_layers * kept * width + 2 * 4 * config.vocab_size)
+
+
+def cache_bytes(config: ModelConfig, rows: int, length: int, width: int) -> int:
+    """Keys and values of `rows` texts of `length` positions. width: bytes of a number."""
+    return 2 * config.num_hidden_layers * rows * length * config.num_key_value_heads * config.head_dim * width

@@ -1,0 +1,51 @@
+"""One line per setting: flags, checks and files follow from it."""
+
+import pytest
+
+from model.config import ModelConfig, architecture_options
+from trainer.train_pretrain import PretrainConfig
+
+
+def test_flags_are_the_marked_settings():
+    flags = {name: kind for name, kind, _ in architecture_options()}
+    assert list(flags) == (
+        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings".split()
+    )
+    config = PretrainConfig(num_attention_heads=0)
+    assert all(getattr(PretrainConfig(), name) is None for name in flags)
+    assert config.problems() == ["--num_attention_heads 0: must be at least 1"]
+
+
+def test_a_setting_that_is_not_used_leaves_no_trace_in_files():
+    """Versions from before sliding_window refuse a file that names it."""
+    plain = ModelConfig().to_dict()
+    assert not {"sliding_window", "layer_types", "rotary_fraction"} & plain.keys() and plain["rope_scaling"] is None
+    used = ModelConfig(sliding_window=8, rotary_fraction=0.5).to_dict()
+    assert used == plain | dict(sliding_window=8, rotary_fraction=0.5)
+
+
+def test_windows_of_layers():
+    kinds = ["sliding_attention", "full_attention"]  # a list, as files have it
+    config = ModelConfig(num_hidden_layers=2, sliding_window=8, layer_types=kinds)
+    assert config.windows == (8, None) and config == ModelConfig.from_dict(config.to_dict())
+    assert ModelConfig(num_hidden_layers=2, sliding_window=8).windows == (8, 8)
+    assert ModelConfig(num_hidden_layers=2).windows == (None, None)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        (dict(vocab_size=0, hidden_size=-1), "vocab_size must be at least 1, not 0; hidden_size must be at least 1"),
+        (dict(sliding_window=0), "sliding_window must be at least 1"),
+        (dict(head_dim=7), "head_dim 7 must be even"),
+        (dict(head_dim=8, rotary_fraction=0.4), "rotary_fraction 0.4 of head_dim 8 is 3, which must be even"),
+        (dict(head_dim=8, rotary_fraction=0.1), "is 0, which must be even and positive"),
+        (dict(rotary_fraction=1.5), "rotary_fraction 1.5 must lie above 0"),
+        (dict(layer_types=("full_attention",)), "layer_types names 1 of 2 layers"),
+        (dict(layer_types=("full_attention", "linear_attention")), "linear_attention is not one of full_attention"),
+        (dict(layer_types=("sliding_attention",) * 2), "there is no sliding_window"),
+    ],
+)
+def test_impossible_settings_are_named(changes, problem):
+    with pytest.raises(ValueError, match=f"this model cannot be built: .*{problem}"):
+        ModelConfig(**{"num_hidden_layers": 2, **changes})

@@ -1,0 +1,75 @@
+"""What a shape costs, against built models and by hand."""
+
+import pytest
+import torch
+
+from model.config import MIXTURE, PRESETS, ModelConfig
+from model.cost import cache_bytes, count_parameters, row_bytes, state_bytes, step_flops
+from model.transformer import CausalLM
+
+# d 4, one head of 4, feed-forward 8, 10 words
+TINY = dict(
+    hidden_size=4,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=4,
+    intermediate_size=8,
+    vocab_size=10,
+)
+
+
+@pytest.mark.parametrize(
+    "preset, total, active",
+    [("small", 25_829_888, None), ("base", 104_030_976, None), ("moe", 145_029_760, 91_945_600)],
+)
+def test_presets_have_the_promised_sizes(preset, total, active):
+    config = ModelConfig.preset(preset)
+    assert count_parameters(config) == total
+    assert count_parameters(config, active=True) == (active or total)
+
+
+@pytest.mark.parametrize("changes", ({}, MIXTURE, dict(attention_bias=True, qk_norm=True, tie_word_embeddings=False)))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_are_those_of_the_built_model(preset, changes):
+    config = ModelConfig.preset(preset, **changes)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    assert count_parameters(config) == model.num_parameters()
+    assert count_parameters(config, active=True) == model.num_parameters(active=True)
+
+
+def test_nano_is_about_three_million():
+    assert 2.5e6 < count_parameters(ModelConfig.preset("nano")) < 4e6
+
+
+def test_flops_by_hand():
+    """q, k, v, o have 4 x 16 weights, the feed-forward three matrices of 32, the head 40. A position costs
+    6 x (64 + 96 + 40) = 1200, and 6 x 4 x T for attention. Frozen weights have no gradient of their own."""
+    shape = ModelConfig(**TINY)
+    assert step_flops(shape, positions=32, length=16) == 32 * (1200 + 6 * 4 * 16)
+    assert step_flops(shape, 32, 16, heads=8) == 32 * (960 + 6 * 4 * 16) + 8 * 240
+    assert step_flops(shape, 32, 16, trained=0) == 32 * (800 + 6 * 4 * 16)
+
+
+def test_a_window_saves_what_it_hides():
+    """Rows of 16 with a window of 4: 4^2/2 + 12 x 4 = 56 pairs of query and key instead of 16^2/2 = 128. A pair costs
+    12 x 4 operations. A second layer without a window has all pairs."""
+    shape = ModelConfig(**TINY, sliding_window=4)
+    assert step_flops(shape, 16, 16) == 16 * 1200 + 56 * 12 * 4
+    assert step_flops(ModelConfig(**TINY, sliding_window=99), 16, 16) == 16 * 1200 + 128 * 12 * 4
+    two = ModelConfig(
+        **{**TINY, "num_hidden_layers": 2},
+        sliding_window=4,
+        layer_types=("full_attention", "sliding_attention"),
+    )
+    assert step_flops(two, 16, 16) == 16 * (1200 + 960) + (56 + 128) * 12 * 4
+
+
+def test_bytes_by_hand():
+    """A row of 100: 8 x 4 + 2 x 4 + 3 x 8 = 64 numbers a position, and 10 logits twice in fp32. A cache: 2 x 4 numbers a
+    position. AdamW: weight, gradient and two moments of 10 trained parameters, 5 frozen weights: 45 numbers."""
+    shape = ModelConfig(**TINY)
+    assert row_bytes(shape, 100, width=2) == 100 * (64 * 2 + 10 * 2 * 4)
+    assert cache_bytes(shape, rows=3, length=100, width=2) == 3 * 100 * 8 * 2
+    assert state_bytes(trained=10, frozen=5, moments=2) == 45 * 4
