@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks.faults import bad_steps, damage, operations, stops
-from tests.helpers.small_run import ROOT
+from common.files import ROOT
 from trainer.run import durable
 from trainer.run.logger import RunLogger
 

@@ -12,7 +12,8 @@ import sys
 
 import pytest
 
-from tests.helpers.small_run import ROOT, write_pretrain, write_sft
+from common.files import ROOT
+from tests.helpers.rows import write_pretrain, write_sft
 
 IN_GIT = shutil.which("git") and (ROOT / ".git").exists()
 

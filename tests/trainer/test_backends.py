@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import ROOT
 from common.options import parse
 from tests.helpers.backends_run import BACKENDS, SPLITS, measure
-from tests.helpers.small_run import FLAGS, ROOT, SHAPE, run_stage, write_pretrain, write_sft
+from tests.helpers.rows import write_pretrain, write_sft
+from tests.helpers.runs import FLAGS, SHAPE, run_stage
 from trainer.loop.launch import deepspeed_config
 from trainer.train_full_sft import SFTConfig
 
@@ -77,7 +79,7 @@ def check(tmp_path, steps, names):
 
 def resume_alone(folder, state) -> list[float]:
     from tests.helpers.backends_run import WHOLE, train
-    from tests.helpers.small_run import sft_engine
+    from tests.helpers.runs import sft_engine
 
     return train(sft_engine(folder, 8, 1, max_steps=WHOLE, from_resume=state, save_dir=folder / "alone"), WHOLE)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.faults.bad_steps import poison
-from tests.helpers.small_run import sft_engine, write_sft
+from tests.helpers.rows import write_sft
+from tests.helpers.runs import sft_engine
 from trainer.loop.backend import Backend
 from trainer.loop.watchdog import LOSS_SCALE, Watchdog
 from trainer.run import resume
