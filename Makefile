@@ -32,6 +32,7 @@ bench: .venv/ready-dev
 lint: .venv/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
