@@ -63,7 +63,7 @@ def torchrun(*arguments: object, cwd=ROOT, processes: int = 2, check=True) -> su
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
