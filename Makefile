@@ -2,11 +2,14 @@
 # make chat     talks to it
 # make test     the quick tests        make soak   the long ones       make bench   the benchmarks       make lint
 #
+# make test WORKERS=4   in several processes; one needs about 2 GB of memory
+#
 # A machine without a GPU does not need the CUDA build of torch:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+WORKERS ?= 0
 ifeq ($(OS),Windows_NT)
 RUN = .venv/Scripts/python
 else
@@ -20,8 +23,10 @@ demo: .venv/ready
 chat: .venv/ready
 	$(RUN) eval_model.py --model_mode 1
 
+# the tests' models are so small that more threads only wait for each other
+test: export OMP_NUM_THREADS = 1
 test: .venv/ready-dev
-	$(RUN) -m pytest -m "not soak"
+	$(RUN) -m pytest -m "not soak" -n $(WORKERS) --dist worksteal
 
 soak: .venv/ready-dev
 	$(RUN) -m pytest -m soak
@@ -32,6 +37,7 @@ bench: .venv/ready-dev
 lint: .venv/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -11,7 +11,8 @@ know about it.
     scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732, eq. 6)
 
 A layer and its weight keep their names; the matrices are `<layer>.adapters.<name>.A` and `.B`. They are fp32 and cast
-to the compute dtype, like all trained weights. Frozen weights can be stored in the compute dtype (`model.precision.lower_frozen`).
+to the compute dtype, like all trained weights. Frozen weights can be stored in the compute dtype
+(`model.precision.lower_frozen`).
 Adapter files: model/adapter.py.
 """
 

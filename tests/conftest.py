@@ -1,13 +1,12 @@
-"""Puts the repository on the path and finds the optional real data next to it."""
+"""Fixtures of all tests: the repository's folder and, where there is one, the optional real data beside it."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common.files import ROOT
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -11,7 +11,9 @@ import shutil
 
 import pytest
 
-from tests.helpers.small_run import ROOT, SHAPE, run_script, write_dpo, write_pretrain, write_sft
+from common.files import ROOT
+from tests.helpers.rows import write_dpo, write_pretrain, write_sft
+from tests.helpers.runs import SHAPE, run_script
 
 STEP = "--device cpu --compile off --max_steps 1 --num_workers 1 --log_interval 1".split()
 DATA = {"train_pretrain": "pretrain", "train_dpo": "dpo", "train_distill_reason": "thoughts"}

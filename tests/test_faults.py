@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.faults import bad_steps, damage, operations, stops
 from common import files
-from tests.helpers.small_run import ROOT
+from common.files import ROOT
 from trainer.run.logger import RunLogger
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")

@@ -144,3 +144,14 @@ def test_a_foreign_package_of_the_same_name_does_not_get_in(tmp_path, folder):
     probe = f"import runpy; runpy.run_path({str(script)!r}); import dataset; print(dataset.__file__)"
     done = subprocess.run([sys.executable, "-c", probe], **here)
     assert done.stdout.strip() == str(ROOT / "dataset" / "__init__.py"), done.stderr
+
+
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT / "tests").as_posix())
+def test_test_files_do_not_import_each_other(path):
+    """What two of them need belongs to tests/helpers/ or a conftest.py. Else a changed test breaks another file's."""
+    names = {test.stem for test in TESTS}
+    for dotted in imports(path):
+        assert not names & set(dotted.split(".")), f"{path.name} imports {dotted}"

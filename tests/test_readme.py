@@ -1,6 +1,6 @@
 """The commands of the README run as they stand there, in a fresh copy of the repository.
 
-Quick: trainings get `--max_steps 1` added. `make soak` runs `make demo` itself, whose result is judged.
+Each gets a few words that make it small. `make soak` runs `make demo` itself, whose result is judged.
 """
 
 import json
@@ -12,7 +12,8 @@ import sys
 
 import pytest
 
-from tests.helpers.small_run import ROOT, write_pretrain, write_sft
+from common.files import ROOT
+from tests.helpers.rows import write_pretrain, write_sft
 
 IN_GIT = shutil.which("git") and (ROOT / ".git").exists()
 
@@ -44,29 +45,38 @@ def clone(tmp_path_factory):
     return folder
 
 
+def made_small(command: str) -> list[str]:
+    """The command's words, made cheap: one step of the smallest model, short answers."""
+    words = [word.strip('"') for word in command.split()]
+    if "train_tokenizer" in command:  # forty rows of one sentence do not make 6,400 words
+        words[words.index("6400")] = "300"
+    elif "trainer/train_" in command:
+        words += ["--max_steps", "1", "--compile", "off", "--batch_size", "2"]
+        if "small" in words:
+            words[words.index("small")] = "nano"
+        elif "train_pretrain" in command:
+            words += ["--preset", "nano"]
+    elif "eval_model" in command and "--benchmark" not in command:
+        words += ["--max_new_tokens", "8"]
+    return words
+
+
 def test_commands_run(clone):
-    """In their order, since each works on what the ones before have left."""
-    for command in commands("README.md"):
-        words = command.split()
-        if "trainer/train_" in command and "train_tokenizer" not in command:
-            words += ["--max_steps", "1", "--compile", "off"]
-        if "train_tokenizer" in command:  # forty rows of one sentence do not make 6,400 words
-            words[words.index("6400")] = "300"
-        if "--max_new_tokens" not in command and "eval_model" in command and "--benchmark" not in command:
-            words += ["--max_new_tokens", "8"]
-        words = [word.strip('"') for word in words]
-        launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-        done = subprocess.run(
-            [*launcher[words[0]], *words[1:]],
-            cwd=clone,
-            input="你好\n",
-            text=True,
-            capture_output=True,
-            encoding="utf-8",
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    """In their order, since each works on what the ones before have left. They run in the clone, with its files."""
+    wanted = [made_small(command) for command in commands("README.md")]
+    (clone / "commands.json").write_text(json.dumps(wanted), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "tests/helpers/commands_run.py", "commands.json"],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        # torchrun takes a free port, beside other tests that use its usual one
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PET_STANDALONE": "1"},
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == len(wanted) >= 20
 
 
 @pytest.mark.soak

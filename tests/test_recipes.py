@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.files import ROOT
 from common.options import specs
-from tests.helpers.small_run import ROOT, run_script, run_stage, write_dpo, write_pretrain, write_sft
+from tests.helpers.rows import write_dpo, write_pretrain, write_sft
+from tests.helpers.runs import run_script, run_stage
 from trainer.stage import StageConfig
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

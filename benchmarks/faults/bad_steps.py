@@ -19,8 +19,10 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
+from common.files import ROOT
 from common.options import parse
-from tests.helpers.small_run import FLAGS, ROOT, sft_engine, write_sft
+from tests.helpers.rows import write_sft
+from tests.helpers.runs import FLAGS, sft_engine
 from trainer.loop.backend import Backend
 from trainer.loop.launch import deepspeed_config
 from trainer.loop.processes import start

@@ -29,7 +29,7 @@ KEPT = 2
 
 
 def train(folder: Path, steps: int = 1_000_000) -> None:
-    from tests.helpers.small_run import run_stage
+    from tests.helpers.runs import run_stage
 
     run_stage(
         "pretrain",
@@ -104,7 +104,7 @@ def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple
 def run(trials: int, seed: int = 0) -> dict[str, int]:
     import torch
 
-    from tests.helpers.small_run import write_pretrain
+    from tests.helpers.rows import write_pretrain
 
     torch.set_num_threads(1)
     chooser, shared = random.Random(seed), mmap.mmap(-1, 8)

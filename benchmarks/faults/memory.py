@@ -21,7 +21,8 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import numpy as np
 import torch
 
-from tests.helpers.small_run import run_stage, write_pretrain
+from tests.helpers.rows import write_pretrain
+from tests.helpers.runs import run_stage
 from trainer.loop import engine
 
 LIMIT = 1.0  # MB per 1,000 steps

@@ -25,7 +25,9 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from tests.helpers.small_run import FLAGS, ROOT, SHAPE, write_pretrain
+from common.files import ROOT
+from tests.helpers.rows import write_pretrain
+from tests.helpers.runs import FLAGS, SHAPE
 from trainer.run import resume
 
 STEPS, AT, TIMEOUT = 12, 7, 20

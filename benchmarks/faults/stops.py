@@ -24,7 +24,8 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from tests.helpers.small_run import run_stage, write_dpo, write_pretrain, write_sft
+from tests.helpers.rows import write_dpo, write_pretrain, write_sft
+from tests.helpers.runs import run_stage
 from trainer.loop import engine
 from trainer.run import resume
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.files import atomic_file, sweep, temporary_name
-from tests.helpers.small_run import ROOT, run_stage, write_pretrain
+from common.files import ROOT, atomic_file, sweep, temporary_name
+from tests.helpers.rows import write_pretrain
+from tests.helpers.runs import run_stage
 from trainer.run import resume
 from trainer.run.resume import problem, write_state
 

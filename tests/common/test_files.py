@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.faults.filesystem import Operations
-from common.files import atomic_file, atomic_folder, hash_file, lock, sweep
-from tests.helpers.small_run import ROOT
+from common.files import ROOT, atomic_file, atomic_folder, hash_file, lock, sweep
 from trainer.run import resume
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions, limits and process numbers as in POSIX")

@@ -5,74 +5,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from common.files import ROOT
 from dataset.read.formats import canonical
 from dataset.tokens import encode
 from dataset.tokens import token_cache as tc
-from dataset.tokens.examples import PretrainDataset, SFTDataset, weighted
+from dataset.tokens.examples import weighted
+from tests.helpers.datasets import pretrain, sft
+from tests.helpers.rows import chat, jsonl
+from tests.helpers.tokenizers import ByteTokenizer, text
 from tokenizer.chat import Encoded
-
-E, START, STOP = 0, 1, 2  # <|endoftext|> <|im_start|> <|im_end|>
-
-
-class ByteTokenizer:
-    """A byte b is the id b + 3: enough to spell things out, and nothing to load."""
-
-    chat_template, path, vocab_size, hash = None, "", 259, "bytes"
-    end_of_text, im_start, im_end = E, START, STOP
-    control = {"<|endoftext|>": E, "<|im_start|>": START, "<|im_end|>": STOP}
-
-    def __init__(self):
-        self.texts = []  # all it was asked to encode
-
-    @classmethod
-    def load(cls, path):
-        return cls()
-
-    def encode_batch(self, texts):
-        return [encoding.ids for encoding in self.encode_offsets(texts)]
-
-    def encode_offsets(self, texts):
-        self.texts += texts
-        return [
-            SimpleNamespace(
-                ids=[b + 3 for c in text for b in c.encode()],
-                offsets=[(i, i + 1) for i, c in enumerate(text) for _ in c.encode()],
-            )
-            for text in texts
-        ]
-
-
-def text(ids) -> str:
-    """Control tokens as E [ ], bytes as themselves."""
-    return "".join("E[]"[i] if i < 3 else chr(i - 3) for i in np.asarray(ids).tolist())
-
-
-def jsonl(path, *rows):
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def chat(*contents, system=None):
-    """chat("a", "b"): the user says a, the assistant b."""
-    turns = [{"role": "system", "content": system}] if system else []
-    turns += [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-    return {"conversations": turns}
-
-
-def pretrain(paths, tokenizer=None, **options):
-    return PretrainDataset(paths, tokenizer or ByteTokenizer(), **dict(max_seq_len=4) | options)
-
-
-def sft(paths, tokenizer=None, **options):
-    return SFTDataset(paths, tokenizer or ByteTokenizer(), **dict(max_seq_len=100) | options)
-
 
 # ---- pretraining
 
@@ -375,8 +320,9 @@ def test_a_script_without_a_main_guard_is_told_so_and_served(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(30)])
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
-        "from test_dataset import ByteTokenizer, pretrain, tc\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from dataset.tokens import token_cache as tc\n"
+        "from tests.helpers.datasets import pretrain\n"
         "tc.PROCESSES_FROM, tc.TOKENISED_BYTES = 0, 20\n"
         f"print(pretrain({str(file)!r}, num_workers=2).summary)\n",
         encoding="utf-8",

@@ -12,8 +12,10 @@ from dataset.doctor import duplicates
 from dataset.doctor.duplicates import hashes_of
 from dataset.doctor.examine import examine
 from scripts import check_data
-from tests.dataset.test_dataset import ByteTokenizer, chat, jsonl, sft
-from tests.dataset.test_formats import PAIRS
+from tests.helpers.datasets import sft
+from tests.helpers.layouts import CHATS, PAIRS
+from tests.helpers.rows import chat, jsonl
+from tests.helpers.tokenizers import ByteTokenizer
 
 ROOT = check_data.Path(check_data.__file__).parents[1]
 
@@ -272,8 +274,6 @@ def garbled(draw: random.Random, line: bytes) -> bytes:
 def test_no_line_whatever_it_holds_makes_the_doctor_crash(tmp_path, monkeypatch):
     """10,000 lines, mutated rows of every layout and plain noise. The doctor survives faults of the reader, so it is
     also asserted that there were none: training, which has the same reader, would have ended in a traceback."""
-    from tests.dataset.test_formats import CHATS
-
     monkeypatch.setattr(doctor, "REASONS", 10**6)  # all are listed
     draw = random.Random(0)
     calls = {

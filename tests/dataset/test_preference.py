@@ -1,51 +1,15 @@
 """Preferences: rows -> pairs that share their prompt -> batches in which each answer reads exactly what it should."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from dataset.batches.preference import PairLoader, PreferenceDataset
 from dataset.read.formats import canonical
-from model.config import ModelConfig
-from model.transformer import CausalLM
-from tests.helpers.small_run import write_dpo
+from tests.helpers.models import TOKENIZER, answer_logp, small_model
+from tests.helpers.rows import jsonl, says, user, write_dpo
 from tokenizer.chat import encode_chat
-from tokenizer.text import Tokenizer
 from trainer.losses.preference import read_answers
-
-TOKENIZER = Tokenizer.load()
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def says(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def small_model():
-    torch.manual_seed(0)
-    model = CausalLM(
-        ModelConfig(
-            vocab_size=TOKENIZER.vocab_size,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model
-
 
 # ---- rows
 
@@ -90,7 +54,7 @@ BAD = {
 def test_bad_rows_are_named_and_can_be_skipped(message, tmp_path):
     asked = [[user(f"{i}+1?")] for i in range(3)]
     good = [{"chosen": [*prompt, says("yes")], "rejected": [*prompt, says("no")]} for prompt in asked]
-    path = write(tmp_path / "dpo.jsonl", good[0], BAD[message], *good[1:])
+    path = jsonl(tmp_path / "dpo.jsonl", good[0], BAD[message], *good[1:])
     with pytest.raises(ValueError, match="on_bad_row skip") as error:
         PreferenceDataset(path, TOKENIZER, max_seq_len=64)
     assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
@@ -108,7 +72,7 @@ def test_a_pair_is_its_prompt_and_two_answers(tmp_path):
         "chosen": [*first, call, {"role": "tool", "content": "4"}, says("It is 4.")],
         "rejected": [*first, says("2 + 2 = 5")],
     }
-    ds = PreferenceDataset(write(tmp_path / "dpo.jsonl", row), TOKENIZER, max_seq_len=256)
+    ds = PreferenceDataset(jsonl(tmp_path / "dpo.jsonl", row), TOKENIZER, max_seq_len=256)
     prompt, (chosen, trained), (rejected, all_trained) = ds.pair(0)
     assert list(prompt) == encode_chat(TOKENIZER, first, add_generation_prompt=True).ids
     whole, labels = encode_chat(TOKENIZER, row["chosen"])
@@ -123,7 +87,7 @@ def test_a_pair_is_its_prompt_and_two_answers(tmp_path):
 def test_what_is_too_long_by_hand(tmp_path):
     """A prompt of 10 ids and answers of 5, 10 and 18 (and 2); --max_seq_len 16 holds 17 ids of prompt and answer."""
     rows = [{"prompt": "a b", "chosen": " ".join("x" * size), "rejected": "x"} for size in (4, 9, 17)]
-    path = write(tmp_path / "dpo.jsonl", *rows)
+    path = jsonl(tmp_path / "dpo.jsonl", *rows)
     everything = PreferenceDataset(path, TOKENIZER, max_seq_len=64)
     P, ends = len(everything.pair(0)[0]), [len(everything.pair(i)[1][0]) for i in range(3)]
     assert (P, ends) == (10, [5, 10, 18]), "an id a letter, and <|im_end|>"
@@ -151,22 +115,13 @@ def loader_of(ds, batch_size, accumulation_steps, **rank):
     return PairLoader(ds, packing=True, **sizes, **rank)
 
 
-def alone(model, prompt, answer):
-    """Summed log-probability of an answer, in a row of its own."""
-    ids, trained = answer
-    row = torch.from_numpy(np.append(prompt, ids).astype(np.int64))[None]
-    log_p = model(row[:, :-1]).logits.float().log_softmax(-1)
-    of_targets = log_p[0].gather(1, row[0, 1:, None])[len(prompt) - 1 :, 0]
-    return of_targets[torch.from_numpy(trained)].sum()
-
-
 @pytest.mark.parametrize("kernel", ("sdpa", "blocked"))
 def test_shared_prompts_change_nothing(kernel, tmp_path):
     """Each answer's log-probability and its gradient, against the plain way: one sequence a row, prompt and all."""
     ds = PreferenceDataset(write_dpo(tmp_path / "dpo.jsonl"), TOKENIZER, max_seq_len=48)
     batches = loader_of(ds, 8, 1).batches(0)
     assert any(int(batch.documents.max()) > 3 for batch in batches), "several pairs in a row, or nothing is tested"
-    model = small_model()
+    model = small_model(std=0.2)
     weights = torch.randn(8, 2)
     begin, sums = 0, 0.0
     for batch in batches:
@@ -176,7 +131,7 @@ def test_shared_prompts_change_nothing(kernel, tmp_path):
         for n, example in enumerate(batch.examples):
             prompt, *answers = ds.pair(example)
             assert tokens[n].tolist() == [int(trained.sum()) for _, trained in answers]
-            expected = torch.stack([alone(model, prompt, answer) for answer in answers])
+            expected = torch.stack([answer_logp(model, prompt, answer) for answer in answers])
             torch.testing.assert_close(found[n], expected, atol=1e-4, rtol=1e-5)
             sums = sums + ((found[n] - expected) * weights[begin + n]).sum()
         begin += len(batch.examples)
@@ -188,9 +143,9 @@ def test_shared_prompts_change_nothing(kernel, tmp_path):
 def test_an_answer_never_sees_the_other(tmp_path):
     """Another word in a rejected answer moves nothing in the chosen one, nor in the next pair of the row."""
     rows = [{"prompt": f"{i} words?", "chosen": "a b c", "rejected": "d e f"} for i in range(2)]
-    ds = PreferenceDataset(write(tmp_path / "dpo.jsonl", *rows), TOKENIZER, max_seq_len=64)
+    ds = PreferenceDataset(jsonl(tmp_path / "dpo.jsonl", *rows), TOKENIZER, max_seq_len=64)
     (batch,) = loader_of(ds, 2, 1).batches(0)
-    model = small_model()
+    model = small_model(std=0.2)
     before, _, _ = read_answers(model, batch)
     (r, t) = (batch.answers == 2).nonzero()[1].tolist()  # an input of the first pair's rejected answer
     batch.tokens[r, t] += 1

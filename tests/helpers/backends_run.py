@@ -11,9 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tests.helpers.small_run import FLAGS, sft_engine
+from tests.helpers.runs import FLAGS, sft_engine
 
 BACKENDS = {
     "ddp": [],

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tests.helpers.small_run import FLAGS, sft_engine
+from tests.helpers.runs import FLAGS, sft_engine
 
 
 class OwnAnswers:

@@ -8,9 +8,9 @@ import pytest
 from dataset.read.formats import canonical
 from dataset.read.mix import prepare, to_ours
 from scripts import prepare_data
-from tests.dataset.test_dataset import jsonl
-from tests.dataset.test_formats import CHATS, ONE, PAIRS
-from tests.helpers.small_run import run_script
+from tests.helpers.layouts import CHATS, ONE, PAIRS
+from tests.helpers.rows import jsonl
+from tests.helpers.runs import run_script
 
 
 def run(*flags):

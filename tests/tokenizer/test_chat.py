@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.rows import said
+from tests.helpers.strategies import ARGUMENTS, CALLS, PLAIN
 from tokenizer.chat import TEMPLATE, encode_chat, encode_chats, show_labels
 from tokenizer.text import SHIPPED, Tokenizer
 
@@ -28,10 +30,6 @@ def theirs():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(SHIPPED)
-
-
-def said(role, content, **more) -> dict:
-    return {"role": role, "content": content, **more}
 
 
 def rows_of(tokenizer, encoded) -> list[tuple[str, bool]]:
@@ -172,11 +170,6 @@ def test_generation_prompt(tokenizer, thinking, end):
 
 # ---- the same ids as transformers
 
-ANY = st.characters(exclude_characters="<", exclude_categories=["Cs"])
-PLAIN = st.text(st.one_of(st.sampled_from(" \n\t.,'\"{}好世界的é😀aA1"), ANY), max_size=30)
-VALUES = st.one_of(PLAIN, st.integers(), st.booleans(), st.none(), st.lists(PLAIN, max_size=3))
-ARGUMENTS = st.dictionaries(PLAIN, VALUES, max_size=3)
-CALLS = st.lists(st.fixed_dictionaries({"name": PLAIN, "arguments": ARGUMENTS}), max_size=2)
 ANSWERS = st.one_of(
     PLAIN,
     st.builds("<think>{}</think>{}".format, PLAIN, PLAIN),

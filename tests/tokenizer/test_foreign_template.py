@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tokenizer.test_chat import CALLS, PLAIN, said
+from tests.helpers.rows import said
+from tests.helpers.strategies import CALLS, PLAIN
 from tokenizer.chat import encode_chat
 from tokenizer.messages import split_reasoning
 from tokenizer.text import SHIPPED, Tokenizer

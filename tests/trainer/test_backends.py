@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import ROOT
 from common.options import parse
-from tests.helpers.backends_run import BACKENDS, SPLITS, measure
-from tests.helpers.small_run import FLAGS, ROOT, SHAPE, run_stage, write_pretrain, write_sft
+from tests.helpers.backends_run import BACKENDS, SPLITS, WHOLE, measure, train
+from tests.helpers.rows import write_pretrain, write_sft
+from tests.helpers.runs import FLAGS, SHAPE, run_stage, sft_engine, torchrun
 from trainer.loop.launch import deepspeed_config
 from trainer.train_full_sft import SFTConfig
 
@@ -26,20 +28,7 @@ def compare(tmp_path: Path, steps: int, names) -> tuple[dict, list[dict]]:
     write_sft(tmp_path / "sft.jsonl")
     one = measure(tmp_path, "one", torch.device("cpu"), steps, world=1)
     (tmp_path / "one.json").write_text(json.dumps(one["state"]))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        ROOT / "tests" / "helpers" / "backends_run.py",
-        tmp_path,
-        steps,
-        *names,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    torchrun(ROOT / "tests" / "helpers" / "backends_run.py", tmp_path, steps, *names)
     return one, [torch.load(tmp_path / f"found{rank}.pth", weights_only=True) for rank in (0, 1)]
 
 
@@ -76,9 +65,6 @@ def check(tmp_path, steps, names):
 
 
 def resume_alone(folder, state) -> list[float]:
-    from tests.helpers.backends_run import WHOLE, train
-    from tests.helpers.small_run import sft_engine
-
     return train(sft_engine(folder, 8, 1, max_steps=WHOLE, from_resume=state, save_dir=folder / "alone"), WHOLE)
 
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.files import ROOT
 from common.options import parse, specs
 from dataset.batches.loader import Loader
 from dataset.tokens.examples import SFTDataset
 from dataset.tokens.teacher import TaughtDataset, read_header
 from model.checkpoint import load_weights, save_weights
-from tests.helpers.small_run import FLAGS, ROOT, first_gradients, run_stage, write_sft
-from tests.trainer.test_engine import assert_same_gradients, same, state_of, stop_at, torchrun, train_twice  # noqa: F401
-from tests.trainer.test_reason import TOKENIZER, small_model, without_tags
+from tests.helpers.compare import assert_same_gradients, same, state_of
+from tests.helpers.models import TOKENIZER, small_model
+from tests.helpers.rows import write_sft
+from tests.helpers.runs import FLAGS, first_gradients, run_stage, torchrun, train_twice
+from tests.helpers.tokenizers import without_tags
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job

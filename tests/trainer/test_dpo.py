@@ -10,15 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.files import ROOT
 from common.options import describe, parse
 from dataset.batches.preference import PairLoader, PreferenceDataset
 from model.checkpoint import save_weights
 from model.config import ModelConfig
 from model.lora import LoRASettings, add_lora, freeze
 from model.transformer import CausalLM
-from tests.dataset.test_preference import TOKENIZER, alone, says, small_model, user, write
-from tests.helpers.small_run import FLAGS, ROOT, first_gradients, run_stage, write_dpo
-from tests.trainer.test_engine import assert_same_gradients, same, state_of, stop_at, torchrun, train_twice  # noqa: F401
+from tests.helpers.compare import assert_same_gradients, same, state_of
+from tests.helpers.models import TOKENIZER, answer_logp, small_model
+from tests.helpers.rows import jsonl, says, user, write_dpo
+from tests.helpers.runs import FLAGS, first_gradients, run_stage, torchrun, train_twice
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
@@ -74,14 +76,14 @@ def one_batch(dataset):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_loss_and_gradient_equal_a_plain_reference(kind, pairs):
     """One sequence at a time through the model and a frozen copy that has moved on a little, formulas spelled out."""
-    model, frozen = small_model(), moved_on(small_model())
+    model, frozen = small_model(std=0.2), moved_on(small_model(std=0.2))
     values = dict(label_smoothing=(e := 0.1), simpo_gamma=(gamma := 0.4), cpo_alpha=(alpha := 0.7))
     batch, beta, own = one_batch(pairs), 0.3, {name: values[name] for name in LOSSES[kind].options}
     reference, total = [], 0.0
     for example in batch.examples:
         prompt, *answers = pairs.pair(example)
-        (w, l), (nw, nl) = (alone(model, prompt, a) for a in answers), (int(t.sum()) for _, t in answers)
-        rw, rl = (alone(frozen, prompt, a).detach() for a in answers)
+        (w, l), (nw, nl) = (answer_logp(model, prompt, a) for a in answers), (int(t.sum()) for _, t in answers)
+        rw, rl = (answer_logp(frozen, prompt, a).detach() for a in answers)
         reference.append([rw, rl])
         h = (w - rw) - (l - rl)
         if kind == "sigmoid":
@@ -117,7 +119,7 @@ def test_losses_equal_trls(tmp_path, pairs):
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
-    model = small_model()
+    model = small_model(std=0.2)
     c = model.config
     theirs = [
         transformers.LlamaForCausalLM(
@@ -136,7 +138,7 @@ def test_losses_equal_trls(tmp_path, pairs):
         )
         for _ in range(2)
     ]
-    frozen = moved_on(small_model())
+    frozen = moved_on(small_model(std=0.2))
     for ours, other in zip((model, frozen), theirs):
         other.load_state_dict(ours.state_dict())
     file = str(ROOT / "tokenizer" / "tokenizer.json")
@@ -151,19 +153,19 @@ def test_losses_equal_trls(tmp_path, pairs):
     inputs = trainer.data_collator(
         [dict(prompt_ids=p.tolist(), chosen_ids=a.tolist(), rejected_ids=b.tolist()) for p, (a, _), (b, _) in examples]
     )
-    reference = torch.stack([torch.stack([alone(frozen, p, a) for a in both]) for p, *both in examples]).detach()
+    reference = torch.stack([torch.stack([answer_logp(frozen, p, a) for a in both]) for p, *both in examples]).detach()
     batch = replace(batch, reference=reference)
     for kind in ("sigmoid", "ipo", "hinge"):
         trainer.loss_types = [kind]
         expected = trainer._compute_loss(theirs[0], inputs, False).item()
         assert Preference(kind, 0.3)(model, batch)[0].item() / 6 == pytest.approx(expected, abs=1e-4, rel=1e-5), kind
 
-    means = torch.stack([torch.stack([alone(model, p, a) / len(a[0]) for a in both]) for p, *both in examples])
+    means = torch.stack([torch.stack([answer_logp(model, p, a) / len(a[0]) for a in both]) for p, *both in examples])
     me = SimpleNamespace(alpha=0.0, loss_type="simpo", beta=2.0, simpo_gamma=0.5, label_smoothing=0.1, accelerator=CPU)
     losses, _, _ = CPOTrainer.cpo_loss(me, *means.unbind(1))
     found = Preference("simpo", label_smoothing=0.1, simpo_gamma=0.5)(model, batch)[0]  # 2 is its own beta
     torch.testing.assert_close(found, losses.sum(), atol=1e-4, rtol=1e-5)
-    sums = torch.stack([torch.stack([alone(model, p, a) for a in both]) for p, *both in examples])
+    sums = torch.stack([torch.stack([answer_logp(model, p, a) for a in both]) for p, *both in examples])
     me.loss_type, me.beta = "sigmoid", 0.3
     losses, rewards, _ = CPOTrainer.cpo_loss(me, *sums.unbind(1))
     found, metrics = Preference("cpo", 0.3, cpo_alpha=0.5, label_smoothing=0.1)(model, batch)
@@ -230,7 +232,7 @@ def test_the_first_loss_is_ln_2(tmp_path):
 def test_an_adapter_has_the_model_below_it_as_reference(tmp_path):
     """No reference in the batch: the first loss is ln 2 exactly, even in bf16, and later ones are those of a reference
     that was read beforehand. What is written is the adapter."""
-    model, frozen = small_model(), small_model()
+    model, frozen = small_model(std=0.2), small_model(std=0.2)
     ds = PreferenceDataset(write_dpo(tmp_path / "dpo.jsonl", 6), TOKENIZER, max_seq_len=48)
     batch, objective = one_batch(ds), Preference("sigmoid", 0.5)
     freeze(model)
@@ -243,7 +245,7 @@ def test_an_adapter_has_the_model_below_it_as_reference(tmp_path):
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter, std=0.1)
     pairs = [ds.pair(example) for example in batch.examples]
-    reference = torch.stack([torch.stack([alone(frozen, p, a) for a in both]) for p, *both in pairs])
+    reference = torch.stack([torch.stack([answer_logp(frozen, p, a) for a in both]) for p, *both in pairs])
     found, _ = objective(model, batch)
     expected, _ = objective(model, replace(batch, reference=reference.detach()))
     assert abs(found.item() / 6 - math.log(2)) > 1e-3
@@ -365,7 +367,7 @@ def test_beta_is_the_losss_own_where_none_is_given(capsys):
 def test_a_bad_row_ends_with_status_2_and_one_line(tmp_path):
     write_weights(tmp_path)
     same_twice = [user("1+1?"), says("2")]
-    path = write(tmp_path / "dpo.jsonl", {"chosen": same_twice, "rejected": same_twice})
+    path = jsonl(tmp_path / "dpo.jsonl", {"chosen": same_twice, "rejected": same_twice})
     command = [sys.executable, ROOT / "trainer/train_dpo.py", *FLAGS, f"--data_path={path}", f"--save_dir={tmp_path}"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {path}:1: chosen equals rejected")

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.files import ROOT
 from model.config import ModelConfig
 from model.cost import row_bytes
 from model.transformer import CausalLM
-from tests.helpers.small_run import ROOT
 from trainer.loop import processes
 from trainer.loop.interrupts import explained, memory_advice
 

@@ -11,35 +11,14 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.small_run import (
-    FLAGS,
-    ROOT,
-    SHAPE,
-    first_gradients,
-    run_stage,
-    sft_engine,
-    write_pretrain,
-    write_sft,
-)
+from common.files import ROOT
+from tests.helpers.compare import assert_same_gradients, same, state_of
+from tests.helpers.rows import write_pretrain, write_sft
+from tests.helpers.runs import FLAGS, SHAPE, first_gradients, run_stage, sft_engine, torchrun, train_twice
 from trainer.loop import engine as engine_module
 from trainer.loop.optim import Muon, build_optimizers, clip_and_check, learning_rate, orthogonalise
 
-
-def state_of(path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["model"]
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 # ---- one step, divided in different ways
-
-
-def assert_same_gradients(a, b, tolerance):
-    for name, expected in b.items():
-        error = (a[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
-        assert error < tolerance, f"{name}: {error}"
 
 
 def test_accumulation_gives_the_same_gradient(tmp_path):
@@ -52,28 +31,10 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
         assert_same_gradients(found, expected, 1e-5 if batch_size == 1 else 5e-6)
 
 
-def torchrun(*arguments: str, cwd=ROOT, processes: int = 2, check=True) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-        *arguments,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 def test_two_ranks_give_the_same_gradient(tmp_path):
     write_sft(tmp_path / "sft.jsonl")
     expected = first_gradients(sft_engine(tmp_path, 16, 1))
-    torchrun(ROOT / "tests" / "helpers" / "small_run.py", tmp_path)
+    torchrun(ROOT / "tests" / "helpers" / "gradients_run.py", tmp_path)
     assert_same_gradients(torch.load(tmp_path / "two_ranks.pth", weights_only=True), expected, 5e-6)
 
 
@@ -102,24 +63,6 @@ def test_one_process_and_torchrun_train_the_same_model(tmp_path):
 # ---- stop and resume
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Sends this process SIGTERM while it computes the step with the given number."""
-
-    def arrange(number: int | None):
-        monkeypatch.undo()
-        update = engine_module.Engine.train_step
-
-        def counted(self, *args):
-            if number is not None and self.step == number:
-                signal.raise_signal(signal.SIGTERM)
-            return update(self, *args)
-
-        monkeypatch.setattr(engine_module.Engine, "train_step", counted)
-
-    return arrange
-
-
 def test_ctrl_c_that_also_hits_the_compiler_saves_all_the_same(tmp_path, monkeypatch):
     """The terminal sends Ctrl-C to g++ as well, which torch.compile had started at step 3: the run ended with 1,500
     lines of its complaints, and nothing was saved."""
@@ -146,24 +89,6 @@ def test_ctrl_c_that_also_hits_the_compiler_saves_all_the_same(tmp_path, monkeyp
     engine.train_step = lambda *_: (_ for _ in ()).throw(RuntimeError("a fault of ours"))
     with pytest.raises(RuntimeError, match="a fault of ours"):  # without a Ctrl-C it is what it is
         engine.run()
-
-
-def train_twice(stage, tmp_path, stop_at, stops, *flags):
-    """-> (weights, optimiser state) of an undisturbed run and of one that was stopped and resumed at `stops`."""
-    results = []
-    for folder, numbers in ((tmp_path / "whole", []), (tmp_path / "parts", stops)):
-        arguments = [*flags, f"--save_dir={folder}"]
-        for number in numbers:
-            stop_at(number)
-            with pytest.raises(SystemExit) as end:
-                run_stage(stage, *arguments, "--from_resume=auto")
-            assert end.value.code == 128 + signal.SIGTERM
-        stop_at(None)
-        run_stage(stage, *arguments, "--from_resume=auto")
-        (state,) = folder.glob("resume/*/*/step_00000008")
-        tensors, _ = engine_module.resume.read_state(state)
-        results.append({**tensors["weights"], **tensors["optimizer"]})
-    return results
 
 
 @pytest.mark.parametrize("stage, optimizer", [("pretrain", "muon"), ("pretrain", "adamw"), ("full_sft", "adamw")])

@@ -10,8 +10,9 @@ import eval_model
 from common.options import parse
 from model.adapter import load_adapter
 from model.checkpoint import load_weights
-from tests.helpers.small_run import run_stage, write_dpo, write_pretrain, write_sft
-from tests.trainer.test_engine import same, stop_at, train_twice  # noqa: F401 (stop_at is a fixture)
+from tests.helpers.compare import same
+from tests.helpers.rows import write_dpo, write_pretrain, write_sft
+from tests.helpers.runs import run_stage, train_twice
 from trainer.loop.engine import Engine
 
 STAGES = {  # script -> (rows, name of the adapter, its entry in the lineage)

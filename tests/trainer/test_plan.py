@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.cost import step_flops
-from tests.helpers.small_run import run_stage, sft_engine, write_pretrain, write_sft
+from tests.helpers.rows import write_pretrain, write_sft
+from tests.helpers.runs import run_stage, sft_engine
 from trainer.run import plan as module
 from trainer.run.meter import Meter
 

@@ -1,6 +1,5 @@
 """Reasoning: which tokens are tags in any tokenizer, a loss worked by hand, thoughts that never end; the stage."""
 
-import json
 import math
 import subprocess
 import sys
@@ -9,54 +8,26 @@ import numpy as np
 import pytest
 import torch
 
+from common.files import ROOT
 from common.options import parse
 from dataset.batches.loader import Loader
 from dataset.tokens.reason import TAGS, ReasonDataset, find_tags
 from model.checkpoint import save_weights
-from model.config import ModelConfig
-from model.transformer import CausalLM
-from tests.helpers.small_run import FLAGS, ROOT, WORDS, first_gradients, run_stage
-from tests.trainer.test_engine import assert_same_gradients, same, state_of, stop_at, torchrun, train_twice  # noqa: F401
+from tests.helpers.compare import assert_same_gradients, same, state_of
+from tests.helpers.models import TOKENIZER, small_model
+from tests.helpers.rows import WORDS, jsonl, says, user, write_reason
+from tests.helpers.runs import FLAGS, first_gradients, run_stage, torchrun, train_twice
+from tests.helpers.tokenizers import without_tags
 from tokenizer.chat import encode_chat
-from tokenizer.text import Tokenizer
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
 from trainer.losses.next_token import Weighted
 from trainer.train_distill_reason import ReasonConfig
 
-TOKENIZER = Tokenizer.load()
-
 
 def asks(question, answer, **more):
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]}
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_reason(path, rows: int = 40):
-    """Thoughts and answers of 1 to 12 words in three rows of four; a plain answer in the fourth."""
-    found = []
-    for i in range(rows):
-        thought, answer = (" ".join(WORDS[(i + j) % len(WORDS)] for j in range(1 + i * k % 6)) for k in (5, 3))
-        markup = f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
-        found.append(asks(" ".join(WORDS[i % 5 : i % 5 + 2 + i % 4]), markup if i % 4 else answer))
-    return write(path, *found)
-
-
-def without_tags(folder, *tags):
-    """The shipped tokenizer, less these tokens: as MiniMind2's, which spells them, or Qwen3's without <answer>."""
-    folder.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / file).write_bytes((ROOT / "tokenizer" / file).read_bytes())
-    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in tags]
-    spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if token not in tags}
-    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    return Tokenizer.load(folder)
+    return {"conversations": [user(question), says(answer, **more)]}
 
 
 # ---- which tokens are tags
@@ -94,7 +65,7 @@ def test_tags_are_found_and_words_like_them_are_not(spelled, tmp_path):
 def test_weights_by_hand(tmp_path):
     """One row: `<think>` and three more tags weigh 10, the other trained tokens 1, the prompt nothing. The loss is
     sum(weight * nll) / sum(weight), not / the number of tokens."""
-    path = write(tmp_path / "r.jsonl", asks("<think> user", "<think>\nsix\n</think>\n<answer>\n42\n</answer>"))
+    path = jsonl(tmp_path / "r.jsonl", asks("<think> user", "<think>\nsix\n</think>\n<answer>\n42\n</answer>"))
     dataset = ReasonDataset(path, TOKENIZER, max_seq_len=32, tag_weight=10)
     ids, trained, weight = dataset.tokens(0), dataset.trained(0), dataset.extras(0)["weight"]
     tags = [TOKENIZER.control[tag] for tag in TAGS]
@@ -124,15 +95,6 @@ def test_equal_weights_are_plain_fine_tuning(tmp_path):
         batch = Loader(dataset, packing=True, batch_size=8, accumulation_steps=1, max_seq_len=64).batches(0)[0]
         found.append((objective.count(batch), objective(model, batch)[0].item()))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-
-
-def small_model(**changes):
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    model = CausalLM(ModelConfig(vocab_size=TOKENIZER.vocab_size, **shape, **changes))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.05)
-    return model
 
 
 def write_weights(folder, experts: int = 4):
@@ -181,7 +143,7 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
     ],
 )
 def test_a_thought_that_never_ends_is_refused_with_its_line(answer, tag, tmp_path):
-    path = write(tmp_path / "r.jsonl", asks("1+1?", "2"), asks("2+2?", answer), asks("3+3?", "6"))
+    path = jsonl(tmp_path / "r.jsonl", asks("1+1?", "2"), asks("2+2?", answer), asks("3+3?", "6"))
     with pytest.raises(ValueError, match=rf"r\.jsonl:2: messages\[1\] \(assistant\): begins with {tag}, which never"):
         ReasonDataset(path, TOKENIZER, max_seq_len=32)
 
@@ -193,7 +155,7 @@ def test_what_only_looks_like_an_open_thought_is_none(tmp_path):
         asks("?", "<think> is a tag", reasoning_content="hm"),
         asks("?", "<think>a</think> <answer>4</answer> <answer>"),
     ]
-    assert len(ReasonDataset(write(tmp_path / "r.jsonl", *rows), TOKENIZER, max_seq_len=64)) == 4
+    assert len(ReasonDataset(jsonl(tmp_path / "r.jsonl", *rows), TOKENIZER, max_seq_len=64)) == 4
 
 
 @pytest.mark.parametrize("on_long", ["truncate", "drop"])
@@ -204,7 +166,7 @@ def test_no_length_limit_leaves_a_thought_without_its_end(on_long, tmp_path):
     first = asks("six times seven", "<think>\n6*7=42\n</think>\n<answer>\n42\n</answer>")
     second = asks("hello", "<think>\n你好\n</think>\n<answer>\na sparrow\n</answer>")
     two = {"conversations": first["conversations"] + second["conversations"]}
-    path = write(tmp_path / "r.jsonl", two, first, second, asks("hello " * 30, "4", reasoning_content="2+2"))
+    path = jsonl(tmp_path / "r.jsonl", two, first, second, asks("hello " * 30, "4", reasoning_content="2+2"))
     opens, closes = (TOKENIZER.control[tag] for tag in TAGS[:2])
     seen = set()
     for length in range(2, 90):
@@ -273,7 +235,7 @@ def test_tags_are_learned_sooner_with_weight(tmp_path, capsys):
     surely. Ordinary chats lie in a second file, half of which is taken."""
     write_weights(tmp_path, 0)
     reason = write_reason(tmp_path / "r.jsonl")
-    chats = write(tmp_path / "chats.jsonl", *(asks(f"{word}?", word) for word in WORDS))
+    chats = jsonl(tmp_path / "chats.jsonl", *(asks(f"{word}?", word) for word in WORDS))
     prompt = encode_chat(TOKENIZER, [{"role": "user", "content": "hello"}], add_generation_prompt=True).ids
     surely = {}
     for weight in (1, 10):
@@ -309,7 +271,7 @@ def test_wrong_data_ends_with_status_2_and_one_line(rows, message, tmp_path):
     import re
 
     write_weights(tmp_path)
-    path = write(tmp_path / "r.jsonl", *rows)
+    path = jsonl(tmp_path / "r.jsonl", *rows)
     command = [
         sys.executable,
         ROOT / "trainer/train_distill_reason.py",

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
+from common.files import ROOT
 from tests.helpers.rollout_run import engine_with_rollout, poison, run
-from tests.helpers.small_run import ROOT, write_sft
+from tests.helpers.rows import write_sft
 from trainer.run import resume
 
 

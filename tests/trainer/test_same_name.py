@@ -5,8 +5,9 @@ import torch
 
 from model.adapter import find_base, load_adapter
 from model.checkpoint import find_weights, load_weights
-from tests.helpers.small_run import run_stage, write_pretrain, write_sft
-from tests.trainer.test_engine import same, state_of
+from tests.helpers.compare import same, state_of
+from tests.helpers.rows import write_pretrain, write_sft
+from tests.helpers.runs import run_stage
 from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 from trainer.train_tokenizer import save, train_bpe

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import eval_model
+from common.files import ROOT
 from model.adapter import load_adapter
 from model.checkpoint import load_weights
 from model.lora import merge
-from tests.helpers.small_run import FLAGS, ROOT, run_stage, write_pretrain, write_sft
-from tests.trainer.test_engine import same, stop_at, torchrun, train_twice  # noqa: F401 (stop_at is a fixture)
+from tests.helpers.compare import same
+from tests.helpers.rows import write_pretrain, write_sft
+from tests.helpers.runs import FLAGS, run_stage, torchrun, train_twice
 
 NAME = "lora/lora_identity_32.pth"
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks.faults.bad_steps import poison
-from tests.helpers.small_run import sft_engine, write_sft
+from tests.helpers.rows import write_sft
+from tests.helpers.runs import sft_engine
 from trainer.loop.backend import Backend
 from trainer.loop.step import StepResult
 from trainer.loop.watchdog import INITIAL_LOSS_SCALE, Watchdog

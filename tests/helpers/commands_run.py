@@ -1,0 +1,34 @@
+"""Runs commands one after another, for tests/test_readme.py:
+
+    python tests/helpers/commands_run.py COMMANDS.json
+
+Scripts run in this process: importing torch anew takes longer than most of them need.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tests.helpers.runs import run_script
+
+
+def run(launcher: str, *words: str) -> tuple[int, str, str]:
+    """`python ...` or `torchrun ...` -> exit status, output, errors."""
+    if launcher == "python":
+        return run_script(*words, typed="你好\n")
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    return done.returncode, done.stdout, done.stderr
+
+
+if __name__ == "__main__":
+    for words in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        status, out, err = run(*words)
+        if status:
+            sys.exit(f"{shlex.join(words)}: exit status {status}\n{out}\n{err}")
+        print(shlex.join(words))
