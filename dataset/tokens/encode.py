@@ -118,7 +118,7 @@ def _encode_long(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     return [list(chain.from_iterable(next(encoded) for _ in own)) for own in parts]
 
 
-def _block(ids: Sequence[Iterable[int]], lines: list[int], tokenizer: Tokenizer) -> Block:
+def _block(ids: Sequence[Sequence[int]], lines: list[int], tokenizer: Tokenizer) -> Block:
     """A block of entries whose every id is trained on."""
     lengths = np.array([len(own) for own in ids], np.int64)
     total = int(lengths.sum())

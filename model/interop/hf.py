@@ -213,7 +213,7 @@ def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     """For older readers also as max_window_layers, where the layers without a window are the first ones."""
     if not any(config.windows):
         return {}
-    found = dict(use_sliding_window=True, sliding_window=config.sliding_window)
+    found: dict[str, Any] = dict(use_sliding_window=True, sliding_window=config.sliding_window)
     if "layer_types" in family.states:
         found["layer_types"] = [LAYER_TYPES[window is not None] for window in config.windows]
         full = config.windows.count(None)
