@@ -90,23 +90,28 @@ def check_writable(save_dir: str) -> None:
 
 
 class Progress:
-    """A bar on a terminal, elsewhere a line every ten seconds; both on stderr. `size` counts `unit`s."""
+    """Progress of long work on stderr: a bar on a terminal, elsewhere a line every ten seconds.
+
+    what  what is being done, e.g. "tokenising a.jsonl"
+    size  the whole work, in units ("B": bytes)
+    """
 
     def __init__(self, what: str, size: int, unit: str = "B"):
         self.what, self.size, self.unit, self.done, self.bar = what, size, unit, 0, None
-        self.began = self.last_line = time.monotonic()
+        self.began = self.printed = time.monotonic()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=size, desc=what, unit=unit, unit_scale=True)
 
     def advance(self, size: int) -> None:
+        """Another `size` units are done."""
         self.done += size
         now = time.monotonic()
         if self.bar:
             self.bar.update(size)
-        elif now - self.last_line > 10:
-            self.last_line = now
+        elif now - self.printed > 10:
+            self.printed = now
             rate = self.done / (now - self.began)
             rate = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:,.1f} {self.unit.strip()}/s"
             print(f"{self.what}: {self.done / self.size:.0%}, {rate}", file=sys.stderr, flush=True)
