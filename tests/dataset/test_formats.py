@@ -22,13 +22,6 @@ ADD = {"name": "add", "arguments": {"a": 1}}
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
 GPT_TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
 
-
-def to_conversation(row):
-    """(messages, tools)"""
-    found = canonical(row, "chat")
-    return found["messages"], found.get("tools")
-
-
 CHATS = {
     "openai": ({"messages": ONE}, ONE),
     "parts": (
@@ -385,6 +378,12 @@ def test_an_answer_that_is_not_to_be_trained_on_is_refused(flag):
         to_conversation({"messages": turns})
     turns[1] |= {key: 1 for key in flag}
     assert to_conversation({"messages": turns})[0][1] == {"role": "assistant", "content": "bad"}
+
+
+def to_conversation(row):
+    """(messages, tools)"""
+    found = canonical(row, "chat")
+    return found["messages"], found.get("tools")
 
 
 def test_a_call_beside_text_is_kept():
