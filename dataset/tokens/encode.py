@@ -10,7 +10,7 @@ their kind. n = entries of a block, N = ids of all of them together.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
