@@ -3,9 +3,10 @@ token.
 
 Letters: N = B*T tokens, d hidden size, I expert size, E experts, k experts per token.
 
-All experts are multiplied at once: tokens are sorted by expert and `grouped_mm` walks through the groups, so the time
-does not grow with E and nothing waits for the device. A row's balancing loss goes up with the row alone (Switch
-Transformer, arXiv:2101.03961, eqs. 4-6, per sequence as in DeepSeek-V2, arXiv:2405.04434, eqs. 12-14).
+All experts are computed at once: tokens are sorted by expert, and `grouped_mm` multiplies each group with its expert's
+weights. The time does not grow with E, and nothing waits for the device. The balancing loss of a row depends on that
+row alone (Switch Transformer, arXiv:2101.03961, eqs. 4-6; per sequence as in DeepSeek-V2, arXiv:2405.04434, eqs.
+12-14).
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class MoE(nn.Module):
         weights, chosen = probabilities.topk(self.k, dim=-1)  # (B, T, k)
         if self.normalise:
             total = weights.sum(-1, keepdim=True)
-            # A single weight divided by itself is 1 whatever the router says, and would leave it without a gradient:
-            # hold the divisor fixed, so that the value is 1 and the gradient that of log p.
+            # A single weight divided by itself is 1 whatever the router says, and the router would get no gradient.
+            # With the divisor held constant the value is 1 and the gradient is that of log p.
             weights = weights / (total.detach() if self.k == 1 else total)
 
         chosen = chosen.view(B * T * self.k)

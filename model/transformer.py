@@ -1,4 +1,4 @@
-"""The decoder: token ids in, next-token logits (or losses) out. Read it from the bottom up, or from the top down.
+"""The decoder: token ids in, next-token logits or losses out.
 
     model = CausalLM(ModelConfig.preset("nano"))
     logits = model(torch.randint(6400, (1, 16))).logits                       # (1, 16, 6400)
@@ -6,9 +6,9 @@
 Letters: B rows, T positions, d hidden size, H query heads, K key/value heads, D head size, V vocabulary.
 Parameter names are those of Hugging Face's Llama / Qwen, so weights move between the two unchanged.
 
-Precision: weights may be fp32 masters while `compute_dtype` is bf16. Every Linear casts its weight to the dtype of what
-flows through, instead of torch's autocast: the cast is visible here, fused by torch.compile, and costs nothing where
-weights already have that dtype. Norms, routing and losses are computed in fp32.
+Precision: weights may be fp32 masters while `compute_dtype` is bf16. Instead of torch's autocast, every Linear casts
+its weight to the dtype of its input: the cast is visible here, torch.compile fuses it, and it costs nothing if the
+weight has that dtype already. Norms, routing and losses are computed in fp32.
 """
 
 from __future__ import annotations
@@ -136,12 +136,11 @@ class Transformer(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder-only language model. `compute_dtype` and `attention_kernel` are set from outside; None = the obvious
-    one."""
+    """A decoder-only language model. The attributes below are set from outside."""
 
-    compute_dtype: torch.dtype | None = None  # the weights' own
-    attention_kernel: str | None = None  # "blocked" on CPUs in bf16, training or with packed rows, else "sdpa"
-    recompute = False  # keep only each block's input for the backward pass, and compute the rest again
+    compute_dtype: torch.dtype | None = None  # None: that of the weights
+    attention_kernel: str | None = None  # "sdpa" | "blocked"; None: see `_kernel`
+    recompute = False  # activation checkpointing: keep only each block's input, and compute the rest again
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -174,7 +173,7 @@ class CausalLM(nn.Module):
         selected (K,) flat indices b*T+t of the positions the head is applied to; None: all. With targets, every target
             outside must be -100, and an index may be repeated only where the target is -100.
         prefixes (B, T) number of another document in the row that a position sees too: a prompt that answers share.
-        criterion another loss than cross-entropy: (head, what it reads (N, d), targets (N,)) -> (N,) fp32.
+        criterion another loss than cross-entropy: (head, its input (N, d), targets (N,)) -> (N,) fp32.
         cache     keys and values of what was read before; it is read and extended.
         """
         B, T = tokens.shape

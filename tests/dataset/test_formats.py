@@ -310,12 +310,6 @@ def test_an_answer_that_is_not_to_be_trained_on_is_refused(flag):
     assert to_conversation({"messages": turns})[0][1] == {"role": "assistant", "content": "bad"}
 
 
-def to_conversation(row):
-    """(messages, tools)"""
-    found = canonical(row, "chat")
-    return found["messages"], found.get("tools")
-
-
 def test_a_call_beside_text_is_kept():
     turns = [
         {"role": "user", "content": "1+1?"},

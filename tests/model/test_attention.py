@@ -37,7 +37,7 @@ def packed_row() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference(q, k, v, documents=None, window=None):
-    """Attention as the formula has it, one head and one query at a time. window: so many keys, itself included."""
+    """Attention as the formula has it, one head and one query at a time. window: keys seen, itself included."""
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):

@@ -67,8 +67,8 @@ def test_a_window_saves_what_it_hides():
 
 
 def test_bytes_by_hand():
-    """A row: 8 x 4 + 2 x 4 + 3 x 8 = 64 numbers a position, and 10 logits twice in fp32. A cache: 2 x 4 numbers a
-    position. AdamW: weight, gradient and two moments of 10 trained parameters, 5 frozen weights: 45 numbers."""
+    """A row of 100: 8 x 4 + 2 x 4 + 3 x 8 = 64 numbers a position, and 10 logits twice in fp32. A cache: 2 x 4 numbers
+    a position. AdamW: weight, gradient and two moments of 10 trained parameters, 5 frozen weights: 45 numbers."""
     shape = ModelConfig(**TINY)
     assert row_bytes(shape, 100, width=2) == 100 * (64 * 2 + 10 * 2 * 4)
     assert cache_bytes(shape, rows=3, length=100, width=2) == 3 * 100 * 8 * 2

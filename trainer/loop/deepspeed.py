@@ -111,7 +111,7 @@ class ZeRO(DeepSpeed):
         found, shard = {}, self._optimizer_shards()[0]
         for kind, tensor in self.optimizer.state.get(shard, {}).items():
             for name, parameter in self._trained():
-                full = tensor if tensor.dim() == 0 else safe_get_full_optimizer_state(parameter, kind).cpu()
+                full = tensor.clone() if tensor.dim() == 0 else safe_get_full_optimizer_state(parameter, kind).cpu()
                 if self.main:
                     found[f"{name}/{kind}"] = full
         return found

@@ -1,4 +1,4 @@
-"""How a run ends when it does not end by itself: signals, a process that dies, memory that does not suffice."""
+"""How a run ends early: by a signal, because another process died, or because memory ran out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.cost import row_bytes, state_bytes
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
-DUPLICATE_SIGNAL_SECONDS = 5.0  # seconds in which a launcher passes on the signal that its processes got as well
+DUPLICATE_SIGNAL_SECONDS = 5.0  # a launcher passes on a signal that its processes have received already within these
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
 NO_PEER = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|timed out|timeout|gloo|nccl|unbound buffer", re.IGNORECASE
@@ -24,9 +24,10 @@ NO_PEER = re.compile(
 
 @contextmanager
 def catch_signals():
-    """Ctrl-C and SIGTERM become entries of a list that the loop looks at; a second one ends the process at once.
+    """Yields a list to which Ctrl-C and SIGTERM are appended, for the loop to check. A second signal ends the process.
 
-    torchrun sends its processes the Ctrl-C that the terminal has sent them already: that is not a second one.
+    On Ctrl-C the terminal signals torchrun and its processes, and torchrun signals the processes again: that copy does
+    not count as a second signal.
     """
     received: list[int] = []
     before, first = {}, []
@@ -53,7 +54,7 @@ def catch_signals():
 
 @contextmanager
 def explained(config: StageConfig, model: CausalLM, world: int):
-    """Turns what the machine cannot do into one line that says what to change."""
+    """Turns errors of the machine (memory, network) into a UserError that says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -71,6 +72,7 @@ def explained(config: StageConfig, model: CausalLM, world: int):
 
 
 def memory_advice(config: StageConfig, model: CausalLM) -> str:
+    """What needs how much memory, and the flags that train the same with less."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     fixed = state_bytes(trained, frozen, moments=1 if config.optimizer == "muon" else 2)

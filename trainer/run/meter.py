@@ -1,4 +1,4 @@
-"""What a run has done since it last spoke: mean losses, trained tokens a second, and the share of the machine it uses.
+"""What a run logs: mean losses, trained tokens per second, and the share of the machine's speed that it uses (MFU).
 
     meter = Meter(model, torch.bfloat16, device, measure_peak=True)
     meter.go()
@@ -6,8 +6,8 @@
     meter.read(backend)                             # {"loss": ..., "tokens_per_second": ..., "mfu": 0.41}
     meter.restart()
 
-MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the model needs over what the machine could do.
-That is measured, not read off a data sheet: the best rate of products of the shapes that this model is made of.
+MFU (Chowdhery et al. 2022, PaLM, appendix B) is the model's FLOPs (model/cost.py) over the machine's. The machine's are
+measured, not read off a data sheet: the best rate of matrix products with the shapes of this model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from model.cost import step_flops
 
 
 class Meter:
+    """Sums since the last `restart`, and a clock that stands still while a run validates or saves."""
+
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, measure_peak: bool):
         self.config: ModelConfig = model.config
         weights = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -35,22 +37,22 @@ class Meter:
 
     def restart(self) -> None:
         self.units, self.tokens, self.flops = 0.0, 0.0, 0.0
-        self.seconds, self.since = 0.0, None  # what the clock shows, and since when it runs
+        self.seconds, self.since = 0.0, None  # seconds before the last start of the clock, and when that was
         self.sums: dict[str, Tensor] = {}
 
     def pause(self) -> None:
-        """Stops the clock: saving and validating is no training."""
+        """Stops the clock, for saving and validating."""
         self.seconds, self.since = self.elapsed(), None
 
     def go(self) -> None:
-        """Starts it."""
+        """Starts the clock."""
         self.since = time.perf_counter()
 
     def elapsed(self) -> float:
         return self.seconds + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
     def add(self, metrics: dict[str, Tensor], units: float, tokens: float, bad: Tensor, batches: list) -> None:
-        """Metrics summed over this rank, units and tokens over all. A bad step counts for nothing but its time."""
+        """metrics are sums of this rank, units and tokens of all ranks. Of a bad step only the time counts."""
         self.units, self.tokens = self.units + units * (1 - bad), self.tokens + tokens
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + torch.where(bad > 0, 0, value)
@@ -60,13 +62,13 @@ class Meter:
             self.flops += step_flops(self.config, positions, batch.tokens.shape[1], heads, self.trained)
 
     def gather(self, backend) -> Tensor:
-        """(ranks, 4 + sums), for a state: a run that goes on from it logs what an undisturbed one does."""
+        """(ranks, 4 + sums), for a resume state: a continued run logs what an uninterrupted one does."""
         own = [float(self.units), self.tokens, self.flops, self.elapsed(), *map(float, self.sums.values())]
         return torch.stack(backend.gather(torch.tensor(own, dtype=torch.float64)))
 
     def restore(self, names: list[str], everyone: Tensor, backend) -> None:
-        """The inverse; the first rank takes all where the number of processes has changed."""
-        if everyone.shape[1] == 2 + len(names):  # of a state that knew neither arithmetic nor time
+        """The inverse of `gather`. If the number of processes has changed, the first rank takes all."""
+        if everyone.shape[1] == 2 + len(names):  # a state from before FLOPs and time were saved
             everyone = torch.cat([everyone[:, :2], torch.zeros(len(everyone), 2), everyone[:, 2:]], 1)
         same = len(everyone) == backend.world
         own = everyone[backend.rank] if same else everyone.sum(0) * backend.main
@@ -75,7 +77,7 @@ class Meter:
         self.sums = {name: value.float().to(backend.device) for name, value in zip(names, own[4:])}
 
     def read(self, backend) -> dict[str, float]:
-        """Means over all ranks' units, trained tokens a second of all ranks, MFU of this one."""
+        """Means over the units of all ranks, trained tokens per second of all ranks, MFU of this rank."""
         totals, units = backend.sum(*map(float, self.sums.values())), float(self.units)
         seconds = max(self.elapsed(), 1e-9)
         figures = {name: total / units for name, total in zip(self.sums, totals)} if units else {}
@@ -84,7 +86,7 @@ class Meter:
 
 
 def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:
-    """The best FLOP/s that F.linear reaches at any of these (rows, in, out)."""
+    """The best FLOP/s of F.linear at any of the shapes (rows, in, out)."""
     best = 0.0
     for rows, inner, outer in shapes:
         x, w = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, outer))
@@ -100,5 +102,6 @@ def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: to
 
 
 def wait_for(device: torch.device) -> None:
+    """Until everything queued on the device is computed."""
     if device.type != "cpu":
         torch.accelerator.synchronize()

@@ -1,12 +1,12 @@
-"""--plan: what a run would take, from ten real steps of it. Nothing of the run is saved.
+"""--plan: the memory, time and cost of a run, from ten real steps of it. Nothing of the run is saved.
 
     python trainer/train_full_sft.py --plan --batch_size 64 --price_per_hour 2.5
     python trainer/train_lora.py --config configs/lora.yaml --plan
 
-`--batch_size` x `--accumulation_steps` is the batch that is wished for. The rows computed at once that fit are found by
-doubling: memory grows with the rows, so two sizes foretell the next, and what would not fit is not tried on a CPU,
-where it would end the process. Then ten steps, a validation and a save are run in earnest and their times are
-multiplied. The caches of the data stay, since the real run wants them too.
+`--batch_size` x `--accumulation_steps` is the batch to train with. How many of its rows fit into memory at once is
+found by doubling. Memory grows linearly with the rows, so two sizes predict the next, and a size that would not fit is
+not tried: on a CPU it would end the process. Then ten steps, a validation and a save are run and timed, and the times
+are multiplied. Token caches stay, because the real run uses them too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ USABLE_SHARE = 0.92  # of the free memory is planned with
 
 
 def rehearsal(config):
-    """The same options, with everything that is written going where nobody looks and being removed."""
+    """The same options, writing into a temporary folder that is removed at the end of the program."""
     Path(config.save_dir).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".plan-", dir=config.save_dir)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -45,7 +45,7 @@ def rehearsal(config):
 
 
 def plan(engine) -> None:
-    """Prints the plan and ends the program: whatever a stage does after its training must not happen."""
+    """Prints the plan and ends the program, so that nothing that a stage does after training happens."""
     try:
         engine.model.train()
         rows = rows_that_fit(engine)
@@ -67,7 +67,7 @@ def plan(engine) -> None:
 
 
 def rows_that_fit(engine) -> int:
-    """The most rows at once, at most --batch_size, that the free memory holds; a divisor of the wished batch."""
+    """The most rows at once that fit into free memory: --batch_size, or a divisor of it."""
     wished, device = engine.config.batch_size, engine.backend.device
     smallest = engine.backend.all_reduce_max(torch.tensor(-free_memory(device), device=device))
     free = -smallest.item()
@@ -76,15 +76,15 @@ def rows_that_fit(engine) -> int:
         sizes = [1, *sizes]
     fits, peaks = sizes[0], {}
     sizes = [sizes[0], *sizes]  # the first one twice: its first step brings the optimiser's moments in
-    # eager needs a little more memory than compiled, and no wait for a compiler (which takes 80 MB to import)
+    # uncompiled: it needs a little more memory than compiled code, and no time for compiling
     with torch.compiler.set_stance("force_eager") if engine.compiled else nullcontext():
         for rows in sizes:
             if len(peaks) > 1:
                 (a, before), (b, now) = list(peaks.items())[-2:]
-                foretold = lambda rows: now + (now - before) / (b - a) * (rows - b)  # noqa: B023
-                if foretold(wished) < free / 2:
+                predicted = lambda rows: now + (now - before) / (b - a) * (rows - b)  # noqa: B023
+                if predicted(wished) < free / 2:
                     return wished
-                if foretold(rows) > USABLE_SHARE * free:
+                if predicted(rows) > USABLE_SHARE * free:
                     break
             try:
                 peaks[rows] = trial(engine, rows)
@@ -98,7 +98,7 @@ def rows_that_fit(engine) -> int:
 
 
 def trial(engine, rows: int) -> float:
-    """GiB at most while one batch of so many rows is trained on."""
+    """Peak memory in GiB of one training step with so many rows at once."""
     forget_peak(engine.backend.device)
     set_rows(engine, rows)
     batches = engine.loader.batches(0)[:1]
@@ -107,7 +107,7 @@ def trial(engine, rows: int) -> float:
 
 
 def set_rows(engine, rows: int) -> None:
-    """So many rows at once, the examples of a step kept; `rows` divides --batch_size, or is it."""
+    """Computes so many rows at once, with the same examples in each step. `rows` divides --batch_size."""
     c = engine.config
     times = c.batch_size // rows * c.accumulation_steps
     engine.config = dataclasses.replace(c, batch_size=rows, accumulation_steps=times)
@@ -124,7 +124,7 @@ def release(engine) -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """From here on peak_memory() starts anew; where the system cannot (macOS, Windows), it goes on counting."""
+    """Resets what peak_memory() measures, where the system can (not on macOS and Windows)."""
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
         return
@@ -136,7 +136,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> float:
-    """GiB that this process may come to use: what is free, and what it has already."""
+    """GiB that this process can use: what is free, and what it uses already. inf: unknown."""
     if device.type == "cuda":
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 2**30
     try:
@@ -159,7 +159,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def measure(engine, rows: int) -> dict[str, float]:
-    """Seconds and GiB of real steps, of a validation and of a save."""
+    """Seconds and GiB of real steps, of a validation and of a save, for `report`."""
     set_rows(engine, rows)
     forget_peak(engine.backend.device)
     backend, begin = engine.backend, time.perf_counter()
@@ -195,7 +195,7 @@ def measure(engine, rows: int) -> dict[str, float]:
 
 
 def validation_seconds(engine, most: int = 8) -> float:
-    """Of a whole validation, from its first steps."""
+    """Seconds of a whole validation, from its first `most` steps."""
     if engine.val_loader is None:
         return 0.0
     steps = engine.val_loader.steps_per_epoch
@@ -206,6 +206,7 @@ def validation_seconds(engine, most: int = 8) -> float:
 
 
 def report(engine, rows: int, measured: dict[str, float]) -> None:
+    """Prints the plan. measured: the result of `measure`."""
     c, say, total = engine.config, engine.logger.print, engine.total
     saves = -(-total // c.save_interval) if c.save_interval else 1
     validations = -(-total // c.val_interval) if c.val_interval else saves
