@@ -40,13 +40,35 @@ PIECE = 1 << 19  # weights converted at once on a CPU: small enough to stay in i
 
 # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0 (QLoRA, appendix E)
 # fmt: off
-NF4_CODE = (
+NF4_CODE = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
+], device="cpu")  # said explicitly, since this file may be imported under `with torch.device("meta")`
 # fmt: on
+
+
+def _dynamic_code() -> Tensor:
+    """(256,), in ascending order: 0, 1, and in decade i of seven, from 1e-7 ... 1e-6 to 0.1 ... 1, the middles of 2^i
+    equal intervals, with either sign (arXiv:2110.02861, section 1.3). Where QLoRA's paper says FP8, its code has
+    this."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+        values += [*middles.tolist(), *(-middles).tolist()]
+    return torch.tensor(sorted(values), device="cpu")
+
+
+def _pairs() -> Tensor:
+    """(256,): the two weights that each byte stands for. A pair of fp32 numbers is moved about as one of 64 bits, which
+    is three times as fast as rows of two on a CPU."""
+    byte = torch.arange(256, device="cpu")
+    return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=-1).view(torch.float64).view(-1)
+
+
+DYNAMIC_CODE, NF4_PAIRS = _dynamic_code(), _pairs()
 
 
 class NF4(NamedTuple):
@@ -82,7 +104,7 @@ def quantize_nf4(weight: Tensor) -> NF4:
     n = weight.numel()
     blocks = _in_blocks(weight.detach(), BLOCK)
     scales = _largest(blocks)
-    code = _nf4_code(weight.device)
+    code = _table(NF4_CODE, weight.device)
 
     def pack(blocks: Tensor, scales: Tensor) -> Tensor:
         codes = _nearest(blocks, scales, code)  # (blocks, 64)
@@ -94,7 +116,7 @@ def quantize_nf4(weight: Tensor) -> NF4:
     mean = scales.mean()
     scale_blocks = _in_blocks(scales - mean, SCALE_BLOCK)
     block_scales = _largest(scale_blocks)
-    scale_codes = _nearest(scale_blocks, block_scales, _dynamic_code(weight.device))
+    scale_codes = _nearest(scale_blocks, block_scales, _table(DYNAMIC_CODE, weight.device))
     # what only fills up the last block is not kept; clones, so that its memory is not kept either
     codes, scale_codes = codes.view(-1)[: (n + 1) // 2], scale_codes.view(-1)[: len(blocks)]
     return NF4(codes.clone(), scale_codes.clone(), block_scales.view(-1), mean)
@@ -103,9 +125,9 @@ def quantize_nf4(weight: Tensor) -> NF4:
 def dequantize_nf4(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """-> the weight, in this shape and dtype. Computed in fp32 and rounded once."""
     blocks = len(packed.scale_codes)
-    scales = _dynamic_code(packed.codes.device)[_in_blocks(packed.scale_codes, SCALE_BLOCK).int()]
+    scales = _table(DYNAMIC_CODE, packed.codes.device)[_in_blocks(packed.scale_codes, SCALE_BLOCK).int()]
     scales = (scales * packed.block_scales[:, None]).view(-1, 1)[:blocks] + packed.scale_mean  # (blocks, 1)
-    pairs = _nf4_pairs(packed.codes.device)
+    pairs = _table(NF4_PAIRS, packed.codes.device)
 
     def unpack(codes: Tensor, scales: Tensor) -> Tensor:
         values = pairs.index_select(0, codes.reshape(-1).int())  # one look-up gives two weights
@@ -115,33 +137,6 @@ def dequantize_nf4(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> T
     _convert(unpack, weight, _in_blocks(packed.codes, BLOCK // 2), scales)
     n = torch.Size(shape).numel()
     return weight.view(-1)[:n].view(shape)
-
-
-@cache
-def _nf4_code(device: torch.device) -> Tensor:
-    return torch.tensor(NF4_CODE, device=device)
-
-
-@cache
-def _nf4_pairs(device: torch.device) -> Tensor:
-    """(256,): the two values that each byte stands for. A pair of fp32 numbers is moved about as one of 64 bits, which
-    is three times as fast as rows of two on a CPU."""
-    code = _nf4_code(device)
-    byte = torch.arange(256, device=device)
-    return torch.stack([code[byte >> 4], code[byte & 15]], dim=-1).view(torch.float64).view(-1)
-
-
-@cache
-def _dynamic_code(device: torch.device) -> Tensor:
-    """(256,), in ascending order: 0, 1, and in decade i of seven, from 1e-7 ... 1e-6 to 0.1 ... 1, the middles of 2^i
-    equal intervals, with either sign (arXiv:2110.02861, section 1.3). Where QLoRA's paper says FP8, its code has
-    this."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
-        values += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(values), device=device)
 
 
 # ---- 8 bits
@@ -191,6 +186,18 @@ def _nearest(rows: Tensor, scales: Tensor, code: Tensor) -> Tensor:
     return torch.bucketize(rows.float() * (1 / scales.clamp(min=1e-38)), borders, out_int32=True).to(torch.uint8)
 
 
+def _table(table: Tensor, device: torch.device) -> Tensor:
+    """The table on this device. One copy is kept there: moving it at every step would make the host wait."""
+    if device.type == "cpu" or torch.compiler.is_compiling():  # the compiler does not see through caches
+        return table.to(device, non_blocking=True)
+    return _copy_on(table, device)
+
+
+@cache
+def _copy_on(table: Tensor, device: torch.device) -> Tensor:
+    return table.to(device)
+
+
 def _convert(function: Callable[..., Tensor], out: Tensor, *inputs: Tensor) -> Tensor:
     """out = function(*inputs), where row i of the result needs row i of each input only.
 
@@ -227,7 +234,7 @@ class _QuantMatmul(torch.autograd.Function):
             grad_x = grad @ dequantize(ctx.kind(*ctx.saved_tensors), ctx.shape, grad.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, grad_bias, None, None, *(None for _ in ctx.saved_tensors)
+        return grad_x, grad_bias, None, None, *(None for _ in ctx.kind._fields)
 
 
 class QuantLinear(Linear):
