@@ -15,7 +15,9 @@ with the outlier columns kept apart, is not here: inputs stay in their own dtype
 
     weight = code / 127 * scale                       8 + 32/in_features bits a weight
 
-Codes and dequantised weights are those of bitsandbytes to the last bit. Everything is plain PyTorch, on any device.
+Codes and dequantised weights equal those of bitsandbytes bit for bit. One exception: its compiled CPU library looks
+scale codes up in a coarse table and takes a neighbouring code for some (2 in 1,000). Everything here is plain PyTorch,
+on any device.
 
 Only Linear layers are quantised. `model.moe.Experts` holds its weights as stacked parameters; they stay dense.
 """
@@ -147,8 +149,8 @@ def quantize_int8(weight: Tensor) -> Int8:
     weight = weight.detach()
     scales = _largest(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    # a row of zeros has scale 0: any divisor will do, as long as 0 / 0 is avoided
-    _convert(lambda w, inverse: (w * inverse).round(), codes, weight, 127.0 / torch.where(scales == 0, 1, scales))
+    inverse = 127 / scales.clamp(min=1e-36)  # finite for a row of zeros too
+    _convert(lambda w, inverse: (w * inverse).round(), codes, weight, inverse)
     return Int8(codes, scales.view(-1))
 
 
@@ -173,7 +175,7 @@ def _largest(rows: Tensor) -> Tensor:
     low, high = rows.aminmax(dim=-1, keepdim=True)  # unlike abs(), this needs no second copy of the weight
     largest = torch.maximum(high, -low).float()
     if not largest.is_meta and not largest.isfinite().all():
-        raise UserError("the weight holds NaN or infinity and cannot be quantised; are its files damaged?")
+        raise UserError("the weight holds NaN or infinity and cannot be quantised; is its file damaged?")
     return largest
 
 
