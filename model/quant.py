@@ -15,9 +15,10 @@ with the outlier columns kept apart, is not here: inputs stay in their own dtype
 
     weight = code / 127 * scale                       8 + 32/in_features bits a weight
 
-Codes and dequantised weights equal those of bitsandbytes bit for bit. One exception: its compiled CPU library looks
-scale codes up in a coarse table and takes a neighbouring code for some (2 in 1,000). Everything here is plain PyTorch,
-on any device.
+Codes and dequantised weights equal those of bitsandbytes bit for bit. Its CPU build differs in two places: its compiled
+library looks scale codes up in a coarse table and takes a neighbouring code for some (2 in 1,000); and it divides the
+last, shorter block by its scale instead of multiplying by the inverse, which matters only at the border of two codes.
+Everything here is plain PyTorch, on any device.
 
 Only Linear layers are quantised. `model.moe.Experts` holds its weights as stacked parameters; they stay dense.
 """
@@ -65,7 +66,7 @@ def _dynamic_code() -> Tensor:
 
 def _pairs() -> Tensor:
     """(256,): the two weights that each byte stands for. A pair of fp32 numbers is moved about as one of 64 bits, which
-    is three times as fast as rows of two on a CPU."""
+    is faster on a CPU than rows of two."""
     byte = torch.arange(256, device="cpu")
     return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=-1).view(torch.float64).view(-1)
 
