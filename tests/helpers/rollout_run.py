@@ -9,7 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the package
 
 import torch
 
