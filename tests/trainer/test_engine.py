@@ -328,7 +328,7 @@ def faults(megabytes):
 without = faults(20)
 keep_freed_memory()
 faults(20)
-print(without > 0.2, faults(20) < 0.1, faults(100) > 0.9)
+print(without > 0.05, faults(20) < 0.1, faults(100) > 0.9)
 """
 
 
