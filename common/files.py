@@ -107,6 +107,26 @@ def hash_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def allow_many_files() -> None:
+    """Raises the number of files that this process may have open, as far as the system lets it.
+
+    The usual limit, 1024, is too low for data in thousands of files: each is mapped, and Python's `mmap` keeps a file
+    descriptor for each map.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, where there is no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (1 << 16, 10240):  # macOS: at most 10240 where the hard limit is "unlimited"
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            return
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
+
+
 def keep_previous(path: Path) -> str:
     """Gives a file that will be replaced a second name, `<name>.previous.pth`, which no `--weight` finds.
 
@@ -150,7 +170,12 @@ def rename(path: Path, name: str) -> Path:
 
 def temporary_name(path: Path) -> Path:
     """A hidden name in the same folder, with the machine and process that it belongs to: `.<name>.<host>-<pid>.tmp`."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def _host() -> str:
+    """This machine's name without dots, which separate the parts of a temporary name: `gpu.vm` is not `vm`."""
+    return socket.gethostname().replace(".", "%2E")
 
 
 def sweep(folder: Path, name: str | None = None) -> list[Path]:
@@ -159,11 +184,15 @@ def sweep(folder: Path, name: str | None = None) -> list[Path]:
     A process counts as killed if it is of this machine and no longer runs. So does one with our own number: before a
     restart, the same container had it. What is older than a day is removed in any case. Returns what was removed.
     """
-    swept, host = [], socket.gethostname()
-    whose = re.compile(rf"\.{re.escape(name) if name else '.+?'}\.({re.escape(host)}|[^.]+)-(\d+)\.tmp")
-    for path in folder.glob(".*.tmp"):
+    swept, host = [], _host()
+    begin, whose = f".{name}." if name else ".", re.compile(r"\..+\.([^.]+)-(\d+)\.tmp")
+    try:
+        found = [own for own in os.listdir(folder) if own.startswith(begin) and own.endswith(".tmp")]
+    except OSError:  # no such folder, or not ours to read
+        return swept
+    for path in (folder / own for own in found):
         owner = whose.fullmatch(path.name)
-        if name and not owner:
+        if name and not (owner and path.name == f".{name}.{owner[1]}-{owner[2]}.tmp"):
             continue
         try:
             old = time.time() - path.stat().st_mtime > 86400

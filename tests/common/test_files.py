@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.faults.filesystem import Operations
-from common.files import ROOT, atomic_file, atomic_folder, hash_file, lock, sweep
+from common import files
+from common.files import ROOT, atomic_file, atomic_folder, hash_file, lock, sweep, temporary_name
 from trainer.run import resume
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions, limits and process numbers as in POSIX")
@@ -117,6 +118,25 @@ def test_writing_removes_what_killed_processes_left_of_the_same_name_only(tmp_pa
             assert outer.exists() and not left.exists()
     assert names(tmp_path) == [f".y.{host}-{dead}.tmp", "x", "x.json"]
     assert len(sweep(tmp_path)) == 1 and names(tmp_path) == ["x", "x.json"]
+
+
+@posix
+@pytest.mark.parametrize("host", ["dgxvm", "gpu.vm", "vm.gpu", "x-vm", "vm-x"])
+def test_a_machine_whose_name_is_part_of_anothers_leaves_its_files_alone(host, tmp_path, monkeypatch):
+    """`.a.gpu.vm-5.tmp` could be `a` of gpu.vm, or `a.gpu` of vm."""
+    number = dead_process()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "getpid", lambda: number)
+        patch.setattr(files.socket, "gethostname", lambda: host)
+        theirs = temporary_name(tmp_path / "a")
+        patch.setattr(files.socket, "gethostname", lambda: "vm")
+        ours = temporary_name(tmp_path / "a")
+    theirs.touch()
+    ours.touch()
+    monkeypatch.setattr(files.socket, "gethostname", lambda: "vm")
+    assert sweep(tmp_path, "a.gpu") == [] and sweep(tmp_path) == [ours] and theirs.exists()
+    monkeypatch.setattr(files.socket, "gethostname", lambda: host)
+    assert sweep(tmp_path, "a") == [theirs]
 
 
 @posix
