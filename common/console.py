@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.files import ROOT
+from common.files import ROOT, allow_many_files
 
 
 class UserError(ValueError):
@@ -31,6 +31,7 @@ def run(main: Callable[[], Any]) -> None:
     SPARROW_TRACEBACK=1 in the environment: mistakes are printed with their traceback, too.
     The exit status is 2 after a mistake, 130 after Ctrl-C, 141 if whoever read the output (`| head`) has closed it.
     """
+    allow_many_files()
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console that lacks a character must not end the program
@@ -83,6 +84,8 @@ def explain(error: BaseException) -> str:
         errno.EACCES: "permission denied; choose another place or change its owner",
         errno.EROFS: "the file system is read-only; choose another place",
         errno.EISDIR: "is a directory, expected a file",
+        errno.EMFILE: "too many files are open; raise the limit (`ulimit -n 65536`), or join the data files "
+        "(scripts/prepare_data.py)",
         errno.EADDRINUSE: "the port is in use; choose another",
     }.get(error.errno, error.strerror or str(error))
 
@@ -111,7 +114,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=size, desc=what, unit=unit, unit_scale=True)
+            self.bar = tqdm(total=size, desc=what, unit=unit, unit_scale=True, delay=1)  # seconds before it shows
 
     def advance(self, size: int) -> None:
         """Another `size` units are done."""
