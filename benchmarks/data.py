@@ -120,7 +120,7 @@ def tokenising(path: Path, folder: Path, sample: int, rounds: int) -> None:
     ours, bare = [], []
     for turn in range(rounds):
         began = time.perf_counter()
-        token_cache.token_cache(part, tokenizer, "text", cache_dir=folder / f"turn{turn}")
+        token_cache.token_caches(part, tokenizer, "text", cache_dir=folder / f"turn{turn}")
         ours.append(size / 1e6 / (time.perf_counter() - began))
         began = time.perf_counter()
         for i in range(0, len(texts), 10_000):  # all at once it is slower: memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,17 +67,31 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
     )
     train: TokenDataset = dataset(paths, tokenizer, data_limit=config.data_limit, **options)
     notes, val = [note, f"      {train.summary}"], None
+    notes += random_reads(train.stored_bytes)
     if config.val_path:
         val = dataset(config.val_path, tokenizer, **options)
         notes.append(f"validation: {', '.join(config.val_path)}: {val.summary}")
     elif config.val_fraction:
         train, val = train.split(config.val_fraction, config.seed)
-        notes.append(f"validation: {len(val):,} of these, {len(train):,} left to train on")
+        notes.append(f"validation: {val.summary}")
     for i in range(min(config.show_labels, len(train))):
         notes.append(f"--- {train.source(i)}")
         for tokens, trained in train.sequences(i):
             notes.append(show_labels(tokenizer, tokens, [True] * len(tokens) if trained is None else trained))
     return Data(train, val, builtin, notes)
+
+
+def random_reads(size: int) -> list[str]:
+    """A line of advice if `size` bytes of tokens do not fit into the main memory: then a disk is read at random."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return []
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size <= memory:
+        return []
+    return [
+        f"note: {size / 1e9:,.1f} GB of tokens do not fit into {memory / 1e9:,.1f} GB of memory, so rows are read from "
+        "the disk at random: keep them on an SSD (--cache_dir), not on a hard disk or a network drive"
+    ]
 
 
 def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> ModelConfig:

@@ -132,7 +132,8 @@ class Corpus:
     """Rows of weighted files. A row's hash decides whether and how often it is used, whatever the order of the rows."""
 
     def __init__(self, config: TokenizerConfig):
-        from dataset.read.jsonl import Jsonl, TextFile
+        from dataset.read.jsonl import Jsonl
+        from dataset.read.text import TextFile
         from dataset.tiny_world.files import generate
         from dataset.tokens.examples import weighted
 

@@ -138,6 +138,9 @@ class Loader:
 
     def batches(self, step: int) -> list[Batch]:
         rows, length = self.rows(step)[self.rank :: self.world], self.row_length(step)
+        for row in rows:
+            for example in row:
+                self.dataset.will_read(example)  # all of them first: a disk reads several at once faster
         batches, begin = [], 0
         for size in batch_sizes(len(rows), self.batch_size):
             batches.append(self._batch(rows[begin : begin + size], length))

@@ -24,9 +24,10 @@ from common.console import Progress, UserError
 from dataset.doctor.duplicates import READ_BYTES, RowHashes, content_hash, found_in
 from dataset.doctor.token_statistics import TokenStatistics
 from dataset.kinds import KINDS
-from dataset.read.jsonl import Chunk, Jsonl, TextFile
+from dataset.read.jsonl import Chunk, Jsonl
 from dataset.read.mapping import Mapping, Reader, find_reader
 from dataset.read.mix import Writer, encode
+from dataset.read.text import TextFile
 from tokenizer.text import Tokenizer
 
 HUGE = 1 << 20  # bytes of a row from which it is not tokenised here
@@ -109,7 +110,7 @@ def examine(
         if Path(path).suffix.lower() == ".txt":
             source, read = TextFile(path, cache_dir=cache_dir), Reader("plain")
         else:
-            source = Jsonl(path, cache_dir=cache_dir)
+            source = Jsonl(path, cache_dir=cache_dir, check=lambda head: find_reader(head, kind, mapping))
             read = find_reader(source, kind, mapping)
     except (ValueError, OSError) as error:
         report.failure = str(error)

@@ -20,9 +20,7 @@ from pathlib import Path
 from common.console import UserError
 from dataset.kinds import KINDS
 from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
-from dataset.read.jsonl import Jsonl, decode, parse_row
-
-HEAD = 100  # rows in which each column of a mapping must occur
+from dataset.read.jsonl import HEAD_ROWS, Rows, decode, parse_row
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,29 @@ class Reader:
         return found
 
 
-def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None = None) -> Reader:
-    """The reader for the layout of the first row that is of this kind. kind None: of any; the reader has its kind."""
+def require_reader(source: Rows, kind: str, mapping: Mapping | None, *, on_bad_row: str, limit: int = 0) -> Reader:
+    """`find_reader` for training. UserError if none of the first rows is of this kind or, unless bad rows are skipped,
+    if one of them cannot be read. limit: look at no more rows than so many (0: at all of the head)."""
+    reader = find_reader(source, kind, mapping)
+    for i in range(min(len(source), limit or HEAD_ROWS, HEAD_ROWS)):
+        try:
+            reader(source.raw(i))
+        except ValueError as error:
+            if not reader.layout:
+                raise UserError(f"{source.where(i)}: {error}") from None
+            if on_bad_row == "error":
+                raise UserError(f"{source.where(i)}: {error} (--on_bad_row skip leaves such rows out)") from None
+    return reader
+
+
+def find_reader(source: Rows, kind: str | None = None, mapping: Mapping | None = None) -> Reader:
+    """The reader for the layout of the first row that is of this kind. kind None: of any; the reader has its kind.
+
+    Only a file's first rows are looked at (HEAD_ROWS). Each column that a mapping names must occur in one of them.
+    """
     found, columns = None, {}
-    for i in range(len(source)):
-        if found and (i == HEAD or not mapping):
+    for i in range(min(len(source), HEAD_ROWS)):
+        if found and not mapping:
             break
         try:
             row = source[i]

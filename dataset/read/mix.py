@@ -116,7 +116,7 @@ class _File:
     def __init__(self, path: str, to: str | None, mapping: Mapping | None, on_bad_row: str, cache_dir: str | None):
         if Path(path).suffix.lower() == ".txt":
             raise UserError(f"{path}: plain text needs no preparing; give it to train_pretrain.py as it is")
-        self.rows = Jsonl(path, cache_dir=cache_dir)
+        self.rows = Jsonl(path, cache_dir=cache_dir, check=lambda head: find_reader(head, mapping=mapping))
         self.read: Reader = find_reader(self.rows, mapping=mapping)
         self.to = to or self.read.kind
         if self.to != self.read.kind and (self.to, self.read.kind) not in (("chat", "preference"), ("chat", "rated")):
@@ -126,7 +126,7 @@ class _File:
     def canonical(self, report: MergeReport) -> Iterator[tuple[bytes, dict | None]]:
         """(bytes as read, row of the wanted kind); None instead of a row that is left out."""
         with RowErrors(self.rows.path, self.rows.cache, len(self.rows), self.on_bad_row) as errors:
-            for chunk in self.rows.chunks(READ_BYTES, self.limit):
+            for chunk in self.rows.chunks(READ_BYTES, range(self.limit)):
                 for raw, line in zip(chunk.rows, chunk.lines.tolist()):
                     try:
                         row = self.read(raw)
@@ -188,7 +188,7 @@ def _held_out(files: list[_File], fraction: float, seed: int):
         (
             line_hash(raw, seed)
             for file in files
-            for chunk in file.rows.chunks(READ_BYTES, file.limit)
+            for chunk in file.rows.chunks(READ_BYTES, range(file.limit))
             for raw in chunk.rows
         ),
         np.uint64,

@@ -3,71 +3,136 @@
     directory, facts = get_or_build(cache_root(data_file), "pretrain.jsonl-tokens-1f2e", build)
 
 An entry is a folder that exists complete or not at all (common/files.py). If several processes want the same one, one
-builds it and the others wait. The big arrays are read through `Mapped`, which keeps a file of any size at a few MiB of
-this process's memory.
+builds it and the others wait. An entry's `facts.json` was modified when the entry was last asked for, give or take a
+day; by this, scripts/clean_cache.py finds those that nobody uses. The big arrays are read through `Mapped`, which keeps
+a file of any size at a few MiB of this process's memory.
 """
 
 import json
 import mmap
 import os
+import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from common.console import UserError
 from common.files import atomic_folder, lock, remove_folder
+
+FACTS = "facts.json"
+DAY = 86400  # seconds
+
+
+def user_cache() -> Path:
+    """Where caches go whose data lie in a folder that is read-only."""
+    home = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "sparrow"
 
 
 def cache_root(data_file: Path, cache_dir: str | Path | None = None) -> Path:
-    """`cache_dir`, else `.cache` beside the file, else (read-only data) the user's cache, else the temporary folder."""
+    """`cache_dir`, else `.cache` beside the file, else (read-only data) the user's cache, else the temporary folder.
+
+    The folder is not made before something is put into it.
+    """
     if cache_dir is not None:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
         return Path(cache_dir)
-    home = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    for folder in (data_file.parent / ".cache", Path(home) / "sparrow"):
-        if is_writable(folder):
-            return folder
-    return Path(tempfile.gettempdir())
+    beside = data_file.parent / ".cache"
+    return next((folder for folder in (beside, user_cache()) if is_writable(folder)), Path(tempfile.gettempdir()))
 
 
 def is_writable(folder: Path) -> bool:
+    """Whether files can be written into the folder or, where it does not exist yet, into the one it would be made in.
+    Nothing is left there by asking."""
     try:
         # root may write anywhere: a folder without a single write bit is read-only because somebody wants it so
-        parent = next(p for p in (folder, *folder.parents) if p.exists())
-        if not parent.stat().st_mode & 0o222:
+        existing = _existing(folder)
+        if not existing.stat().st_mode & 0o222:
             return False
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             return True
     except OSError:
         return False
 
 
+def require_space(root: Path, size: float, what: str) -> str:
+    """UserError if the disk of `root` has less than `size` bytes free. Returns how many there are, in words."""
+    free = shutil.disk_usage(_existing(root)).free
+    if size > free:
+        raise UserError(
+            f"{what} need about {size / 1e9:,.1f} GB in {root}, where {free / 1e9:,.1f} GB are free; make room, or "
+            "name a folder on another disk with --cache_dir"
+        )
+    return f"{free / 1e9:,.1f} GB free"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def find_entry(root: Path, name: str) -> tuple[Path, dict] | None:
+    """The entry `root/name` and its facts, if it is there and complete."""
+    path = root / name
+    facts = _facts(path)
+    if facts is None:
+        return None
+    with suppress(OSError):  # a cache that is read-only is used all the same
+        if time.time() - (path / FACTS).stat().st_mtime > DAY:
+            os.utime(path / FACTS)
+    return path, facts
+
+
 def get_or_build(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[Path, dict]:
     """The entry `root/name` and its facts. Only if there is no such entry, `build` is called: it fills the folder that
-    it is given and returns the facts, which must have a "source" and a "content"."""
-    path = root / name
-    if (facts := _facts(path)) is not None:
-        return path, facts
-    lock_file = root / f"{name}.lock"
-    with lock(lock_file, f"{name}: waiting for the process that is building it"):
-        if (facts := _facts(path)) is not None:
-            return path, facts
-        remove_folder(path)  # a damaged one
-        try:
-            with atomic_folder(path) as folder:
-                facts = build(folder)
-                facts["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-                (folder / "facts.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
-        except OSError:  # without locks, another process may have been first, with the same content
-            if (facts := _facts(path)) is None:
-                raise
-        with suppress(OSError):  # whoever waits for it will find the entry; Windows keeps it while it is open there
+    it is given and returns the facts, which must have a "source" and a "content". If it fails, nothing is left, nor the
+    cache's own folder if that was empty."""
+    if found := find_entry(root, name):
+        return found
+    path, lock_file, is_new = root / name, root / f"{name}.lock", _made(root)
+    try:
+        with lock(lock_file, f"{name}: waiting for the process that is building it"):
+            if found := find_entry(root, name):
+                return found
+            remove_folder(path)  # a damaged one
+            try:
+                with atomic_folder(path) as folder:
+                    facts = build(folder)
+                    facts["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+                    (folder / FACTS).write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
+            except OSError:  # without locks, another process may have been first, with the same content
+                if (facts := _facts(path)) is None:
+                    raise
+            finally:
+                with suppress(OSError):  # whoever waits for it looks for the entry; Windows keeps it while it is open
+                    lock_file.unlink()
+    except BaseException:
+        with suppress(OSError):  # Windows lets go of the lock file only now
             lock_file.unlink()
+        with suppress(OSError):  # not empty, or another process has removed it
+            root.rmdir()
+        raise
+    if is_new:  # said once, by whoever makes the folder, since it may come to take much space
+        message = f"cache: line indexes and tokens are kept in {root} (--cache_dir names another place)"
+        print(message, file=sys.stderr, flush=True)
     _forget_older(root, name, facts)
     return path, facts
+
+
+def _made(root: Path) -> bool:
+    """Makes the cache's folder -> whether it is this process that did."""
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir()
+        return True
+    except FileExistsError:
+        return False
 
 
 def _facts(path: Path) -> dict | None:
@@ -80,38 +145,63 @@ def _facts(path: Path) -> dict | None:
     return facts if whole else None
 
 
+class Entry(NamedTuple):
+    path: Path
+    source: str  # the data file it was made from
+    used: float  # when it was last asked for, in seconds since 1970, give or take a day
+    size: int  # bytes
+
+
+def entries(root: Path) -> list[Entry]:
+    """All complete entries of a cache, those first that were not used for longest."""
+    found = []
+    for name in os.listdir(root):
+        if not name.startswith(".") and (facts := _facts(root / name)) is not None:
+            used, size = (root / name / FACTS).stat().st_mtime, sum(facts["files"].values())
+            found.append(Entry(root / name, facts["source"], used, size))
+    return sorted(found, key=lambda entry: entry.used)
+
+
 def _forget_older(root: Path, name: str, facts: dict) -> None:
     """Removes entries that were made from an earlier content of the same data file: nothing asks for them again."""
     prefix = name.rsplit("-", 2)[0] + "-"
-    for other in root.iterdir():
-        if other.name.startswith(prefix) and other.name != name:
-            theirs = _facts(other)
+    for other in os.listdir(root):
+        if other.startswith(prefix) and other != name:
+            theirs = _facts(root / other)
             if theirs and theirs["source"] == facts["source"] and theirs["content"] != facts["content"]:
-                remove_folder(other)
+                remove_folder(root / other)
 
 
 class Mapped:
     """A file as an array that is read in slices: `Mapped(path, np.uint16)[10:20]`, a view into the page cache.
 
-    Pages that were read count as this process's memory until they are handed back, which is done every `KEEP` bytes.
-    The system's page cache keeps them; a view that is still in use reads them again by itself.
+    The file is opened when it is first read, and stays open: a map costs a file descriptor. Pages that were read count
+    as this process's memory until they are handed back, which is done every `KEEP` bytes. The system's page cache keeps
+    them; a view that is still in use reads them again by itself.
     """
 
     KEEP = 32 << 20
     FAULT = 1 << 16  # bytes: an access to one page maps its neighbours too, 64 KiB on Linux
 
     def __init__(self, path: Path, dtype: type):
+        self.path, self.dtype = path, np.dtype(dtype)
         self._touched = 0
         self._map = None
-        if os.path.getsize(path) == 0:  # mmap refuses an empty file
-            self.array = np.empty(0, dtype)
-            return
-        with open(path, "rb") as handle:
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        if not len(self):  # mmap refuses an empty file
+            return np.empty(0, self.dtype)
+        with open(self.path, "rb") as handle:
             self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        self.array = np.frombuffer(self._map, dtype)
+        return np.frombuffer(self._map, self.dtype)
+
+    @cached_property
+    def _length(self) -> int:
+        return os.path.getsize(self.path) // self.dtype.itemsize
 
     def __len__(self) -> int:
-        return len(self.array)
+        return self._length
 
     def __getitem__(self, where):
         found = self.array[where]
@@ -121,3 +211,10 @@ class Mapped:
             if self._map is not None and hasattr(self._map, "madvise"):
                 self._map.madvise(mmap.MADV_DONTNEED)
         return found
+
+    def will_read(self, start: int, stop: int) -> None:
+        """Tells the system to read these elements from the disk already, while this process does something else."""
+        start, stop = (max(0, min(at, len(self))) * self.dtype.itemsize for at in (start, stop))
+        start -= start % mmap.PAGESIZE
+        if start < stop and self.array is not None and hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)

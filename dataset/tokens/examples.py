@@ -23,8 +23,8 @@ import numpy as np
 from common.console import UserError
 from dataset.read.mapping import Mapping
 from dataset.tokens.lengths import fit
-from dataset.tokens.stream import Stream
-from dataset.tokens.token_cache import TokenCache, token_cache
+from dataset.tokens.stream import END, Pieces, Stream, joined, piece
+from dataset.tokens.token_cache import TokenCache, token_caches
 from tokenizer.text import Tokenizer
 
 SPLIT, PART = 1 << 62, 1 << 61  # streams of `shuffled`; the loader uses the epochs 0, 1, ... as streams
@@ -74,7 +74,7 @@ class TokenDataset:
     max_seq_len  positions of a row
     data_limit   use only the first rows, of all files together (0: all)
     seed         chooses the rows that `file:0.5` takes
-    cache_dir, num_workers, on_bad_row, mapping: as in `token_cache`
+    cache_dir, num_workers, on_bad_row, mapping: as in `token_caches`
     """
 
     kind: ClassVar[str]  # a key of KINDS
@@ -101,11 +101,12 @@ class TokenDataset:
     ):
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
         self._tokenizer_hash, self._seed, left = tokenizer.hash, seed, data_limit
-        self._caches: list[TokenCache] = []
-        self._weights: list[float] = []  # of each cache: how often its examples come in an epoch
+        self._caches: list[TokenCache] = []  # of all files one after the other; a large file has several
+        self._files: list[int] = []  # of each cache: which file it is of
+        self._weights: list[float] = []  # of each file: how often its examples come in an epoch
         for spec in [paths] if isinstance(paths, (str, Path)) else paths:
             path, weight = weighted(spec)
-            cache = token_cache(
+            caches = token_caches(
                 path,
                 tokenizer,
                 self.kind,
@@ -115,9 +116,10 @@ class TokenDataset:
                 limit=left,
                 mapping=mapping,
             )
-            self._caches.append(cache)
+            self._caches += caches
+            self._files += [len(self._weights)] * len(caches)
             self._weights.append(weight)
-            left -= cache.facts["rows"]
+            left -= sum(cache.facts["rows"] for cache in caches)
             if data_limit and left <= 0:
                 break
         if not self._caches:
@@ -125,6 +127,11 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tokens on the disk."""
+        return sum(len(cache.tokens) * cache.tokens.dtype.itemsize for cache in self._caches)
 
     def tokens(self, i: int) -> np.ndarray:
         """(n,) ids of example i, uint16 or uint32."""
@@ -147,6 +154,9 @@ class TokenDataset:
         """file:line where the example begins."""
         return self._source(int(self.order[i]))
 
+    def will_read(self, i: int) -> None:
+        """Example i will be asked for soon: a hint, so that a slow disk can begin. Only large data needs it."""
+
     def _tokens(self, example: int) -> np.ndarray:
         raise NotImplementedError
 
@@ -160,20 +170,17 @@ class TokenDataset:
         return {}
 
     def split(self: Self, val_fraction: float, seed: int) -> tuple[Self, Self]:
-        """(training, validation): views, the same for the same seed. A repeated example is on one side only."""
-        if not 0 < val_fraction < 1:
-            raise UserError(f"--val_fraction {val_fraction}: must be between 0 and 1")
+        """(training, validation): views, the same for the same seed. A repeated example is on one side only. The
+        summary of the second is about both."""
         distinct = np.unique(self.order)
-        count = max(1, round(val_fraction * len(distinct)))
-        if count >= len(distinct):
-            raise UserError(f"--val_fraction {val_fraction}: {len(distinct)} examples are too few to split")
-        held_out = np.zeros(int(distinct[-1]) + 1, bool)
-        held_out[distinct[shuffled(len(distinct), seed, SPLIT)[:count]]] = True
+        chosen = held_out(len(distinct), val_fraction, seed, "examples")
+        validates = np.zeros(int(distinct[-1]) + 1, bool)
+        validates[distinct] = chosen
         name = f"{val_fraction} {seed}"
-        return (
-            self.view(np.flatnonzero(~held_out[self.order]), f"train {name}"),
-            self.view(np.unique(self.order, return_index=True)[1][held_out[distinct]], f"val {name}"),
-        )
+        train = self.view(np.flatnonzero(~validates[self.order]), f"train {name}")
+        val = self.view(np.unique(self.order, return_index=True)[1][chosen], f"val {name}")
+        val.summary = f"{len(val):,} of these, {len(train):,} left to train on"
+        return train, val
 
     def view(self: Self, examples: np.ndarray, name: str) -> Self:
         """The same data set with these examples only, in this order; the name goes into its fingerprint."""
@@ -183,8 +190,10 @@ class TokenDataset:
         return view
 
     def _fingerprint(self, *options: object) -> str:
-        facts = [cache.facts for cache in self._caches]
-        data = [[f["content"], f["rows"], f["bad"], weight] for f, weight in zip(facts, self._weights)]
+        data = []
+        for file, weight in enumerate(self._weights):
+            parts = [cache.facts for cache, own in zip(self._caches, self._files) if own == file]
+            data.append([parts[0]["content"], *(sum(f[key] for f in parts) for key in ("rows", "bad")), weight])
         seed = self._seed if any(weight % 1 for weight in self._weights) else ""  # else it does not change the data
         return _hash(json.dumps(data), self._tokenizer_hash, *options, seed)
 
@@ -194,6 +203,7 @@ class TokenDataset:
         unread = dict.fromkeys(name for f in facts for name in f["unread"])
         empty, where = sum(f["empty"] for f in facts), [place for f in facts for place in f["first_empty"]][:3]
         bad, rejects = sum(f["bad"] for f in facts), [f["rejects"] for f in facts if f["bad"]]
+        rejects = [*rejects[:3], *["..."] * (len(rejects) > 3)]
         return (
             (f"; columns not read: {', '.join(unread)}" if unread else "")
             + (f"; {empty:,} rows with nothing to train on left out ({', '.join(where)})" if empty else "")
@@ -213,10 +223,19 @@ class PretrainDataset(TokenDataset):
 
     def __init__(self, paths: Sequence[str | Path] | str | Path, tokenizer: Tokenizer, **options):
         super().__init__(paths, tokenizer, **options)
-        by_weight: dict[float, list[TokenCache]] = {}
-        for cache, weight in zip(self._caches, self._weights):
-            by_weight.setdefault(weight, []).append(cache)
-        self._streams = [Stream(group) for group in by_weight.values()]
+        whole = [piece(i, 0, len(cache.tokens)) for i, cache in enumerate(self._caches)]
+        self._lay_out(whole)
+        self.fingerprint = self._fingerprint("pretrain", self.max_seq_len)
+        documents, tokens = (sum(cache.facts[key] for cache in self._caches) for key in ("documents", "tokens"))
+        self.summary = f"{documents:,} documents, {tokens:,} tokens{self._left_aside()}"
+
+    def _lay_out(self, pieces: list[Pieces], *, repeat: bool = True) -> None:
+        """Cuts streams of these pieces, given for each cache, into rows. repeat: as the files' weights say."""
+        by_weight: dict[float, list[Pieces]] = {}
+        for file, own in zip(self._files, pieces):
+            if len(own.cache):
+                by_weight.setdefault(self._weights[file] if repeat else 1.0, []).append(own)
+        self._streams = [Stream(self._caches, group, self.end_of_text) for group in by_weight.values()]
         rows = [-(-(stream.length - 1) // self.max_seq_len) for stream in self._streams]
         self._first_rows = np.cumsum([0, *rows])
         lengths = [np.full(n, self.max_seq_len + 1, np.int32) for n in rows]
@@ -224,13 +243,50 @@ class PretrainDataset(TokenDataset):
             own[-1] = stream.length - (n - 1) * self.max_seq_len
         self.order = repeated(rows, list(by_weight), self._seed)
         self.lengths = np.concatenate(lengths)[self.order]
-        self.fingerprint = self._fingerprint("pretrain", self.max_seq_len)
-        documents, tokens = (sum(cache.facts[key] for cache in self._caches) for key in ("documents", "tokens"))
-        self.summary = f"{documents:,} documents, {tokens:,} tokens{self._left_aside()}"
+
+    def split(self, val_fraction: float, seed: int) -> tuple[PretrainDataset, PretrainDataset]:
+        """(training, validation): streams of different documents, so no part of a long one is on both sides.
+
+        A .txt file is one document, or does not say where one ends: its end is held out.
+        """
+        counts = [0 if cache.facts["kind"] == "plain" else len(cache) for cache in self._caches]
+        documents, texts = sum(counts), [file for file, n in zip(self._files, counts) if not n]
+        alone = texts and round(val_fraction * documents) in (0, documents)  # of the .txt files there is enough
+        chosen = np.zeros(documents, bool) if alone else held_out(documents, val_fraction, seed, "documents")
+        sizes = np.bincount(self._files, [len(cache.tokens) for cache in self._caches]).astype(np.int64)
+        sides: tuple[list[Pieces], list[Pieces]] = [], []
+        first, before = 0, dict.fromkeys(self._files, 0)
+        for i, (cache, file, n) in enumerate(zip(self._caches, self._files, counts)):
+            size = len(cache.tokens)
+            if n:
+                own = np.flatnonzero(chosen[first : first + n])
+                begins, ends = cache.offsets.array[own], cache.offsets.array[own + 1]
+                sides[0].append(piece(i, [0, *ends], [*begins, size]))
+                sides[1].append(piece(i, begins, ends))
+            else:
+                cut = int(sizes[file]) - max(1, round(val_fraction * int(sizes[file])))  # in the file
+                here = min(max(cut - before[file], 0), size)
+                sides[0].append(piece(i, 0, here))
+                opens = [piece(END, 0, 1)] if before[file] + here == cut > 0 else []  # it begins inside the document
+                sides[1].append(joined([*opens, piece(i, here, size)]))
+            first, before[file] = first + n, before[file] + size
+        train, val = copy.copy(self), copy.copy(self)
+        train._lay_out(sides[0])
+        val._lay_out(sides[1], repeat=False)
+        for view, name in ((train, "train"), (val, "val")):
+            view.fingerprint = _hash(self.fingerprint, f"{name} documents {val_fraction} {seed}")
+        found = [f"{int(chosen.sum()):,} of these documents"] if chosen.any() else []
+        found += ["the end of each .txt file"] if texts else []
+        val.summary = f"{' and '.join(found)}, {len(val):,} rows; {len(train):,} rows left to train on"
+        return train, val
+
+    def will_read(self, i: int) -> None:
+        stream, start = self._place(int(self.order[i]))
+        stream.will_read(start, min(start + self.max_seq_len + 1, stream.length))
 
     def _tokens(self, row: int) -> np.ndarray:
         stream, start = self._place(row)
-        return stream.read(start, start + self.max_seq_len + 1, self.end_of_text)
+        return stream.read(start, min(start + self.max_seq_len + 1, stream.length))
 
     def _trained(self, row: int) -> None:
         return None
@@ -270,7 +326,7 @@ class EntryDataset(TokenDataset):
             kept.append(np.flatnonzero(keep).astype(np.int32))
             cuts.append(cut[keep])
             sizes.append((lengths.total - cut)[keep])
-            longest = max(longest, int((lengths.prompt + lengths.answer).max()) - 1)
+            longest = max(longest, int((lengths.prompt + lengths.answer).max(initial=0)) - 1)
             shortened += int((cuts[-1] > 0).sum())
             left_out += int((~keep).sum())
         counts = [len(entries) for entries in kept]
@@ -278,7 +334,7 @@ class EntryDataset(TokenDataset):
         if not self.distinct_count:
             raise UserError(f"--max_seq_len {self.max_seq_len}: no {self.called} fits, the longest needs {longest}")
         self._kept, self._cuts, self._first = kept, cuts, np.cumsum([0, *counts])
-        self.order = repeated(counts, self._weights, self._seed)
+        self.order = repeated(np.bincount(self._files, counts).astype(int).tolist(), self._weights, self._seed)
         self.lengths = np.concatenate(sizes)[self.order]
         self.summary = f"{len(self):,} {self.called}s, {int(self.lengths.sum()):,} tokens"
         if shortened or left_out:
@@ -295,7 +351,7 @@ class EntryDataset(TokenDataset):
 
     def _source(self, example: int) -> str:
         cache, entry, _ = self._place(example)
-        return f"{cache.path}:{cache.lines[entry]}"
+        return cache.where(entry)
 
 
 class SFTDataset(EntryDataset):
@@ -331,18 +387,30 @@ class SFTDataset(EntryDataset):
         return trained
 
 
+def held_out(count: int, fraction: float, seed: int, what: str) -> np.ndarray:
+    """(count,) bool: a seeded choice of this fraction of them, at least one."""
+    if not 0 < fraction < 1:
+        raise UserError(f"--val_fraction {fraction}: must be between 0 and 1")
+    wanted = max(1, round(fraction * count))
+    if wanted >= count:
+        raise UserError(f"--val_fraction {fraction}: {count} {what} are too few to split; --val_path names other files")
+    chosen = np.zeros(count, bool)
+    chosen[shuffled(count, seed, SPLIT)[:wanted]] = True
+    return chosen
+
+
 def repeated(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
     """Distinct examples, group after group, each group repeated by its weight's whole part and a seeded rest of it."""
+    dtype = np.int32 if sum(sizes) < 1 << 31 else np.int64
     parts, first = [], 0
     for group, (size, weight) in enumerate(zip(sizes, weights)):
-        parts += [np.arange(first, first + size)] * int(weight)
-        rest = round((weight - int(weight)) * size)
-        parts.append(first + np.sort(shuffled(size, seed, PART + group)[:rest]))
+        parts += [np.arange(first, first + size, dtype=dtype)] * int(weight)
+        if rest := round((weight - int(weight)) * size):
+            parts.append((first + np.sort(shuffled(size, seed, PART + group)[:rest])).astype(dtype))
         first += size
-    order = np.concatenate(parts)
-    if not len(order):
+    if not any(map(len, parts)):
         raise UserError(f"--data_path: {weights} of {sizes} examples leave none")
-    return order.astype(np.int32 if first < 1 << 31 else np.int64)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _hash(*parts: object) -> str:

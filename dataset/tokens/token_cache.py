@@ -1,11 +1,14 @@
 """A data file's tokens, worked out once: rows are tokenised in parallel into flat files, which are mapped afterwards.
 
-    cache = token_cache("dataset/pretrain.jsonl", tokenizer, "text")
+    [cache] = token_caches("dataset/pretrain.jsonl", tokenizer, "text")
     cache.tokens[cache.offsets[7]:cache.offsets[8]]     # the eighth entry, uint16 (uint32 from 65,537 ids on)
 
 An entry is a document, a conversation or a pair of answers, as dataset/tokens/encode.py makes them of a row. The key of
 a cache is made of the data's content, the tokenizer's hash (which covers its chat template) and the options that choose
 rows. It does not depend on --max_seq_len or --batch_size, so changing these reads the same cache.
+
+A file of 2 GB or more has a cache for each of its parts, of about 1 GB: tokenising that was stopped continues after the
+last complete part.
 """
 
 from __future__ import annotations
@@ -16,24 +19,30 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from multiprocessing import current_process, get_context
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from common.console import Progress, UserError
 from dataset.kinds import KINDS
-from dataset.read.jsonl import Chunk, Jsonl, RowErrors, TextFile, entry_name
-from dataset.read.mapping import Mapping, Reader, find_reader
-from dataset.tokens.cache import Mapped, get_or_build
+from dataset.read.jsonl import Chunk, Head, Jsonl, RowErrors, entry_name
+from dataset.read.mapping import Mapping, Reader, find_reader, require_reader
+from dataset.read.text import TextFile
+from dataset.tokens.cache import Mapped, find_entry, get_or_build, require_space
 from dataset.tokens.encode import BadRow, Block, open_document, token_dtype
 from dataset.tokens.lengths import Lengths
 from tokenizer.text import Tokenizer
 
 FORMAT = 4  # part of every key: raise it when the files change, and old caches are made anew
 TOKENISED_BYTES = 1 << 20  # bytes of rows that are tokenised together
+PART_BYTES = 1 << 30  # bytes of rows that are tokenised into a cache of their own
+ESTIMATED_FROM = 256 << 20  # bytes of rows from which the space that their tokens need is estimated first
+SAMPLES, SAMPLED_BYTES = 8, 64 << 10  # for that: places in the file, bytes of rows at each
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays
 EMPTY_ALLOWED = 0.05  # share of rows without anything to train on; above it the data must be wrong
 
@@ -49,15 +58,23 @@ class TokenCache:
         self.columns = {name: Mapped(folder / name, dtype) for name, dtype in self.kind.columns.items()}
 
     def __len__(self) -> int:
-        return len(self.lines.array)
+        return len(self.lines)
 
     def lengths(self) -> Lengths:
-        """Of every entry, int32."""
-        ids = np.diff(self.offsets.array).astype(np.int32)
-        return self.kind.lengths(ids, {name: column.array for name, column in self.columns.items()})
+        """Of every entry, int32. What this reads is mapped for this only: many files do not stay open for it."""
+        ids = np.diff(Mapped(self.offsets.path, np.int64).array).astype(np.int32)
+        columns = {name: Mapped(own.path, own.dtype).array for name, own in self.columns.items()}
+        return self.kind.lengths(ids, columns)
+
+    def where(self, entry: int) -> str:
+        """file:line of an entry's row."""
+        try:
+            return f"{self.path}:{self.lines[entry]}"
+        except OSError:  # removed since the run started: it trains on what it has mapped
+            return str(self.path)
 
 
-def token_cache(
+def token_caches(
     path: str | Path,
     tokenizer: Tokenizer,
     kind: str,
@@ -67,79 +84,124 @@ def token_cache(
     on_bad_row: str = "error",
     limit: int = 0,
     mapping: Mapping | None = None,
-) -> TokenCache:
-    """The cache of one file, made now if it is not there.
+) -> list[TokenCache]:
+    """The caches of one file's parts, in order, made now where they are not there.
 
     kind         a key of KINDS: what the rows must be
     num_workers  processes that tokenise (None: one for each core)
-    on_bad_row   "error", or "skip": see RowErrors
+    on_bad_row   "error", or "skip": see RowErrors; its limits hold for each part
     limit        use only the first rows (0: all)
     """
     if getattr(current_process(), "_inheriting", False):  # one of our workers, which runs its parent's script again
         raise RuntimeError("this script runs when it is imported; put its code under `if __name__ == '__main__':`")
-    if Path(path).suffix.lower() == ".txt":
+
+    def check(rows: Jsonl | Head) -> Reader:
+        return require_reader(rows, kind, mapping, on_bad_row=on_bad_row, limit=limit)
+
+    if plain := Path(path).suffix.lower() == ".txt":
         if kind != "text":
             raise UserError(f"{path}: plain text is for pretraining; this stage needs JSONL with conversations")
-        source, kind = TextFile(path, cache_dir=cache_dir), "plain"
+        source = TextFile(path, cache_dir=cache_dir)
     else:
-        source = Jsonl(path, cache_dir=cache_dir)
-    rows, limit = (limit, limit) if 0 < limit < len(source) else (len(source), 0)
+        source = Jsonl(path, cache_dir=cache_dir, check=check)
+    what = "plain" if plain else kind
+    rows, taken = (limit, limit) if 0 < limit < len(source) else (len(source), 0)
     columns = mapping and replace(mapping, path="")
-    state = f"{FORMAT} {source.content} {tokenizer.hash} {kind} {limit}" + (f" {columns}" if columns else "")
+    state = f"{FORMAT} {source.content} {tokenizer.hash} {what} {taken}" + (f" {columns}" if columns else "")
+    parts = source.parts(PART_BYTES, rows)
+    states = [f"{state} {part.start}-{part.stop}" for part in parts] if len(parts) > 1 else [state]
+    names = [entry_name(source.path, what, own) for own in states]
+    missing = [part for part, name in zip(parts, names) if not find_entry(source.cache, name)]
 
-    def build(folder: Path) -> dict:
-        reader = Reader(kind) if isinstance(source, TextFile) else find_reader(source, kind, mapping)
-        with RowErrors(source.path, source.cache, rows, on_bad_row) as errors:
-            return _Builder(folder, source, tokenizer, reader).build(rows, num_workers, errors)
+    def build(part: range, folder: Path) -> dict:
+        reader = Reader("plain") if isinstance(source, TextFile) else find_reader(source, kind, mapping)
+        if not reader.layout and not plain:  # the index was made by a stage that reads another kind
+            check(source)
+        if part in missing[:1]:  # others that wait for it do not say it again
+            _check_space(source, tokenizer, reader, missing)
+        called = f"{parts.index(part) + 1}-of-{len(parts)}" if len(parts) > 1 else ""
+        return _Builder(folder, source, part, called, tokenizer, reader).build(num_workers, on_bad_row)
 
-    folder, facts = get_or_build(source.cache, entry_name(source.path, kind, state), build)
-    if facts["bad"] and on_bad_row != "skip":  # the cache was made under "skip"
-        raise UserError(f"{facts['first_bad'][0]} (--on_bad_row skip leaves such rows out)")
-    return TokenCache(source.path, folder, facts)
+    caches = []
+    for part, name in zip(parts, names):
+        folder, facts = get_or_build(source.cache, name, partial(build, part))
+        if facts["bad"] and on_bad_row != "skip":  # the cache was made under "skip"
+            raise UserError(f"{facts['first_bad'][0]} (--on_bad_row skip leaves such rows out)")
+        caches.append(TokenCache(source.path, folder, facts))
+    return caches
+
+
+def _check_space(source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader, parts: list[range]) -> None:
+    """Before much is tokenised: says how much space the tokens will need. UserError if there is less. The ratio of
+    tokens to text is that of a sample of rows."""
+    size = sum(map(source.bytes_of, parts))
+    if size < ESTIMATED_FROM:
+        return
+    read = written = 0
+    for chunk in source.samples(SAMPLES, SAMPLED_BYTES):
+        block = encode(chunk, tokenizer, reader)
+        written += block.tokens.nbytes + 16 * len(block.lengths)  # an offset and a line number of each entry
+        written += sum(column.nbytes for column in block.columns.values())
+        read += sum(map(len, chunk.rows))
+    need = 1.05 * size * written / read
+    free = require_space(source.cache, need, f"{source.path}: the tokens of {size / 1e9:,.1f} GB")
+    message = (
+        f"tokenising {source.path}: {size / 1e9:,.1f} GB become about {need / 1e9:,.1f} GB in {source.cache} ({free}; "
+        "--cache_dir names another folder)"
+    )
+    print(message, file=sys.stderr, flush=True)
 
 
 class _Builder:
-    """Writes the files block after block, so that memory stays bounded."""
+    """Writes the files of a part block after block, so that memory stays bounded.
 
-    def __init__(self, folder: Path, source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader):
-        self.source, self.tokenizer, self.reader, self.kind = source, tokenizer, reader, KINDS[reader.kind]
+    part    one of the source's `parts`
+    called  "3-of-9"; empty: the part is the whole file
+    """
+
+    def __init__(
+        self, folder: Path, source: Jsonl | TextFile, part: range, called: str, tokenizer: Tokenizer, reader: Reader
+    ):
+        self.folder, self.source, self.part, self.called = folder, source, part, called
+        self.tokenizer, self.reader, self.kind = tokenizer, reader, KINDS[reader.kind]
         self.plain = isinstance(source, TextFile)
-        self.files = {name: open(folder / name, "wb") for name in ("tokens", "offsets", "lines", *self.kind.columns)}
+        self.files: dict[str, BinaryIO] = {}
         self.tokens, self.entries = 0, 0  # written so far
         self.empty, self.first_empty = 0, []  # rows without anything to train on
-        np.zeros(1, np.int64).tofile(self.files["offsets"])
 
-    def build(self, rows: int, num_workers: int | None, errors: RowErrors) -> dict:
+    def build(self, num_workers: int | None, on_bad_row: str) -> dict:
         """-> the facts that are kept beside the files."""
-        progress = Progress(f"tokenising {self.source.path.name}", self.source.size)
-        try:
-            if self.plain:
+        source, rows = self.source, 1 if self.plain else len(self.part)
+        size, name = source.bytes_of(self.part), f"{source.path.name} {self.called}".strip()
+        chunks = source.chunks(TOKENISED_BYTES, self.part)
+        with RowErrors(source.path, source.cache, rows, on_bad_row, self.called) as errors, ExitStack() as stack:
+            progress = stack.enter_context(closing(Progress(f"tokenising {name}", size)))
+            for own in ("tokens", "offsets", "lines", *self.kind.columns):
+                self.files[own] = stack.enter_context(open(self.folder / own, "wb"))
+            np.zeros(1, np.int64).tofile(self.files["offsets"])
+            if self.plain and not self.part.start:
                 self.write(open_document(self.tokenizer))
-            with closing(blocks(self.source, self.tokenizer, self.reader, rows, num_workers)) as found:
-                for chunk, block in found:
-                    for line, reason, raw in block.bad:
-                        if self.plain:  # a document cannot do without a piece of it
-                            raise UserError(f"{self.source.path}:{line}: {reason}")
-                        errors.add(line, reason, raw)
-                    self.write(block)
-                    progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
-        finally:
-            progress.close()
-            for file in self.files.values():
-                file.close()
-        if not self.entries or self.empty > max(1, EMPTY_ALLOWED * rows):
-            what = "text in them" if self.kind.stream else "assistant's turn to train on"
-            where = ", ".join(self.first_empty) or self.source.path
-            raise UserError(f"{where}: {self.empty:,} of {rows:,} rows have no {what}; is this the right file?")
+            found = blocks(chunks, size, self.tokenizer, self.reader, num_workers)
+            for chunk, block in stack.enter_context(closing(found)):
+                for line, reason, raw in block.bad:
+                    if self.plain:  # a document cannot do without a piece of it
+                        raise UserError(f"{source.path}:{line}: {reason}")
+                    errors.add(line, reason, raw)
+                self.write(block)
+                progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
+            if not self.entries or self.empty > max(1, EMPTY_ALLOWED * rows):
+                what = "text in them" if self.kind.stream else "assistant's turn to train on"
+                where = ", ".join(self.first_empty) or source.path
+                raise UserError(f"{where}: {self.empty:,} of {rows:,} rows have no {what}; is this the right file?")
         return {
-            "source": str(self.source.path.resolve()),
-            "content": self.source.content,
+            "source": str(source.path.resolve()),
+            "content": source.content,
             "kind": self.reader.kind,
             "tokenizer": self.tokenizer.hash,
             "dtype": token_dtype(self.tokenizer).name,
             "rows": rows,
             "entries": self.entries,
-            "documents": 1 if self.plain else self.entries,
+            "documents": int(not self.part.start) if self.plain else self.entries,
             "tokens": self.tokens,
             "empty": self.empty,
             "first_empty": self.first_empty,
@@ -181,12 +243,12 @@ def encode(chunk: Chunk, tokenizer: Tokenizer, reader: Reader) -> Block:
 
 
 def blocks(
-    source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader, rows: int, num_workers: int | None
+    chunks: Iterator[Chunk], size: int, tokenizer: Tokenizer, reader: Reader, num_workers: int | None
 ) -> Iterator[tuple[Chunk, Block]]:
-    """Every chunk with its block, in order. Small data stays in this process, where `tokenizers` uses threads."""
-    chunks = source.chunks(TOKENISED_BYTES, rows)
+    """Every chunk with its block, in order. size: bytes of all of them. Small data stays in this process, where
+    `tokenizers` uses threads."""
     workers = num_workers or cores()
-    if workers > 1 and source.size >= PROCESSES_FROM:
+    if workers > 1 and size >= PROCESSES_FROM:
         yield from _blocks_from_processes(chunks, tokenizer, reader, workers)
     for chunk in chunks:  # all of them, or those that the processes have left
         yield chunk, encode(chunk, tokenizer, reader)

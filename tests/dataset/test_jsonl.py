@@ -1,5 +1,7 @@
 """JSONL files: which rows they hold, what a broken one is called, and when the index is made anew."""
 
+import hashlib
+import io
 import json
 import os
 import threading
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 
 from common.files import temporary_name
 from dataset.read import jsonl
-from dataset.read.jsonl import Jsonl, RowErrors, TextFile, parse_row
+from dataset.read import text as plain_text
+from dataset.read.jsonl import Head, Jsonl, RowErrors, parse_row
+from dataset.read.text import TextFile
 from dataset.tokens import cache
 from dataset.tokens.cache import Mapped, get_or_build
 
@@ -46,25 +50,19 @@ def test_a_byte_order_mark_may_stand_at_the_start(tmp_path):
 def test_the_index_agrees_with_splitting_the_file_wherever_a_block_ends(lines, newline, last, block):
     data = newline.join(lines) + (newline if last else b"")
 
-    class File:  # gives `block` bytes at a time
-        at = 0
-
+    class File(io.BytesIO):  # gives `block` bytes at a time
         def readinto(self, buffer):
-            piece = data[self.at : self.at + block]
+            piece = self.read(block)
             buffer[: len(piece)] = piece
-            self.at += len(piece)
             return len(piece)
 
-        def seek(self, at):
-            self.at = int(at)
-
-        def read(self, size):
-            return data[self.at : self.at + int(size)]
-
-    starts, numbers, _ = jsonl.index_lines(File())
+    out = io.BytesIO(), io.BytesIO()
+    rows, digest = jsonl.index_lines(File(data), *out)
+    assert digest == hashlib.sha256(data).hexdigest()
+    starts, numbers = (np.frombuffer(own.getvalue(), np.int64) for own in out)
     expected = [(n, line.strip()) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
     found = [data[a:b].split(b"\n")[0].strip() for a, b in zip(starts[:-1], starts[1:])]
-    assert list(zip(numbers.tolist(), found)) == expected
+    assert list(zip(numbers.tolist(), found)) == expected and rows == len(expected)
     assert starts[-1] == len(data)
 
 
@@ -122,14 +120,23 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 @given(
     st.lists(st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.text(), st.lists(st.floats(-9, 9))))),
     st.sampled_from([None, 0, 2]),
+    st.sampled_from([1, 2, 3, 7, 1 << 20]),
 )
-def test_an_array_gives_its_elements_whatever_their_layout(tmp_path_factory, elements, indent):
+def test_an_array_gives_its_elements_whatever_their_layout(tmp_path_factory, elements, indent, window):
+    with pytest.MonkeyPatch.context() as patch:  # wherever the window ends, more is read before there is an error
+        patch.setattr(jsonl, "WINDOW", window)
+        _check_array(tmp_path_factory, elements, indent)
+
+
+def _check_array(tmp_path_factory, elements, indent):
     path = tmp_path_factory.mktemp("array") / "a.json"
     path.write_text(json.dumps(elements, indent=indent, ensure_ascii=False), encoding="utf-8")
-    starts, lines = jsonl.array_to_jsonl(path, path.with_suffix(".jsonl"))
+    out = io.BytesIO(), io.BytesIO()
+    count = jsonl.array_to_jsonl(path, path.with_suffix(".jsonl"), *out)
+    starts, lines = (np.frombuffer(own.getvalue(), np.int64) for own in out)
     written = path.with_suffix(".jsonl").read_bytes()
     assert [json.loads(written[a:b]) for a, b in zip(starts, starts[1:])] == elements
-    assert len(lines) == len(elements)
+    assert len(lines) == len(elements) == count
 
 
 def test_an_array_is_rewritten_once_and_errors_keep_its_line_numbers(tmp_path, monkeypatch):
@@ -148,7 +155,26 @@ def test_an_array_is_rewritten_once_and_errors_keep_its_line_numbers(tmp_path, m
 def test_a_broken_array_is_named_by_line(tmp_path, text, line):
     with pytest.raises(ValueError, match=rf"a\.json:{line}: broken JSON"):
         Jsonl(write(tmp_path / "a.json", text.encode()))
-    assert not [p for p in (tmp_path / ".cache").iterdir() if p.is_dir()]
+    assert os.listdir(tmp_path) == ["a.json"], "what is refused leaves no cache"
+
+
+def test_a_syntax_error_in_an_array_is_found_where_it_stands(tmp_path, monkeypatch):
+    """All of the file was read before, as if more text could make it right."""
+    monkeypatch.setattr(jsonl, "WINDOW", 64)
+    monkeypatch.setattr(jsonl, "hash_file", None)  # may not be called
+    read = []
+    more = jsonl._ArrayReader.more
+    monkeypatch.setattr(jsonl._ArrayReader, "more", lambda self: read.append(1) or more(self))
+    file = write(tmp_path / "a.json", b'[{"n": 1},\n{"n": 1 "m": 2},\n' + b'{"n": 1},\n' * 10_000 + b'{"n": 1}]')
+    with pytest.raises(ValueError, match=r"a\.json:2: broken JSON: Expecting ',' delimiter"):
+        Jsonl(file)
+    assert len(read) == 1
+
+
+def test_a_pretty_printed_array_is_not_indexed_by_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "index_lines", None)  # may not be called
+    file = write(tmp_path / "a.json", json.dumps([{"n": i} for i in range(5)], indent=2).encode())
+    assert len(Jsonl(file)) == 5 and Jsonl(file).content == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_what_a_file_holds_decides_not_its_name(tmp_path):
@@ -164,7 +190,7 @@ def test_the_index_is_kept_and_made_anew_when_the_file_changes(tmp_path, monkeyp
     file = write(tmp_path / "a.jsonl", b'{"n": 1}\n')
     scans = []
     index_lines = jsonl.index_lines
-    monkeypatch.setattr(jsonl, "index_lines", lambda f: scans.append(1) or index_lines(f))
+    monkeypatch.setattr(jsonl, "index_lines", lambda *given: scans.append(1) or index_lines(*given))
     assert Jsonl(file)[0] == Jsonl(file)[0] == {"n": 1} and len(scans) == 1
     state = os.stat(file)
     write(file, b'{"n": 2}\n')
@@ -202,16 +228,18 @@ def test_a_build_that_fails_leaves_nothing_and_a_damaged_entry_is_built_again(tm
         build(folder)
         raise KeyboardInterrupt
 
+    root = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
-        get_or_build(tmp_path, "a-tokens-1", killed)
-    assert [p.name for p in tmp_path.iterdir()] == ["a-tokens-1.lock"]
-    temporary_name(tmp_path / "a-tokens-1").mkdir()  # what a process leaves that was killed for good
-    folder, _ = get_or_build(tmp_path, "a-tokens-1", build)
-    assert sorted(os.listdir(tmp_path)) == ["a-tokens-1"]
+        get_or_build(root, "a-tokens-1", killed)
+    assert not (tmp_path / "cache").exists(), "nor the cache's folder, which was made for it"
+    root.mkdir()
+    temporary_name(root / "a-tokens-1").mkdir()  # what a process leaves that was killed for good
+    folder, _ = get_or_build(root, "a-tokens-1", build)
+    assert sorted(os.listdir(root)) == ["a-tokens-1"]
     for damage in (lambda: (folder / "big").write_bytes(b"123"), lambda: (folder / "facts.json").unlink()):
         damage()
-        assert (get_or_build(tmp_path, "a-tokens-1", build)[0] / "big").read_bytes() == b"12345678"
-    assert get_or_build(tmp_path, "a-tokens-1", None)[1]["content"] == "c"
+        assert (get_or_build(root, "a-tokens-1", build)[0] / "big").read_bytes() == b"12345678"
+    assert get_or_build(root, "a-tokens-1", None)[1]["content"] == "c"
 
 
 def test_one_builds_and_the_others_wait(tmp_path, capfd):
@@ -244,6 +272,62 @@ def test_reading_a_large_file_does_not_take_its_size_in_memory(tmp_path):
         most = max(most, mapped_mib() - before) if start % (1 << 20) == 0 else most
         assert part[0] == start and part[-1] == start + 65535, "a view outlives the pages it was made from"
     assert most < 64
+
+
+def test_a_mapped_file_takes_a_descriptor_only_once_it_is_read(tmp_path):
+    np.arange(5).tofile(tmp_path / "a")
+    np.empty(0).tofile(tmp_path / "empty")
+    lazy, empty = Mapped(tmp_path / "a", np.int64), Mapped(tmp_path / "empty", np.int64)
+    assert len(lazy) == 5 and lazy._map is None
+    lazy.will_read(-3, 99)  # a hint, whatever it says
+    empty.will_read(0, 1)
+    assert lazy[2:4].tolist() == [2, 3] and lazy._map is not None and not len(empty.array)
+
+
+def test_an_entry_remembers_the_day_it_was_last_used(tmp_path):
+    def build(folder):
+        return {"source": "s", "content": "c"}
+
+    facts = get_or_build(tmp_path, "a-tokens-1", build)[0] / "facts.json"
+    for age, expected in ((3600, 3600), (40 * 86400, 0)):
+        then = time.time() - age
+        os.utime(facts, (then, then))
+        get_or_build(tmp_path, "a-tokens-1", build)
+        assert abs(time.time() - facts.stat().st_mtime - expected) < 60
+
+
+def test_where_the_cache_is_is_said_once_and_asking_makes_nothing(tmp_path, capfd):
+    assert cache.cache_root(tmp_path / "a.jsonl") == tmp_path / ".cache" and not (tmp_path / ".cache").exists()
+    file = write(tmp_path / "a.jsonl", b'{"n": 1}\n')
+    Jsonl(file), Jsonl(file), Jsonl(write(tmp_path / "b.jsonl", b'{"n": 1}\n'))
+    assert capfd.readouterr().err.count(f"kept in {tmp_path / '.cache'} (--cache_dir names another place)") == 1
+
+
+# ---- the head
+
+
+def test_the_head_of_a_file_is_read_without_the_rest(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf\n{"n": 1}\n\n{"n": 2}\r\n' + b'{"n": 3}\n' * 200)
+    head = Head(file)
+    assert len(head) == 100 and [head[i]["n"] for i in range(3)] == [1, 2, 3] and head.line(1) == 4
+    monkeypatch.setattr(jsonl, "HEAD_BYTES", 20)
+    assert len(Head(file)) == 3
+    array = Head(write(tmp_path / "a.json", json.dumps([{"n": i} for i in range(9)], indent=1).encode()))
+    assert [array[i]["n"] for i in range(len(array))][:2] == [0, 1] and array.where(1) == f"{tmp_path / 'a.json'}:5"
+    monkeypatch.setattr(jsonl, "LONGEST", 50)
+    assert not len(Head(write(tmp_path / "b.jsonl", b"x" * 100))), "a line of gigabytes is not read to look at it"
+
+
+def test_a_file_that_the_check_refuses_is_not_read_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "index_lines", None)  # may not be called
+
+    def refuse(head):
+        raise ValueError(head.where(0))
+
+    for name, data in (("a.jsonl", b'{"n": 1}\n'), ("a.json", b'[{"n": 1}]')):
+        with pytest.raises(ValueError, match=rf"{name}:1"):
+            Jsonl(write(tmp_path / name, data), check=refuse)
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.jsonl"]
 
 
 # ---- bad rows
@@ -281,6 +365,30 @@ def test_a_bad_row_stops_unless_told_otherwise(tmp_path):
 
 
 # ---- plain text
+
+
+def test_a_text_file_is_hashed_once_and_its_parts_begin_with_lines(tmp_path, monkeypatch):
+    """Every process of every start read all of it."""
+    monkeypatch.setattr(TextFile, "PART", 25)
+    monkeypatch.setattr(plain_text, "BLOCK", 7)
+    lines = [f"line {i}\n" for i in range(1, 20)]
+    file = write(tmp_path / "a.txt", "".join(lines).encode())
+    source = TextFile(file)
+    assert source.content == hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(TextFile, "_build", None)  # may not be called again
+    again, text = TextFile(file), []
+    assert again.content == source.content and len(again.parts(40, 1)) == 3 and len(again.parts(1000, 1)) == 1
+    for part in again.parts(40, 1):
+        for chunk in again.chunks(10, part):
+            assert chunk.rows[0].decode().startswith(lines[int(chunk.lines[0]) - 1][:5])
+            text.append(chunk.rows[0].decode())
+    assert "".join(text) == "".join(lines)
+
+
+def test_a_text_file_that_is_refused_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.txt:1: not UTF-8 at byte 1; it looks like gbk"):
+        TextFile(write(tmp_path / "a.txt", "麻雀\n".encode("gbk")))
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 @settings(deadline=None)

@@ -9,6 +9,7 @@ from common.console import UserError
 from dataset.batches.preference import PreferenceDataset
 from dataset.kinds import KINDS
 from dataset.read.formats import LAYOUTS
+from dataset.read.jsonl import Jsonl
 from dataset.tokens import token_cache
 from dataset.tokens.examples import PretrainDataset, SFTDataset
 from dataset.tokens.lengths import Lengths, conversation_lengths, fit, pair_lengths
@@ -85,7 +86,9 @@ def test_a_row_is_checked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(chat, "check_messages", lambda *given: calls.append("encode_chat"))
     file = tmp_path / "a.jsonl"
     file.write_text('{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
-    assert len(token_cache.token_cache(file, TOKENIZER, "chat")) == 1 and calls == ["reader"]
+    Jsonl(file)  # without the index, the file's head would be looked at first
+    [cache] = token_cache.token_caches(file, TOKENIZER, "chat")
+    assert len(cache) == 1 and calls == ["reader"]
     chat.encode_chat(TOKENIZER, [QUESTION])
     assert calls == ["reader", "encode_chat"]
 
