@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "model": ("model", "tokenizer", "common"),
     "dataset": ("dataset", "model", "tokenizer", "common"),
     "inference": ("inference", "model", "tokenizer", "common"),
-    "trainer": ("trainer", "dataset", "model", "tokenizer", "common"),
+    "trainer": ("trainer", "inference", "dataset", "model", "tokenizer", "common"),
     "evaluation": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
     "scripts": ("scripts", "evaluation", "inference", "dataset", "model", "tokenizer", "common"),
     "eval_model": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
