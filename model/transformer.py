@@ -141,6 +141,7 @@ class CausalLM(nn.Module):
     compute_dtype: torch.dtype | None = None  # None: that of the weights
     attention_kernel: str | None = None  # "sdpa" | "blocked"; None: see `_kernel`
     recompute = False  # activation checkpointing: keep only each block's input, and compute the rest again
+    rope_frequencies: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
