@@ -19,6 +19,7 @@ KINDS = {
     "window in some layers, half of each head rotated": dict(
         sliding_window=6,
         layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        rope_local_theta=20.0,
         rotary_fraction=0.5,
     ),
 }

@@ -12,11 +12,13 @@ from model.transformer import CausalLM
 
 KERNELS = ("sdpa", "blocked")
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-MIXED = dict(  # a window in two of three layers, and half of each head rotated
+MIXED = dict(  # a window in two of three layers, with frequencies of their own, and half of each head rotated
     num_hidden_layers=3,
     sliding_window=3,
     layer_types=("sliding_attention", "full_attention", "sliding_attention"),
     rotary_fraction=0.5,
+    rope_theta=1e4,
+    rope_local_theta=20.0,
 )
 LENGTHS = (5, 1, 9, 8)  # of the documents packed into a row of 23
 
