@@ -10,7 +10,8 @@ from torch import nn
 
 from common.console import UserError
 from model.config import ModelConfig
-from model.lora import Adapter, LoRALinear, LoRASettings, freeze, lower_frozen
+from model.lora import Adapter, LoRALinear, LoRASettings, freeze
+from model.precision import lower_frozen
 from model.quant import (
     NF4,
     NF4_CODE,
