@@ -63,15 +63,12 @@ def option(
 class Options:
     """Base class of all options that `parse` can read.
 
-    Three tables say what to do with options that this script does not have:
+    Two tables say what to do with options of other projects that this script does not have:
 
-    settled_by_switch  a switch of another script -> options that mean nothing while it is false. They are accepted
-                       then: `use_lora: false` with `lora_rank: 8`
-    needless           an option of other projects -> why it is not needed. It is accepted, with this as a note
-    missing            an option of other projects -> what is not built yet. It is refused, with this in the message
+    needless  option -> why it is not needed. It is accepted, with this as a note
+    missing   option -> what is not built yet. It is refused, with this in the message
     """
 
-    settled_by_switch: ClassVar[dict[str, tuple[str, ...]]] = {}
     needless: ClassVar[dict[str, str]] = {}
     missing: ClassVar[dict[str, str]] = {}
 
@@ -266,8 +263,7 @@ def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list
     key."""
     known = {key: owners(key) for _, key, _ in rows}
     switches = {key for key, found in known.items() if any(spec.kind is bool for spec in found.values())}
-    off = [key for _, key, value in rows if key in switches and is_off(value)]
-    settled = {name for key in off for name in (key, *cls.settled_by_switch.get(key, ()))}
+    off = {key for _, key, value in rows if key in switches and is_off(value)}
     for where, key, _ in rows:
         if key in cls.needless:
             print(f"note: {where}: {cls.needless[key]}", file=sys.stderr)
@@ -276,7 +272,7 @@ def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list
             problems.append(f"{where}: {cls.missing[key]} not built yet; leave it out")
             continue
         if known[key]:
-            if key not in settled:
+            if key not in off:
                 scripts = list(known[key])
                 listed = ", ".join(scripts[:3]) + (", ..." if scripts[3:] else "")
                 problems.append(f"{where}: not for this script; {listed} know{'s' * (len(scripts) == 1)} it")

@@ -126,6 +126,7 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
     if not adapter.knows_base:
         raise UserError(f"{adapter.path}: does not say which weights it belongs to; name them with --weight")
     if not wanted:
+        assert path, "else it does not know its base"
         return load_weights(path)
     places = [Path(path)] if path else []
     for folder in map(Path, folders):  # the recorded path first, then all weights of that width

@@ -76,7 +76,7 @@ def hash_of(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -132,7 +132,7 @@ def read_plain(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = (

@@ -54,7 +54,7 @@ def _stack(module: Experts, state: dict, prefix: str, *_) -> None:
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (N, a) @ weight (E, a, b), rows up to ends[e] with expert e -> (N, b)."""
-    op = getattr(F, "grouped_mm", None) or torch._grouped_mm  # the public name is newer than torch 2.11
+    op = getattr(F, "grouped_mm", None) or torch.ops.aten._grouped_mm  # the public name is newer than torch 2.11
     return op(x, weight, offs=ends)
 
 

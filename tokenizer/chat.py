@@ -135,6 +135,7 @@ def _join(group: Iterator[Segment]) -> tuple[str, list[tuple[int, int]]]:
     """Neighbouring texts as one, because tokens may form across them, and the spans of it that are trained on."""
     text, spans = "", []
     for piece, trained in group:
+        assert isinstance(piece, str)
         if trained and piece:
             spans.append((len(text), len(text) + len(piece)))
         text += piece

@@ -37,6 +37,8 @@ class ForeignTemplate:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+        assert tokenizer.chat_template is not None
+
         def refuse(reason: str):
             raise jinja2.TemplateError(reason)
 

@@ -193,8 +193,8 @@ def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
     """The copy that encodes plain text: without added tokens, also in its vocabulary."""
     added = {token["content"] for token in spec["added_tokens"]}
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in added}
-    plain = dict(spec, added_tokens=[], post_processor=None, truncation=None, padding=None)
-    plain["model"] = dict(spec["model"], vocab=vocab)
+    model = dict(spec["model"], vocab=vocab)
+    plain = dict(spec, model=model, added_tokens=[], post_processor=None, truncation=None, padding=None)
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
     except Exception as error:  # tokenizers raises nothing narrower

@@ -171,8 +171,9 @@ class Examination:
                     report.errors.add(reason, line)
                 at += len(chunk.rows)
                 progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
-            for index in hashes.repeated() if self.source else ():
-                self._judge(index, self.source.line(index), DUPLICATE, report.duplicates)
+            if self.source:
+                for index in hashes.repeated():
+                    self._judge(index, self.source.line(index), DUPLICATE, report.duplicates)
         report.rows = at if self.source else 1
         report.tokens = statistics.summary(exact=share == 1.0)
 

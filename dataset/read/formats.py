@@ -135,10 +135,10 @@ def _preference(row: dict, *columns: str) -> dict:
 
 
 def _rated(row: dict, *columns: str) -> dict:
-    *columns, rating = columns
+    columns, rating = columns[:-1], columns[-1]
     if not isinstance(row[rating], bool):
         raise UserError(f'"{rating}" must be true or false, this is {_short(row[rating])}')
-    return LAYOUT_OF[tuple(columns)].read(row, *columns) | {"label": row[rating]}
+    return LAYOUT_OF[columns].read(row, *columns) | {"label": row[rating]}
 
 
 def _asked(row: dict, key: str) -> list[dict]:
@@ -256,9 +256,9 @@ def _parts(parts: list, where: str) -> tuple[str, str, list]:
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        name = PARTS.get(kind) if isinstance(kind, str) else None
-        if name is None:
+        if not isinstance(kind, str) or kind not in PARTS:
             raise UserError(f"{where}: only text can be read, this part is {_short(part)}")
+        name = PARTS[kind]
         words = next((part[key] for key in ("value", kind, "text") if key in part), None)
         if name == "tool_call":
             words = _parsed(words, f"{where}: the call") if isinstance(words, str) else words

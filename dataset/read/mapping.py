@@ -62,7 +62,8 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
     except OSError as error:
         raise UserError(f"--data_mapping {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"--data_mapping {path}{line}: {getattr(error, 'problem', None) or error}") from None
     example = "`columns: {instruction: question, output: reply}`, our name first"
     if not isinstance(tree, dict) or not isinstance(tree.get("columns"), dict) or not tree["columns"]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -182,7 +182,7 @@ def encode(chunk: Chunk, tokenizer: Tokenizer, reader: Reader) -> Block:
 
 def blocks(
     source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader, rows: int, num_workers: int | None
-) -> Iterator[tuple[Chunk, Block]]:
+) -> Generator[tuple[Chunk, Block], None, None]:
     """Every chunk with its block, in order. Small data stays in this process, where `tokenizers` uses threads."""
     chunks = source.chunks(TOKENISED_BYTES, rows)
     workers = num_workers or cores()

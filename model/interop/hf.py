@@ -135,10 +135,18 @@ def _read_windows(values: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     rope = values.get("rope_parameters") or {}
+    local = None
+    if "full_attention" in rope:  # transformers 5, where RoPE differs between layers: one dictionary for each type
+        rope, local = rope["full_attention"], rope.get("sliding_attention")
     scaling = {**(values.get("rope_scaling") or rope)}
     theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     found = dict(rope_theta=theta)
+    if local:
+        scaled = {key: value for key, value in local.items() if key != "rope_theta" and value not in ("default", None)}
+        if scaled:
+            raise UserError(f"config.json: RoPE scaling of sliding layers not supported: {scaled}")
+        found["rope_local_theta"] = local["rope_theta"]
     if "rotary_fraction" in family.states:
         share = NAMES["rotary_fraction"]
         found["rotary_fraction"] = scaling.pop(share, None) or values.get(share, 1.0)
@@ -200,7 +208,14 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _misfits(config: ModelConfig, family: Family) -> list[str]:
     """What would have to be different in `config` for this family to compute the same."""
     found = []
-    for name in ("attention_bias", "qk_norm", "num_shared_experts", "sliding_window", "rotary_fraction"):
+    for name in (
+        "attention_bias",
+        "qk_norm",
+        "num_shared_experts",
+        "sliding_window",
+        "rotary_fraction",
+        "rope_local_theta",
+    ):
         value, needed = getattr(config, name), family.fixed.get(name, PLAIN[name])
         if name not in family.states and value != needed:
             found.append(f"{name} {needed} (it is {value})")

@@ -7,7 +7,7 @@ from inference.cache import KVCache
 from inference.decode import decode, generate, pad_left, prefill
 from inference.sampling import Sampling
 from model.config import ModelConfig
-from model.transformer import CausalLM
+from tests.helpers.models import random_model
 
 CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
@@ -19,6 +19,7 @@ KINDS = {
     "window in some layers, half of each head rotated": dict(
         sliding_window=6,
         layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        rope_local_theta=20.0,
         rotary_fraction=0.5,
     ),
 }
@@ -26,11 +27,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    torch.manual_seed(1)
-    model = CausalLM(ModelConfig(**{**CONFIG.to_dict(), **KINDS[request.param]}))
-    for parameter in model.parameters():  # zero-initialised projections would make every block the identity
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model.eval()
+    return random_model(ModelConfig(**{**CONFIG.to_dict(), **KINDS[request.param]}), std=0.2, seed=1).eval()
 
 
 @torch.no_grad()

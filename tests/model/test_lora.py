@@ -7,7 +7,6 @@ import torch
 
 from model.adapter import AdapterFile, load_adapter, save_adapter
 from model.checkpoint import load_weights, save_weights
-from model.config import ModelConfig
 from model.interop.minimind import config_from_minimind
 from model.lora import (
     LoRALinear,
@@ -25,23 +24,12 @@ from model.lora import (
 )
 from model.precision import lower_frozen
 from model.transformer import CausalLM
-
-SHAPE = dict(
-    vocab_size=67,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=40,
-)
-TOKENS = torch.arange(40).view(2, 20) % 67
+from tests.helpers.models import TINY_TOKENS as TOKENS
+from tests.helpers.models import tiny_model
 
 
 def base(**changes) -> CausalLM:
-    torch.manual_seed(0)
-    model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    model = tiny_model(**changes)
     freeze(model)
     return model
 
