@@ -106,6 +106,8 @@ def test_every_layout_in_the_table_can_be_read():
         row = dict.fromkeys(columns, "yo") | {key: asked[key] for key in columns if key in asked}
         if columns == ("chosen", "rejected"):
             row = dict.fromkeys(columns, ONE)
+        if "message_tree_id" in columns:
+            row["prompt"] = {"role": "prompter", "text": "hi", "replies": [{"role": "assistant", "text": "yo"}]}
         found = canonical(row)
         last = {"text": "yo"} if kind == "text" else (found.get("rejected") or found["messages"])[-1]
         assert last in (found, ANSWER), columns
@@ -299,15 +301,6 @@ def test_a_system_prompt_by_its_other_name():
     assert to_conversation(row)[0][0] == {"role": "system", "content": "Be brief."}
     pair = canonical({"system_prompt": "Be brief.", "prompt": "hi", "chosen": "yo", "rejected": "no"}, "preference")
     assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "system"
-
-
-@pytest.mark.parametrize("flag", ({"weight": 0}, {"loss": False}, {"train": False}))
-def test_an_answer_that_is_not_to_be_trained_on_is_refused(flag):
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "bad"} | flag]
-    with pytest.raises(ValueError, match=r'messages\[1\]: "\w+": (0|False) asks not to train on this answer'):
-        to_conversation({"messages": turns})
-    turns[1] |= {key: 1 for key in flag}
-    assert to_conversation({"messages": turns})[0][1] == {"role": "assistant", "content": "bad"}
 
 
 def test_a_call_beside_text_is_kept():
