@@ -119,7 +119,7 @@ def _preference(row: dict, *columns: str) -> dict:
         if isinstance(row[key], str) and not prompt:
             raise UserError(f'"{key}" must be messages, or text beside a "prompt", this is {short(row[key])}')
         messages = _answered(prompt, said(row[key], "assistant", key), key)
-        sides[name] = _with_systems(messages, row)
+        sides[name] = _with_systems(_called_as_declared(messages, tools), row)
     return sides | ({"tools": tools} if tools else {})
 
 
@@ -227,7 +227,7 @@ def _joined_systems(texts: list[str], messages: list[dict]) -> list[dict]:
 
 def _with_tools(row: dict, messages: list[dict]) -> dict:
     tools = _tools(row)
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    return {"messages": _called_as_declared(messages, tools), "tools": tools} if tools else {"messages": messages}
 
 
 def _tools(row: dict) -> list | None:
@@ -241,6 +241,39 @@ def _tools(row: dict) -> list | None:
         raise UserError("the tools stand in two places and differ")
     bare = lambda tool: isinstance(tool, dict) and "name" in tool and "function" not in tool
     return [{"type": "function", "function": tool} if bare(tool) else tool for tool in found[0]] if found else None
+
+
+def _called_as_declared(messages: list[dict], tools: list | None) -> list[dict]:
+    """Without the arguments that are null and that the called tool does not have. Arrow (Parquet, `datasets`) gives
+    each object of a column the keys of all others; a model that learns these calls every tool with every argument."""
+    declared = _parameters(tools)
+    if not any(_undeclared(call, declared) for message in messages for call in message.get("tool_calls", ())):
+        return messages
+    found = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            left_out = _undeclared(call, declared)
+            calls.append(call | {"arguments": {k: v for k, v in call["arguments"].items() if k not in left_out}})
+        found.append(message | {"tool_calls": calls} if calls else message)
+    return found
+
+
+def _parameters(tools: list | None) -> dict[str, set[str]]:
+    """Names of the tools that declare parameters -> the parameters' names."""
+    found = {}
+    for tool in tools or ():
+        function = tool.get("function") if isinstance(tool, dict) else None
+        parameters = function.get("parameters") if isinstance(function, dict) else None
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        if isinstance(function, dict) and isinstance(properties, dict):
+            found[function.get("name")] = {key for key, value in properties.items() if value is not None}
+    return found
+
+
+def _undeclared(call: dict, declared: dict[str, set[str]]) -> list[str]:
+    known = declared.get(call["name"])
+    return [key for key, value in call["arguments"].items() if value is None and key not in known] if known else []
 
 
 def _past(pair: object, where: str) -> list[dict]:
@@ -285,7 +318,24 @@ def unread(row: dict, layout: Layout) -> list[str]:
     for column in layout.columns if layout.read != _tree else ():
         turns = row[column] if isinstance(row[column], list) else [row[column]]
         found += dict.fromkeys(f"{column}[].{key}" for turn in turns for key in unread_keys(turn))
+        found += dict.fromkeys(f"{column}[].tool_calls[].{key}" for key in _null_arguments(turns, row))
     return found
+
+
+def _null_arguments(turns: list, row: dict) -> list[str]:
+    """The arguments that `_called_as_declared` leaves out of these turns."""
+    try:
+        declared = _parameters(_tools(row))
+        calls = [
+            call
+            for turn in turns
+            if declared and isinstance(turn, dict)
+            for message in read_turn(turn, "")
+            for call in message.get("tool_calls", ())
+        ]
+    except UserError:  # reported when the row is read
+        return []
+    return [key for call in calls for key in _undeclared(call, declared)]
 
 
 def column_names() -> Iterable[str]:

@@ -195,7 +195,7 @@ def test_the_report_for_people_and_for_machines(tmp_path, capsys):
         (b"[" * 100_000, "nested too deeply"),
         (b"[1" + b"9" * 5000 + b"]", "digits"),
         (b'["a"]', "a row must be an object"),
-        (b"PAR1\xff", "it looks like a Parquet file"),
+        (b"PAR1\xff", "is a Parquet file"),
         ('[{"text": "麻雀"}]'.encode("gbk"), "it looks like gbk"),
         (b"\x00" * 99, "a NUL character at column 1"),
         (b'{"speech": "hi"}', 'no known layout in this row, it has "speech"'),

@@ -145,7 +145,7 @@ def test_the_examples_of_the_page_are_read():
         kinds.append({layout_of(row).kind for row in rows})
         for row in rows:
             canonical(row)
-    assert kinds == [{"text"}, {"chat"}, {"chat"}, {"chat"}, {"preference"}, {"rated"}]
+    assert kinds == [{"text"}, *[{"chat"}] * 4, {"preference"}, {"rated"}, {"chat"}]
 
 
 def test_real_files(shared, tmp_path):
@@ -203,6 +203,16 @@ def test_data_of_another_kind_says_what_it_is(tmp_path):
     jsonl(file, {"prompt": "hi", "completion": "yo"})
     with pytest.raises(ValueError, match='a.jsonl:1: no "text" in this row, it has .*: it is a conversation'):
         pretrain(file)
+
+
+def test_a_file_of_another_kind_is_known_by_its_first_rows(tmp_path, monkeypatch):
+    """Every row of a file of the wrong kind was parsed before the error, which then advised to skip them all."""
+    file = jsonl(tmp_path / "a.jsonl", *["{"] * 3, *[PAIRS["a prompt and text"]] * 200)
+    read = []
+    monkeypatch.setattr(Jsonl, "raw", lambda self, i, raw=Jsonl.raw: read.append(i) or raw(self, i))
+    with pytest.raises(ValueError, match=r"a.jsonl:4: no conversation .*: it is a pair") as error:
+        sft(file, on_bad_row="skip")
+    assert len(read) == 100 and "on_bad_row" not in str(error.value)
 
 
 def test_a_mapping_reads_anyones_columns(tmp_path):

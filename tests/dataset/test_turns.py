@@ -42,7 +42,7 @@ def test_a_turn_that_is_marked_is_context_only(tmp_path, mark):
     assert text(ds.tokens(1)).endswith("one, two]"), "nothing can be learned from what follows the last trained turn"
 
 
-def test_a_marked_turn_of_a_paired_dialogue_and_of_a_foreign_template():
+def test_a_marked_turn_of_a_paired_dialogue():
     turns = [{"human": "hi", "assistant": "bad", "training": False}, {"human": "ok?", "assistant": "yes"}]
     messages = canonical({"conversation": turns})["messages"]
     assert [m.get("train") for m in messages] == [None, False, None, None]
@@ -181,6 +181,20 @@ def test_keys_of_a_turn_that_are_not_read_are_named_like_columns(tmp_path):
     assert "columns not read: id, messages[].images" in ds.summary
     null = {"messages": [user("hi") | {"images": None}, says("yo") | {"tool_calls": None, "weight": 1}]}
     assert unread(null, layout_of(null)) == [], "nothing is in them"
+
+
+def test_null_arguments_that_a_tool_does_not_have_are_not_read():
+    """Arrow gives the arguments of every call the keys of all other calls. A null that the tool declares stays."""
+    call = {"name": "add", "arguments": {"a": 1, "b": None, "city": None}}
+    tool = {"name": "add", "parameters": {"type": "object", "properties": {"a": {}, "b": {}, "city": None}}}
+    row = {"messages": [user("hi"), says("", tool_calls=[{"function": call}])], "tools": [tool]}
+    assert canonical(row)["messages"][1]["tool_calls"] == [{"name": "add", "arguments": {"a": 1, "b": None}}]
+    assert unread(row, layout_of(row)) == ["messages[].tool_calls[].city"]
+    pair = canonical({"prompt": "hi", "chosen": row["messages"][1:], "rejected": "no", "tools": [tool]})
+    assert pair["chosen"][1]["tool_calls"][0]["arguments"] == {"a": 1, "b": None}
+    row["tools"] = [{"name": "add"}]
+    assert canonical(row)["messages"][1]["tool_calls"] == [call], "what a tool has is not known"
+    assert unread(row, layout_of(row)) == []
 
 
 # ---- ratings
