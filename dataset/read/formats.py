@@ -187,7 +187,7 @@ def _answered(asked: list[dict], answer: list[dict], where: str) -> list[dict]:
         messages = answer
     else:
         asked_again = next((k for k in range(min(n, len(answer)), 0, -1) if _alike(asked[-k:], answer[:k])), 0)
-        if not asked_again and asked[-1]["role"] != "assistant":
+        if answer and not asked_again and asked[-1]["role"] != "assistant":
             raise UserError(
                 f'"{where}" begins with another question than the one asked, {short(answer[0]["content"])}; take one '
                 "of them out"
@@ -236,11 +236,16 @@ def _tools(row: dict) -> list | None:
     for key in (*DIALOGUES, "prompt", "chosen"):
         if isinstance(row.get(key), list) and row[key] and isinstance(row[key][0], dict):
             holders.append(row[key][0])
-    found = [listed(holder[key], '"tools"') for holder in holders for key in ("tools", "functions") if holder.get(key)]
+    bare = lambda tool: isinstance(tool, dict) and "name" in tool and "function" not in tool
+    found = [
+        [{"type": "function", "function": tool} if bare(tool) else tool for tool in listed(holder[key], '"tools"')]
+        for holder in holders
+        for key in ("tools", "functions")
+        if holder.get(key)
+    ]
     if any(tools != found[0] for tools in found):
         raise UserError("the tools stand in two places and differ")
-    bare = lambda tool: isinstance(tool, dict) and "name" in tool and "function" not in tool
-    return [{"type": "function", "function": tool} if bare(tool) else tool for tool in found[0]] if found else None
+    return found[0] if found else None
 
 
 def _called_as_declared(messages: list[dict], tools: list | None) -> list[dict]:
@@ -261,19 +266,20 @@ def _called_as_declared(messages: list[dict], tools: list | None) -> list[dict]:
 
 def _parameters(tools: list | None) -> dict[str, set[str]]:
     """Names of the tools that declare parameters -> the parameters' names."""
-    found = {}
+    found: dict[str, set[str]] = {}
     for tool in tools or ():
         function = tool.get("function") if isinstance(tool, dict) else None
         parameters = function.get("parameters") if isinstance(function, dict) else None
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
         if isinstance(function, dict) and isinstance(properties, dict):
-            found[function.get("name")] = {key for key, value in properties.items() if value is not None}
+            found[str(function.get("name"))] = {key for key, value in properties.items() if value is not None}
     return found
 
 
 def _undeclared(call: dict, declared: dict[str, set[str]]) -> list[str]:
-    known = declared.get(call["name"])
-    return [key for key, value in call["arguments"].items() if value is None and key not in known] if known else []
+    if call["name"] not in declared:
+        return []
+    return [key for key, value in call["arguments"].items() if value is None and key not in declared[call["name"]]]
 
 
 def _past(pair: object, where: str) -> list[dict]:
