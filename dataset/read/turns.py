@@ -170,7 +170,7 @@ def _parts(parts: list, where: str) -> tuple[str, str, list]:
         name = PARTS.get(kind) if isinstance(kind, str) else None
         if name is None:
             raise UserError(f"{where}: only text can be read, this part is {short(part)}")
-        words = next((part[key] for key in ("value", kind, "text") if key in part), None)
+        words = next((part[key] for key in ("value", str(kind), "text") if key in part), None)
         if name == "tool_call":
             words = parsed(words, f"{where}: the call") if isinstance(words, str) else words
         found[name].append(words if name == "tool_call" else text_of(words, f"{where}: a part"))
