@@ -50,6 +50,7 @@ class PrepareConfig(Options):
     )
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
+    max_bad_rows: float = option(0.01, "share of the rows that skip may leave out", within="[0, 1]")
     max_seq_len: int = option(
         0,
         "also tokenise, and print what would be cut at this length",
@@ -100,6 +101,7 @@ def main():
         to=config.to,
         mapping=read_mapping(config.data_mapping),
         on_bad_row=config.on_bad_row,
+        max_bad_rows=config.max_bad_rows,
         seed=config.seed,
         cache_dir=config.cache_dir,
     )

@@ -12,7 +12,7 @@ depend on finding a pattern of ids, and for text without control tokens the ids 
 
 The format is ChatML, the same as in chat_template.jinja. Trained on are an assistant's content and the <|im_end|> after
 it, but not the newline that follows. A token that holds the end of a header and the beginning of a content is trained
-on.
+on. An assistant's message with `"train": False` is context only.
 
 In an assistant's turn these are markup: its `reasoning_content`, or one <think>...</think> at the beginning of its
 content; after that, one <answer>...</answer> up to the end of its content; its `tool_calls`. The same words anywhere
@@ -184,8 +184,9 @@ def _chatml(
         for message in turns:
             out += [start, (role + "\n", False)]
             if role == "assistant":
-                out += [(piece, True) for piece in _assistant(tag, message)]
-                out += [(tokenizer.im_end, True), ("\n", False)]
+                trained = message.get("train", True)
+                out += [(piece, trained) for piece in _assistant(tag, message)]
+                out += [(tokenizer.im_end, trained), ("\n", False)]
             else:
                 out += [(message["content"], False), end, ("\n", False)]
 

@@ -61,6 +61,8 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
         cache_dir=config.cache_dir,
         num_workers=config.num_workers or None,
         on_bad_row=config.on_bad_row,
+        max_bad_rows=config.max_bad_rows,
+        max_empty_rows=config.max_empty_rows,
         seed=config.seed,
         mapping=read_mapping(config.data_mapping),
     )

@@ -118,6 +118,8 @@ class StageConfig(LoRAOptions):
     max_seq_len: int = option(512, "tokens in a row", aliases=("max_length", "cutoff_len"), within="[2, inf)")
     data_limit: int = option(0, "use only the first N rows (0: all)", aliases=("max_samples",), within="[0, inf)")
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
+    max_bad_rows: float = option(0.01, "share of the rows that skip may leave out", within="[0, 1]")
+    max_empty_rows: float = option(0.05, "share of the rows that may have nothing to train on", within="[0, 1]")
     on_long: str = option("truncate", "a sample that is too long", choices=("truncate", "drop"))
     show_labels: int = option(0, "print the first N rows, trained tokens coloured", within="[0, inf)")
     num_workers: int = option(

@@ -202,12 +202,14 @@ class Examination:
         self.report.roles.update(roles)
         for what, found in (
             ("the last turn is not the assistant's and teaches nothing", roles[-1] != "assistant"),
+            ("an answer that is not to be trained on", any("train" in message for message in messages)),
             ("a role speaks twice in a row", any(a == b != "tool" for a, b in zip(roles, roles[1:]))),
             ("a system turn is not the first", "system" in roles[1:]),
         ):
             if found:
                 self.report.notes.add(what, line)
-        return any(m["role"] == "assistant" and (m["content"].strip() or len(m) > 2) for m in messages)
+        taught = [m for m in messages if m["role"] == "assistant" and m.get("train", True)]
+        return any(m["content"].strip() or len(m) > 2 for m in taught)
 
     def _judge(self, index: int, line: int, verdict: int, finding: Finding | None = None) -> None:
         """The first verdict on a row stays."""
