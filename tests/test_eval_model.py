@@ -332,7 +332,7 @@ def test_a_model_cannot_steer_the_terminal(tokenizer):
     """Title changes, colours, clipboard writes and reversed text: FastChat's terminal obeyed them (issue 88)."""
     evil = "\x1b]0;title\x07\x1b[31mred\x1b[0m\r\x9b2J\u202etxt.exe\u202c\tgood\n好"
     _, text = talk_with(tokenizer, Scripted(tokenizer.encode(evil)), ["hi"])
-    assert text == "]0;title[31mred[0m2Jtxt.exe\tgood\n好\nspeed\n"
+    assert text == "␛]0;title␇␛[31mred␛[0m␍\ufffd2J\ufffdtxt.exe\ufffd\tgood\n好\nspeed\n"
 
 
 def test_thoughts_are_dim_on_a_terminal_and_plain_in_a_file(tokenizer):

@@ -19,6 +19,7 @@ import pytest
 from common.console import UserError, check_writable, explain, run
 from common.files import ROOT
 from common.options import Options, describe, option, parse
+from common.yaml_file import read_yaml
 from trainer.stage import StageConfig
 
 STAGES = sorted((ROOT / "trainer").glob("train_*.py"))
@@ -475,10 +476,7 @@ def test_a_directory_that_cannot_be_written_is_known_at_once(tmp_path):
 def test_yaml_may_merge_what_it_overrides(tmp_path):
     """The key stands once in the file; that a merge brings it along is what merges are for."""
     text = "x: &a {epochs: 1, batch_size: 3}\n"
-    import yaml
-
-    from common.options import _read_yaml
-
-    tree = _read_yaml(yaml, text + "b: &b {<<: *a, epochs: 2}\nc: {<<: *b, seed: 1}\n")
-    assert tree["b"] == {"epochs": 2, "batch_size": 3} and tree["c"] == {"epochs": 2, "batch_size": 3, "seed": 1}
-    assert _read_yaml(yaml, "") is None
+    tree = read_yaml(yaml_file(tmp_path, text + "b: &b {<<: *a, epochs: 2}\nc: {<<: *b, seed: 1}\n"))
+    assert tree["b"] == {"epochs": "2", "batch_size": "3"}
+    assert tree["c"] == {"epochs": "2", "batch_size": "3", "seed": "1"}
+    assert read_yaml(yaml_file(tmp_path, "")) is None

@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.console import printable
 from common.files import ROOT, atomic_file
 from common.options import Options
 
@@ -77,6 +78,7 @@ class RunLogger(NoLogger):
 
     def print(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
+        text = printable(text)
         try:
             self.bar.write(text) if self.bar is not None else print(text, flush=True)
         except (OSError, ValueError):  # the terminal or pipe was closed; the run goes on without it
