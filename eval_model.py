@@ -156,10 +156,13 @@ def find_checkpoint(config: EvalConfig) -> tuple[Checkpoint, AdapterFile | None]
     name = config.weight or MODES[1 if config.model_mode is None else config.model_mode]
     if not (config.lora_name or config.lora_path):
         return load_weights(find_weights(name, *folders, **pick)), None
-    places = (folder / "lora" for folder in folders)
+    own = [folder / (config.lora_name or "") for folder in folders]  # where scripts/lora_quickstart.py writes
+    places = [folder / "lora" for folder in (*folders, *own)]
     adapter = load_adapter(config.lora_path or find_weights(config.lora_name, *places, **pick))
     named = find_weights(name, *folders, **pick) if config.weight or not adapter.knows_base else None
-    return find_base(adapter, named, *folders), adapter
+    base = find_base(adapter, named, *folders)
+    base.tokenizer = base.tokenizer or adapter.tokenizer  # a base of MiniMind's does not tell
+    return base, adapter
 
 
 def describe(checkpoint: Checkpoint, model: CausalLM) -> str:

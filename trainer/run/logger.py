@@ -127,12 +127,13 @@ class RunLogger(NoLogger):
             summary = {**summary, "seconds": round(self.seconds(), 1), "memory_gib": round(peak_memory(), 3)}
             if price := getattr(self.config, "price_per_hour", 0.0):
                 summary["cost"] = round(price * summary["seconds"] / 3600, 4)
-            self.print(closing_line(summary))
             self.run_info["summary"] = summary
             self._try("run.json", self._write_run_info)
-        for name, closer in self.closers.items():
+        for name, closer in self.closers.items():  # wandb prints lines of its own here
             self._try(name, closer)
         self.closers, self.sinks, self.bar = {}, {}, None
+        if summary is not None:
+            self.print(closing_line(summary))
 
     # ---- files and trackers ----
 
