@@ -81,8 +81,8 @@ def main():
         config = quick_test(config)
     from model.adapter import load_adapter
     from model.checkpoint import find_weights
+    from model.export import write_peft
     from tokenizer.find import tokenizer_of
-    from trainer.run.artifacts import write_peft
 
     begin = time.perf_counter()
     base = find_weights(config.from_weight, config.out_dir, ROOT / "out")

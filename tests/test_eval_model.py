@@ -458,6 +458,10 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
         (["--lora_path", "nothere"], "nothere: no such file or directory"),
         (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; if it is a name on a hub"),
         (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
+        (
+            ["--weight", "rlhf"],
+            "trainer/train_dpo.py makes them; of others, downloaded ones",
+        ),
         (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
         (["--base_model", "x"], "--base_model: comparing two models side by side is not built yet; leave it out"),
         (["--prompts_file", "a.json"], "a prompt a line, or a .jsonl of rows"),

@@ -5,6 +5,7 @@ import pytest
 from common.options import parse
 from common.yaml_file import read_yaml
 from trainer.train_full_sft import SFTConfig
+from trainer.train_lora import LoRAConfig
 
 
 def read(tmp_path, text: str) -> SFTConfig:
@@ -99,3 +100,18 @@ def test_a_config_in_this_directory_is_not_taken_unasked(tmp_path, monkeypatch, 
     assert "to use it: --config config.yaml" in capsys.readouterr().err
     assert parse(SFTConfig, ["--config", "config.yaml"]).epochs == 7
     assert parse(SFTConfig, ["--epochs", "3"]).epochs == 3 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        ("", "lora_identity"),
+        ("--data_path data/chats.jsonl:3 more.jsonl", "lora_chats"),
+        ("--data_path dataset/lora_medical.jsonl", "lora_medical"),
+        ("--data_path chats.jsonl --lora_name mine", "mine"),
+        ("--data_path chats.jsonl --save_weight lora_identity", "lora_identity"),
+    ],
+)
+def test_an_adapter_is_named_after_its_data(words, name):
+    """Every one without a name was called lora_identity, and replaced the one before."""
+    assert parse(LoRAConfig, words.split()).save_weight == name

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from common.files import keep_previous
-from model.adapter import AdapterFile, find_base, load_adapter, save_adapter
+from model.adapter import find_base, load_adapter, save_adapter
 from model.checkpoint import Checkpoint, load_weights, save_weights
-from model.export import copy_tokenizer, save_hf
-from model.interop.peft import save_peft
+from model.export import save_hf, write_peft
 from model.lora import LoRASettings, merge, remove_lora
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
@@ -47,15 +46,6 @@ class Weights:
             return [f"also: {save_hf(folder, load_weights(path), tokenizer.path, tokenizer.stop_ids)}"]
         except ValueError as error:  # the weights are written already: the run has not failed
             return [f"not written: {error}"]
-
-
-def write_peft(folder: Path, adapter: AdapterFile, tokenizer: Path | str) -> Path:
-    """An adapter file of ours -> a directory that peft loads. tokenizer: its directory, to be copied."""
-    assert adapter.config is not None  # our own files have it
-    layers = adapter.config.num_hidden_layers
-    save_peft(folder, adapter.settings.to_dict(), adapter.state, adapter.base, layers)
-    copy_tokenizer(folder, tokenizer)
-    return folder
 
 
 @dataclass
