@@ -329,7 +329,7 @@ def test_problems_in_a_file_name_the_file_and_the_key(tmp_path, complaints):
         (b"a: [1\nb: 2", ":2: "),
         (b"epochs: 3\nx: 1\nepochs: 2", ":3: epochs stands twice"),
         (b"- a\n- b", "expected `key: value` lines"),
-        (b"a: \xff\xfe", "utf-8"),
+        (b"a: \xff\xfe", ": not UTF-8; save it as UTF-8"),
         (None, "No such file"),
     ],
 )
