@@ -32,6 +32,14 @@ from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 
 FORMAT = "sparrow-weights-1"
+MADE_BY = {  # the usual names of weights, for messages: who looks for one has not run that stage yet
+    "pretrain": "trainer/train_pretrain.py",
+    "full_sft": "trainer/train_full_sft.py",
+    "rlhf": "trainer/train_dpo.py",
+    "reason": "trainer/train_distill_reason.py",
+    "full_dist": "trainer/train_distillation.py",
+    "lora_identity": "trainer/train_lora.py",
+}
 
 
 @dataclass
@@ -197,7 +205,10 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     known = sorted({path.name for folder in map(Path, folders) for path in folder.glob("*.pth")})
     wanted = f"{weight}_{hidden_size or '<hidden>'}{'_moe' if moe else ''}.pth"
     searched = " or ".join(dict.fromkeys(map(str, folders)))
-    advice = f"there are {', '.join(known)}" if known else "train them first, or give a path"
+    made = f"{MADE_BY[weight]} makes them; " if weight in MADE_BY else ""
+    advice = f"{made}of others, downloaded ones for instance, give the file or directory in place of the name"
+    if known:
+        advice = f"there are {', '.join(known)}; {advice}"
     raise UserError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
 
 

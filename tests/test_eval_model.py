@@ -327,7 +327,7 @@ def test_a_model_cannot_steer_the_terminal(tokenizer):
     """Title changes, colours, clipboard writes and reversed text: FastChat's terminal obeyed them (issue 88)."""
     evil = "\x1b]0;title\x07\x1b[31mred\x1b[0m\r\x9b2J\u202etxt.exe\u202c\tgood\n好"
     _, text = talk_with(tokenizer, Scripted(tokenizer.encode(evil)), ["hi"])
-    assert text == "]0;title[31mred[0m2Jtxt.exe\tgood\n好\nspeed\n"
+    assert text == "␛]0;title␇␛[31mred␛[0m␍\ufffd2J\ufffdtxt.exe\ufffd\tgood\n好\nspeed\n"
 
 
 def test_thoughts_are_dim_on_a_terminal_and_plain_in_a_file(tokenizer):
@@ -409,6 +409,10 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
         (["--lora_path", "nothere"], "nothere: no such file or directory"),
         (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; if it is a name on a hub"),
         (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
+        (
+            ["--weight", "rlhf"],
+            "trainer/train_dpo.py makes them; of others, downloaded ones",
+        ),
         (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
         (["--base_model", "x"], "--base_model: comparing two models side by side is not built yet; leave it out"),
         (["--prompts_file", "a.json"], "a prompt a line, or a .jsonl of rows"),

@@ -29,7 +29,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from common.console import UserError
+from common.console import Coloured, UserError, printable
 from tokenizer.messages import Conversation, Segment, check_messages, dumps, markup, split_reasoning
 from tokenizer.text import Tokenizer
 
@@ -219,17 +219,14 @@ def _assistant(tag, message: dict) -> Iterator[int | str]:
 # ---- for people
 
 DIM, GREEN, BOLD, RESET = "\x1b[2m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
-# text of a row must not control the terminal: C0 is shown as Unicode's control pictures, C1 and DEL as U+FFFD
-VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-VISIBLE |= dict.fromkeys([0x7F, *range(0x80, 0xA0)], "\ufffd")
 
 
-def show_labels(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool]) -> str:
+def show_labels(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool]) -> Coloured:
     """The row as text for a terminal: what is trained on in green, the rest dim, control tokens bold."""
     control = set(tokenizer.control.values())
     kinds = [(bool(label), int(i) in control) for i, label in zip(ids, trained)]
     shown = []
     for (label, is_control), group in groupby(zip(ids, kinds), key=lambda pair: pair[1]):
-        text = tokenizer.decode([i for i, _ in group]).translate(VISIBLE)
+        text = printable(tokenizer.decode([i for i, _ in group]))
         shown.append((GREEN if label else DIM) + (BOLD if is_control else "") + text + RESET)
-    return "".join(shown)
+    return Coloured("".join(shown))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.console import UserError
+from common.yaml_file import read_yaml
 from dataset.kinds import KINDS
 from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
 from dataset.read.jsonl import Jsonl, decode, parse_row
@@ -55,16 +56,10 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
     """The mapping that a YAML file describes; None for None."""
     if path is None:
         return None
-    import yaml
-
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"--data_mapping {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"--data_mapping {path}{line}: {getattr(error, 'problem', None) or error}") from None
+        tree = read_yaml(str(path))
+    except UserError as error:
+        raise UserError(f"--data_mapping {error}") from None
     example = "`columns: {instruction: question, output: reply}`, our name first"
     if not isinstance(tree, dict) or not isinstance(tree.get("columns"), dict) or not tree["columns"]:
         raise UserError(f"--data_mapping {path}: expected {example}")

@@ -86,6 +86,7 @@ class TokenDataset:
     lengths: np.ndarray  # (examples,) int32, ids of each
     fingerprint: str  # the same for the same examples in the same order
     summary: str  # for people
+    too_long: tuple[int, int, int] = (0, 0, 0)  # examples left out for their length, of how many; ids of the longest
 
     def __init__(
         self,
@@ -280,6 +281,7 @@ class EntryDataset(TokenDataset):
             left_out += int((~keep).sum())
         counts = [len(entries) for entries in kept]
         self.distinct_count = sum(counts)
+        self.too_long = left_out, left_out + self.distinct_count, longest
         if not self.distinct_count:
             raise UserError(f"--max_seq_len {self.max_seq_len}: no {self.called} fits, the longest needs {longest}")
         self._kept, self._cuts, self._first = kept, cuts, np.cumsum([0, *counts])

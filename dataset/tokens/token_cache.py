@@ -11,7 +11,6 @@ rows. It does not depend on --max_seq_len or --batch_size, so changing these rea
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import Progress, UserError
+from common.console import Progress, UserError, note
 from dataset.kinds import KINDS
 from dataset.read.jsonl import Chunk, Jsonl, TextFile, entry_name
 from dataset.read.mapping import Mapping, Reader, find_reader
@@ -228,7 +227,7 @@ def _blocks_from_processes(
             waiting.popleft()
     except BrokenProcessPool:
         message = "tokenising: a process died (out of memory, or as it says above), going on in this one"
-        print(message, file=sys.stderr, flush=True)
+        note(message)
         for chunk, _ in waiting:
             yield chunk, encode(chunk, tokenizer, reader)
     finally:

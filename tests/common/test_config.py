@@ -15,6 +15,7 @@ import pytest
 
 from common.files import ROOT
 from common.options import Options, describe, option, parse
+from common.yaml_file import read_yaml
 from trainer.stage import StageConfig
 
 STAGES = sorted((ROOT / "trainer").glob("train_*.py"))
@@ -324,7 +325,7 @@ def test_problems_in_a_file_name_the_file_and_the_key(tmp_path, complaints):
         (b"a: [1\nb: 2", ":2: "),
         (b"epochs: 3\nx: 1\nepochs: 2", ":3: epochs stands twice"),
         (b"- a\n- b", "expected `key: value` lines"),
-        (b"a: \xff\xfe", "utf-8"),
+        (b"a: \xff\xfe", ": not UTF-8; save it as UTF-8"),
         (None, "No such file"),
     ],
 )
@@ -394,10 +395,7 @@ def test_any_dataclass_of_options_can_be_parsed():
 def test_yaml_may_merge_what_it_overrides(tmp_path):
     """The key stands once in the file; that a merge brings it along is what merges are for."""
     text = "x: &a {epochs: 1, batch_size: 3}\n"
-    import yaml
-
-    from common.options import _read_yaml
-
-    tree = _read_yaml(yaml, text + "b: &b {<<: *a, epochs: 2}\nc: {<<: *b, seed: 1}\n")
-    assert tree["b"] == {"epochs": 2, "batch_size": 3} and tree["c"] == {"epochs": 2, "batch_size": 3, "seed": 1}
-    assert _read_yaml(yaml, "") is None
+    tree = read_yaml(yaml_file(tmp_path, text + "b: &b {<<: *a, epochs: 2}\nc: {<<: *b, seed: 1}\n"))
+    assert tree["b"] == {"epochs": "2", "batch_size": "3"}
+    assert tree["c"] == {"epochs": "2", "batch_size": "3", "seed": "1"}
+    assert read_yaml(yaml_file(tmp_path, "")) is None
