@@ -4,9 +4,9 @@ token.
 Letters: N = B*T tokens, d hidden size, I expert size, E experts, k experts per token.
 
 All experts are computed at once: tokens are sorted by expert, and `grouped_linear` multiplies each group with its
-expert's weights. The time does not grow with E, and nothing waits for the device. The balancing loss of a row depends on that
-row alone (Switch Transformer, arXiv:2101.03961, eqs. 4-6; per sequence as in DeepSeek-V2, arXiv:2405.04434, eqs.
-12-14).
+expert's weights. The time does not grow with E, and nothing waits for the device. The balancing loss of a row depends
+on that row alone (Switch Transformer, arXiv:2101.03961, eqs. 4-6; per sequence as in DeepSeek-V2, arXiv:2405.04434,
+eqs. 12-14).
 """
 
 from __future__ import annotations

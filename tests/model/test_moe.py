@@ -113,8 +113,8 @@ COMPILERS = [pytest.param(None, id="eager"), pytest.param("aot_eager", id="compi
 @pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize("dtype, a, b", SIZES)
 def test_grouped_linear_equals_a_loop(backend, dtype, a, b):
-    """`--preset moe --dtype float32` ended in a traceback as soon as a run was long enough to be compiled: torch's shape
-    function of its grouped product knows bf16 only. And a width of 100 in bf16 did without the compiler."""
+    """`--preset moe --dtype float32` ended in a traceback as soon as a run was long enough to be compiled: torch's
+    shape function of its grouped product knows bf16 only. A width of 100 in bf16 failed without the compiler too."""
     torch.manual_seed(0)
     ends = torch.tensor([4, 4, 9], dtype=torch.int32)  # the second expert has no rows
     x, weight, upstream = (torch.randn(*shape).to(dtype) for shape in ((9, a), (3, b, a), (9, b)))
