@@ -168,11 +168,9 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{directory}: {error}") from None
     state = _read_tensors(directory)
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-    if config.tie_word_embeddings and head is not None and embedding is not None:
-        if equal_weights(head, embedding):
-            del state["lm_head.weight"]  # stored once
-        else:  # what transformers 5 does as well: a head that was trained on its own counts more than the flag
-            config = replace(config, tie_word_embeddings=False)
+    if head is not None and embedding is not None and not equal_weights(head, embedding):
+        # as transformers 5 does: a head that was trained on its own counts more than the flag
+        config = replace(config, tie_word_embeddings=False)
     return config, state
 
 
