@@ -254,10 +254,20 @@ def initialise(model: CausalLM) -> None:
             nn.init.normal_(parameter, std=model.config.hidden_size**-0.5 if "embed_tokens" in name else 0.02)
 
 
-def _retie(model: CausalLM, state: dict, prefix: str, *_) -> None:
-    """Files of tied models hold the shared weight once or twice, under either name."""
+def _retie(model: CausalLM, state: dict, prefix: str, *rest) -> None:
+    """Files of tied models hold the shared weight once or twice, under either name. If two different ones are there,
+    the second would overwrite the first."""
     if model.config.tie_word_embeddings:
         names = (prefix + "model.embed_tokens.weight", prefix + "lm_head.weight")
         for here, there in (names, names[::-1]):
             if here not in state and there in state:
                 state[here] = state[there]
+        head, embedding = (state.get(name) for name in names[::-1])
+        if head is not None and embedding is not None and not equal_weights(head, embedding):
+            *_, errors = rest  # load_state_dict raises them
+            errors.append("lm_head.weight differs from model.embed_tokens.weight, though tie_word_embeddings is true")
+
+
+def equal_weights(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, perhaps of different dtypes, hold the same numbers."""
+    return a is b or a.shape == b.shape and torch.equal(a, b.to(a.dtype))

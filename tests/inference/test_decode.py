@@ -78,6 +78,17 @@ def test_a_stop_token_ends_its_row_only(model):
     assert ended == [cut(free[0]), cut(free[1])] and len(ended[0]) <= 4
 
 
+def test_the_repetition_penalty_leaves_end_tokens_alone(model):
+    """Every turn of a chat ends with one, so the prompt is full of them: penalised, the model did not stop."""
+    prompts = torch.cartesian_prod(torch.arange(97), torch.arange(97))
+    with torch.no_grad():
+        likeliest = model(prompts).logits[:, -1].argmax(-1)
+    prompt = prompts[likeliest == prompts[:, 0]][0].tolist()  # one that goes on with what it began with
+    strong = Sampling(temperature=0, repetition_penalty=1e6)
+    assert generate(model, [prompt], strong, max_new_tokens=1, stop={prompt[0], 5000}) == [[]]
+    assert generate(model, [prompt], strong, max_new_tokens=1)[0] not in ([prompt[0]], [prompt[1]])
+
+
 def test_a_conversation_continues_from_its_cache(model):
     first, rest = [5, 6, 7, 8], [11, 12, 13]
     cache = KVCache(CONFIG, 1, 40, torch.float32)
