@@ -127,14 +127,17 @@ def allow_many_files() -> None:
             return
 
 
-def keep_previous(path: Path) -> str:
+def keep_previous(path: Path, every: bool = False) -> str:
     """Gives a file that will be replaced a second name, `<name>.previous.pth`, which no `--weight` finds.
+
+    every  also keep what has that name already: the next ones are `<name>.previous2.pth`, `<name>.previous3.pth`, ...
 
     Returns a line to print, empty if there is no such file. That it cannot be kept is a warning and no error.
     """
     if not path.exists():
         return ""
-    kept = path.with_name(f"{path.stem}.previous{path.suffix}")
+    names = (path.with_name(f"{path.stem}.previous{number}{path.suffix}") for number in ("", *range(2, 10_000)))
+    kept = next(name for name in names if not (every and name.exists()))
     temporary = temporary_name(kept)
     try:
         try:

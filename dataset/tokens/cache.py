@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.console import UserError
+from common.console import UserError, note, printable
 from common.files import atomic_folder, lock, remove_folder
 
 FACTS = "facts.json"
@@ -97,7 +96,7 @@ def get_or_build(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[
         return found
     path, lock_file, is_new = root / name, root / f"{name}.lock", _made(root)
     try:
-        with lock(lock_file, f"{name}: waiting for the process that is building it"):
+        with lock(lock_file, printable(f"{name}: waiting for the process that is building it")):
             if found := find_entry(root, name):
                 return found
             remove_folder(path)  # a damaged one
@@ -119,8 +118,7 @@ def get_or_build(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[
             root.rmdir()
         raise
     if is_new:  # said once, by whoever makes the folder, since it may come to take much space
-        message = f"cache: line indexes and tokens are kept in {root} (--cache_dir names another place)"
-        print(message, file=sys.stderr, flush=True)
+        note(f"cache: line indexes and tokens are kept in {root} (--cache_dir names another place)")
     _forget_older(root, name, facts)
     return path, facts
 
@@ -216,5 +214,5 @@ class Mapped:
         """Tells the system to read these elements from the disk already, while this process does something else."""
         start, stop = (max(0, min(at, len(self))) * self.dtype.itemsize for at in (start, stop))
         start -= start % mmap.PAGESIZE
-        if start < stop and self.array is not None and hasattr(self._map, "madvise"):
+        if start < stop and self.array is not None and self._map is not None and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)

@@ -14,9 +14,8 @@ last complete part.
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -28,23 +27,24 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.console import Progress, UserError
+from common.console import Progress, UserError, note
 from dataset.kinds import KINDS
-from dataset.read.jsonl import Chunk, Head, Jsonl, RowErrors, entry_name
+from dataset.read.jsonl import Chunk, Head, Jsonl, entry_name
 from dataset.read.mapping import Mapping, Reader, find_reader, require_reader
+from dataset.read.row_errors import MAX_BAD_ROWS, RowErrors, allowed, too_many_bad
 from dataset.read.text import TextFile
 from dataset.tokens.cache import Mapped, find_entry, get_or_build, require_space
 from dataset.tokens.encode import BadRow, Block, open_document, token_dtype
 from dataset.tokens.lengths import Lengths
 from tokenizer.text import Tokenizer
 
-FORMAT = 4  # part of every key: raise it when the files change, and old caches are made anew
+FORMAT = 5  # part of every key: raise it when the files change, and old caches are made anew
 TOKENISED_BYTES = 1 << 20  # bytes of rows that are tokenised together
 PART_BYTES = 1 << 30  # bytes of rows that are tokenised into a cache of their own
 ESTIMATED_FROM = 256 << 20  # bytes of rows from which the space that their tokens need is estimated first
 SAMPLES, SAMPLED_BYTES = 8, 64 << 10  # for that: places in the file, bytes of rows at each
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays
-EMPTY_ALLOWED = 0.05  # share of rows without anything to train on; above it the data must be wrong
+MAX_EMPTY_ROWS = 0.05  # share of rows without anything to train on; above it the data must be wrong
 
 
 class TokenCache:
@@ -63,7 +63,7 @@ class TokenCache:
     def lengths(self) -> Lengths:
         """Of every entry, int32. What this reads is mapped for this only: many files do not stay open for it."""
         ids = np.diff(Mapped(self.offsets.path, np.int64).array).astype(np.int32)
-        columns = {name: Mapped(own.path, own.dtype).array for name, own in self.columns.items()}
+        columns = {name: Mapped(own.path, own.dtype.type).array for name, own in self.columns.items()}
         return self.kind.lengths(ids, columns)
 
     def where(self, entry: int) -> str:
@@ -82,6 +82,8 @@ def token_caches(
     cache_dir: str | Path | None = None,
     num_workers: int | None = None,
     on_bad_row: str = "error",
+    max_bad_rows: float = MAX_BAD_ROWS,
+    max_empty_rows: float = MAX_EMPTY_ROWS,
     limit: int = 0,
     mapping: Mapping | None = None,
 ) -> list[TokenCache]:
@@ -89,7 +91,9 @@ def token_caches(
 
     kind         a key of KINDS: what the rows must be
     num_workers  processes that tokenise (None: one for each core)
-    on_bad_row   "error", or "skip": see RowErrors; its limits hold for each part
+    on_bad_row   "error", or "skip": see RowErrors
+    max_bad_rows, max_empty_rows  shares of the rows of each part that may be skipped, and that may have nothing to
+                 train on
     limit        use only the first rows (0: all)
     """
     if getattr(current_process(), "_inheriting", False):  # one of our workers, which runs its parent's script again
@@ -114,19 +118,30 @@ def token_caches(
     missing = [part for part, name in zip(parts, names) if not find_entry(source.cache, name)]
 
     def build(part: range, folder: Path) -> dict:
-        reader = Reader("plain") if isinstance(source, TextFile) else find_reader(source, kind, mapping)
-        if not reader.layout and not plain:  # the index was made by a stage that reads another kind
-            check(source)
+        if isinstance(source, TextFile):
+            reader = Reader("plain")
+        else:
+            reader = find_reader(source, kind, mapping)
+            if not reader.layout:  # the index was made by a stage that reads another kind
+                check(source)
         if part in missing[:1]:  # others that wait for it do not say it again
             _check_space(source, tokenizer, reader, missing)
         called = f"{parts.index(part) + 1}-of-{len(parts)}" if len(parts) > 1 else ""
-        return _Builder(folder, source, part, called, tokenizer, reader).build(num_workers, on_bad_row)
+        in_part = 1 if plain else len(part)
+        with RowErrors(source.path, source.cache, in_part, on_bad_row, max_bad_rows, called) as errors:
+            facts = _Builder(folder, source, part, called, tokenizer, reader).build(in_part, num_workers, errors)
+        _check_empty(source.path, facts, max_empty_rows)
+        return facts
 
     caches = []
     for part, name in zip(parts, names):
         folder, facts = get_or_build(source.cache, name, partial(build, part))
         if facts["bad"] and on_bad_row != "skip":  # the cache was made under "skip"
             raise UserError(f"{facts['first_bad'][0]} (--on_bad_row skip leaves such rows out)")
+        most = allowed(facts["rows"], max_bad_rows)
+        if facts["bad"] > most:  # likewise, with other limits
+            raise too_many_bad(facts["first_bad"], most, max_bad_rows)
+        _check_empty(source.path, facts, max_empty_rows)
         caches.append(TokenCache(source.path, folder, facts))
     return caches
 
@@ -145,11 +160,21 @@ def _check_space(source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader,
         read += sum(map(len, chunk.rows))
     need = 1.05 * size * written / read
     free = require_space(source.cache, need, f"{source.path}: the tokens of {size / 1e9:,.1f} GB")
-    message = (
+    note(
         f"tokenising {source.path}: {size / 1e9:,.1f} GB become about {need / 1e9:,.1f} GB in {source.cache} ({free}; "
         "--cache_dir names another folder)"
     )
-    print(message, file=sys.stderr, flush=True)
+
+
+def _check_empty(path: Path, facts: dict, share: float) -> None:
+    """UserError if too many of the rows have nothing to train on, or all."""
+    rows, empty = facts["rows"], facts["empty"]
+    if facts["entries"] and empty <= allowed(rows, share):
+        return
+    what = "text in them" if KINDS[facts["kind"]].stream else "assistant's turn to train on"
+    where = ", ".join(facts["first_empty"]) or path
+    more = f" (--max_empty_rows {share:g} allows no more)" if facts["entries"] else ""
+    raise UserError(f"{where}: {empty:,} of {rows:,} rows have no {what}; is this the right file?{more}")
 
 
 class _Builder:
@@ -169,12 +194,12 @@ class _Builder:
         self.tokens, self.entries = 0, 0  # written so far
         self.empty, self.first_empty = 0, []  # rows without anything to train on
 
-    def build(self, num_workers: int | None, on_bad_row: str) -> dict:
+    def build(self, rows: int, num_workers: int | None, errors: RowErrors) -> dict:
         """-> the facts that are kept beside the files."""
-        source, rows = self.source, 1 if self.plain else len(self.part)
+        source = self.source
         size, name = source.bytes_of(self.part), f"{source.path.name} {self.called}".strip()
         chunks = source.chunks(TOKENISED_BYTES, self.part)
-        with RowErrors(source.path, source.cache, rows, on_bad_row, self.called) as errors, ExitStack() as stack:
+        with ExitStack() as stack:
             progress = stack.enter_context(closing(Progress(f"tokenising {name}", size)))
             for own in ("tokens", "offsets", "lines", *self.kind.columns):
                 self.files[own] = stack.enter_context(open(self.folder / own, "wb"))
@@ -189,10 +214,6 @@ class _Builder:
                     errors.add(line, reason, raw)
                 self.write(block)
                 progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
-            if not self.entries or self.empty > max(1, EMPTY_ALLOWED * rows):
-                what = "text in them" if self.kind.stream else "assistant's turn to train on"
-                where = ", ".join(self.first_empty) or source.path
-                raise UserError(f"{where}: {self.empty:,} of {rows:,} rows have no {what}; is this the right file?")
         return {
             "source": str(source.path.resolve()),
             "content": source.content,
@@ -244,7 +265,7 @@ def encode(chunk: Chunk, tokenizer: Tokenizer, reader: Reader) -> Block:
 
 def blocks(
     chunks: Iterator[Chunk], size: int, tokenizer: Tokenizer, reader: Reader, num_workers: int | None
-) -> Iterator[tuple[Chunk, Block]]:
+) -> Generator[tuple[Chunk, Block], None, None]:
     """Every chunk with its block, in order. size: bytes of all of them. Small data stays in this process, where
     `tokenizers` uses threads."""
     workers = num_workers or cores()
@@ -274,7 +295,7 @@ def _blocks_from_processes(
             waiting.popleft()
     except BrokenProcessPool:
         message = "tokenising: a process died (out of memory, or as it says above), going on in this one"
-        print(message, file=sys.stderr, flush=True)
+        note(message)
         for chunk, _ in waiting:
             yield chunk, encode(chunk, tokenizer, reader)
     finally:

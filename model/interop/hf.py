@@ -9,7 +9,9 @@ RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from common.console import UserError
 from model.config import LAYER_TYPES, ModelConfig
 from model.interop.minimind import config_from_minimind
+from model.transformer import equal_weights
 
 # setting of ours -> its name in config.json; what is missing here is translated by hand below
 NAMES: dict[str, str] = {
@@ -71,6 +74,8 @@ FAMILIES = {  # of two families that fit a model, the first is written
         ),
     ),
 }
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD = re.compile(r"(?P<stem>.+)-(?P<n>\d+)-of-(?P<all>\d+)\.safetensors")
 ROPE_KEYS = (
     "factor",
     "original_max_position_embeddings",
@@ -135,10 +140,18 @@ def _read_windows(values: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     rope = values.get("rope_parameters") or {}
+    local = None
+    if "full_attention" in rope:  # transformers 5, where RoPE differs between layers: one dictionary for each type
+        rope, local = rope["full_attention"], rope.get("sliding_attention")
     scaling = {**(values.get("rope_scaling") or rope)}
     theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     found = dict(rope_theta=theta)
+    if local:
+        scaled = {key: value for key, value in local.items() if key != "rope_theta" and value not in ("default", None)}
+        if scaled:
+            raise UserError(f"config.json: RoPE scaling of sliding layers not supported: {scaled}")
+        found["rope_local_theta"] = local["rope_theta"]
     if "rotary_fraction" in family.states:
         share = NAMES["rotary_fraction"]
         found["rotary_fraction"] = scaling.pop(share, None) or values.get(share, 1.0)
@@ -153,24 +166,82 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """(architecture, state dict) of a directory written by `save_pretrained`."""
-    from safetensors.torch import load_file
-
     directory = Path(directory)
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = (config_from_minimind if values.get("model_type") == "minimind" else config_from_hf)(values)
     except json.JSONDecodeError as error:
         raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: no *.safetensors beside config.json")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state.update(load_file(file))
-        except Exception as error:  # safetensors has its own exception type
-            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    state = _read_tensors(directory)
+    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+    if head is not None and embedding is not None and not equal_weights(head, embedding):
+        # as transformers 5 does: a head that was trained on its own counts more than the flag
+        config = replace(config, tie_word_embeddings=False)
     return config, state
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a directory, from the files that `_files_of` chooses. UserError names what is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    state: dict[str, Tensor] = {}
+    for file, wanted in _files_of(directory).items():
+        try:
+            with safe_open(file, "pt") as content:
+                names = content.keys() if wanted is None else wanted
+                if twice := [name for name in names if name in state]:
+                    raise UserError(
+                        f"{directory}: {twice[0]} is in {file.name} and in another *.safetensors; which one is right "
+                        f"only {INDEX} can say"
+                    )
+                if wanted is not None and (missing := sorted(set(wanted) - set(content.keys()))):
+                    raise UserError(f"{file}: has no {missing[0]}, which {INDEX} says is in it; take another copy")
+                state.update((name, content.get_tensor(name)) for name in names)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    return state
+
+
+def _files_of(directory: Path) -> Mapping[Path, list[str] | None]:
+    """The files that hold a directory's weights, and what to read from each; None: everything.
+
+    The index decides, if there is one. Files that it does not name are left over from an earlier export, or are the
+    same weights under the names of another program (Mistral's `consolidated.safetensors`).
+    """
+    if (directory / INDEX).is_file():
+        return _read_index(directory)
+    if (directory / SINGLE).is_file():
+        return {directory / SINGLE: None}
+    found = sorted(directory.glob("*.safetensors"))
+    files = [path for path in found if not path.name.startswith(("consolidated", "adapter_model"))]
+    if not files:
+        only = f", only {found[0].name}, which holds something else or uses other names" if found else ""
+        raise UserError(f"{directory}: no *.safetensors beside config.json{only}")
+    numbered = {path.name: match for path in files if (match := SHARD.fullmatch(path.name))}
+    for match in numbered.values():  # without an index, their names tell at least how many there are
+        for n in range(1, int(match["all"]) + 1):
+            name = f"{match['stem']}-{n:0{len(match['n'])}}-of-{match['all']}.safetensors"
+            if name not in numbered:
+                raise UserError(f"{directory}: {name} is missing; copy it too")
+    return dict.fromkeys(files)
+
+
+def _read_index(directory: Path) -> dict[Path, list[str]]:
+    index = directory / INDEX
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{index}: not an index of safetensors files, which has a "weight_map"') from None
+    files: dict[Path, list[str]] = {}
+    for tensor, name in places:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: {tensor}: {name!r} is not the name of a file beside it")
+        files.setdefault(directory / name, []).append(tensor)
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise UserError(f"{directory}: {', '.join(missing[:3])}: missing, though {INDEX} names it; copy it too")
+    return files
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -200,7 +271,14 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _misfits(config: ModelConfig, family: Family) -> list[str]:
     """What would have to be different in `config` for this family to compute the same."""
     found = []
-    for name in ("attention_bias", "qk_norm", "num_shared_experts", "sliding_window", "rotary_fraction"):
+    for name in (
+        "attention_bias",
+        "qk_norm",
+        "num_shared_experts",
+        "sliding_window",
+        "rotary_fraction",
+        "rope_local_theta",
+    ):
         value, needed = getattr(config, name), family.fixed.get(name, PLAIN[name])
         if name not in family.states and value != needed:
             found.append(f"{name} {needed} (it is {value})")

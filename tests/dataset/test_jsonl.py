@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from common.files import temporary_name
 from dataset.read import jsonl
 from dataset.read import text as plain_text
-from dataset.read.jsonl import Head, Jsonl, RowErrors, parse_row
+from dataset.read.jsonl import Head, Jsonl, parse_row
+from dataset.read.row_errors import RowErrors
 from dataset.read.text import TextFile
 from dataset.tokens import cache
 from dataset.tokens.cache import Mapped, get_or_build
@@ -96,6 +99,39 @@ def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, data, reason):
 def test_a_pair_of_surrogates_and_a_long_line_are_fine():
     assert parse_row(b'{"text": "\\ud83d\\ude00"}') == {"text": "😀"}
     assert len(parse_row(b'{"text": "' + b"a" * 5_000_000 + b'"}')["text"]) == 5_000_000
+
+
+@pytest.mark.parametrize(
+    "name, data, reason",
+    [
+        ("a.parquet", b"PAR1\x15\x04", "is a Parquet file, and JSONL in UTF-8 is needed; convert it: python -c"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "is a gzip file, .*: gunzip -k .*a.jsonl.gz$"),
+        (
+            "a.jsonl",
+            '{"text": "麻雀"}'.encode("utf-16"),
+            "is UTF-16 text, .*: iconv -f utf-16 .*a.jsonl > .*a.utf8.jsonl$",
+        ),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, .*: git lfs pull$"),
+    ],
+)
+def test_a_file_of_another_format_says_what_makes_text_of_it(tmp_path, name, data, reason):
+    """A .parquet file was called broken JSON."""
+    with pytest.raises(ValueError, match=reason):
+        Jsonl(write(tmp_path / name, data))
+    assert os.listdir(tmp_path) == [name], "decided at its head"
+
+
+def test_the_command_for_parquet_works(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    rows = [{"messages": [{"role": "user", "content": 'Say "麻雀".\n'}], "n": n} for n in range(3)]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(ValueError) as error:
+        Jsonl(tmp_path / "a.parquet")
+    command = str(error.value).partition("convert it: python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
+    found = Jsonl(tmp_path / "a.jsonl")
+    assert [found[i] for i in range(len(found))] == rows
 
 
 def test_an_empty_file_is_named(tmp_path):
@@ -347,7 +383,7 @@ def test_skipped_rows_are_counted_and_written_down(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("rows, allowed", [(5, 1), (199, 1), (200, 2), (10_000, 100)])
+@pytest.mark.parametrize("rows, allowed", [(5, 1), (199, 1), (200, 2), (2900, 29), (10_000, 100)])
 def test_more_than_one_percent_is_too_many_to_skip_but_one_never_is(tmp_path, rows, allowed):
     file = write(tmp_path / "a.jsonl", b"")
     with pytest.raises(ValueError, match=f"more than {allowed} bad rows"):

@@ -7,7 +7,7 @@ from inference.cache import KVCache
 from inference.decode import decode, generate, pad_left, prefill
 from inference.sampling import Sampling
 from model.config import ModelConfig
-from model.transformer import CausalLM
+from tests.helpers.models import random_model
 
 CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
@@ -19,6 +19,7 @@ KINDS = {
     "window in some layers, half of each head rotated": dict(
         sliding_window=6,
         layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        rope_local_theta=20.0,
         rotary_fraction=0.5,
     ),
 }
@@ -26,11 +27,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    torch.manual_seed(1)
-    model = CausalLM(ModelConfig(**{**CONFIG.to_dict(), **KINDS[request.param]}))
-    for parameter in model.parameters():  # zero-initialised projections would make every block the identity
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model.eval()
+    return random_model(ModelConfig(**{**CONFIG.to_dict(), **KINDS[request.param]}), std=0.2, seed=1).eval()
 
 
 @torch.no_grad()
@@ -79,6 +76,17 @@ def test_a_stop_token_ends_its_row_only(model):
     ended = generate(model, prompts, Sampling(temperature=0), max_new_tokens=10, stop=stop)
     cut = lambda row: row[: next((i for i, t in enumerate(row) if t in stop), len(row))]
     assert ended == [cut(free[0]), cut(free[1])] and len(ended[0]) <= 4
+
+
+def test_the_repetition_penalty_leaves_end_tokens_alone(model):
+    """Every turn of a chat ends with one, so the prompt is full of them: penalised, the model did not stop."""
+    prompts = torch.cartesian_prod(torch.arange(97), torch.arange(97))
+    with torch.no_grad():
+        likeliest = model(prompts).logits[:, -1].argmax(-1)
+    prompt = prompts[likeliest == prompts[:, 0]][0].tolist()  # one that goes on with what it began with
+    strong = Sampling(temperature=0, repetition_penalty=1e6)
+    assert generate(model, [prompt], strong, max_new_tokens=1, stop={prompt[0], 5000}) == [[]]
+    assert generate(model, [prompt], strong, max_new_tokens=1)[0] not in ([prompt[0]], [prompt[1]])
 
 
 def test_a_conversation_continues_from_its_cache(model):

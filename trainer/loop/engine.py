@@ -299,7 +299,8 @@ class Engine:
         """Writes the weights; only inside `full_weights`. A file that another run left there is kept as a backup."""
         first, self.written = path not in self.written, self.written | {path}
         if self.backend.main:
-            if first and not (self.resumed and resume.is_of(self._lineage(), path)) and (line := keep_previous(path)):
+            replaces = first and not (self.resumed and resume.is_of(self._lineage(), path))
+            if replaces and (line := keep_previous(path, every=self.job.output.keeps_all)):
                 self.logger.print(line)
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
             tokenizer = dict(path=_relative(self.job.tokenizer.path), hash=self.job.tokenizer.hash)

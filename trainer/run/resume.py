@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from common.console import UserError
 from common.files import atomic_folder, hash_file, remove_folder, rename, sweep
-from model.checkpoint import read_plain
+from model.checkpoint import read_plain, same_weights
 
 MANIFEST = "manifest.json"
 
 # Options that a continued run may not change: it would be another run
 FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
+WEIGHTS = ("parent", "teacher")  # parts of the identity that are hashes of weights
 RULE = (
     f"a continued run keeps its architecture, data, tokenizer, parent weights, {', '.join(FIXED)} and the examples of "
     "a step (batch_size x accumulation_steps x processes); the rest may change, learning_rate and epochs for instance"
@@ -181,7 +182,8 @@ def is_of(run: dict, weights: Path) -> bool:
         last = read_plain(weights)["lineage"][-1]
     except (ValueError, KeyError, IndexError):  # not there, damaged, or of another program
         return False
-    return last["steps"] <= run["steps"] and all(last.get(k) == run[k] for k in ("stage", "data", "parent", "seed"))
+    same = [last.get(k) == run[k] for k in ("stage", "data", "seed")]
+    return last["steps"] <= run["steps"] and all(same) and same_weights(last.get("parent"), run["parent"])
 
 
 def new_run(states: Path) -> str:
@@ -221,7 +223,9 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
     for path in candidates:
         theirs = read_values(path)["identity"]
         different = [
-            f"{k} was {_short(theirs.get(k))}, is {_short(v)}" for k, v in identity.items() if theirs.get(k) != v
+            f"{k} was {_short(theirs.get(k))}, is {_short(v)}"
+            for k, v in identity.items()
+            if not (same_weights(v, theirs.get(k)) if k in WEIGHTS else v == theirs.get(k))
         ]
         if not different:
             return path
