@@ -44,6 +44,7 @@ class Family(NamedTuple):
 QWEN_WINDOWS = dict(use_sliding_window=False, sliding_window=4096)
 FAMILIES = {  # of two families that fit a model, the first is written
     "llama": Family("LlamaForCausalLM", {}, (), {}),
+    "mistral": Family("MistralForCausalLM", {}, ("sliding_window",), dict(num_key_value_heads=8, sliding_window=4096)),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         dict(attention_bias=True),
@@ -96,12 +97,8 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     stated = {key: value for key, value in values.items() if value is not None or key == "sliding_window"}
     values = absent | family.absent | stated
     names = [name for name in (*LLAMA, *family.states) if name not in WINDOWS]
-    return ModelConfig(
-        **{name: values[NAMES[name]] for name in names if NAMES[name] in values},
-        **family.fixed,
-        **_read_windows(values, family),
-        **_read_rope(values, family),
-    )
+    plain = {name: values[NAMES[name]] for name in names if NAMES[name] in values}
+    return ModelConfig(**(plain | family.fixed | _read_windows(values, family) | _read_rope(values, family)))
 
 
 def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
@@ -113,6 +110,8 @@ def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
         unsupported.append(f"decoder_sparse_step={step}")
     if (activation := values.get("hidden_act", "silu")) != "silu":
         unsupported.append(f"hidden_act={activation!r}")
+    if quantised := values.get("quantization_config"):
+        unsupported.append(f"weights quantised by {quantised.get('quant_method', 'another project')}")
     if unsupported:
         raise UserError(f"config.json: not supported: {', '.join(unsupported)}")
 
@@ -147,7 +146,9 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     if strange := [f"{key}={value!r}" for key, value in scaling.items() if key not in ROPE_KEYS]:
         raise UserError(f"config.json: RoPE scaling not supported: {', '.join(strange)}")
     if kind == "yarn":
-        scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        trained = scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        if "factor" in scaling:  # Qwen2.5's files state the trained length as the longest one
+            found["max_position_embeddings"] = int(scaling["factor"] * trained)
     return found | dict(rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling})
 
 
@@ -170,7 +171,12 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             state.update(load_file(file))
         except Exception as error:  # safetensors has its own exception type
             raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return config, state
+    return config, our_tensors(config, values["model_type"], state)
+
+
+def our_tensors(config: ModelConfig, model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A family's tensors under our names. Buffers that follow from config.json (Llama 2) are left out."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -213,7 +219,9 @@ def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     """For older readers also as max_window_layers, where the layers without a window are the first ones."""
     if not any(config.windows):
         return {}
-    found: dict[str, Any] = dict(use_sliding_window=True, sliding_window=config.sliding_window)
+    found: dict[str, Any] = dict(sliding_window=config.sliding_window)
+    if "use_sliding_window" in family.absent:  # a switch of Qwen's
+        found["use_sliding_window"] = True
     if "layer_types" in family.states:
         found["layer_types"] = [LAYER_TYPES[window is not None] for window in config.windows]
         full = config.windows.count(None)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from common.console import UserError
 from model.checkpoint import load_weights
 from model.config import ModelConfig
 from model.interop.hf import config_from_hf, config_to_hf
@@ -24,15 +25,21 @@ TINY = dict(
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)
 FAMILIES = {
     "llama": ("Llama", dict(head_dim=10, rope_theta=10000.0)),
     "llama untied": ("Llama", dict(tie_word_embeddings=False)),
     "llama3 rope": ("Llama", dict(rope_parameters=dict(LLAMA3, rope_theta=5e5))),
     "linear rope": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4))),
-    "yarn rope": (
-        "Llama",
-        dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)),
+    "yarn rope": ("Llama", dict(rope_parameters=YARN)),
+    "llama, one key head": ("Llama", dict(num_key_value_heads=1)),
+    "llama, no shared keys": ("Llama", dict(num_key_value_heads=6, tie_word_embeddings=True)),
+    "mistral, windows": ("Mistral", dict(head_dim=12, sliding_window=16)),
+    "mistral, windows and yarn, one key head": (
+        "Mistral",
+        dict(num_key_value_heads=1, sliding_window=100, tie_word_embeddings=True, rope_parameters=YARN),
     ),
+    "qwen2 yarn": ("Qwen2", dict(rope_parameters=YARN)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen2, windows from layer 1 on": (
         "Qwen2",
@@ -70,6 +77,17 @@ FAMILIES = {
 }
 
 
+def as_transformers_4_writes(values: dict) -> dict:
+    """`rope_parameters` as the settings it was before transformers 5."""
+    rope = dict(values["rope_parameters"])
+    older = {key: value for key, value in values.items() if key != "rope_parameters"}
+    older["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        older["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    older["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return older
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -86,6 +104,9 @@ def test_logits_equal_transformers(name, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
+    said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config_from_hf(as_transformers_4_writes(said)) == ours.config
+
     written = config_to_hf(ours.config)  # and what we write is the same model again, for them and for us
     assert config_from_hf(written) == ours.config
     again = getattr(transformers, f"{family}Config")(**written)
@@ -97,7 +118,6 @@ def test_logits_equal_transformers(name, tmp_path):
 @pytest.mark.parametrize(
     "family, changes, ours",
     [
-        ("Mistral", dict(sliding_window=16), dict(sliding_window=16)),
         (
             "Glm4Moe",  # all layers dense
             dict(head_dim=8, partial_rotary_factor=0.5, attention_bias=True, first_k_dense_replace=3),
@@ -109,13 +129,7 @@ def test_logits_equal_transformers(name, tmp_path):
                 head_dim=16,
                 attention_bias=True,
                 first_k_dense_replace=3,
-                rope_parameters=dict(
-                    rope_type="yarn",
-                    factor=4.0,
-                    original_max_position_embeddings=64,
-                    rope_theta=1e4,
-                    partial_rotary_factor=0.25,
-                ),
+                rope_parameters=YARN | dict(partial_rotary_factor=0.25),
             ),
             dict(
                 head_dim=16,
@@ -125,9 +139,9 @@ def test_logits_equal_transformers(name, tmp_path):
             ),
         ),
     ],
-    ids=("mistral", "glm4", "glm4 yarn"),
+    ids=("glm4 moe", "glm4 moe yarn"),
 )
-def test_windows_and_partial_rope_equal_families_that_are_not_loaded_yet(family, changes, ours):
+def test_partial_rope_equals_a_family_that_is_not_loaded_yet(family, changes, ours):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
@@ -167,6 +181,54 @@ def test_what_a_config_does_not_say_is_what_transformers_takes_it_for(family, le
     with torch.no_grad():
         logits = load_weights(tmp_path).build()(tokens).logits
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_yarn_reaches_factor_times_the_trained_length():
+    """Qwen2.5's files state the trained length, and users add the scaling. The limit stayed as it was."""
+    values = dict(model_type="qwen2", vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    values |= dict(num_key_value_heads=1, max_position_embeddings=32768, rope_scaling=dict(type="yarn", factor=4.0))
+    for stated in ({}, dict(original_max_position_embeddings=32768)):
+        values["rope_scaling"] |= stated
+        config = config_from_hf(values)
+        assert config.max_position_embeddings == 131072
+        assert config.rope_scaling == dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(model_type="mamba"), "model_type 'mamba' is not supported, only llama, mistral, qwen2"),
+        (dict(attention_bias=True), "attention_bias=True"),
+        (dict(mlp_bias=True), "mlp_bias=True"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(use_sliding_window=True), "use_sliding_window=True"),
+        (dict(quantization_config=dict(quant_method="gptq", bits=4)), "weights quantised by gptq"),
+        (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_scaling kind 'dynamic' is not one of linear"),
+        (dict(rope_scaling=dict(type="yarn")), "rope_scaling of kind yarn lacks factor"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, mscale=0.7)), "RoPE scaling not supported: mscale=0.7"),
+    ],
+)
+def test_what_would_change_the_mathematics_is_refused_by_name(changes, named):
+    values = dict(model_type="llama", vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    values |= dict(max_position_embeddings=64)
+    config_from_hf(values)
+    with pytest.raises(UserError, match=named):
+        config_from_hf(values | changes)
+
+
+def test_a_tensor_that_nobody_reads_is_named_and_an_old_buffer_is_not_missed(tmp_path):
+    """Llama 2's directories hold RoPE's frequencies, which follow from config.json."""
+    from safetensors.torch import save_file
+
+    model = CausalLM(ModelConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(model.config)), encoding="utf-8")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(state, tmp_path / "model.safetensors")
+    load_weights(tmp_path).build()
+    save_file(state | {"model.layers.0.self_attn.o_proj.bias": torch.ones(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"o_proj\.bias"):
+        load_weights(tmp_path).build()
 
 
 @pytest.mark.parametrize("name", [f"minimind{g}_{kind}" for g in (2, 3) for kind in ("dense", "moe", "yarn")])
