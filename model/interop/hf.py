@@ -1,9 +1,10 @@
-"""Hugging Face's directories: `config.json` and `*.safetensors`. Tensor names need no translation, settings a few.
+"""Hugging Face's directories: `config.json` and `*.safetensors`. Most names of tensors are ours.
 
     config, state = load_hf("path/to/Qwen3-0.6B")
 
 A model family is one row of FAMILIES. Names of settings are those in the metadata of `ModelConfig`. Both spellings of
-RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5.
+RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5. Tensors that hold several layers of ours
+(GLM's gate_up_proj) are taken apart; `hf_tensors` puts them together again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from common.console import UserError
@@ -39,8 +41,12 @@ class Family(NamedTuple):
     fixed: dict[str, Any]  # our settings that the family implies without writing them into its file
     states: tuple[str, ...]  # our settings that its file states, beyond LLAMA
     absent: dict[str, Any]  # what transformers (5.2) assumes where a file says nothing, in its names
+    names: dict[str, str] = {}  # setting of ours -> its name in this family's file, where it is another than in NAMES
+    fused: dict[str, tuple[str, ...]] = {}  # its layer -> those of ours that it holds, one below the other
 
 
+GLM = dict(num_key_value_heads=2, head_dim=128, attention_bias=True, partial_rotary_factor=0.5, rms_norm_eps=1.5625e-07)
+GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
 QWEN_WINDOWS = dict(use_sliding_window=False, sliding_window=4096)
 FAMILIES = {  # of two families that fit a model, the first is written
     "llama": Family("LlamaForCausalLM", {}, (), {}),
@@ -57,6 +63,20 @@ FAMILIES = {  # of two families that fit a model, the first is written
         WINDOWS,
         dict(num_key_value_heads=32, head_dim=128, max_window_layers=28, **QWEN_WINDOWS),
     ),
+    "glm": Family(
+        "GlmForCausalLM",
+        dict(rope_interleaved=True),
+        ("attention_bias", "rotary_fraction"),
+        GLM,
+        fused=GATE_UP,
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        dict(rope_interleaved=True, post_norms=True),
+        ("attention_bias", "rotary_fraction"),
+        GLM,
+        fused=GATE_UP,
+    ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         dict(qk_norm=True),
@@ -72,6 +92,16 @@ FAMILIES = {  # of two families that fit a model, the first is written
         ),
     ),
 }
+DIFFERENCES = (  # settings in which families differ
+    "attention_bias",
+    "qk_norm",
+    "num_shared_experts",
+    "sliding_window",
+    "rotary_fraction",
+    "rope_interleaved",
+    "post_norms",
+    "shared_expert_intermediate_size",
+)
 ROPE_KEYS = (
     "factor",
     "original_max_position_embeddings",
@@ -96,13 +126,20 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     # null is "not stated", except for a window, where it is "none"
     stated = {key: value for key, value in values.items() if value is not None or key == "sliding_window"}
     values = absent | family.absent | stated
-    names = [name for name in (*LLAMA, *family.states) if name not in WINDOWS]
-    plain = {name: values[NAMES[name]] for name in names if NAMES[name] in values}
+    plain = {ours: values[theirs] for ours, theirs in _plain_names(family).items() if theirs in values}
     return ModelConfig(**(plain | family.fixed | _read_windows(values, family) | _read_rope(values, family)))
 
 
+def _plain_names(family: Family) -> dict[str, str]:
+    """Setting of ours -> its name in the file, for those that need no translation."""
+    names = NAMES | family.names
+    return {name: names[name] for name in NAMES if name in (*LLAMA, *family.states) and name not in WINDOWS}
+
+
 def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
-    off = ["mlp_bias", "mlp_only_layers", "attention_bias"]  # must be off or absent
+    off = ["mlp_bias", "mlp_only_layers"]  # must be off or absent
+    if "attention_bias" not in family.states:
+        off.append("attention_bias")  # in Llama's files it means one on o_proj too
     if "sliding_window" not in family.states:
         off.append("use_sliding_window")
     unsupported = [f"{key}={values[key]!r}" for key in off if values.get(key)]
@@ -175,8 +212,46 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def our_tensors(config: ModelConfig, model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A family's tensors under our names. Buffers that follow from config.json (Llama 2) are left out."""
-    return {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    """A family's tensors under our names, each with memory of its own."""
+    fused = FAMILIES[model_type].fused if model_type in FAMILIES else {}
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.endswith("rotary_emb.inv_freq"):  # a buffer in Llama 2's directories that follows from config.json
+            found |= split_fused(config, fused, name, tensor)
+    return found
+
+
+def split_fused(config: ModelConfig, fused: dict[str, tuple[str, ...]], name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One tensor of a file -> {our name: tensor}. A fused layer's weight or bias is cut into rows."""
+    for theirs, ours in fused.items():
+        before, found, after = name.partition(f".{theirs}.")
+        if found:
+            sizes = [_rows(config, layer) for layer in ours]
+            if sum(sizes) != len(tensor):
+                raise UserError(f"{name}: has {len(tensor)} rows, but config.json says {' + '.join(map(str, sizes))}")
+            pieces = tensor.split(sizes) if len(ours) > 1 else [tensor]
+            return {f"{before}.{layer}.{after}": piece.clone() for layer, piece in zip(ours, pieces)}
+    return {name: tensor}
+
+
+def _rows(config: ModelConfig, layer: str) -> int:
+    """Outputs of one of our linear layers."""
+    heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
+    heads["v_proj"] = heads["k_proj"]
+    kind = layer.rpartition(".")[2]
+    return heads[kind] * config.head_dim if kind in heads else config.intermediate_size
+
+
+def hf_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the names of the family that `config_to_hf` writes."""
+    found = dict(state)
+    for theirs, ours in FAMILIES[config_to_hf(config)["model_type"]].fused.items():
+        for name in state:
+            before, is_first, after = name.partition(f".{ours[0]}.")
+            if is_first:
+                pieces = [found.pop(f"{before}.{layer}.{after}") for layer in ours]
+                found[f"{before}.{theirs}.{after}"] = torch.cat(pieces)
+    return found
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -190,11 +265,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.rope_scaling and config.rope_scaling["rope_type"] == "minimind2":
         raise UserError("transformers has no family with MiniMind2's RoPE scaling")
     family = FAMILIES[name]
-    names = [name for name in NAMES if name in (*LLAMA, *family.states) and name not in WINDOWS]
     return dict(
         architectures=[family.architecture],
         model_type=name,
-        **{NAMES[name]: getattr(config, name) for name in names},
+        **{theirs: getattr(config, ours) for ours, theirs in _plain_names(family).items()},
         **_write_windows(config, family),
         hidden_act="silu",
         rope_theta=config.rope_theta,
@@ -206,7 +280,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _misfits(config: ModelConfig, family: Family) -> list[str]:
     """What would have to be different in `config` for this family to compute the same."""
     found = []
-    for name in ("attention_bias", "qk_norm", "num_shared_experts", "sliding_window", "rotary_fraction"):
+    for name in DIFFERENCES:
         value, needed = getattr(config, name), family.fixed.get(name, PLAIN[name])
         if name not in family.states and value != needed:
             found.append(f"{name} {needed} (it is {value})")

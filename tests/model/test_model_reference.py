@@ -8,7 +8,7 @@ import torch
 from common.console import UserError
 from model.checkpoint import load_weights
 from model.config import ModelConfig
-from model.interop.hf import config_from_hf, config_to_hf
+from model.interop.hf import config_from_hf, config_to_hf, hf_tensors
 from model.interop.minimind import config_from_minimind
 from model.transformer import CausalLM
 
@@ -66,6 +66,20 @@ FAMILIES = {
         ),
     ),
     "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "glm": ("Glm", dict(head_dim=8, attention_bias=True)),
+    "glm, one key head, no biases": (
+        "Glm",
+        dict(head_dim=12, num_key_value_heads=1, attention_bias=False, tie_word_embeddings=True),
+    ),
+    "glm4": ("Glm4", dict(head_dim=8, attention_bias=True)),
+    "glm4 yarn, tied": (
+        "Glm4",
+        dict(
+            head_dim=16,
+            tie_word_embeddings=True,
+            rope_parameters=YARN | dict(partial_rotary_factor=0.25),
+        ),
+    ),
     "qwen3 moe": (
         "Qwen3Moe",
         dict(head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
@@ -90,6 +104,8 @@ def as_transformers_4_writes(values: dict) -> dict:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers(name, tmp_path):
+    from safetensors.torch import load_file
+
     transformers = pytest.importorskip("transformers")
     family, changes = FAMILIES[name]
     torch.manual_seed(0)
@@ -102,7 +118,8 @@ def test_logits_equal_transformers(name, tmp_path):
 
     tokens = torch.randint(1, TINY["vocab_size"], (2, 200))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens).logits, expected, atol=1e-5, rtol=1e-5)
 
     said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config_from_hf(as_transformers_4_writes(said)) == ours.config
@@ -113,6 +130,11 @@ def test_logits_equal_transformers(name, tmp_path):
     same = "layer_types sliding_window use_sliding_window num_key_value_heads rope_parameters num_experts".split()
     assert written["model_type"] == config.model_type
     assert {key: getattr(again, key, None) for key in same} == {key: getattr(config, key, None) for key in same}
+
+    state = hf_tensors(ours.config, ours.state_dict())
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(state[key], tensor) for key, tensor in saved.items())
+    assert set(state) - set(saved) <= {"lm_head.weight"}
 
 
 @pytest.mark.parametrize(
