@@ -91,6 +91,22 @@ FAMILIES = {  # of two families that fit a model, the first is written
             **QWEN_WINDOWS,
         ),
     ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {},
+        (*EXPERTS, "shared_expert_intermediate_size", "attention_bias"),
+        dict(
+            num_key_value_heads=16,
+            num_experts=60,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632,
+            norm_topk_prob=False,
+            router_aux_loss_coef=0.001,
+            qkv_bias=True,
+        ),
+        names=dict(attention_bias="qkv_bias"),
+    ),
 }
 DIFFERENCES = (  # settings in which families differ
     "attention_bias",
@@ -138,7 +154,7 @@ def _plain_names(family: Family) -> dict[str, str]:
 
 def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
     off = ["mlp_bias", "mlp_only_layers"]  # must be off or absent
-    if "attention_bias" not in family.states:
+    if "attention_bias" not in family.states or "attention_bias" in family.names:
         off.append("attention_bias")  # in Llama's files it means one on o_proj too
     if "sliding_window" not in family.states:
         off.append("use_sliding_window")
@@ -284,6 +300,8 @@ def _misfits(config: ModelConfig, family: Family) -> list[str]:
         value, needed = getattr(config, name), family.fixed.get(name, PLAIN[name])
         if name not in family.states and value != needed:
             found.append(f"{name} {needed} (it is {value})")
+    if "shared_expert_intermediate_size" in family.states and not config.shared_expert_intermediate_size:
+        found.append("a shared expert with a gate")
     if "layer_types" not in family.states and len(set(config.windows)) > 1:
         found.append("the same window in all layers")
     return found

@@ -19,7 +19,8 @@ def test_flags_are_the_marked_settings():
 def test_a_setting_that_is_not_used_leaves_no_trace_in_files():
     """Versions from before sliding_window refuse a file that names it."""
     plain = ModelConfig().to_dict()
-    assert not {"sliding_window", "layer_types", "rotary_fraction"} & plain.keys() and plain["rope_scaling"] is None
+    assert plain["rope_scaling"] is None and len(plain) == 20
+    assert not {"sliding_window", "rotary_fraction", "rope_interleaved", "post_norms"} & plain.keys()
     used = ModelConfig(sliding_window=8, rotary_fraction=0.5).to_dict()
     assert used == plain | dict(sliding_window=8, rotary_fraction=0.5)
 

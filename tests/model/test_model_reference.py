@@ -80,6 +80,27 @@ FAMILIES = {
             rope_parameters=YARN | dict(partial_rotary_factor=0.25),
         ),
     ),
+    "qwen2 moe": (
+        "Qwen2Moe",
+        dict(
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+        ),
+    ),
+    "qwen2 moe, no biases, normalised": (
+        "Qwen2Moe",
+        dict(
+            num_experts=4,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=32,
+            norm_topk_prob=True,
+            qkv_bias=False,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen3 moe": (
         "Qwen3Moe",
         dict(head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
@@ -221,6 +242,9 @@ def test_yarn_reaches_factor_times_the_trained_length():
     [
         (dict(model_type="mamba"), "model_type 'mamba' is not supported, only llama, mistral, qwen2"),
         (dict(attention_bias=True), "attention_bias=True"),
+        (dict(model_type="qwen2_moe", num_key_value_heads=1, use_sliding_window=True), "use_sliding_window=True"),
+        (dict(model_type="qwen2_moe", num_key_value_heads=1, mlp_only_layers=[0]), r"mlp_only_layers=\[0\]"),
+        (dict(model_type="qwen2_moe", num_key_value_heads=1, decoder_sparse_step=2), "decoder_sparse_step=2"),
         (dict(mlp_bias=True), "mlp_bias=True"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
         (dict(use_sliding_window=True), "use_sliding_window=True"),
@@ -236,6 +260,13 @@ def test_what_would_change_the_mathematics_is_refused_by_name(changes, named):
     config_from_hf(values)
     with pytest.raises(UserError, match=named):
         config_from_hf(values | changes)
+
+
+def test_a_mixture_that_no_family_computes_is_not_written():
+    for changes in (dict(num_shared_experts=1), dict(qk_norm=False)):
+        config = ModelConfig(**dict(num_experts=4, qk_norm=True) | changes)
+        with pytest.raises(UserError, match="transformers has no family for this model"):
+            config_to_hf(config)
 
 
 def test_a_tensor_that_nobody_reads_is_named_and_an_old_buffer_is_not_missed(tmp_path):
