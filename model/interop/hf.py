@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.console import UserError
 from model.config import LAYER_TYPES, ModelConfig
+from model.interop import chatglm
 from model.interop.minimind import config_from_minimind
 
 # setting of ours -> its name in config.json; what is missing here is translated by hand below
@@ -132,8 +133,11 @@ ROPE_KEYS = (
 def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     """The architecture in the content of a `config.json`. UserError names what we do not compute."""
     name = values.get("model_type")
+    if name == "chatglm":
+        return chatglm.config_from_chatglm(values)
     if name not in FAMILIES:
-        raise UserError(f"config.json: model_type {name!r} is not supported, only {', '.join(FAMILIES)}")
+        known = ", ".join([*FAMILIES, "chatglm"])
+        raise UserError(f"config.json: model_type {name!r} is not supported, only {known}")
     family = FAMILIES[name]
     if "num_local_experts" in values:  # transformers 5 writes Mixtral's name
         values = {**values, "num_experts": values["num_local_experts"]}
@@ -229,11 +233,15 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 def our_tensors(config: ModelConfig, model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A family's tensors under our names, each with memory of its own."""
-    fused = FAMILIES[model_type].fused if model_type in FAMILIES else {}
+    fused = chatglm.FUSED if model_type == "chatglm" else {}
+    if model_type in FAMILIES:
+        fused = FAMILIES[model_type].fused
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if not name.endswith("rotary_emb.inv_freq"):  # a buffer in Llama 2's directories that follows from config.json
-            found |= split_fused(config, fused, name, tensor)
+        ours = chatglm.our_name(name) if model_type == "chatglm" else name
+        # frequencies of RoPE, a buffer in Llama 2's directories, follow from config.json
+        if ours is not None and not ours.endswith("rotary_emb.inv_freq"):
+            found |= split_fused(config, fused, ours, tensor)
     return found
 
 
@@ -245,17 +253,23 @@ def split_fused(config: ModelConfig, fused: dict[str, tuple[str, ...]], name: st
             sizes = [_rows(config, layer) for layer in ours]
             if sum(sizes) != len(tensor):
                 raise UserError(f"{name}: has {len(tensor)} rows, but config.json says {' + '.join(map(str, sizes))}")
-            pieces = tensor.split(sizes) if len(ours) > 1 else [tensor]
-            return {f"{before}.{layer}.{after}": piece.clone() for layer, piece in zip(ours, pieces)}
+            pieces = [piece.clone() for piece in tensor.split(sizes)] if len(ours) > 1 else [tensor]
+            return {f"{before}.{layer}.{after}": piece for layer, piece in zip(ours, pieces)}
     return {name: tensor}
 
 
 def _rows(config: ModelConfig, layer: str) -> int:
     """Outputs of one of our linear layers."""
-    heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
-    heads["v_proj"] = heads["k_proj"]
-    kind = layer.rpartition(".")[2]
-    return heads[kind] * config.head_dim if kind in heads else config.intermediate_size
+    key_width = config.num_key_value_heads * config.head_dim
+    return dict(
+        q_proj=config.num_attention_heads * config.head_dim,
+        k_proj=key_width,
+        v_proj=key_width,
+        o_proj=config.hidden_size,
+        gate_proj=config.intermediate_size,
+        up_proj=config.intermediate_size,
+        down_proj=config.hidden_size,
+    )[layer.rpartition(".")[2]]
 
 
 def hf_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
