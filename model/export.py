@@ -16,8 +16,9 @@ from common.console import UserError
 from common.files import atomic_file
 from model.checkpoint import Checkpoint
 from model.interop.hf import config_to_hf, hf_tensors
+from tokenizer.text import FILES
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER = (*FILES, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 def save_hf(directory: Path | str, checkpoint: Checkpoint, tokenizer: Path | str, stop_ids: set[int]) -> Path:
