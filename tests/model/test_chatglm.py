@@ -135,6 +135,8 @@ def test_lora_targets_have_its_names(tmp_path):
     model = load_weights(tmp_path).build()
     found = find_targets(model, ("query_key_value", "dense_4h_to_h"))
     assert [name.rpartition(".")[2] for name in found] == ["q_proj", "k_proj", "v_proj", "down_proj"] * 2
+    glm4 = find_targets(model, ("gate_up_proj",))  # what GLM-4 calls the same as dense_h_to_4h
+    assert glm4 == find_targets(model, ("dense_h_to_4h",)) and len(glm4) == 4
 
 
 @pytest.mark.parametrize(
