@@ -36,6 +36,9 @@ def test_two_ranks_give_the_same_gradient(tmp_path):
     expected = first_gradients(sft_engine(tmp_path, 16, 1))
     torchrun(ROOT / "tests" / "helpers" / "gradients_run.py", tmp_path)
     assert_same_gradients(torch.load(tmp_path / "two_ranks.pth", weights_only=True), expected, 5e-6)
+    # a loss that is infinite on rank 1 only: rank 0, where everything is finite, has to leave the step out as well
+    found = json.loads((tmp_path / "rank_0.json").read_text())
+    assert found == dict(bad=1.0, moved=False, own_gradient_is_finite=True, own=[True, True])
 
 
 def test_one_process_and_torchrun_train_the_same_model(tmp_path):
