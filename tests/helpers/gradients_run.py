@@ -34,7 +34,9 @@ def one_bad_loss(engine) -> dict:
     result = engine.train_step(engine.loader.batches(0))
     moved = any(not torch.equal(p, old) for p, old in zip(engine.model.parameters(), before))
     own = [bool(torch.isfinite(loss)) for loss in result.losses]
-    return dict(bad=result.bad.item(), moved=moved, own_gradient_is_finite=bool(torch.isfinite(result.norm)), own=own)
+    counted = dict(units=result.units, tokens=result.tokens)
+    finite = bool(torch.isfinite(result.norm))
+    return dict(bad=result.bad.item(), moved=moved, own_gradient_is_finite=finite, own=own, **counted)
 
 
 if __name__ == "__main__":
