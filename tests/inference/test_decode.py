@@ -105,6 +105,23 @@ def test_the_same_seed_says_the_same(model):
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_the_penalty_counts_the_prompt_and_what_was_said(model):
+    """So large a penalty that nothing is said twice, neither of the prompt nor of the reply itself."""
+    once = Sampling(temperature=0, repetition_penalty=1e9)
+    (free,) = generate(model, [[5, 6, 7]], Sampling(temperature=0), max_new_tokens=1)
+    prompts = [[5, *free], [9]]  # without the penalty, more of the same would follow
+    for prompt, reply in zip(prompts, generate(model, prompts, once, max_new_tokens=40)):
+        assert len(set(reply)) == 40 and not set(reply) & set(prompt)
+
+
+def test_the_last_position_is_used():
+    model = CausalLM(ModelConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 8})).eval()
+    (reply,) = generate(model, [[1, 2, 3]], Sampling(temperature=0), max_new_tokens=5)
+    assert len(reply) == 5
+    with pytest.raises(ValueError, match="a prompt of 3 tokens and 6 new ones exceed the model's 8 positions"):
+        generate(model, [[1, 2, 3]], Sampling(temperature=0), max_new_tokens=6)
+
+
 def test_what_does_not_fit_is_refused(model):
     with pytest.raises(ValueError, match="exceed the model's 32768 positions"):
         generate(model, [[1] * 10], Sampling(), max_new_tokens=40_000)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,7 +39,7 @@ from trainer.loop.watchdog import Watchdog
 from trainer.run import resume
 from trainer.run.logger import RunLogger
 from trainer.run.meter import Meter
-from trainer.run.plan import plan, rehearsal
+from trainer.run.plan import STEPS, plan, rehearsal
 
 
 class Engine:
@@ -69,6 +70,7 @@ class Engine:
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
         self.meter = Meter(self.model, self.dtype, backend.device, config.measure_peak)
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
+        self.prepare_seconds = self._prepare()
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.logger = RunLogger.create(
@@ -118,6 +120,19 @@ class Engine:
             seed=self.config.seed,
             shuffle=shuffle,
         )
+
+    def _prepare(self) -> float:
+        """Lets the stage compute what it needs before training -> the seconds this takes for the whole run. A plan
+        prepares the steps that it makes itself; the seconds of the others are estimated."""
+        if self.job.prepare is None:
+            return 0.0
+        needed = [(self.loader, min(self.total, self.loader.steps_per_epoch))]
+        if self.val_loader is not None:
+            needed.append((self.val_loader, self.val_loader.steps_per_epoch))
+        now = [(loader, min(steps, STEPS)) for loader, steps in needed] if self.config.plan else needed
+        begin = time.perf_counter()
+        self.job.notes.append(self.job.prepare(now))
+        return (time.perf_counter() - begin) * sum(steps for _, steps in needed) / sum(steps for _, steps in now)
 
     def _accumulation(self, state: Path | None) -> int:
         """Micro-batches in a step. A resumed run keeps the examples of a step (batch_size x accumulation_steps x
