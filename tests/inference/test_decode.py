@@ -7,6 +7,7 @@ from inference.cache import KVCache
 from inference.decode import decode, generate, pad_left, prefill
 from inference.sampling import Sampling
 from model.config import ModelConfig
+from model.transformer import CausalLM
 from tests.helpers.models import random_model
 
 CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
-from common.files import ROOT, keep_previous
+from common.files import keep_previous, relative_to_root
 from common.options import describe
 from dataset.batches.loader import Batch, Loader
 from model.checkpoint import weights_name
@@ -318,7 +318,7 @@ class Engine:
             if replaces and (line := keep_previous(path, every=self.job.output.keeps_all)):
                 self.logger.print(line)
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
-            tokenizer = dict(path=_relative(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
+            tokenizer = dict(path=relative_to_root(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
             self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage)
 
     def _trained(self) -> dict[str, torch.Tensor]:
@@ -393,9 +393,3 @@ class Engine:
                     f"changed since then: {', '.join(changed)}"
                     + ("; so equal within 1e-5, not bit by bit" if part == "machine" else "")
                 )
-
-
-def _relative(path: str) -> str:
-    """A path inside the repository, relative to its root: then a clone can be moved together with its weights."""
-    path = Path(path).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
