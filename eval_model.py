@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
-from common.console import UserError, run
+from common.console import UserError, printable, run
 from common.files import ROOT
 from common.options import Options, option, parse
 
@@ -40,10 +40,6 @@ COMMANDS = {
     "/help": "this list; Ctrl-C stops an answer, Ctrl-D leaves",
     "/exit": "leave",
 }
-# Removed from what a model writes, because they steer the terminal: C0 controls but tab and newline, DEL and C1, and
-# marks that change the direction of writing.
-STEERING = (range(9), range(11, 32), range(0x7F, 0xA0), range(0x202A, 0x202F), range(0x2066, 0x206A))
-HARMLESS = {code: None for codes in STEERING for code in codes}
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,7 @@ class EvalConfig(Options):
         "show_speed": "the speed is always shown in a conversation",
         "load": "a file says itself what it holds",
         "interactive": "without --prompt it is a conversation",
+        "trust_remote_code": "no code of a model's repository is ever run",
         **dict.fromkeys(("history_cnt", "historys"), "the conversation is kept as far as it fits; /reset forgets it"),
     }
     missing: ClassVar[dict[str, str]] = {
@@ -101,7 +98,7 @@ class EvalConfig(Options):
         "auto",
         "precision of the weights",
         choices=("auto", "float32", "bfloat16", "float16"),
-        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"),
+        aliases=("bf16=bfloat16|float32", "fp16=float16|float32", "torch_dtype"),
     )
 
     def problems(self) -> list[str]:
@@ -159,10 +156,13 @@ def find_checkpoint(config: EvalConfig) -> tuple[Checkpoint, AdapterFile | None]
     name = config.weight or MODES[1 if config.model_mode is None else config.model_mode]
     if not (config.lora_name or config.lora_path):
         return load_weights(find_weights(name, *folders, **pick)), None
-    places = (folder / "lora" for folder in folders)
+    own = [folder / (config.lora_name or "") for folder in folders]  # where scripts/lora_quickstart.py writes
+    places = [folder / "lora" for folder in (*folders, *own)]
     adapter = load_adapter(config.lora_path or find_weights(config.lora_name, *places, **pick))
     named = find_weights(name, *folders, **pick) if config.weight or not adapter.knows_base else None
-    return find_base(adapter, named, *folders), adapter
+    base = find_base(adapter, named, *folders)
+    base.tokenizer = base.tokenizer or adapter.tokenizer  # a base of MiniMind's does not tell
+    return base, adapter
 
 
 def describe(checkpoint: Checkpoint, model: CausalLM) -> str:
@@ -244,7 +244,7 @@ class Screen:
 
     @staticmethod
     def _print(text: str, dim: bool, out: TextIO) -> None:
-        text = text.translate(HARMLESS)
+        text = printable(text)
         dim = dim and text and out.isatty() and not os.environ.get("NO_COLOR")
         out.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
         out.flush()

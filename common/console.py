@@ -1,4 +1,4 @@
-"""What a program says to its user: mistakes in one line, and the progress of long work.
+"""What a program says to its user: mistakes in one line, the progress of long work, and only what is safe to print.
 
 if __name__ == "__main__":
     run(main)      # UserError: one line and status 2; Ctrl-C: 130; any other exception: its traceback
@@ -16,6 +16,37 @@ from pathlib import Path
 from typing import Any
 
 from common.files import ROOT
+
+# What could steer a terminal or hide what is written, and what is printed instead: C0 controls become Unicode's control
+# pictures (ESC: ␛); DEL, C1, marks that change the direction of writing and halves of surrogate pairs become U+FFFD.
+UNSAFE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+for _codes in (range(0x7F, 0xA0), (0x061C, 0x200E, 0x200F), range(0x202A, 0x202F), range(0x2066, 0x206A)):
+    UNSAFE |= dict.fromkeys(_codes, "\ufffd")
+UNSAFE |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+
+
+class Coloured(str):
+    """Text that is safe to print and has our own colours in it: `printable` leaves it alone."""
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """Text that may come from a file (a row, a name, a model's answer), safe to print on a terminal.
+
+    one_line  line breaks are shown too, so that what is quoted in a message cannot look like another message
+    """
+    if isinstance(text, Coloured):
+        return text
+    return text.translate(UNSAFE | {10: "␊"} if one_line else UNSAFE)
+
+
+def say(text: str) -> None:
+    """Prints a result, to stdout."""
+    print(printable(text), flush=True)
+
+
+def note(text: str) -> None:
+    """Prints a remark beside the results, to stderr."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class UserError(ValueError):
@@ -47,7 +78,7 @@ def run(main: Callable[[], Any]) -> None:
         bug = isinstance(error, OSError) and not _raised_in_our_code(error)
         if bug or os.environ.get("SPARROW_TRACEBACK", "0") != "0":
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {printable(explain(error), one_line=True)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -106,12 +137,12 @@ class Progress:
     """
 
     def __init__(self, what: str, size: int, unit: str = "B"):
-        self.what, self.size, self.unit, self.done, self.bar = what, size, unit, 0, None
+        self.what, self.size, self.unit, self.done, self.bar = printable(what), size, unit, 0, None
         self.began = self.printed = time.monotonic()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=size, desc=what, unit=unit, unit_scale=True)
+            self.bar = tqdm(total=size, desc=self.what, unit=unit, unit_scale=True)
 
     def advance(self, size: int) -> None:
         """Another `size` units are done."""
@@ -123,7 +154,7 @@ class Progress:
             self.printed = now
             rate = self.done / (now - self.began)
             rate = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:,.1f} {self.unit.strip()}/s"
-            print(f"{self.what}: {self.done / self.size:.0%}, {rate}", file=sys.stderr, flush=True)
+            note(f"{self.what}: {self.done / self.size:.0%}, {rate}")
 
     def close(self) -> None:
         if self.bar:

@@ -107,14 +107,17 @@ def hash_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def keep_previous(path: Path) -> str:
+def keep_previous(path: Path, every: bool = False) -> str:
     """Gives a file that will be replaced a second name, `<name>.previous.pth`, which no `--weight` finds.
+
+    every  also keep what has that name already: the next ones are `<name>.previous2.pth`, `<name>.previous3.pth`, ...
 
     Returns a line to print, empty if there is no such file. That it cannot be kept is a warning and no error.
     """
     if not path.exists():
         return ""
-    kept = path.with_name(f"{path.stem}.previous{path.suffix}")
+    names = (path.with_name(f"{path.stem}.previous{number}{path.suffix}") for number in ("", *range(2, 10_000)))
+    kept = next(name for name in names if not (every and name.exists()))
     temporary = temporary_name(kept)
     try:
         try:
@@ -239,3 +242,9 @@ def _system_errors(path: Path) -> Iterator[None]:
         number = int(found[1])
         # on Windows it is a winerror, the fourth argument, from which Python works out errno
         raise OSError(number, os.strerror(number), str(path), number) from error
+
+
+def relative_to_root(path: str) -> str:
+    """A path inside the repository, relative to its root: then a clone can be moved together with its weights."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)

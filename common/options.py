@@ -18,12 +18,14 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
+from common.console import UserError, note, printable
 from common.files import ROOT
-from common.values import Spec, convert, inside, interval_in_words, is_off, show
+from common.values import Spec, as_typed, convert, inside, interval_in_words, is_off, show
+from common.yaml_file import read_yaml
 
 SCRIPTS = ("trainer/train_*.py", "eval_model.py", "scripts/*_data.py")  # where to look for the owner of an option
 
@@ -65,13 +67,13 @@ class Options:
 
     Three tables say what to do with options that this script does not have:
 
-    settled_by_switch  a switch of another script -> options that mean nothing while it is false. They are accepted
-                       then: `use_lora: false` with `lora_rank: 8`
+    translated         an option of other projects -> a function of its value (text, or what YAML made of it) that gives
+                       the options of ours that mean the same, {name: value}, or a UserError that says what to write
     needless           an option of other projects -> why it is not needed. It is accepted, with this as a note
     missing            an option of other projects -> what is not built yet. It is refused, with this in the message
     """
 
-    settled_by_switch: ClassVar[dict[str, tuple[str, ...]]] = {}
+    translated: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {}
     needless: ClassVar[dict[str, str]] = {}
     missing: ClassVar[dict[str, str]] = {}
 
@@ -152,11 +154,17 @@ def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, 
                 nargs="*" if spec.many else "?",
                 const=None if spec.many else bare,
             )
+    for key in cls.translated:
+        parser.add_argument(f"--{key}", dest=key, action=_Record, help=argparse.SUPPRESS, nargs="*")
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     seen, unknown = parser.parse_known_args(words, argparse.Namespace(given=[]))
+    first_rank = os.environ.get("RANK", "0") == "0"  # all ranks find the same problems
+    if not words and os.path.isfile("config.yaml") and first_rank:  # other projects read it unasked
+        note("note: the config.yaml in this directory is not used; to use it: --config config.yaml")
 
     stated = _settle(_from_file(seen.config, cls, problems), problems) if seen.config is not None else {}
-    stated |= _settle([(f"--{spelling}", known[name], spelling, text) for name, spelling, text in seen.given], problems)
+    typed = [(f"--{spelling}", spelling, text) for _, spelling, text in seen.given]
+    stated |= _settle(_translate(typed, cls, problems), problems)
     _refuse(list(_flags(unknown)), cls, problems)
 
     try:
@@ -165,8 +173,8 @@ def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, 
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        if os.environ.get("RANK", "0") == "0":  # all ranks find the same problems
-            print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+        if first_rank:
+            print("\n".join(f"error: {printable(problem, one_line=True)}" for problem in problems), file=sys.stderr)
         raise SystemExit(2)
     return config
 
@@ -194,58 +202,51 @@ def _flags(words: list[str]) -> Iterator[tuple[str, str, str]]:
         yield typed, typed.removeprefix("--"), value
 
 
-def _read_yaml(yaml, file) -> Any:
-    """yaml.safe_load, except that a key twice in one mapping is an error: safe_load silently takes the last one."""
-    loader = yaml.SafeLoader(file)
-    root = loader.get_single_node()
-    nodes = [root]
-    for node in nodes:  # of the file as it is written: merges (<<) may bring a key in a second time
-        children = node.value if isinstance(node, yaml.SequenceNode) else []
-        if isinstance(node, yaml.MappingNode):
-            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            names = [key.value for key in keys]
-            for key in (key for i, key in enumerate(keys) if key.value in names[:i]):
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-            children = [value for _, value in node.value]
-        nodes += [child for child in children if child not in nodes]
-    return loader.construct_document(root) if root is not None else None
-
-
 def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple[str, Spec, str, Any]]:
     """A YAML file -> rows for `_settle`: (where, option, spelling, value). Sections may have any name and depth."""
     try:
-        import yaml
-    except ImportError:
-        problems.append(f"--config {path}: needs PyYAML (pip install pyyaml)")
-        return []
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            tree = _read_yaml(yaml, file) or {}
-    except OSError as error:
-        problems.append(f"--config {path}: {error.strerror}" if path else "--config: needs a file")
-        return []
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problems.append(f"--config {path}{line}: {getattr(error, 'problem', None) or error}")
+        tree = read_yaml(path) or {}
+    except UserError as error:
+        problems.append(f"--config {error}" if path else f"--config: {error}")
         return []
     if not isinstance(tree, dict):
         problems.append(f"--config {path}: expected `key: value` lines, found a {type(tree).__name__}")
         return []
 
     by_spelling = {spelling: spec for spec in specs(cls).values() for spelling in spec.spellings()}
+    understood = by_spelling.keys() | cls.translated
 
     def leaves(tree: dict, prefix: str) -> Iterator[tuple[str, str, Any]]:
         for key, value in tree.items():
             spelling = str(key).replace("-", "_")
-            if isinstance(value, dict) and spelling not in by_spelling:
+            if isinstance(value, dict) and spelling not in understood:
                 yield from leaves(value, f"{prefix}{key}.")
             else:
                 yield f"{prefix}{key}", spelling, value
 
     found = list(leaves(tree, f"{path}: "))
-    _refuse([row for row in found if row[1] not in by_spelling], cls, problems)
-    return [(where, by_spelling[key], key, value) for where, key, value in found if key in by_spelling]
+    _refuse([row for row in found if row[1] not in understood], cls, problems)
+    return _translate([row for row in found if row[1] in understood], cls, problems)
+
+
+def _translate(
+    rows: list[tuple[str, str, Any]], cls: type[Options], problems: list[str]
+) -> list[tuple[str, Spec, str, Any]]:
+    """(where, key, value) -> rows for `_settle`; a key of `translated` becomes the options that mean the same."""
+    by_spelling = {spelling: spec for spec in specs(cls).values() for spelling in spec.spellings()}
+    found = []
+    for where, key, value in rows:
+        if key in by_spelling:
+            found.append((where, by_spelling[key], key, value))
+            continue
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        try:
+            ours = cls.translated[key](value)
+        except UserError as error:
+            problems.append(f"{where}{f' {as_typed(value)}' if value else ''}: {error}")
+        else:
+            found += [(where, by_spelling[name], name, item) for name, item in ours.items()]
+    return found
 
 
 def owners(key: str) -> dict[str, Spec]:
@@ -266,17 +267,16 @@ def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list
     key."""
     known = {key: owners(key) for _, key, _ in rows}
     switches = {key for key, found in known.items() if any(spec.kind is bool for spec in found.values())}
-    off = [key for _, key, value in rows if key in switches and is_off(value)]
-    settled = {name for key in off for name in (key, *cls.settled_by_switch.get(key, ()))}
+    off = {key for _, key, value in rows if key in switches and is_off(value)}
     for where, key, _ in rows:
         if key in cls.needless:
-            print(f"note: {where}: {cls.needless[key]}", file=sys.stderr)
+            note(f"note: {where}: {cls.needless[key]}")
             continue
         if key in cls.missing:
             problems.append(f"{where}: {cls.missing[key]} not built yet; leave it out")
             continue
         if known[key]:
-            if key not in settled:
+            if key not in off:
                 scripts = list(known[key])
                 listed = ", ".join(scripts[:3]) + (", ..." if scripts[3:] else "")
                 problems.append(f"{where}: not for this script; {listed} know{'s' * (len(scripts) == 1)} it")
@@ -297,7 +297,8 @@ def _settle(rows: list[tuple[str, Spec, str, Any]], problems: list[str]) -> dict
         try:
             value, denied = convert(spec, spelling, raw)
         except ValueError as error:
-            problems.append(f"{where} {raw}: {error}" if raw not in ("", [""], None) else f"{where}: {error}")
+            shown = f" {as_typed(raw)}" if raw not in ("", [""], None) else ""
+            problems.append(f"{where}{shown}: {error}")
             continue
         places = stated.setdefault(spec.name, {})
         if spec.many and where in places:  # --data_path a --data_path b

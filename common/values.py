@@ -121,6 +121,11 @@ def interval_in_words(within: str) -> str:
     return f"in {within}" if high != "inf" else f"at least {low}" if within[0] == "[" else f"above {low}"
 
 
+def as_typed(raw: Any) -> str:
+    """A value that was not converted, for a message: the words of a list as they stand in YAML."""
+    return f"[{', '.join(map(as_typed, raw))}]" if isinstance(raw, list) else str(raw)
+
+
 def show(value: Any) -> str:
     """A value as one would type it."""
     if isinstance(value, tuple):

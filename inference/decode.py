@@ -82,6 +82,8 @@ def decode(
         seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
+        # A chat's prompt holds an end token for each turn. Penalised for it, the model would not stop in time.
+        seen[:, [token for token in stop if token < seen.shape[1]]] = False
 
     tokens, documents = pad_left([prompt[cache.length :] for prompt in prompts], device)
     logits = prefill(model, tokens, documents, cache)

@@ -34,7 +34,7 @@ class Sampling:
             raise UserError("; ".join(wrong))
 
     def draw(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """logits (B, V) -> token ids (B,). seen (B, V) bool: which tokens the text holds already."""
+        """logits (B, V) -> token ids (B,). seen (B, V) bool: the tokens that repetition_penalty applies to."""
         logits = logits.float()
         if seen is not None:  # CTRL, arXiv:1909.05858, section 4.1, as Hugging Face applies it to negative scores
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
-from model.checkpoint import Checkpoint, load_weights, newest, read_plain, write_plain
+from model.checkpoint import Checkpoint, load_weights, newest, read_plain, same_weights, write_plain
 from model.config import ModelConfig
 from model.interop.minimind import lora_from_minimind
 from model.interop.peft import CONFIG as PEFT_CONFIG
@@ -117,15 +117,16 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
     wanted, path = adapter.base["hash"], adapter.base["path"]
     if named is not None:
         found = load_weights(named)
-        if wanted and found.hash != wanted:
+        if wanted and not same_weights(found.hash, wanted):
             raise UserError(
-                f"{adapter.path}: was trained on {path} ({wanted[:12]}), not on {found.path} ({found.hash[:12]}); "
-                "leave the weights out, so that its own are found"
+                f"{adapter.path}: was trained on {path} ({wanted[:12]}), not on {found.path} "
+                f"({_difference(adapter, found)}); leave the weights out, so that its own are found"
             )
         return found
     if not adapter.knows_base:
         raise UserError(f"{adapter.path}: does not say which weights it belongs to; name them with --weight")
     if not wanted:
+        assert path, "else it does not know its base"
         return load_weights(path)
     places = [Path(path)] if path else []
     for folder in map(Path, folders):  # the recorded path first, then all weights of that width
@@ -137,9 +138,19 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
                 found = load_weights(place)
             except ValueError:  # a damaged file among others: go on looking
                 continue
-            if found.hash == wanted:
+            if same_weights(found.hash, wanted):
                 return found
     raise UserError(
         f"{adapter.path}: was trained on {path} ({wanted[:12]}), and these weights are neither there nor in "
         f"{' or '.join(dict.fromkeys(map(str, folders)))}; bring them back, or train the adapter anew on what there is"
     )
+
+
+def _difference(adapter: AdapterFile, found: Checkpoint) -> str:
+    """How weights that are not the adapter's differ from those that are."""
+    numbers, _, _ = found.hash.partition(".")
+    if not str(adapter.base["hash"]).startswith(numbers):
+        return numbers[:12]
+    theirs, ours = (adapter.config or found.config).to_dict(), found.config.to_dict()
+    changed = [f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+    return "the same numbers with another config" + (f": {', '.join(changed)}" if changed else "")

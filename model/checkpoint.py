@@ -11,6 +11,7 @@ bare state dicts, and directories in Hugging Face's layout.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import pickle
@@ -32,6 +33,15 @@ from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
 
 FORMAT = "sparrow-weights-1"
+MADE_BY = {  # the usual names of weights, for messages: who looks for one has not run that stage yet
+    "pretrain": "trainer/train_pretrain.py",
+    "full_sft": "trainer/train_full_sft.py",
+    "rlhf": "trainer/train_dpo.py",
+    "reason": "trainer/train_distill_reason.py",
+    "full_dist": "trainer/train_distillation.py",
+    "lora_identity": "trainer/train_lora.py",
+}
+WITHOUT_EFFECT = ("max_position_embeddings", "router_aux_loss_coef")  # settings that no logit depends on
 
 
 @dataclass
@@ -44,7 +54,11 @@ class Checkpoint:
 
     @cached_property
     def hash(self) -> str:
-        return hash_of(self.state)
+        """Of what the model computes: `<hash of the tensors>.<hash of the config>`. Compare it with `same_weights`."""
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in WITHOUT_EFFECT}
+        settings = json.loads(json.dumps(settings), parse_int=float)  # files write 10000 and 10000.0
+        config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return f"{hash_of(self.state)}.{config[:16]}"
 
     def release(self) -> None:
         """Keeps what is known of the weights, their hash too, and lets go of the tensors."""
@@ -76,8 +90,16 @@ def hash_of(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def same_weights(hash: str | None, other: str | None) -> bool:
+    """Whether two values of `Checkpoint.hash` are those of the same model; None: no weights. What older versions
+    recorded lacks the config's part. Then the tensors decide."""
+    if hash is None or other is None:
+        return hash is other
+    return all(part == theirs for part, theirs in zip(hash.split("."), other.split(".")))
 
 
 def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage: list[dict]) -> Path:
@@ -132,7 +154,7 @@ def read_plain(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
@@ -175,10 +197,15 @@ def newest(paths, otherwise: str) -> Path:
 
 
 def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = None, moe: bool | None = None) -> Path:
-    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one."""
-    if Path(weight).exists():
-        return Path(weight)
-    if Path(weight).name != weight or weight.endswith(".pth"):
+    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one.
+
+    A directory of that name in the current one comes first if it holds weights. If it does not, it comes last, as a
+    file of that name does: whoever reads it will say what is wrong with it.
+    """
+    here, is_path = Path(weight), Path(weight).name != weight or weight.endswith(".pth")
+    if here.exists() and (is_path or _holds_weights(here)):
+        return here
+    if is_path:
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weight) and not weight.endswith(".pth")
         raise UserError(
             f"{weight}: no such file or directory"
@@ -187,18 +214,29 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         )
     for folder in map(Path, folders):
         found = []
-        for path in folder.glob(f"{weight}_*.pth"):
+        for path in folder.glob(f"{glob.escape(weight)}_*.pth"):
             size, _, suffix = path.stem[len(weight) + 1 :].partition("_")
             fits = size.isdigit() and hidden_size in (None, int(size)) and suffix in ("", "moe")
             if fits and moe in (None, suffix == "moe"):
                 found.append(path)
         if found:
             return newest(found, "")
+    if here.exists():
+        return here
     known = sorted({path.name for folder in map(Path, folders) for path in folder.glob("*.pth")})
     wanted = f"{weight}_{hidden_size or '<hidden>'}{'_moe' if moe else ''}.pth"
     searched = " or ".join(dict.fromkeys(map(str, folders)))
-    advice = f"there are {', '.join(known)}" if known else "train them first, or give a path"
+    made = f"{MADE_BY[weight]} makes them; " if weight in MADE_BY else ""
+    advice = f"{made}of others, downloaded ones for instance, give the file or directory in place of the name"
+    if known:
+        advice = f"there are {', '.join(known)}; {advice}"
     raise UserError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether a folder holds a model: ours, MiniMind's or in Hugging Face's layout."""
+    hf = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return hf or any(folder.glob("*.pth"))
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None = None) -> Tokenizer:

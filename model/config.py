@@ -115,6 +115,12 @@ class ModelConfig:
         at_least=1,
         omit_default=True,
     )
+    rope_local_theta: float | None = setting(
+        None,
+        "rope_theta of the sliding layers, which then have no rope_scaling; None: RoPE is the same in all layers",
+        hf="rope_local_base_freq",
+        omit_default=True,
+    )
 
     def __post_init__(self):
         def default(name: str, value: Any) -> None:
@@ -156,6 +162,8 @@ class ModelConfig:
                 found.append(f"layer_types: {', '.join(strange)} is not one of {', '.join(LAYER_TYPES)}")
             if "sliding_attention" in self.layer_types and self.sliding_window is None:
                 found.append("layer_types has sliding_attention, but there is no sliding_window")
+        if self.rope_local_theta is not None and self.sliding_window is None:
+            found.append("rope_local_theta is for layers with a sliding_window, which is not set")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             found.append(
                 f"num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts {self.num_experts}"

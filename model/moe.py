@@ -3,10 +3,10 @@ token.
 
 Letters: N = B*T tokens, d hidden size, I expert size, E experts, k experts per token.
 
-All experts are computed at once: tokens are sorted by expert, and `grouped_mm` multiplies each group with its expert's
-weights. The time does not grow with E, and nothing waits for the device. The balancing loss of a row depends on that
-row alone (Switch Transformer, arXiv:2101.03961, eqs. 4-6; per sequence as in DeepSeek-V2, arXiv:2405.04434, eqs.
-12-14).
+All experts are computed at once: tokens are sorted by expert, and `grouped_linear` multiplies each group with its
+expert's weights. The time does not grow with E, and nothing waits for the device. The balancing loss of a row depends
+on that row alone (Switch Transformer, arXiv:2101.03961, eqs. 4-6; per sequence as in DeepSeek-V2, arXiv:2405.04434,
+eqs. 12-14).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N*k, d), sorted by expert; ends (E,) int32: where each expert's tokens end -> (N*k, d)."""
-        gate, up, down = (getattr(self, name).to(x.dtype).transpose(-2, -1) for name in self.NAMES)
-        hidden = F.silu(grouped_mm(x, gate, ends)) * grouped_mm(x, up, ends)  # (N*k, I)
-        return grouped_mm(hidden, down, ends)
+        gate, up, down = (getattr(self, name).to(x.dtype) for name in self.NAMES)
+        hidden = F.silu(grouped_linear(x, gate, ends)) * grouped_linear(x, up, ends)  # (N*k, I)
+        return grouped_linear(hidden, down, ends)
 
 
 def _unstack(module: Experts, state: dict, prefix: str, _local) -> None:
@@ -52,10 +52,68 @@ def _stack(module: Experts, state: dict, prefix: str, *_) -> None:
             state[prefix + name] = torch.stack([state.pop(key) for key in keys])
 
 
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (N, a) @ weight (E, a, b), rows up to ends[e] with expert e -> (N, b)."""
-    op = getattr(F, "grouped_mm", None) or torch._grouped_mm  # the public name is newer than torch 2.11
-    return op(x, weight, offs=ends)
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (N, a), sorted by expert; weight (E, b, a); rows up to ends[e] belong to expert e -> (N, b).
+
+    torch's kernel wants rows of a multiple of 16 bytes, and torch.compile takes it for bf16 only (torch 2.13). In all
+    other cases the experts are multiplied one after the other, as torch's kernel does itself on CPUs.
+    """
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if aligned and (x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()):
+        op = getattr(F, "grouped_mm", None) or torch.ops.aten._grouped_mm  # the public name is newer than torch 2.11
+        return op(x, weight.transpose(-2, -1), offs=ends)
+    return _linear_by_expert(x, weight, ends)
+
+
+# Ops of their own: the compiler does not look into them, and needs only the shapes that are registered below. Traced,
+# a loop whose bounds are numbers in a tensor would break the graph at every expert.
+
+
+@torch.library.custom_op("sparrow::linear_by_expert", mutates_args=())
+def _linear_by_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """As `grouped_linear`."""
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for matrix, rows in zip(weight, _rows(ends)):
+        torch.mm(x[rows], matrix.T, out=y[rows])
+    return y
+
+
+@torch.library.custom_op("sparrow::linear_by_expert_weight_grad", mutates_args=())
+def _weight_grad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """grad (N, b), x (N, a) -> (E, b, a); zeros for an expert without rows."""
+    found = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+    for matrix, rows in zip(found, _rows(ends)):
+        torch.mm(grad[rows].T, x[rows], out=matrix)
+    return found
+
+
+def _rows(ends: Tensor) -> list[slice]:
+    stops = ends.tolist()
+    return [slice(start, stop) for start, stop in zip([0, *stops], stops)]
+
+
+@_linear_by_expert.register_fake
+def _(x, weight, ends):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_weight_grad.register_fake
+def _(grad, x, ends):
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    grad_x = _linear_by_expert(grad, weight.transpose(-2, -1), ends) if needs_x else None
+    return grad_x, _weight_grad(grad, x, ends) if needs_weight else None, None
+
+
+_linear_by_expert.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class MoE(nn.Module):

@@ -12,6 +12,7 @@ first R numbers are turned and the others pass through (GPT-NeoX, GLM, Phi).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     if scaling["rope_type"] == "minimind2":
         return _minimind2(freq, factor, scaling, config.max_position_embeddings), 1.0
     return _yarn(freq, factor, scaling, config)
+
+
+def local_frequencies(config: ModelConfig) -> Tensor | None:
+    """(R/2,) of the layers with a sliding window, if they have their own (Gemma 3); None: those of all layers."""
+    if config.rope_local_theta is None:
+        return None
+    return inverse_frequencies(replace(config, rope_theta=config.rope_local_theta, rope_scaling=None))[0]
 
 
 def _llama3(freq: Tensor, factor: float, scaling: dict) -> Tensor:

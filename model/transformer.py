@@ -25,7 +25,7 @@ from model.attention import AttentionMask, build_mask, causal_attention
 from model.config import ModelConfig
 from model.cost import idle_parameters
 from model.moe import MoE
-from model.rope import apply_rope, count_positions, inverse_frequencies, rope_table
+from model.rope import apply_rope, count_positions, inverse_frequencies, local_frequencies, rope_table
 
 
 class Cache(Protocol):
@@ -145,6 +145,8 @@ class CausalLM(nn.Module):
     compute_dtype: torch.dtype | None = None  # None: that of the weights
     attention_kernel: str | None = None  # "sdpa" | "blocked"; None: see `_kernel`
     recompute = False  # activation checkpointing: keep only each block's input, and compute the rest again
+    rope_frequencies: Tensor  # (R/2,)
+    local_rope_frequencies: Tensor | None  # (R/2,), of the layers with a window; None: the same
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -155,6 +157,7 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         freq, self.rope_temperature = inverse_frequencies(config)
         self.register_buffer("rope_frequencies", freq, persistent=False)
+        self.register_buffer("local_rope_frequencies", local_frequencies(config), persistent=False)
         self.register_load_state_dict_pre_hook(_retie)
         initialise(self)
 
@@ -191,12 +194,16 @@ class CausalLM(nn.Module):
 
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
-        cos, sin = rope_table(positions[:, S - T :], self.rope_frequencies, self.rope_temperature, x.dtype)
+        new = positions[:, S - T :]
+        rope = local_rope = rope_table(new, self.rope_frequencies, self.rope_temperature, x.dtype)
+        if self.local_rope_frequencies is not None:
+            local_rope = rope_table(new, self.local_rope_frequencies, dtype=x.dtype)
         windows = self.config.windows
         kernel = "sdpa" if cache is not None else self._kernel(x, documents is not None or any(windows))
         masks = {window: build_mask(T, positions, documents, x, kernel, prefixes, window) for window in set(windows)}
         aux_loss = torch.zeros(B, device=tokens.device)
         for block, window in zip(self.model.layers, windows):
+            cos, sin = rope if window is None else local_rope
             if self.recompute and torch.is_grad_enabled() and cache is None:
                 x, aux = checkpoint(block, x, cos, sin, masks[window], use_reentrant=False)
             else:
@@ -251,10 +258,20 @@ def initialise(model: CausalLM) -> None:
             nn.init.normal_(parameter, std=model.config.hidden_size**-0.5 if "embed_tokens" in name else 0.02)
 
 
-def _retie(model: CausalLM, state: dict, prefix: str, *_) -> None:
-    """Files of tied models hold the shared weight once or twice, under either name."""
+def _retie(model: CausalLM, state: dict, prefix: str, *rest) -> None:
+    """Files of tied models hold the shared weight once or twice, under either name. If two different ones are there,
+    the second would overwrite the first."""
     if model.config.tie_word_embeddings:
         names = (prefix + "model.embed_tokens.weight", prefix + "lm_head.weight")
         for here, there in (names, names[::-1]):
             if here not in state and there in state:
                 state[here] = state[there]
+        head, embedding = (state.get(name) for name in names[::-1])
+        if head is not None and embedding is not None and not equal_weights(head, embedding):
+            *_, errors = rest  # load_state_dict raises them
+            errors.append("lm_head.weight differs from model.embed_tokens.weight, though tie_word_embeddings is true")
+
+
+def equal_weights(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, perhaps of different dtypes, hold the same numbers."""
+    return a is b or a.shape == b.shape and torch.equal(a, b.to(a.dtype))

@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import json
 from dataclasses import dataclass
 
-from common.console import run
+from common.console import printable, run, say
 from common.options import Options, option, parse
 
 BAR = 40  # characters of the longest bar
@@ -86,15 +86,15 @@ def main():
         )
         reports.append(found.report)
         if not config.json:
-            print("\n".join(lines(found.report, config)), flush=True)
+            say("\n".join(lines(found.report, config)))
         if config.fix and not found.report.failure:
             clean = Path(path).with_name(f"{Path(path).stem}.clean.jsonl")
             rejects = Path(path).with_name(f"{Path(path).name}.rejects.jsonl")
             good, bad = found.fix(clean, rejects)
             if not config.json:
-                print(f"{'':<{LABEL}}wrote {rows(good)} to {shown(clean)}, {bad:,} to {shown(rejects)}")
+                say(f"{'':<{LABEL}}wrote {rows(good)} to {shown(clean)}, {bad:,} to {shown(rejects)}")
     if config.json:
-        print(json.dumps([report.as_dict() for report in reports], ensure_ascii=False, indent=1))
+        say(json.dumps([report.as_dict() for report in reports], ensure_ascii=False, indent=1))
     if any(report.failure or report.bad for report in reports):
         raise SystemExit(1)
 
@@ -108,7 +108,7 @@ def lines(report, config: CheckConfig) -> list[str]:
     out = [name, f"{'rows':<{LABEL}}{report.rows:,} ({layout}), {report.size / 1e6:,.1f} MB"]
 
     def say(label: str, text: str) -> None:
-        out.append(f"{label:<{LABEL}}{text}")
+        out.append(printable(f"{label:<{LABEL}}{text}", one_line=True))
 
     say("errors", f"{rows(report.bad)} cannot be read" if report.bad else "none")
     for finding in sorted(report.errors.values(), key=lambda finding: -finding.count):

@@ -19,7 +19,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from common.console import run
+from common.console import run, say
 from common.files import ROOT
 from common.options import Options, option, parse
 
@@ -129,7 +129,7 @@ def examine(save_dir: Path, question_seed: int) -> None:
         (sft, "What is 19+7-5+12?"),
         (stages[3], "What is 19+7-5+12?"),
     ]:
-        print(f"[{model.name}] > {prompt}\n{model.say(prompt)}\n")
+        say(f"[{model.name}] > {prompt}\n{model.say(prompt)}\n")
 
 
 def main():

@@ -16,12 +16,13 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
 from dataclasses import dataclass, replace
 
-from common.console import run
+from common.console import run, say
 from common.files import ROOT
 from common.options import Options, option, parse
 
@@ -38,7 +39,9 @@ class QuickstartConfig(Options):
     merged_data: str = option(
         str(ROOT / "dataset/merged_training_data.jsonl"), "file that both are merged into", path=True
     )
-    ratio: float = option(3, "task rows for each identity row; 0: one file after the other", within="[0, inf)")
+    ratio: float = option(
+        12, "task rows for each identity row (12: 8 % identity); 0: one file after the other", within="[0, inf)"
+    )
     out_dir: str = option(str(ROOT / "out"), "results go into a folder of the adapter's name here", path=True)
     from_weight: str = option("full_sft", "the model: a name in out_dir or out/, a file or a directory")
     epochs: int = option(10, "passes over the data", within="[1, inf)")
@@ -67,6 +70,7 @@ class QuickstartConfig(Options):
     use_wandb: bool = option(False, "log to Weights & Biases as well")
     wandb_project: str = option("minimind_medical_chatbot", "the project in Weights & Biases")
     device: str = option("auto", "auto, cpu, cuda, ...")
+    on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
     skip_download: bool = option(False, "accepted without effect: nothing is downloaded yet")
     skip_merge: bool = option(False, "use merged_data as it is, without merging")
 
@@ -75,17 +79,26 @@ def main():
     config = parse(QuickstartConfig, description=__doc__)
     if len(sys.argv) == 1:
         config = quick_test(config)
+    from model.adapter import load_adapter
     from model.checkpoint import find_weights
+    from model.export import write_peft
+    from tokenizer.find import tokenizer_of
 
     begin = time.perf_counter()
     base = find_weights(config.from_weight, config.out_dir, ROOT / "out")
-    print(f"✅ 模型: {base}" + ("" if config.skip_download else "（自动下载尚未实现，用本地的模型）"))
+    say(f"✅ 模型: {base}" + ("" if config.skip_download else "（自动下载尚未实现，用本地的模型）"))
     if not config.skip_merge:
         merge(config)
     folder = train(config, base)
-    print(f"✅ 模型保存到: {folder}")
+    adapter = load_adapter(find_weights(config.lora_name, folder / "lora"))
+    tokenizer = tokenizer_of(adapter.tokenizer, base, adapter.config.vocab_size, config.tokenizer_path)
+    write_peft(folder, adapter, tokenizer.path)
+    say(f"✅ 模型保存到: {folder}（peft 可直接加载）")
     print(f"⏱️ 训练完成! 总耗时: {(time.perf_counter() - begin) / 60:.1f} 分钟")
-    print(f"💬 试一试: python eval_model.py --weight {base} --lora_path {folder / 'lora_model'}")
+    talk = ["python", "eval_model.py", "--lora_name", config.lora_name]
+    if Path(config.out_dir) != ROOT / "out":
+        talk += ["--save_dir", config.out_dir]
+    say(f"💬 试一试: {shlex.join(talk)}")
 
 
 def merge(config: QuickstartConfig) -> None:
@@ -99,13 +112,16 @@ def merge(config: QuickstartConfig) -> None:
         target=target,
         val_target=target.with_suffix(".val.jsonl"),
         ratio=config.ratio,
+        on_bad_row=config.on_bad_row,
     )
     print(f"📊 任务数据: {report.task} 条")
     repeated = f"，重复后 {report.repeated} 条" if config.ratio else ""
     print(f"📊 自认知数据: {report.identity} 条{repeated}")
     if report.ratio < 0.9 * config.ratio:
         print(f"⚠️ 自认知数据多于 {config.ratio:g}:1 所需，全部保留，实际比例 {report.ratio:.2g}:1")
-    print(f"✅ 数据合并完成: {report.written} 条数据保存到 {target}")
+    if report.bad:
+        print(f"⚠️ 跳过无法读取的行: {report.bad} 条，见各数据文件旁边的 <文件>.rejects.jsonl")
+    say(f"✅ 数据合并完成: {report.written} 条数据保存到 {target}")
 
 
 def train(config: QuickstartConfig, base: Path) -> Path:
@@ -115,7 +131,7 @@ def train(config: QuickstartConfig, base: Path) -> Path:
         lora_name=config.lora_name,
         from_weight=base,
         data_path=config.merged_data,
-        output_dir=folder,
+        save_dir=folder,
         epochs=config.epochs,
         max_steps=config.max_steps,
         batch_size=config.batch_size,
@@ -132,11 +148,12 @@ def train(config: QuickstartConfig, base: Path) -> Path:
         accumulation_steps=config.accumulation_steps,
         seed=config.seed,
         from_resume=config.from_resume,
+        on_bad_row=config.on_bad_row,
     )
     if config.tokenizer_path:
         flags["tokenizer_path"] = config.tokenizer_path
     print("🚀 开始LoRA训练...\n📋 训练参数:")
-    print(f"  - LoRA名称: {config.lora_name}\n  - 训练轮次: {config.epochs}")
+    say(f"  - LoRA名称: {config.lora_name}\n  - 训练轮次: {config.epochs}")
     print(f"  - 批次大小: {config.batch_size}\n  - 学习率: {config.learning_rate:g}")
     print("🔄 加载模型和分词器...", flush=True)
     call([ROOT / "trainer/train_lora.py", *(f"--{name}={value}" for name, value in flags.items())], translate)

@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from common.console import UserError, run
+from common.console import UserError, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
 
@@ -50,6 +50,7 @@ class PrepareConfig(Options):
     )
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
+    max_bad_rows: float = option(0.01, "share of the rows that skip may leave out", within="[0, 1]")
     max_seq_len: int = option(
         0,
         "also tokenise, and print what would be cut at this length",
@@ -100,26 +101,27 @@ def main():
         to=config.to,
         mapping=read_mapping(config.data_mapping),
         on_bad_row=config.on_bad_row,
+        max_bad_rows=config.max_bad_rows,
         seed=config.seed,
         cache_dir=config.cache_dir,
     )
     for path, layout in report.layouts.items():
-        print(f"read: {path} ({layout})")
-    print(f"task data: {report.task:,} rows")
+        say(f"read: {path} ({layout})")
+    say(f"task data: {report.task:,} rows")
     if config.identity_data:
         times = f", written {report.repeated:,} times in all (ratio {report.ratio:.3g}:1)" if config.ratio else ""
-        print(f"identity data: {report.identity:,} rows{times}")
+        say(f"identity data: {report.identity:,} rows{times}")
         if report.ratio < 0.9 * config.ratio:
-            print(f"warning: --ratio {config.ratio:g} asks for fewer of them than there are, and none is left out")
+            say(f"warning: --ratio {config.ratio:g} asks for fewer of them than there are, and none is left out")
     if report.bad:
-        print(f"left out: {report.bad:,} bad rows, see <file>.rejects.jsonl beside each file")
+        say(f"left out: {report.bad:,} bad rows, see <file>.rejects.jsonl beside each file")
     if report.left_out:
-        print(f"left out: {report.left_out:,} answers that were labelled bad")
-    print(f"written: {report.written:,} rows to {target}")
+        say(f"left out: {report.left_out:,} answers that were labelled bad")
+    say(f"written: {report.written:,} rows to {target}")
     if config.val_fraction:
-        print(f"written: {report.held_out:,} rows to {val_target}")
+        say(f"written: {report.held_out:,} rows to {val_target}")
     elif val_target.exists():
-        print(
+        say(
             f"warning: {val_target} is from an earlier run and may hold rows that are in {target} now; remove it, or "
             "write it anew with --val_fraction"
         )
@@ -136,7 +138,7 @@ def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:
     if kind not in datasets:
         raise UserError(f"--max_seq_len: no stage trains on {kind} rows yet; leave it out")
     dataset = datasets[kind](path, tokenizer, max_seq_len=config.max_seq_len, cache_dir=config.cache_dir)
-    print(f"tokenised: {dataset.summary}")
+    say(f"tokenised: {dataset.summary}")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import eval_model
-from common.console import run
+from common.console import printable, run
 from common.options import parse
 from dataset.tiny_world import exam
 from eval_model import Conversation, Screen, chat
 from evaluation import benchmark
 from inference.decode import generate
 from inference.sampling import Sampling
-from inference.session import Session
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.transformer import CausalLM
+from tests.helpers.models import small_model
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
 
@@ -35,12 +35,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    model = CausalLM(config)
-    for parameter in model.parameters():  # zero-initialised projections would make every block the identity
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model.eval()
+    return small_model(std=0.2, num_attention_heads=4, num_key_value_heads=2).eval()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +73,7 @@ def expected(model, tokenizer, prompt, mode=1):
         messages = [{"role": "user", "content": prompt}]
         ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
     (reply,) = generate(model, [ids], GREEDY, max_new_tokens=8, stop=tokenizer.stop_ids)
-    return tokenizer.decode(reply).translate(eval_model.HARMLESS)
+    return printable(tokenizer.decode(reply))
 
 
 # ---- without a terminal: MiniMind's eval_model.py called input(), so every script and CI job that ran it hung
@@ -332,7 +327,7 @@ def test_a_model_cannot_steer_the_terminal(tokenizer):
     """Title changes, colours, clipboard writes and reversed text: FastChat's terminal obeyed them (issue 88)."""
     evil = "\x1b]0;title\x07\x1b[31mred\x1b[0m\r\x9b2J\u202etxt.exe\u202c\tgood\n好"
     _, text = talk_with(tokenizer, Scripted(tokenizer.encode(evil)), ["hi"])
-    assert text == "]0;title[31mred[0m2Jtxt.exe\tgood\n好\nspeed\n"
+    assert text == "␛]0;title␇␛[31mred␛[0m␍\ufffd2J\ufffdtxt.exe\ufffd\tgood\n好\nspeed\n"
 
 
 def test_thoughts_are_dim_on_a_terminal_and_plain_in_a_file(tokenizer):
@@ -358,50 +353,6 @@ def test_the_stream_joined_is_the_decoded_reply(tokenizer):
     assert "".join(pieces) == tokenizer.decode(ids) and all("\ufffd" not in piece for piece in pieces[:-1])
 
 
-# ---- the cache of a conversation
-
-
-def answers(session, tokenizer, prompt):
-    return list(session.reply(prompt, GREEDY, max_new_tokens=8, stop=tokenizer.stop_ids))
-
-
-def test_answers_from_the_kept_cache_are_those_of_a_fresh_one(model, tokenizer):
-    session, text = Session(model), "user: "
-    first = tokenizer.encode(text + "你好")
-    reply = answers(session, tokenizer, first)
-    longer = first + reply + tokenizer.encode("and then? " * 20)  # outgrows nothing: the cache doubles when it is made
-    other = first[:2] + tokenizer.encode("something else")
-    for prompt in (longer, other, other, first, tokenizer.encode("no word in common " * 40)):
-        assert answers(session, tokenizer, prompt) == generate(model, [prompt], GREEDY, max_new_tokens=8)[0]
-    answers(session, tokenizer, first)
-    answers(session, tokenizer, first + reply + [5])
-    assert f"read 2 tokens ({len(first) + len(reply) - 1} from the cache)" in session.speed
-
-
-@pytest.mark.parametrize("call", [1, 2, 3, 6])
-def test_an_interrupt_between_two_layers_does_not_spoil_the_cache(model, tokenizer, monkeypatch, call):
-    """cache.length alone cannot decide what is kept: in mid-token the second layer's keys are still of older text."""
-    session, calls = Session(model), []
-    prompt = tokenizer.encode("an old text that fills the cache " * 4)
-    answers(session, tokenizer, prompt)
-    second = model.model.layers[1]
-
-    def pressed(*args, original=second.forward):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(second, "forward", pressed)
-    prompt, said = tokenizer.encode("hello there"), []
-    with pytest.raises(KeyboardInterrupt):
-        for token in session.reply(prompt, GREEDY, max_new_tokens=8, stop=set()):
-            said.append(token)
-    assert len(said) == call - 1
-    more = prompt + said + generate(model, [prompt + said], GREEDY, max_new_tokens=1)[0] + tokenizer.encode("go on")
-    assert answers(session, tokenizer, more) == generate(model, [more], GREEDY, max_new_tokens=8)[0]
-
-
 # ---- the exam
 
 
@@ -411,7 +362,7 @@ def test_exam_answers_come_back_in_their_order(model, tokenizer, monkeypatch):
     prompts = [question.prompt for question in exam.draw_questions()[::75]]
     together = benchmark.answer(model, tokenizer, prompts)
     for prompt, reply in zip(prompts, together):
-        assert reply.translate(eval_model.HARMLESS) == expected(model, tokenizer, prompt).strip()
+        assert printable(reply) == expected(model, tokenizer, prompt).strip()
 
 
 def test_a_thought_is_not_part_of_the_answer(tokenizer):
@@ -458,6 +409,10 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
         (["--lora_path", "nothere"], "nothere: no such file or directory"),
         (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; if it is a name on a hub"),
         (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
+        (
+            ["--weight", "rlhf"],
+            "trainer/train_dpo.py makes them; of others, downloaded ones",
+        ),
         (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
         (["--base_model", "x"], "--base_model: comparing two models side by side is not built yet; leave it out"),
         (["--prompts_file", "a.json"], "a prompt a line, or a .jsonl of rows"),

@@ -24,13 +24,14 @@ MAY_IMPORT = {
     "model": ("model", "tokenizer", "common"),
     "dataset": ("dataset", "model", "tokenizer", "common"),
     "inference": ("inference", "model", "tokenizer", "common"),
-    "trainer": ("trainer", "dataset", "model", "tokenizer", "common"),
+    "trainer": ("trainer", "inference", "dataset", "model", "tokenizer", "common"),
     "evaluation": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
     "scripts": ("scripts", "evaluation", "inference", "dataset", "model", "tokenizer", "common"),
     "eval_model": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
 }
 NEVER = ("transformers", "peft", "trl", "accelerate", "datasets")  # opponents and oracles, for tests and benchmarks
 MODULE_OF = {"pyyaml": "yaml"}
+LONG_TABLES = {"dataset/tiny_world/words.py": 540}
 
 BOOTSTRAP = """
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -108,7 +109,8 @@ def test_what_is_imported_exists_and_is_ours_the_standard_librarys_or_required(p
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_files_stay_short(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 540, f"{path} has {len(lines)} lines"
+    limit = LONG_TABLES.get(path.relative_to(ROOT).as_posix(), 400)
+    assert len(lines) <= limit, f"{path} has {len(lines)} lines: what in it could stand alone?"
 
 
 def test_every_requirement_is_used():

@@ -7,10 +7,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from common.files import ROOT
 from common.options import specs
+from model.adapter import load_adapter
+from model.checkpoint import load_weights
+from model.export import copy_tokenizer, save_hf
 from tests.helpers.rows import write_dpo, write_pretrain, write_sft
 from tests.helpers.runs import run_script, run_stage
 from trainer.stage import StageConfig
@@ -52,10 +56,12 @@ def command(path: Path) -> list[str]:
 def test_a_recipe_runs_as_its_first_line_says(path, world, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     script, *words = command(path)
-    if script == "eval_model.py":
-        here = ["--weight", world / "pretrain_32.pth", "--prompts_file", world / "questions.txt", "--max_length", 4]
-        status, out, err = run_script(script, *words, *here)
-        assert status == 0 and "你好" in out + err, err
+    if script == "eval_model.py":  # of what training_config.yaml trains
+        train = command(ROOT / "configs/training_config.yaml")
+        here = ["--train_path", world / "chats.jsonl", "--output_dir", tmp_path, *SMALL]
+        assert run_script(*train, "--model_name_or_path", world / "pretrain_32.pth", *here)[0] == 0
+        status, out, err = run_script(script, *words, "--lora_path", tmp_path / "lora_model", "--max_length", 4)
+        assert status == 0 and "你好" in out and "on its base" in err, err
         return
     data = world / DATA.get(Path(script).stem, "chats.jsonl")
     given = dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
@@ -109,14 +115,37 @@ def test_a_lora_file_given_to_full_fine_tuning_trains_an_adapter(world, tmp_path
     assert (tmp_path / "lora/full_sft_32.pth").is_file() and not (tmp_path / "full_sft_32.pth").exists()
 
 
+@pytest.mark.parametrize("family, base", [("Qwen2", "Qwen2ForCausalLM"), ("Llama", "LlamaForCausalLM")])
+def test_a_directory_of_another_family_is_the_base(family, base, world, tmp_path, monkeypatch):
+    """The PC project's file, with a tiny Qwen2 as transformers writes it. The pages said that this was not built."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(ROOT)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = getattr(transformers, f"{family}Config")(vocab_size=6400, num_key_value_heads=1, **shape)
+    getattr(transformers, base)(config).save_pretrained(tmp_path / "base")
+    copy_tokenizer(tmp_path / "base", ROOT / "tokenizer")
+    words = command(ROOT / "configs/training_config.yaml")
+    here = ["--train_path", world / "chats.jsonl", "--output_dir", tmp_path, "--model_name_or_path", tmp_path / "base"]
+    status, out, err = run_script(*words, *here, *SMALL)
+    assert status == 0 and "done in" in out, err
+    written = json.loads((tmp_path / "lora_model/adapter_config.json").read_text(encoding="utf-8"))
+    assert written["base_model_name_or_path"] == str(tmp_path / "base"), "a directory, which peft opens itself"
+
+
 def test_the_quickstart_joins_trains_and_saves(world, tmp_path):
-    """The flags of its table; 40 task rows at 8:1 make the 4 identity rows five."""
+    """The flags of its table; 40 task rows at 8:1 make the 4 identity rows five. The base is as MiniMind writes it: it
+    names no tokenizer. One row is broken."""
+    base = tmp_path / "full_sft_32.pth"
+    torch.save(load_weights(world / "pretrain_32.pth").state, base)
+    (tmp_path / "task.jsonl").write_text(
+        (world / "chats.jsonl").read_text(encoding="utf-8") + '{"conversations": [\n', encoding="utf-8"
+    )
     (tmp_path / "me.jsonl").write_text(
         "".join((world / "chats.jsonl").open(encoding="utf-8").readlines()[:4]), encoding="utf-8"
     )
     flags = dict(
         lora_name="my_chatbot_lora",
-        task_data=world / "chats.jsonl",
+        task_data=tmp_path / "task.jsonl",
         identity_data=tmp_path / "me.jsonl",
         merged_data=tmp_path / "all.jsonl",
         out_dir=tmp_path / "out",
@@ -126,13 +155,17 @@ def test_the_quickstart_joins_trains_and_saves(world, tmp_path):
         device="cpu",
         learning_rate="1e-4",
         max_length=32,
-        from_weight=world / "pretrain_32.pth",
+        from_weight=base,
+        tokenizer_path=ROOT / "tokenizer",
         wandb_project="mine",
     )
     words = [f"--{name}={value}" for name, value in flags.items()]
+    status, _, err = run_script("scripts/lora_quickstart.py", *words)
+    assert status == 2 and "--on_bad_row skip" in err, "it advised what it did not take"
+    words.append("--on_bad_row=skip")
     status, out, err = run_script("scripts/lora_quickstart.py", *words, "--skip_download")
     assert status == 0, err
-    counts = [line for line in out.splitlines() if "条" in line]
+    counts = [line for line in out.splitlines() if "条" in line and "跳过" not in line]
     assert counts[:2] == ["📊 任务数据: 40 条", "📊 自认知数据: 4 条，重复后 5 条"]
     assert counts[2:] == [f"✅ 数据合并完成: 45 条数据保存到 {tmp_path / 'all.jsonl'}"]
     for line in (
@@ -144,7 +177,21 @@ def test_the_quickstart_joins_trains_and_saves(world, tmp_path):
     ):  # noqa: E501
         assert line in out.splitlines(), out
     assert "12 steps" in out and f"✅ 模型保存到: {tmp_path / 'out/my_chatbot_lora'}" in out and "总耗时" in out
-    assert (tmp_path / "out/my_chatbot_lora/lora_model/adapter_config.json").is_file()
+
+    # the line that it prints talks to the model, and peft finds the adapter where the page says
+    told = next(line for line in out.splitlines() if "试一试" in line).partition("python ")[2]
+    status, _, err = run_script(*shlex.split(told), "--prompt=hi", "--max_new_tokens=2", "--device=cpu")
+    assert status == 0 and f"on its base {base}" in err, err
+    folder = tmp_path / "out/my_chatbot_lora"
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] is None, "peft cannot open a .pth"
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    save_hf(tmp_path / "theirs", load_weights(base), ROOT / "tokenizer", {2})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    theirs = peft.PeftModel.from_pretrained(theirs, folder)
+    ours = load_adapter(folder / "lora").apply(load_weights(base).build()).eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, atol=1e-5, rtol=1e-5)
 
     (tmp_path / "me.jsonl").unlink()
     status, out, _ = run_script("scripts/lora_quickstart.py", *words, "--skip_merge", "--max_steps=1")

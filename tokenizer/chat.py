@@ -12,7 +12,7 @@ depend on finding a pattern of ids, and for text without control tokens the ids 
 
 The format is ChatML, the same as in chat_template.jinja. Trained on are an assistant's content and the <|im_end|> after
 it, but not the newline that follows. A token that holds the end of a header and the beginning of a content is trained
-on.
+on. An assistant's message with `"train": False` is context only.
 
 In an assistant's turn these are markup: its `reasoning_content`, or one <think>...</think> at the beginning of its
 content; after that, one <answer>...</answer> up to the end of its content; its `tool_calls`. The same words anywhere
@@ -29,7 +29,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from common.console import UserError
+from common.console import Coloured, UserError, printable
 from tokenizer.messages import Conversation, Segment, check_messages, dumps, markup, split_reasoning
 from tokenizer.text import Tokenizer
 
@@ -135,6 +135,7 @@ def _join(group: Iterator[Segment]) -> tuple[str, list[tuple[int, int]]]:
     """Neighbouring texts as one, because tokens may form across them, and the spans of it that are trained on."""
     text, spans = "", []
     for piece, trained in group:
+        assert isinstance(piece, str)
         if trained and piece:
             spans.append((len(text), len(text) + len(piece)))
         text += piece
@@ -183,8 +184,9 @@ def _chatml(
         for message in turns:
             out += [start, (role + "\n", False)]
             if role == "assistant":
-                out += [(piece, True) for piece in _assistant(tag, message)]
-                out += [(tokenizer.im_end, True), ("\n", False)]
+                trained = message.get("train", True)
+                out += [(piece, trained) for piece in _assistant(tag, message)]
+                out += [(tokenizer.im_end, trained), ("\n", False)]
             else:
                 out += [(message["content"], False), end, ("\n", False)]
 
@@ -217,17 +219,14 @@ def _assistant(tag, message: dict) -> Iterator[int | str]:
 # ---- for people
 
 DIM, GREEN, BOLD, RESET = "\x1b[2m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
-# text of a row must not control the terminal: C0 is shown as Unicode's control pictures, C1 and DEL as U+FFFD
-VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-VISIBLE |= dict.fromkeys([0x7F, *range(0x80, 0xA0)], "\ufffd")
 
 
-def show_labels(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool]) -> str:
+def show_labels(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool]) -> Coloured:
     """The row as text for a terminal: what is trained on in green, the rest dim, control tokens bold."""
     control = set(tokenizer.control.values())
     kinds = [(bool(label), int(i) in control) for i, label in zip(ids, trained)]
     shown = []
     for (label, is_control), group in groupby(zip(ids, kinds), key=lambda pair: pair[1]):
-        text = tokenizer.decode([i for i, _ in group]).translate(VISIBLE)
+        text = printable(tokenizer.decode([i for i, _ in group]))
         shown.append((GREEN if label else DIM) + (BOLD if is_control else "") + text + RESET)
-    return "".join(shown)
+    return Coloured("".join(shown))

@@ -7,6 +7,8 @@ from pathlib import Path
 from common.console import UserError
 from tokenizer.text import FILES, SHIPPED, Tokenizer
 
+PLACES = ("", "tokenizer", "final_model", "lora_model")  # where it may lie below the folder that holds the weights
+
 
 def backup_path(directory: Path, hash: str) -> Path:
     """Where a tokenizer is kept when another one replaces it in `directory`: weights may still need it."""
@@ -27,7 +29,8 @@ def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | Non
         places = [Path(path)]
     else:  # a path inside the repository is recorded relative to it, so that the repository can be moved
         places = [SHIPPED.parent / recorded["path"]] if recorded.get("path") else []
-        places += [folder, folder / "tokenizer"] + ([SHIPPED] if recorded else [])
+        around = [folder, folder.parent] if folder.name in ("best", "lora") else [folder]
+        places += [place / name for place in around for name in PLACES] + ([SHIPPED] if recorded else [])
     if recorded.get("hash"):
         places += [backup_path(place, recorded["hash"]) for place in places if place != SHIPPED]
     found = []
@@ -43,5 +46,5 @@ def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | Non
                 return tokenizer
             found.append(f"{place} is another one ({tokenizer.hash[:12]})")
     wanted = f"the tokenizer {recorded['hash'][:12]} it was trained with" if recorded.get("hash") else "its tokenizer"
-    looked = "; ".join(found) or f"none in {', '.join(map(str, places))}"
+    looked = "; ".join(found) or f"none in {', '.join(str(place) for place in places if place.is_dir())}"
     raise UserError(f"{weights}: cannot find {wanted}: {looked}. Say where it is with --tokenizer_path")

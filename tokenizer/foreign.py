@@ -43,6 +43,8 @@ class ForeignTemplate:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+        assert tokenizer.chat_template is not None
+
         def refuse(reason: str):
             raise jinja2.TemplateError(reason)
 
@@ -106,7 +108,8 @@ class ForeignTemplate:
             header = text.rfind(self.header, before, first)
             ends = list(self.controls.finditer(text, last, after))
             end = next((match for match in ends if match[0] == self.names["eos_token"]), ends[0] if ends else None)
-            trained.append((header + len(self.header) if header >= 0 else first, end.end() if end else last))
+            if messages[i].get("train", True):
+                trained.append((header + len(self.header) if header >= 0 else first, end.end() if end else last))
 
         edges = {0, len(text), *(edge for span in trained for edge in span)}
         for match in self.controls.finditer(text):
@@ -119,7 +122,7 @@ class ForeignTemplate:
             segments.append((piece if isinstance(piece, int) else piece.translate(erase), label))
         if spoken and spoken[-1] == len(messages) - 1 and not ends and not add_generation_prompt:
             # GLM ends a turn with the header of the next one; the last turn needs an end that can be learned too
-            segments.append((tokenizer.end_of_text, True))
+            segments.append((tokenizer.end_of_text, messages[-1].get("train", True)))
         return [segment for segment in segments if segment[0] != ""]
 
     def _marked(self, message: dict, guarded, mark: str) -> dict:

@@ -56,6 +56,8 @@ def check_messages(messages: list[dict], tools: list[dict] | None = None) -> Non
             raise UserError(f"messages[{i}] ({role}): content must be text, found {found}")
         if len(message) == 2:
             continue
+        if not isinstance(message.get("train", True), bool):
+            raise UserError(f"messages[{i}] ({role}): train must be true or false, found {message['train']!r:.80}")
         for key in ("reasoning_content", "tool_calls"):
             if message.get(key) and role != "assistant":
                 raise UserError(f"messages[{i}] ({role}): only an assistant can have {key}")

@@ -32,6 +32,8 @@ from tokenizer.sentencepiece import CHATGLM_ENDS, CHATGLM_TEMPLATE, is_chatglm, 
 FILES = ("tokenizer.json", "tokenizer.model")  # a directory with one of them holds a tokenizer
 SHIPPED = Path(__file__).resolve().parent
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+TEXT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # ours, Llama 3's, Llama 2's and Mistral's
+TURN_ENDS = (IM_END, "<|eot_id|>", "<end_of_turn>")  # ours and Qwen's, Llama 3's, Gemma's
 
 
 class Tokenizer:
@@ -125,7 +127,7 @@ class Tokenizer:
     @property
     def end_of_text(self) -> int:
         """Ends a document and fills rows: <|endoftext|>, or what takes its place in a foreign tokenizer."""
-        return self._named(END_OF_TEXT, "<|end_of_text|>", "</s>", self.special("eos_token"))
+        return self._named(*TEXT_ENDS, self.special("eos_token"))
 
     @property
     def im_start(self) -> int:
@@ -137,8 +139,9 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: <|im_end|>, <|endoftext|>, and those that the tokenizer's own files name."""
-        names = {END_OF_TEXT, IM_END, self.special("eos_token")}
+        """Ids that end an answer or a text: <|im_end|>, <|endoftext|>, what takes their place in a foreign tokenizer,
+        and those that its own files name."""
+        names = {*TEXT_ENDS, *TURN_ENDS, self.special("eos_token")}
         more = self.config.get("eos_token_id") or []
         return frozenset(self.control[name] for name in names if name in self.control).union(
             more if isinstance(more, list) else [more]
@@ -205,8 +208,8 @@ def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
     """The copy that encodes plain text: without added tokens, also in its vocabulary."""
     added = {token["content"] for token in spec["added_tokens"]}
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in added}
-    plain = dict(spec, added_tokens=[], post_processor=None, truncation=None, padding=None)
-    plain["model"] = dict(spec["model"], vocab=vocab)
+    model = dict(spec["model"], vocab=vocab)
+    plain = dict(spec, model=model, added_tokens=[], post_processor=None, truncation=None, padding=None)
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
     except Exception as error:  # tokenizers raises nothing narrower

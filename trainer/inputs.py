@@ -61,11 +61,13 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
         cache_dir=config.cache_dir,
         num_workers=config.num_workers or None,
         on_bad_row=config.on_bad_row,
+        max_bad_rows=config.max_bad_rows,
+        max_empty_rows=config.max_empty_rows,
         seed=config.seed,
         mapping=read_mapping(config.data_mapping),
     )
     train: TokenDataset = dataset(paths, tokenizer, data_limit=config.data_limit, **options)
-    notes, val = [note, f"      {train.summary}"], None
+    notes, val = [note, f"      {train.summary}", *warn_of_lost_rows(train, config.max_seq_len)], None
     if config.val_path:
         val = dataset(config.val_path, tokenizer, **options)
         notes.append(f"validation: {', '.join(config.val_path)}: {val.summary}")
@@ -77,6 +79,17 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
         for tokens, trained in train.sequences(i):
             notes.append(show_labels(tokenizer, tokens, [True] * len(tokens) if trained is None else trained))
     return Data(train, val, builtin, notes)
+
+
+def warn_of_lost_rows(train: TokenDataset, max_seq_len: int) -> list[str]:
+    """A line if more than a tenth of the examples is left out because of their length."""
+    lost, total, longest = train.too_long
+    if lost <= total / 10:
+        return []
+    return [
+        f"warning: {lost:,} of {total:,} rows ({lost / total:.0%}) are left out, too long for --max_seq_len "
+        f"{max_seq_len}; the longest needs {longest}, and scripts/check_data.py suggests a length"
+    ]
 
 
 def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> ModelConfig:

@@ -5,8 +5,8 @@
 or, for a stage that needs its model or its data before it can train:
 
     with start_stage("dpo", config, PreferenceDataset, kind="dpo", weights="full_sft") as stage:
-        stage.notes.append(add_reference([stage.data.train], stage.model, stage.backend, config, stage.parent.hash))
-        stage.train(Preference("sigmoid"), loader=PairLoader)
+        prepare = partial(add_reference, model=stage.model, backend=stage.backend, config=config, weights=...)
+        stage.train(Preference("sigmoid"), loader=PairLoader, prepare=prepare)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from common.console import UserError
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, weights_name
-from model.lora import LoRASettings, add_lora, freeze
+from model.lora import LoRASettings, add_lora, find_targets, freeze, linear_layers
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, open_data, open_model
@@ -120,6 +120,12 @@ def add_adapter(config: StageConfig, model: CausalLM, parent: Checkpoint | None)
     settings = LoRASettings(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora
     )
+    known = linear_layers(model)
+    most = max(min(known[name].weight.shape) for name in find_targets(model, settings.targets))
+    if settings.rank > most:  # B A has at most this rank, and a larger A and B hold more numbers than W
+        raise UserError(
+            f"--lora_rank {settings.rank}: the layers that it adapts have a rank of at most {most}; 8 to 64 is usual"
+        )
     freeze(model)
     layers = add_lora(model, settings)
     merged = weights_name(f"{config.save_weight}_merged", model.config) if config.merge_lora else ""

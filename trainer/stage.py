@@ -20,14 +20,16 @@ after the options is in trainer/run_stage.py.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.files import ROOT
 from common.options import Options, option
 from model.config import PRESETS
 from trainer.loop import launch
+from trainer.translated import TRANSLATED
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class LoRAOptions(Options):
     lora_targets: tuple[str, ...] = option(
         ("all",),
         "layers that get an adapter: all, attention, mlp, or names such as q_proj,v_proj",
-        aliases=("target_modules",),
+        aliases=("target_modules", "lora_target"),
     )
     use_rslora: bool = option(False, "multiply by alpha / sqrt(rank) instead, for high ranks")
     save_peft: bool = option(False, "write the adapter as a directory for peft as well")
@@ -87,8 +89,14 @@ class LoRAOptions(Options):
 class StageConfig(LoRAOptions):
     """Options of every training stage"""
 
+    translated: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = TRANSLATED
     needless: ClassVar[dict[str, str]] = {
         "ddp": "torchrun says so by itself",
+        "logging_dir": "logs are in runs/ below --save_dir",
+        "logging_strategy": "logging follows --log_interval",
+        "overwrite_output_dir": "what a run replaces is kept beside it as .previous",
+        "remove_unused_columns": "columns that are not read are named and left alone",
+        "dataloader_pin_memory": "there are no loader processes",
         "per_device_eval_batch_size": "validation takes --batch_size",
         "evaluation_strategy": "validation comes with every save, or as --val_interval says",
         "eval_strategy": "validation comes with every save, or as --val_interval says",
@@ -110,18 +118,23 @@ class StageConfig(LoRAOptions):
         (),
         "training files; FILE:3 repeats its rows three times, FILE:0.1 takes a tenth",
         path=True,
-        aliases=("data_file", "train_path", "task_data"),
+        aliases=("data_file", "train_path", "train_file", "task_data"),
     )
-    val_path: tuple[str, ...] = option((), "validation files", path=True, aliases=("eval_data",))
+    val_path: tuple[str, ...] = option((), "validation files", path=True, aliases=("eval_data", "validation_file"))
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     val_fraction: float = option(0.0, "share of the training rows kept for validation", within="[0, 1)")
     max_seq_len: int = option(512, "tokens in a row", aliases=("max_length", "cutoff_len"), within="[2, inf)")
     data_limit: int = option(0, "use only the first N rows (0: all)", aliases=("max_samples",), within="[0, inf)")
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
+    max_bad_rows: float = option(0.01, "share of the rows that skip may leave out", within="[0, 1]")
+    max_empty_rows: float = option(0.05, "share of the rows that may have nothing to train on", within="[0, 1]")
     on_long: str = option("truncate", "a sample that is too long", choices=("truncate", "drop"))
     show_labels: int = option(0, "print the first N rows, trained tokens coloured", within="[0, inf)")
     num_workers: int = option(
-        0, "processes that tokenise (0: one per core)", aliases=("dataloader_num_workers",), within="[0, inf)"
+        0,
+        "processes that tokenise (0: one per core)",
+        aliases=("dataloader_num_workers", "preprocessing_num_workers"),
+        within="[0, inf)",
     )
     cache_dir: str | None = option(None, "where token caches go (default: beside the data)", path=True)
     # optimisation
@@ -175,7 +188,7 @@ class StageConfig(LoRAOptions):
     use_wandb: bool = option(False, "log to Weights & Biases as well (WANDB_MODE=offline: on this disk)")
     use_swanlab: bool = option(False, "log to SwanLab as well")
     wandb_project: str = option("sparrow", "the project in wandb or SwanLab", aliases=("swanlab_project",))
-    wandb_run_name: str | None = option(None, "the run's name there")
+    wandb_run_name: str | None = option(None, "the run's name there", aliases=("run_name",))
     use_tensorboard: bool = option(False, "write TensorBoard files into the run's directory as well")
     measure_peak: bool = option(False, "measure what the device can do, and log the share of it that is used (MFU)")
     price_per_hour: float = option(0.0, "what an hour of the machine costs, for the cost of the run", within="[0, inf)")
@@ -186,7 +199,7 @@ class StageConfig(LoRAOptions):
         "auto",
         "compute precision",
         choices=("auto", "float32", "bfloat16", "float16"),
-        aliases=("bf16=bfloat16|float32", "fp16=float16|float32"),
+        aliases=("bf16=bfloat16|float32", "fp16=float16|float32", "torch_dtype"),
     )
     compile: str = option(
         "auto", "torch.compile", choices=("auto", "on", "off"), switch=("on", "off"), aliases=("use_compile",)

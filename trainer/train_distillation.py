@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from common.console import run
+from common.console import run, say
 from common.options import option, parse
 from trainer.stage import StageConfig
 
@@ -67,7 +67,7 @@ def main():
         device = stage.backend.device
         teacher = Teacher(weights, pick_dtype(config.dtype, device)[0], device) if weights else None
         if config.write_logprobs:
-            print(write_views(config, stage.data, stage.tokenizer, teacher, stage.backend))
+            say(write_views(config, stage.data, stage.tokenizer, teacher, stage.backend))
             return
         stage.output.identity["teacher"] = teacher.hash if teacher else views["teacher"]
         stage.notes.append(f"teacher: {teacher or views['about']}")

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.console import UserError, check_writable, run
+from common.console import UserError, check_writable, run, say
 from common.files import ROOT, atomic_file, atomic_folder, hash_file, remove_folder
 from common.options import Options, option, parse
 
@@ -125,7 +125,7 @@ def save(tokenizer, directory: str | Path) -> None:
     if kept and Tokenizer.load(directory).hash == known:  # the same again
         remove_folder(kept)
     elif kept:
-        print(f"the tokenizer that was in {directory} is now in {kept}, for the weights that were trained with it")
+        say(f"the tokenizer that was in {directory} is now in {kept}, for the weights that were trained with it")
 
 
 class Corpus:
@@ -226,14 +226,19 @@ def main() -> None:
     config = parse(TokenizerConfig, description=__doc__)
     check_writable(config.save_dir)
     corpus = Corpus(config)
-    print(f"{len(corpus.files)} files" + (f", a sample: {corpus.share:.1%} of their rows" if corpus.share < 1 else ""))
+    say(f"{len(corpus.files)} files" + (f", a sample: {corpus.share:.1%} of their rows" if corpus.share < 1 else ""))
     tokenizer = train_bpe(corpus.training_texts(), config.vocab_size)
     if not corpus.used:
         raise UserError(f"--holdout {config.holdout} and the weights leave no row to train on")
-    print(f"trained on {sum(corpus.used.values()):,} characters ({corpus.used['zh']:,} of them in rows in Chinese)")
+    say(f"trained on {sum(corpus.used.values()):,} characters ({corpus.used['zh']:,} of them in rows in Chinese)")
     save(tokenizer, config.save_dir)
-    print(report(corpus, config.save_dir))
-    print(f"saved to {config.save_dir}, {tokenizer.get_vocab_size():,} entries")
+    say(report(corpus, config.save_dir))
+    if (entries := tokenizer.get_vocab_size()) < config.vocab_size:
+        say(
+            f"warning: --vocab_size {config.vocab_size:,} asks for more entries than this text gives: {entries:,}. No "
+            "further pair of tokens occurs twice; give more text"
+        )
+    say(f"saved to {config.save_dir}, {tokenizer.get_vocab_size():,} entries")
 
 
 if __name__ == "__main__":

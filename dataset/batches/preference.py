@@ -111,7 +111,7 @@ class PairLoader(Loader):
                 for side, (ids, trained) in enumerate(sides, start=1):
                     here = slice(here.stop, here.stop + len(ids))
                     tokens[r, here] = np.append(prompt[-1], ids[:-1])
-                    targets[r, here] = np.where(trained, ids, IGNORED)
+                    targets[r, here][trained] = ids[trained]  # the ids' own type, uint16, cannot hold IGNORED
                     positions[r, here] = np.arange(shared, shared + len(ids))
                     documents[r, here], prefixes[r, here] = prefix + side, prefix
                     answers[r, here] = 2 * pair + side

@@ -171,8 +171,9 @@ class Examination:
                     report.errors.add(reason, line)
                 at += len(chunk.rows)
                 progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
-            for index in hashes.repeated() if self.source else ():
-                self._judge(index, self.source.line(index), DUPLICATE, report.duplicates)
+            if self.source:
+                for index in hashes.repeated():
+                    self._judge(index, self.source.line(index), DUPLICATE, report.duplicates)
         report.rows = at if self.source else 1
         report.tokens = statistics.summary(exact=share == 1.0)
 
@@ -201,12 +202,14 @@ class Examination:
         self.report.roles.update(roles)
         for what, found in (
             ("the last turn is not the assistant's and teaches nothing", roles[-1] != "assistant"),
+            ("an answer that is not to be trained on", any("train" in message for message in messages)),
             ("a role speaks twice in a row", any(a == b != "tool" for a, b in zip(roles, roles[1:]))),
             ("a system turn is not the first", "system" in roles[1:]),
         ):
             if found:
                 self.report.notes.add(what, line)
-        return any(m["role"] == "assistant" and (m["content"].strip() or len(m) > 2) for m in messages)
+        taught = [m for m in messages if m["role"] == "assistant" and m.get("train", True)]
+        return any(m["content"].strip() or len(m) > 2 for m in taught)
 
     def _judge(self, index: int, line: int, verdict: int, finding: Finding | None = None) -> None:
         """The first verdict on a row stays."""

@@ -10,10 +10,10 @@
 | preference | {"chosen": [...], "rejected": [...], "tools": [...]}, same up to the answer       |
 | rated      | a chat row with "label": was this a good answer? (KTO)                            |
 
-A message has "role" and "content", an assistant's may also have "reasoning_content" and "tool_calls" ([{"name",
-"arguments": {}}]); "tools" is there if there are any. This file translates layouts, and the check of a kind
-(dataset/kinds.py) then tells whether the result can be used. Its errors give the reason only: the caller knows file and
-line.
+A message has "role" and "content", an assistant's may also have "reasoning_content", "tool_calls" ([{"name",
+"arguments": {}}]) and "train": False (not trained on); "tools" is there if there are any. This file translates layouts,
+dataset/read/turns.py single turns, and the check of a kind (dataset/kinds.py) then tells whether the result can be
+used. Errors give the reason only: the caller knows file and line.
 
 The columns of a row tell its layout: it is the first line of LAYOUTS whose columns are all there. To read another
 layout, add a line. docs/data.md shows an example of each.
@@ -25,30 +25,12 @@ from typing import NamedTuple
 
 from common.console import UserError
 from dataset.kinds import KINDS
-from dataset.read.jsonl import loads
+from dataset.read.turns import REASONING, listed, read_turn, said, short, text_of, unread_keys, yes_or_no
 
-ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "developer": "system",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-}
-PARTS = {
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "reasoning": "reasoning",
-    "thinking": "reasoning",
-    "tool_call": "tool_call",
-}
-CALLS = ("function_call", "tool_call")  # as roles: a turn of the assistant that consists of calls
-REASONING = ("reasoning_content", "reasoning", "thinking")
+OASST_TREES = (
+    "each row is one message of a tree (message_id, parent_id), and a conversation is needed; OpenAssistant's files "
+    "*.trees.jsonl.gz have a whole tree in a row, which is read: unpack one with gunzip and give that"
+)
 
 
 class Layout(NamedTuple):
@@ -66,7 +48,10 @@ def layout_of(row: dict, kind: str | None = None) -> Layout | None:
     """The layout of a row, None if it has none. With `kind` "text" only its column "text" counts."""
     if kind == "text" and "text" in row:
         return LAYOUTS[-1]
-    rating = "label" if isinstance(row.get("label"), bool) else "kto_tag" if row.get("kto_tag") is not None else None
+    if _is_message_of_tree(row):
+        return None
+    rated = yes_or_no(row.get("label")) is not None  # else a class, which is no rating
+    rating = "label" if rated else "kto_tag" if row.get("kto_tag") is not None else None
     turns = row.get("conversations")
     sharegpt = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
     return _by_columns(tuple([key for key, value in row.items() if value is not None]), rating, sharegpt)
@@ -93,6 +78,8 @@ def canonical(row: dict, kind: str | None = None) -> dict:
 def not_that_kind(row: dict, layout: Layout | None, kind: str | None) -> str:
     """Why a row is not of `kind` (None: of any), and what can be done about it."""
     found = f"no {KINDS[kind].needs if kind else 'known layout'} in this row, it has {_keys(row)}"
+    if _is_message_of_tree(row):
+        return OASST_TREES
     if layout is None:
         return f"{found} (docs/data.md shows all layouts, --data_mapping names columns of your own)"
     keeps = kind == "chat" and layout.kind in ("preference", "rated")
@@ -100,183 +87,205 @@ def not_that_kind(row: dict, layout: Layout | None, kind: str | None) -> str:
     return f"{found}: it is a {KINDS[layout.kind].needs}{way_out}"
 
 
+def _is_message_of_tree(row: dict) -> bool:
+    return "parent_id" in row and "message_id" in row
+
+
 # ---- what the layouts have in common: who asked what, and the answer
 
 
 def _document(row: dict, key: str) -> dict:
-    return {"text": _text(row[key], f'"{key}"')}
+    return {"text": text_of(row[key], f'"{key}"')}
 
 
 def _dialogue(row: dict, key: str) -> dict:
     """A list of turns: OpenAI's, MiniMind's, ShareGPT's, pairs of human and assistant."""
-    return _with_tools(row, _asked(row, key))
+    return _with_tools(row, _with_systems(_asked(row, key), row))
 
 
 def _exchange(row: dict, question: str, answer: str) -> dict:
     """One question and its answer. Alpaca: an `input` below the instruction, earlier turns in `history`. Dolly: the
     passage that is asked about in `context`."""
-    reply = {key: row[key] for key in REASONING if key in row}
-    return _with_tools(row, _asked(row, question) + _said(row[answer], "assistant", answer, reply))
+    reply = said(row[answer], "assistant", answer, {key: row[key] for key in REASONING if key in row})
+    return _with_tools(row, _with_systems(_answered(_asked(row, question), reply, answer), row))
 
 
 def _preference(row: dict, *columns: str) -> dict:
     """Two answers to a question, which is in a column of its own or at the beginning of both."""
     *asked, chosen, rejected = columns
     prompt = _asked(row, asked[0]) if asked else []
-    sides = {}
+    sides, tools = {}, _tools(row)
     for name, key in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(row[key], str) and not prompt:
-            raise UserError(f'"{key}" must be messages, or text beside a "prompt", this is {_short(row[key])}')
-        answer = _said(row[key], "assistant", key)
-        # some files have the prompt in its own column and also before both answers
-        sides[name] = _with_system(row, prompt + answer if answer[0]["role"] == "assistant" else answer)
-    tools = _tools(row)
+            raise UserError(f'"{key}" must be messages, or text beside a "prompt", this is {short(row[key])}')
+        messages = _answered(prompt, said(row[key], "assistant", key), key)
+        sides[name] = _with_systems(_called_as_declared(messages, tools), row)
     return sides | ({"tools": tools} if tools else {})
 
 
 def _rated(row: dict, *columns: str) -> dict:
-    *columns, rating = columns
-    if not isinstance(row[rating], bool):
-        raise UserError(f'"{rating}" must be true or false, this is {_short(row[rating])}')
-    return LAYOUT_OF[tuple(columns)].read(row, *columns) | {"label": row[rating]}
+    columns, rating = columns[:-1], columns[-1]
+    label = yes_or_no(row[rating])
+    if label is None:
+        raise UserError(f'"{rating}" must be true or false, this is {short(row[rating])}')
+    return LAYOUT_OF[columns].read(row, *columns) | {"label": label}
+
+
+def _tree(row: dict, key: str, _: str) -> dict:
+    """OpenAssistant's trees, with all replies to a message inside it: from the question on always the best reply (its
+    `rank` is the lowest), up to the last answer."""
+    messages, node, where = [], row[key], key
+    while node:
+        if not isinstance(node, dict) or "text" not in node:
+            raise UserError(f'{where} must be {{"role", "text", "replies"}}, this is {short(node)}')
+        messages += read_turn({"role": node.get("role"), "content": node["text"]}, where)
+        replies = [reply for reply in listed(node.get("replies") or [], f"{where}.replies") if not _is_deleted(reply)]
+        node, where = min(replies, key=_rank, default=None), f"{where}.replies"
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError(f'"{key}": nobody has replied')
+    return {"messages": messages}
+
+
+def _is_deleted(reply: object) -> bool:
+    return isinstance(reply, dict) and bool(reply.get("deleted"))
+
+
+def _rank(reply: object) -> float:
+    rank = reply.get("rank") if isinstance(reply, dict) else None
+    return rank if isinstance(rank, (int, float)) else float("inf")
 
 
 def _asked(row: dict, key: str) -> list[dict]:
     if key in DIALOGUES:
         turns = row[key]
         if not isinstance(turns, list) or not turns:
-            raise UserError(f'"{key}" must be a list of messages, this is {_short(turns)}')
+            raise UserError(f'"{key}" must be a list of messages, this is {short(turns)}')
         messages = []
         for i, turn in enumerate(turns):
-            messages += _turn(turn, f"{key}[{i}]")
+            messages += read_turn(turn, f"{key}[{i}]")
     elif key == "instruction" or isinstance(row[key], str):
-        parts = [_text(row[name], f'"{name}"') for name in (key, *BELOW) if row.get(name)]
+        parts = [text_of(row[name], f'"{name}"') for name in (key, *BELOW) if row.get(name)]
         messages = [{"role": "user", "content": "\n".join(parts)}]
     else:
-        messages = _said(row[key], "user", key)
+        messages = said(row[key], "user", key)
     if history := row.get("history"):
         messages = [
-            message for i, pair in enumerate(_listed(history, '"history"')) for message in _past(pair, f"history[{i}]")
+            message for i, pair in enumerate(listed(history, '"history"')) for message in _past(pair, f"history[{i}]")
         ] + messages
-    return _with_system(row, messages)
-
-
-def _with_system(row: dict, messages: list[dict]) -> list[dict]:
-    system = row.get("system") or row.get("system_prompt")
-    if system and messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
     return messages
+
+
+def _answered(asked: list[dict], answer: list[dict], where: str) -> list[dict]:
+    """The question and then the answer, which may begin with the question too, with a part of it or with more."""
+    if not asked or answer[0]["role"] not in ("user", "system"):
+        return asked + answer
+    (systems, asked), (more, answer) = _without_systems(asked), _without_systems(answer)
+    n, asked_again = len(asked), 0
+    if any(_alike(answer[i : i + n], asked) for i in range(len(answer) - n + 1)):
+        messages = answer
+    else:
+        asked_again = next((k for k in range(min(n, len(answer)), 0, -1) if _alike(asked[-k:], answer[:k])), 0)
+        if answer and not asked_again and asked[-1]["role"] != "assistant":
+            raise UserError(
+                f'"{where}" begins with another question than the one asked, {short(answer[0]["content"])}; take one '
+                "of them out"
+            )
+        messages = asked + answer[asked_again:]
+    return _joined_systems([*systems, *more], messages)
+
+
+def _alike(some: list[dict], others: list[dict]) -> bool:
+    """Whether these are the same messages, but for blanks around their content."""
+    trimmed = ([message | {"content": str(message["content"]).strip()} for message in own] for own in (some, others))
+    return next(trimmed) == next(trimmed)
+
+
+def _with_systems(messages: list[dict], row: dict) -> list[dict]:
+    """With what the row's own columns have for the system turn."""
+    found = [text_of(row[key], f'"{key}"') for key in SYSTEM if row.get(key)]
+    if not found:
+        return messages
+    systems, rest = _without_systems(messages)
+    return _joined_systems([*found, *systems], rest)
+
+
+def _without_systems(messages: list[dict]) -> tuple[list[str], list[dict]]:
+    """(texts of the system turns at the beginning, the other messages)"""
+    count = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return [text_of(message["content"], "a system turn") for message in messages[:count]], messages[count:]
+
+
+def _joined_systems(texts: list[str], messages: list[dict]) -> list[dict]:
+    """One system turn with the texts of several places, each once; nothing that somebody wrote is left out."""
+    distinct: dict[str, str] = {}
+    for text in texts:
+        distinct.setdefault(text.strip(), text)
+    return [{"role": "system", "content": "\n\n".join(distinct.values())}, *messages] if texts else messages
 
 
 def _with_tools(row: dict, messages: list[dict]) -> dict:
     tools = _tools(row)
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    return {"messages": _called_as_declared(messages, tools), "tools": tools} if tools else {"messages": messages}
 
 
 def _tools(row: dict) -> list | None:
     """From a column of the row or, as MiniMind has it, from the first turn. Bare functions are wrapped as OpenAI's."""
-    tools = row.get("tools") or row.get("functions")
-    if not tools:
-        turns = row.get("conversations") or row.get("messages") or row.get("chosen")
-        first = turns[0] if isinstance(turns, list) and turns else None
-        tools = isinstance(first, dict) and (first.get("tools") or first.get("functions"))
-    if not tools:
-        return None
+    holders = [row]
+    for key in (*DIALOGUES, "prompt", "chosen"):
+        if isinstance(row.get(key), list) and row[key] and isinstance(row[key][0], dict):
+            holders.append(row[key][0])
     bare = lambda tool: isinstance(tool, dict) and "name" in tool and "function" not in tool
-    return [{"type": "function", "function": tool} if bare(tool) else tool for tool in _listed(tools, '"tools"')]
+    found = [
+        [{"type": "function", "function": tool} if bare(tool) else tool for tool in listed(holder[key], '"tools"')]
+        for holder in holders
+        for key in ("tools", "functions")
+        if holder.get(key)
+    ]
+    if any(tools != found[0] for tools in found):
+        raise UserError("the tools stand in two places and differ")
+    return found[0] if found else None
+
+
+def _called_as_declared(messages: list[dict], tools: list | None) -> list[dict]:
+    """Without the arguments that are null and that the called tool does not have. Arrow (Parquet, `datasets`) gives
+    each object of a column the keys of all others; a model that learns these calls every tool with every argument."""
+    declared = _parameters(tools)
+    if not any(_undeclared(call, declared) for message in messages for call in message.get("tool_calls", ())):
+        return messages
+    found = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            left_out = _undeclared(call, declared)
+            calls.append(call | {"arguments": {k: v for k, v in call["arguments"].items() if k not in left_out}})
+        found.append(message | {"tool_calls": calls} if calls else message)
+    return found
+
+
+def _parameters(tools: list | None) -> dict[str, set[str]]:
+    """Names of the tools that declare parameters -> the parameters' names."""
+    found: dict[str, set[str]] = {}
+    for tool in tools or ():
+        function = tool.get("function") if isinstance(tool, dict) else None
+        parameters = function.get("parameters") if isinstance(function, dict) else None
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        if isinstance(function, dict) and isinstance(properties, dict):
+            found[str(function.get("name"))] = {key for key, value in properties.items() if value is not None}
+    return found
+
+
+def _undeclared(call: dict, declared: dict[str, set[str]]) -> list[str]:
+    if call["name"] not in declared:
+        return []
+    return [key for key, value in call["arguments"].items() if value is None and key not in declared[call["name"]]]
 
 
 def _past(pair: object, where: str) -> list[dict]:
     if not isinstance(pair, list) or len(pair) != 2:
-        raise UserError(f"{where} must be [question, answer], this is {_short(pair)}")
-    return _said(pair[0], "user", where) + _said(pair[1], "assistant", where)
-
-
-def _said(value: object, role: str, where: str, more: dict | None = None) -> list[dict]:
-    """Text, one message or a list of them."""
-    if isinstance(value, str):
-        return [_message({"role": role, "content": value} | (more or {}), where)]
-    if isinstance(value, dict):
-        return _turn(value, where)
-    if not isinstance(value, list) or not value:
-        raise UserError(f'"{where}" must be text or a list of messages, this is {_short(value)}')
-    return [message for i, turn in enumerate(value) for message in _turn(turn, f"{where}[{i}]")]
-
-
-# ---- one turn
-
-
-def _turn(turn: object, where: str) -> list[dict]:
-    if isinstance(turn, dict):
-        if "role" in turn or "from" in turn:
-            return [_message(turn, where)]
-        for asked, answered in PAIRED:
-            if asked in turn and answered in turn:
-                system = [{"role": "system", "content": turn["system"]}] if turn.get("system") else []
-                return system + _said(turn[asked], "user", where) + _said(turn[answered], "assistant", where)
-    raise UserError(f'{where} must be {{"role", "content"}} or {{"from", "value"}}, this is {_short(turn)}')
-
-
-def _message(turn: dict, where: str) -> dict:
-    role = turn["role"] if "role" in turn else turn["from"]
-    content = turn["content"] if "content" in turn else turn.get("value")
-    if len(turn) == 2 and content and isinstance(content, str) and isinstance(role, str) and role not in CALLS:
-        return {"role": ROLES.get(role, role), "content": content}  # nearly every turn ends here
-    calls, reasoning = turn.get("tool_calls") or turn.get("function_call"), None
-    for key in ("weight", "loss", "train"):
-        if turn.get(key) in (0, False) and ROLES.get(role, role) == "assistant":
-            raise UserError(
-                f'{where}: "{key}": {turn[key]!r} asks not to train on this answer, which is not possible for single '
-                "turns yet; end the row before it, or take the key out to train on it"
-            )
-    for key in REASONING:
-        reasoning = reasoning or turn.get(key)
-    if isinstance(content, list):
-        content, thought, called = _parts(content, where)
-        reasoning, calls = reasoning or thought, calls or called
-    if role in CALLS:
-        role, content, calls = "assistant", "", content
-    message = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
-    if calls:
-        calls = _parsed(calls, f"{where}.tool_calls") if isinstance(calls, str) else calls
-        calls = calls if isinstance(calls, list) else [calls]
-        message["tool_calls"] = [_call(call, f"{where}.tool_calls") for call in calls]
-        if content is None:
-            message["content"] = ""
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if content == "" and not (reasoning or calls) and message["role"] == "assistant":
-        raise UserError(f"{where}: the assistant says nothing")
-    return message
-
-
-def _parts(parts: list, where: str) -> tuple[str, str, list]:
-    """Content in parts -> (text, reasoning, calls). A part has its words in "value", in "text" or under its type."""
-    found = {"text": [], "reasoning": [], "tool_call": []}
-    for part in parts:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else None
-        name = PARTS.get(kind) if isinstance(kind, str) else None
-        if name is None:
-            raise UserError(f"{where}: only text can be read, this part is {_short(part)}")
-        words = next((part[key] for key in ("value", kind, "text") if key in part), None)
-        if name == "tool_call":
-            words = _parsed(words, f"{where}: the call") if isinstance(words, str) else words
-        found[name].append(words if name == "tool_call" else _text(words, f"{where}: a part"))
-    return "".join(found["text"]), "\n".join(found["reasoning"]), found["tool_call"]
-
-
-def _call(call: object, where: str) -> dict:
-    """{"name", "arguments"}, bare or in OpenAI's {"type", "function": ...}; the arguments may be a JSON string."""
-    call = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise UserError(f'{where}: a call must be {{"name", "arguments"}}, this is {_short(call)}')
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments or "{}", f"{where}: the arguments")
-    if not isinstance(arguments, dict):
-        raise UserError(f"{where}: the arguments must be an object, this is {_short(arguments)}")
-    return {"name": call["name"], "arguments": arguments}
+        raise UserError(f"{where} must be [question, answer], this is {short(pair)}")
+    return said(pair[0], "user", where) + said(pair[1], "assistant", where)
 
 
 # ---- the table
@@ -284,8 +293,8 @@ def _call(call: object, where: str) -> dict:
 
 DIALOGUES = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "query", "question")
+SYSTEM = ("system", "system_prompt")
 BELOW = ("input", "context")  # what a question is about; put below it
-PAIRED = (("human", "assistant"), ("user", "assistant"), ("input", "output"))  # inside one turn of a dialogue
 
 LAYOUTS: tuple[Layout, ...] = (
     *(Layout("preference", (asked, "chosen", "rejected"), _preference) for asked in QUESTIONS + DIALOGUES),
@@ -299,52 +308,46 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("chat", ("query", "response"), _exchange),
     Layout("chat", ("question", "response"), _exchange),
     Layout("chat", ("question", "answer"), _exchange),
+    Layout("chat", ("prompt", "message_tree_id"), _tree),
     Layout("text", ("text",), _document),
 )
 LAYOUT_OF = {layout.columns: layout for layout in LAYOUTS}
-BESIDE = (*BELOW, "history", "system", "system_prompt", "tools", "functions", *REASONING, "label", "kto_tag")
+BESIDE = (*BELOW, "history", *SYSTEM, "tools", "functions", *REASONING)
 
 
 def unread(row: dict, layout: Layout) -> list[str]:
-    """Columns that are not read. None of a document: what stands beside its text is usually metadata."""
+    """Columns, and keys of turns, that are not read. None of a document: beside its text is usually metadata."""
     if layout.kind == "text":
         return []
     beside = BESIDE[len(BELOW) :] if layout.columns[0] in (*DIALOGUES, "chosen") else BESIDE
-    return [key for key in row if key not in (*layout.columns, *beside)]
+    found = [key for key in row if key not in (*layout.columns, *beside)]
+    for column in layout.columns if layout.read != _tree else ():
+        turns = row[column] if isinstance(row[column], list) else [row[column]]
+        found += dict.fromkeys(f"{column}[].{key}" for turn in turns for key in unread_keys(turn))
+        found += dict.fromkeys(f"{column}[].tool_calls[].{key}" for key in _null_arguments(turns, row))
+    return found
+
+
+def _null_arguments(turns: list, row: dict) -> list[str]:
+    """The arguments that `_called_as_declared` leaves out of these turns."""
+    try:
+        declared = _parameters(_tools(row))
+        calls = [
+            call
+            for turn in turns
+            if declared and isinstance(turn, dict)
+            for message in read_turn(turn, "")
+            for call in message.get("tool_calls", ())
+        ]
+    except UserError:  # reported when the row is read
+        return []
+    return [key for call in calls for key in _undeclared(call, declared)]
 
 
 def column_names() -> Iterable[str]:
     """Every name that a layout knows, for --data_mapping."""
-    return dict.fromkeys([key for layout in LAYOUTS for key in layout.columns] + list(BESIDE))
-
-
-# ---- values, or the error that says what was found instead
-
-
-def _listed(value: object, where: str) -> list:
-    value = _parsed(value, where) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise UserError(f"{where} must be a list, this is {_short(value)}")
-    return value
-
-
-def _parsed(text: str, where: str) -> object:
-    try:
-        return loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON, {_short(text)} ({error})") from None
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where} must be text, this is {_short(value)}")
-    return value
+    return dict.fromkeys([key for layout in LAYOUTS for key in layout.columns] + [*BESIDE, "label", "kto_tag"])
 
 
 def _keys(row: dict) -> str:
     return ", ".join(f'"{key}"' for key in row) or "no keys"
-
-
-def _short(value: object) -> str:
-    text = repr(value)[:61]
-    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

@@ -16,26 +16,30 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.console import UserError
-from common.files import atomic_file, hash_file
-from dataset.tokens.cache import Mapped, cache_root, get_or_build, is_writable
+from common.files import hash_file
+from dataset.tokens.cache import Mapped, cache_root, get_or_build
 
 BLOCK = 8 << 20  # bytes read at a time
 ENDS = 64 << 10  # bytes at the start and at the end, hashed to notice that a file has changed
 BOM = b"\xef\xbb\xbf"
 SPACE, LINE_END = re.compile(r"\s*"), re.compile(r"[\r\n]\s*")
-OTHER_FILES = {
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-    b"\x1f\x8b": "a gzip file",
-    b"PK\x03\x04": "a zip file",
-    b"PAR1": "a Parquet file",
+FROM_PARQUET = (
+    "python -c \"import json, pyarrow.parquet as p; open('{0}.jsonl', 'w').writelines(json.dumps(row, default=str) + "
+    "'\\n' for part in p.ParquetFile('{0}{1}').iter_batches() for row in part.to_pylist())\""
+)
+OTHER_FILES = {  # how it begins: what it is, and what makes text of it; {0}{1} is its name
+    b"\xff\xfe": ("UTF-16 text", "iconv -f utf-16 -t utf-8 {0}{1} > {0}.utf8{1}"),
+    b"\xfe\xff": ("UTF-16 text", "iconv -f utf-16 -t utf-8 {0}{1} > {0}.utf8{1}"),
+    b"\x1f\x8b": ("a gzip file", "gunzip -k {0}{1}"),
+    b"PK\x03\x04": ("a zip file", "unzip {0}{1}"),
+    b"PAR1": ("a Parquet file", FROM_PARQUET),
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull"),
 }
 
 
@@ -54,13 +58,14 @@ class Jsonl:
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None):
         self.path = require_file(path)
-        self.cache = cache_root(self.path, cache_dir)
         with open(self.path, "rb") as file:
             status = os.fstat(file.fileno())
             self.size = status.st_size
             head = file.read(ENDS)
+            refuse_other_files(self.path, head)
             file.seek(max(0, status.st_size - ENDS))
             state = f"{status.st_size} {status.st_mtime_ns} {hashlib.sha256(head + file.read(ENDS)).hexdigest()}"
+        self.cache = cache_root(self.path, cache_dir)
         self._is_array = head.removeprefix(BOM).lstrip()[:1] == b"["
         name = entry_name(self.path, "index", state)
         folder, facts = get_or_build(self.cache, name, self._build)
@@ -131,6 +136,14 @@ def require_file(path: str | Path) -> Path:
             hint = f"; there is no folder {path.parent}"
         raise FileNotFoundError(f"{path}: no such file{hint}")
     return path
+
+
+def refuse_other_files(path: Path, head: bytes) -> None:
+    """UserError with the command that converts it, if a file that begins like this is not text in UTF-8."""
+    for start, (name, command) in OTHER_FILES.items():
+        if head.startswith(start):
+            converts = command.format(path.with_suffix(""), path.suffix)
+            raise UserError(f"{path}: is {name}, and JSONL in UTF-8 is needed; convert it: {converts}")
 
 
 def entry_name(path: Path, kind: str, state: str) -> str:
@@ -318,7 +331,7 @@ def decode(raw: bytes) -> str:
 
 
 def _likely(raw: bytes) -> str:
-    for start, name in OTHER_FILES.items():
+    for start, (name, _) in OTHER_FILES.items():
         if raw.startswith(start):
             return f"it looks like {name}"
     try:
@@ -326,42 +339,6 @@ def _likely(raw: bytes) -> str:
     except UnicodeDecodeError:
         return "save the file as UTF-8"
     return "it looks like gbk: convert with `iconv -f gb18030 -t utf-8`"
-
-
-class RowErrors:
-    """Bad rows: "error" stops at the first one; "skip" leaves out up to 1 % of the rows, and at least one.
-
-    Skipped rows are written to `<file>.rejects.jsonl` as {"line", "reason", "row"}: beside the file or, where that
-    folder is read-only, in the cache.
-    """
-
-    def __init__(self, path: Path, cache: Path, rows: int, on_bad_row: str):
-        self.path, self.on_bad_row, self.allowed = path, on_bad_row, max(1, rows // 100)
-        self.folder = path.parent if is_writable(path.parent) else cache
-        self.first: list[str] = []
-        self.count = 0
-
-    def __enter__(self) -> "RowErrors":
-        self.target = self.folder / f"{self.path.name}.rejects.jsonl"
-        self.stack = ExitStack()  # closes the file, then renames it
-        self.file = None
-        return self
-
-    def add(self, line: int, reason: str, raw: bytes) -> None:
-        self.count += 1
-        self.first = [*self.first, f"{self.path}:{line}: {reason}"][:3]
-        if self.on_bad_row != "skip":
-            raise UserError(f"{self.first[0]} (--on_bad_row skip leaves such rows out)")
-        if self.count > self.allowed:
-            raise UserError(f"{'; '.join(self.first)} ...: more than {self.allowed} bad rows (1 %), too many to skip")
-        if self.file is None:
-            temporary = self.stack.enter_context(atomic_file(self.target))
-            self.file = self.stack.enter_context(open(temporary, "w", encoding="utf-8"))
-        reject = {"line": line, "reason": reason, "row": raw.decode("utf-8", "replace")}
-        self.file.write(json.dumps(reject, ensure_ascii=False) + "\n")
-
-    def __exit__(self, *failure) -> None:
-        self.stack.__exit__(*failure)
 
 
 class TextFile:

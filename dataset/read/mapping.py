@@ -14,15 +14,16 @@ Other columns are named by `--data_mapping mapping.yaml`, our name first. Only t
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.console import UserError
+from common.yaml_file import read_yaml
 from dataset.kinds import KINDS
 from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
 from dataset.read.jsonl import Jsonl, decode, parse_row
 
-HEAD = 100  # rows in which each column of a mapping must occur
+HEAD = 100  # rows that tell the layout, in which each column of a mapping must occur
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,10 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
     """The mapping that a YAML file describes; None for None."""
     if path is None:
         return None
-    import yaml
-
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"--data_mapping {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"--data_mapping {path}{line}: {getattr(error, 'problem', None) or error}") from None
+        tree = read_yaml(str(path))
+    except UserError as error:
+        raise UserError(f"--data_mapping {error}") from None
     example = "`columns: {instruction: question, output: reply}`, our name first"
     if not isinstance(tree, dict) or not isinstance(tree.get("columns"), dict) or not tree["columns"]:
         raise UserError(f"--data_mapping {path}: expected {example}")
@@ -92,9 +88,9 @@ class Reader:
     """Reads the rows of one file, all of one layout. It is pickled for worker processes."""
 
     kind: str  # a key of KINDS
-    layout: str = ""  # its name; empty: no row of this kind was found, so every row is an error
+    layout: str = ""  # its name; empty: none of the first rows can be read
     line: int = 1  # where the layout was seen first
-    unread: tuple[str, ...] = ()  # columns of that line that are not read
+    unread: tuple[str, ...] = ()  # columns of the first lines that are not read, and keys in their turns
     mapping: Mapping | None = None
 
     def __call__(self, raw: bytes) -> dict:
@@ -124,27 +120,35 @@ class Reader:
 
 
 def find_reader(source: Jsonl, kind: str | None = None, mapping: Mapping | None = None) -> Reader:
-    """The reader for the layout of the first row that is of this kind. kind None: of any; the reader has its kind."""
-    found, columns = None, {}
+    """The reader for the layout of the first row that is of this kind. kind None: of any; the reader has its kind.
+
+    UserError if none of the first rows is of this kind, or if a column of the mapping is missing.
+    """
+    found, columns, not_read, another = None, {}, {}, ""
     for i in range(len(source)):
-        if found and (i == HEAD or not mapping):
+        if i >= HEAD and (columns or i >= 100 * HEAD):  # goes on only while no row can be read
             break
         try:
             row = source[i]
         except ValueError:
             continue  # reported when the row is read
         columns |= dict.fromkeys(row)
-        layout = layout_of(mapping(row) if mapping else row, kind)
-        if not found and layout and kind in (None, layout.kind):
-            not_read = () if mapping else tuple(unread(row, layout))  # a mapping names what is read
-            found = Reader(layout.kind, layout.name, source.line(i), not_read, mapping)
+        row = mapping(row) if mapping else row
+        layout = layout_of(row, kind)
+        if layout is None or kind not in (None, layout.kind):
+            another = another or f"{source.where(i)}: {not_that_kind(row, layout, kind)}"
+            continue
+        found = found or Reader(layout.kind, layout.name, source.line(i), mapping=mapping)
+        if not mapping and layout.name == found.layout:  # a mapping names what is read
+            not_read |= dict.fromkeys(unread(row, layout))
     missing = [name for name in mapping.columns.values() if name not in columns] if mapping else []
     if mapping and missing:
         missing, there = (", ".join(f'"{name}"' for name in names) for names in (missing, columns))
         raise UserError(f"{source.where(0)}: --data_mapping {mapping.path}: no column {missing}; the file has {there}")
     if found:
-        return found
+        return replace(found, unread=tuple(not_read))
+    if another:
+        raise UserError(another)  # skipping such rows would leave none
     if not kind:
-        row = source[0]
-        raise UserError(f"{source.where(0)}: {not_that_kind(mapping(row) if mapping else row, None, None)}")
-    return Reader(kind, mapping=mapping)  # the error of each row says what it is instead
+        source[0]  # raises: no row can be read at all
+    return Reader(kind or "text", mapping=mapping)  # the error of each row says why it cannot be read

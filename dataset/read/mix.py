@@ -20,8 +20,9 @@ import numpy as np
 
 from common.console import UserError
 from common.files import atomic_file
-from dataset.read.jsonl import Jsonl, RowErrors
+from dataset.read.jsonl import Jsonl
 from dataset.read.mapping import Mapping, Reader, find_reader
+from dataset.read.row_errors import MAX_BAD_ROWS, RowErrors
 
 READ_BYTES = 4 << 20  # bytes of rows read at a time
 encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode  # objects read from JSON have no circles
@@ -64,6 +65,7 @@ def prepare(
     to: str | None = None,
     mapping: Mapping | None = None,
     on_bad_row: str = "error",
+    max_bad_rows: float = MAX_BAD_ROWS,
     seed: int = 42,
     cache_dir: str | None = None,
 ) -> MergeReport:
@@ -73,9 +75,11 @@ def prepare(
     ratio           R repeats the identity rows until there are R task rows for each; 0: each once, never fewer
     data_limit      read so many task rows, of all files together; 0: all
     to              "chat" makes conversations of preferences, with their better answer; None: the kind that was read
-    on_bad_row      "error" or "skip", see RowErrors
+    on_bad_row      "error" or "skip", of each file up to the share max_bad_rows: see RowErrors
     """
-    files, extra = ([_File(path, to, mapping, on_bad_row, cache_dir) for path in paths] for paths in (task, identity))
+    files, extra = (
+        [_File(path, to, mapping, on_bad_row, max_bad_rows, cache_dir) for path in paths] for paths in (task, identity)
+    )
     if not files:
         raise UserError("--data_path: no file given")
     kinds = {file.rows.path: file.to for file in files + extra}
@@ -113,7 +117,15 @@ def prepare(
 class _File:
     """One file to read: its rows, its reader, and the kind of row to make of them."""
 
-    def __init__(self, path: str, to: str | None, mapping: Mapping | None, on_bad_row: str, cache_dir: str | None):
+    def __init__(
+        self,
+        path: str,
+        to: str | None,
+        mapping: Mapping | None,
+        on_bad_row: str,
+        max_bad_rows: float,
+        cache_dir: str | None,
+    ):
         if Path(path).suffix.lower() == ".txt":
             raise UserError(f"{path}: plain text needs no preparing; give it to train_pretrain.py as it is")
         self.rows = Jsonl(path, cache_dir=cache_dir)
@@ -121,11 +133,11 @@ class _File:
         self.to = to or self.read.kind
         if self.to != self.read.kind and (self.to, self.read.kind) not in (("chat", "preference"), ("chat", "rated")):
             raise UserError(f"{self.rows.where(0)}: {self.read.kind} rows ({self.read.layout}) cannot become {to}")
-        self.on_bad_row, self.limit = on_bad_row, len(self.rows)
+        self.on_bad_row, self.max_bad_rows, self.limit = on_bad_row, max_bad_rows, len(self.rows)
 
     def canonical(self, report: MergeReport) -> Iterator[tuple[bytes, dict | None]]:
         """(bytes as read, row of the wanted kind); None instead of a row that is left out."""
-        with RowErrors(self.rows.path, self.rows.cache, len(self.rows), self.on_bad_row) as errors:
+        with RowErrors(self.rows.path, self.rows.cache, len(self.rows), self.on_bad_row, self.max_bad_rows) as errors:
             for chunk in self.rows.chunks(READ_BYTES, self.limit):
                 for raw, line in zip(chunk.rows, chunk.lines.tolist()):
                     try:

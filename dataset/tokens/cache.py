@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.console import printable
 from common.files import atomic_folder, lock, remove_folder
 
 
@@ -52,7 +53,7 @@ def get_or_build(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[
     if (facts := _facts(path)) is not None:
         return path, facts
     lock_file = root / f"{name}.lock"
-    with lock(lock_file, f"{name}: waiting for the process that is building it"):
+    with lock(lock_file, printable(f"{name}: waiting for the process that is building it")):
         if (facts := _facts(path)) is not None:
             return path, facts
         remove_folder(path)  # a damaged one

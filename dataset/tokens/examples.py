@@ -22,9 +22,10 @@ import numpy as np
 
 from common.console import UserError
 from dataset.read.mapping import Mapping
+from dataset.read.row_errors import MAX_BAD_ROWS
 from dataset.tokens.lengths import fit
 from dataset.tokens.stream import Stream
-from dataset.tokens.token_cache import TokenCache, token_cache
+from dataset.tokens.token_cache import MAX_EMPTY_ROWS, TokenCache, token_cache
 from tokenizer.text import Tokenizer
 
 SPLIT, PART = 1 << 62, 1 << 61  # streams of `shuffled`; the loader uses the epochs 0, 1, ... as streams
@@ -74,7 +75,7 @@ class TokenDataset:
     max_seq_len  positions of a row
     data_limit   use only the first rows, of all files together (0: all)
     seed         chooses the rows that `file:0.5` takes
-    cache_dir, num_workers, on_bad_row, mapping: as in `token_cache`
+    cache_dir, num_workers, on_bad_row, max_bad_rows, max_empty_rows, mapping: as in `token_cache`
     """
 
     kind: ClassVar[str]  # a key of KINDS
@@ -85,6 +86,7 @@ class TokenDataset:
     lengths: np.ndarray  # (examples,) int32, ids of each
     fingerprint: str  # the same for the same examples in the same order
     summary: str  # for people
+    too_long: tuple[int, int, int] = (0, 0, 0)  # examples left out for their length, of how many; ids of the longest
 
     def __init__(
         self,
@@ -95,6 +97,8 @@ class TokenDataset:
         cache_dir: str | Path | None = None,
         num_workers: int | None = None,
         on_bad_row: str = "error",
+        max_bad_rows: float = MAX_BAD_ROWS,
+        max_empty_rows: float = MAX_EMPTY_ROWS,
         data_limit: int = 0,
         seed: int = 42,
         mapping: Mapping | None = None,
@@ -112,6 +116,8 @@ class TokenDataset:
                 cache_dir=cache_dir,
                 num_workers=num_workers,
                 on_bad_row=on_bad_row,
+                max_bad_rows=max_bad_rows,
+                max_empty_rows=max_empty_rows,
                 limit=left,
                 mapping=mapping,
             )
@@ -275,6 +281,7 @@ class EntryDataset(TokenDataset):
             left_out += int((~keep).sum())
         counts = [len(entries) for entries in kept]
         self.distinct_count = sum(counts)
+        self.too_long = left_out, left_out + self.distinct_count, longest
         if not self.distinct_count:
             raise UserError(f"--max_seq_len {self.max_seq_len}: no {self.called} fits, the longest needs {longest}")
         self._kept, self._cuts, self._first = kept, cuts, np.cumsum([0, *counts])

@@ -40,8 +40,8 @@ class ReasonDataset(SFTDataset):
 
     def thoughts(self) -> tuple[int, int]:
         """(examples with a thought, examples looked at)"""
-        seen = np.unique(np.linspace(0, len(self) - 1, SAMPLE).astype(int)).tolist()
-        return sum(bool(find_tags(self.tokenizer, self.tokens(i), self.trained(i)).any()) for i in seen), len(seen)
+        seen = self.order[np.unique(np.linspace(0, len(self) - 1, SAMPLE).astype(int))].tolist()
+        return sum(bool(find_tags(self.tokenizer, self._tokens(i), self._trained(i)).any()) for i in seen), len(seen)
 
 
 def find_tags(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -55,8 +55,10 @@ def find_tags(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> np.
         pieces = tokenizer.bytes_of(ids[begin:end])
         stops = list(accumulate(map(len, pieces)))
         match = SPELLED.match(b"".join(pieces))
-        for group in range(1, len(TAGS) + 1) if match else ():
-            if TAGS[group - 1] in tokenizer.control or match[group] is None:
+        if match is None:
+            continue
+        for group, tag in enumerate(TAGS, start=1):
+            if tag in tokenizer.control or match[group] is None:
                 continue
             for i, (piece, stop) in enumerate(zip(pieces, stops), start=begin):
                 found[i] |= stop > match.start(group) and stop - len(piece) < match.end(group)

@@ -126,5 +126,5 @@ def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, f
     with open(path, "wb") as file:
         file.write(json.dumps(head).encode().ljust(HEADER))
         begins.tofile(file)
-        file.truncate(file.tell() + head["tokens"] * dtype.itemsize)
+        file.truncate(file.tell() + int(begins[-1]) * dtype.itemsize)
         yield Records(file, begins, dtype)

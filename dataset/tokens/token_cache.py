@@ -11,9 +11,8 @@ rows. It does not depend on --max_seq_len or --batch_size, so changing these rea
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -23,19 +22,20 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import Progress, UserError
+from common.console import Progress, UserError, note
 from dataset.kinds import KINDS
-from dataset.read.jsonl import Chunk, Jsonl, RowErrors, TextFile, entry_name
+from dataset.read.jsonl import Chunk, Jsonl, TextFile, entry_name
 from dataset.read.mapping import Mapping, Reader, find_reader
+from dataset.read.row_errors import MAX_BAD_ROWS, RowErrors, allowed, too_many_bad
 from dataset.tokens.cache import Mapped, get_or_build
 from dataset.tokens.encode import BadRow, Block, open_document, token_dtype
 from dataset.tokens.lengths import Lengths
 from tokenizer.text import Tokenizer
 
-FORMAT = 4  # part of every key: raise it when the files change, and old caches are made anew
+FORMAT = 5  # part of every key: raise it when the files change, and old caches are made anew
 TOKENISED_BYTES = 1 << 20  # bytes of rows that are tokenised together
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays
-EMPTY_ALLOWED = 0.05  # share of rows without anything to train on; above it the data must be wrong
+MAX_EMPTY_ROWS = 0.05  # share of rows without anything to train on; above it the data must be wrong
 
 
 class TokenCache:
@@ -65,6 +65,8 @@ def token_cache(
     cache_dir: str | Path | None = None,
     num_workers: int | None = None,
     on_bad_row: str = "error",
+    max_bad_rows: float = MAX_BAD_ROWS,
+    max_empty_rows: float = MAX_EMPTY_ROWS,
     limit: int = 0,
     mapping: Mapping | None = None,
 ) -> TokenCache:
@@ -73,6 +75,7 @@ def token_cache(
     kind         a key of KINDS: what the rows must be
     num_workers  processes that tokenise (None: one for each core)
     on_bad_row   "error", or "skip": see RowErrors
+    max_bad_rows, max_empty_rows  shares of the rows that may be skipped, and that may have nothing to train on
     limit        use only the first rows (0: all)
     """
     if getattr(current_process(), "_inheriting", False):  # one of our workers, which runs its parent's script again
@@ -89,13 +92,29 @@ def token_cache(
 
     def build(folder: Path) -> dict:
         reader = Reader(kind) if isinstance(source, TextFile) else find_reader(source, kind, mapping)
-        with RowErrors(source.path, source.cache, rows, on_bad_row) as errors:
-            return _Builder(folder, source, tokenizer, reader).build(rows, num_workers, errors)
+        with RowErrors(source.path, source.cache, rows, on_bad_row, max_bad_rows) as errors:
+            facts = _Builder(folder, source, tokenizer, reader).build(rows, num_workers, errors)
+        _check_empty(source.path, facts, max_empty_rows)
+        return facts
 
     folder, facts = get_or_build(source.cache, entry_name(source.path, kind, state), build)
     if facts["bad"] and on_bad_row != "skip":  # the cache was made under "skip"
         raise UserError(f"{facts['first_bad'][0]} (--on_bad_row skip leaves such rows out)")
+    if facts["bad"] > allowed(rows, max_bad_rows):  # likewise, with other limits
+        raise too_many_bad(facts["first_bad"], allowed(rows, max_bad_rows), max_bad_rows)
+    _check_empty(source.path, facts, max_empty_rows)
     return TokenCache(source.path, folder, facts)
+
+
+def _check_empty(path: Path, facts: dict, share: float) -> None:
+    """UserError if too many of the rows have nothing to train on, or all."""
+    rows, empty = facts["rows"], facts["empty"]
+    if facts["entries"] and empty <= allowed(rows, share):
+        return
+    what = "text in them" if KINDS[facts["kind"]].stream else "assistant's turn to train on"
+    where = ", ".join(facts["first_empty"]) or path
+    more = f" (--max_empty_rows {share:g} allows no more)" if facts["entries"] else ""
+    raise UserError(f"{where}: {empty:,} of {rows:,} rows have no {what}; is this the right file?{more}")
 
 
 class _Builder:
@@ -127,10 +146,6 @@ class _Builder:
             progress.close()
             for file in self.files.values():
                 file.close()
-        if not self.entries or self.empty > max(1, EMPTY_ALLOWED * rows):
-            what = "text in them" if self.kind.stream else "assistant's turn to train on"
-            where = ", ".join(self.first_empty) or self.source.path
-            raise UserError(f"{where}: {self.empty:,} of {rows:,} rows have no {what}; is this the right file?")
         return {
             "source": str(self.source.path.resolve()),
             "content": self.source.content,
@@ -182,7 +197,7 @@ def encode(chunk: Chunk, tokenizer: Tokenizer, reader: Reader) -> Block:
 
 def blocks(
     source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader, rows: int, num_workers: int | None
-) -> Iterator[tuple[Chunk, Block]]:
+) -> Generator[tuple[Chunk, Block], None, None]:
     """Every chunk with its block, in order. Small data stays in this process, where `tokenizers` uses threads."""
     chunks = source.chunks(TOKENISED_BYTES, rows)
     workers = num_workers or cores()
@@ -212,7 +227,7 @@ def _blocks_from_processes(
             waiting.popleft()
     except BrokenProcessPool:
         message = "tokenising: a process died (out of memory, or as it says above), going on in this one"
-        print(message, file=sys.stderr, flush=True)
+        note(message)
         for chunk, _ in waiting:
             yield chunk, encode(chunk, tokenizer, reader)
     finally:

@@ -10,7 +10,7 @@ RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5. Tens
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ from torch import Tensor
 from common.console import UserError
 from model.config import LAYER_TYPES, ModelConfig
 from model.interop import chatglm
+from model.interop.hf_files import read_tensors
 from model.interop.minimind import config_from_minimind
+from model.transformer import equal_weights
 
 # setting of ours -> its name in config.json; what is missing here is translated by hand below
 NAMES: dict[str, str] = {
@@ -118,6 +120,7 @@ DIFFERENCES = (  # settings in which families differ
     "rope_interleaved",
     "post_norms",
     "shared_expert_intermediate_size",
+    "rope_local_theta",
 )
 ROPE_KEYS = (
     "factor",
@@ -191,10 +194,18 @@ def _read_windows(values: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     rope = values.get("rope_parameters") or {}
+    local = None
+    if "full_attention" in rope:  # transformers 5, where RoPE differs between layers: one dictionary for each type
+        rope, local = rope["full_attention"], rope.get("sliding_attention")
     scaling = {**(values.get("rope_scaling") or rope)}
     theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     found = dict(rope_theta=theta)
+    if local:
+        scaled = {key: value for key, value in local.items() if key != "rope_theta" and value not in ("default", None)}
+        if scaled:
+            raise UserError(f"config.json: RoPE scaling of sliding layers not supported: {scaled}")
+        found["rope_local_theta"] = local["rope_theta"]
     if "rotary_fraction" in family.states:
         share = NAMES["rotary_fraction"]
         found["rotary_fraction"] = scaling.pop(share, None) or values.get(share, 1.0)
@@ -211,24 +222,20 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """(architecture, state dict) of a directory written by `save_pretrained`."""
-    from safetensors.torch import load_file
-
     directory = Path(directory)
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = (config_from_minimind if values.get("model_type") == "minimind" else config_from_hf)(values)
     except json.JSONDecodeError as error:
         raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: no *.safetensors beside config.json")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state.update(load_file(file))
-        except Exception as error:  # safetensors has its own exception type
-            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return config, our_tensors(config, values["model_type"], state)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    state = our_tensors(config, values["model_type"], read_tensors(directory))
+    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
+    if head is not None and embedding is not None and not equal_weights(head, embedding):
+        # as transformers 5 does: a head that was trained on its own counts more than the flag
+        config = replace(config, tie_word_embeddings=False)
+    return config, state
 
 
 def our_tensors(config: ModelConfig, model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

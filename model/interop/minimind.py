@@ -25,6 +25,7 @@ def config_from_minimind(values: dict) -> ModelConfig:
         plain = dict(rope_type="yarn", factor=16, beta_fast=32, beta_slow=1, attention_factor=1.0)
         defaults = plain if third else dict(rope_type="minimind2", factor=4, beta_fast=4, beta_slow=1)
         scaling = {**defaults, "original_max_position_embeddings": 2048}
+    widths = ("intermediate_size", "moe_intermediate_size")
     return ModelConfig(
         vocab_size=values["vocab_size"],
         hidden_size=values["hidden_size"],
@@ -32,7 +33,7 @@ def config_from_minimind(values: dict) -> ModelConfig:
         num_attention_heads=values["num_attention_heads"],
         num_key_value_heads=values["num_key_value_heads"],
         head_dim=head_dim,
-        intermediate_size=values.get("intermediate_size"),
+        **{name: values[name] for name in widths if name in values},
         max_position_embeddings=values.get("max_position_embeddings", 32768),
         rms_norm_eps=values.get("rms_norm_eps", 1e-6 if third else 1e-5),
         rope_theta=values.get("rope_theta", 1e6),
@@ -42,7 +43,6 @@ def config_from_minimind(values: dict) -> ModelConfig:
         num_experts=(values["num_experts"] if third else values["n_routed_experts"]) if moe else 0,
         num_experts_per_tok=values.get("num_experts_per_tok", 2) if moe else 2,
         num_shared_experts=values.get("n_shared_experts", 0) if moe else 0,
-        moe_intermediate_size=values.get("moe_intermediate_size"),
         norm_topk_prob=values.get("norm_topk_prob", True),
         router_aux_loss_coef=values.get("router_aux_loss_coef", 5e-4) if third else values.get("aux_loss_alpha", 0.1),
     )
@@ -88,9 +88,13 @@ def lora_from_minimind(content: dict[str, Tensor]) -> tuple[dict, dict[str, Tens
     """(settings, tensors) of a LoRA file: `<layer>.lora.A.weight` and `.B.weight`, whose product is added unscaled.
     None for another kind of file. Files written under DDP or torch.compile carry a prefix."""
     pattern = re.compile(r"(?:module\.|_orig_mod\.)*(.+)\.lora\.([AB])\.weight")
-    found = {name: pattern.fullmatch(str(name)) for name in content}
-    if not all(found.values()):
+    state = {}
+    for name, tensor in content.items():
+        match = pattern.fullmatch(str(name))
+        if match is None:
+            return None
+        state[f"{match[1]}.{match[2]}"] = tensor.float()
+    rank = next((tensor.shape[0] for name, tensor in state.items() if name.endswith(".A")), None)
+    if rank is None:
         return None
-    state = {f"{found[name][1]}.{found[name][2]}": tensor.float() for name, tensor in content.items()}
-    rank = next(tensor.shape[0] for name, tensor in state.items() if name.endswith(".A"))
     return dict(rank=rank, alpha=rank), state  # alpha / rank = 1

@@ -72,7 +72,8 @@ def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
         dropout=values.get("lora_dropout", 0.0),
         rslora=bool(values.get("use_rslora")),
     )
-    return settings, state, dict(path=values.get("base_model_name_or_path"), hash=metadata.get("base_hash"))
+    path = metadata.get("base_path") or values.get("base_model_name_or_path")
+    return settings, state, dict(path=path, hash=metadata.get("base_hash"))
 
 
 def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: dict, layers: int) -> None:
@@ -84,7 +85,7 @@ def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: d
     values = dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base["path"],
+        base_model_name_or_path=base["path"] if Path(base["path"] or "").is_dir() else None,  # theirs are directories
         r=settings["rank"],
         lora_alpha=settings["alpha"],
         lora_dropout=settings["dropout"],
@@ -100,6 +101,7 @@ def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: d
         layer, matrix = name.rsplit(".", 1)
         tensors[f"base_model.model.{layer}.lora_{matrix}.weight"] = tensor.contiguous()
     with atomic_file(directory / TENSORS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "base_hash": base["hash"] or ""})
+        ours = dict(base_path=base["path"] or "", base_hash=base["hash"] or "")  # for `load_peft`
+        save_file(tensors, temporary, metadata={"format": "pt", **ours})
     with atomic_file(directory / CONFIG) as temporary:
         temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")

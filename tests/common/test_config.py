@@ -4,21 +4,18 @@ The classics that these tests guard against: argparse's `type=bool`, for which `
 which `5e-4` is text and `on` is a boolean; and one mistake reported at a time, each after another start of the program.
 """
 
-import errno
 import json
 import os
-import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import FrozenInstanceError, dataclass, fields
 from pathlib import Path
 
 import pytest
 
-from common.console import UserError, check_writable, explain, run
 from common.files import ROOT
 from common.options import Options, describe, option, parse
+from common.yaml_file import read_yaml
 from trainer.stage import StageConfig
 
 STAGES = sorted((ROOT / "trainer").glob("train_*.py"))
@@ -328,7 +325,7 @@ def test_problems_in_a_file_name_the_file_and_the_key(tmp_path, complaints):
         (b"a: [1\nb: 2", ":2: "),
         (b"epochs: 3\nx: 1\nepochs: 2", ":3: epochs stands twice"),
         (b"- a\n- b", "expected `key: value` lines"),
-        (b"a: \xff\xfe", "utf-8"),
+        (b"a: \xff\xfe", ": not UTF-8; save it as UTF-8"),
         (None, "No such file"),
     ],
 )
@@ -386,74 +383,6 @@ def test_help_of_every_training_script_is_instant(script):
     assert "usage:" in done.stdout
 
 
-# ---- errors ----
-
-
-def ending(main, capsys) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    return stop.value.code, capsys.readouterr().err
-
-
-def fails_on_purpose(number=0):
-    raise UserError("data.jsonl:7: no text; remove the line")
-
-
-def test_a_users_mistake_is_one_line(capsys):
-    assert ending(fails_on_purpose, capsys) == (2, "error: data.jsonl:7: no text; remove the line\n")
-    code, text = ending(lambda: Path("/nope/x").read_text(encoding="utf-8"), capsys)  # raised within pathlib
-    assert (code, text) == (2, "error: /nope/x: no such file or directory\n")
-
-
-def test_a_users_mistake_in_a_worker_process_is_one_line_too(capsys):
-    with ProcessPoolExecutor(1) as pool:
-        assert ending(lambda: list(pool.map(fails_on_purpose, [0])), capsys) == (
-            2,
-            "error: data.jsonl:7: no text; remove the line\n",
-        )
-
-
-@pytest.mark.parametrize(
-    "bug", [lambda: int("x"), lambda: json.loads("{"), lambda: {}["key"], lambda: "é".encode("ascii")]
-)
-def test_our_own_mistake_keeps_its_traceback(bug):
-    with pytest.raises((ValueError, KeyError)):
-        run(bug)
-
-
-def test_a_traceback_can_be_asked_for(monkeypatch):
-    monkeypatch.setenv("SPARROW_TRACEBACK", "1")
-    with pytest.raises(ValueError):
-        run(fails_on_purpose)
-
-
-def test_ctrl_c_is_one_word(capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    assert ending(interrupted, capsys) == (130, "interrupted\n")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no pipes of this kind")
-def test_a_closed_pipe_is_quiet():
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom common.console import run\n"
-        "run(lambda: [print('a line') for _ in range(100_000)])"
-    )
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=pipe, stderr=pipe) as process:
-        process.stdout.readline()
-        process.stdout.close()  # as `head -1` does
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
-
-
-def test_what_the_system_says_is_said_with_a_way_out():
-    assert explain(OSError(errno.ENOSPC, "No space left", "a.pth")).startswith("a.pth: the disk is full; free")
-    assert "permission denied" in explain(PermissionError(errno.EACCES, "Permission denied", "/nowhere/x"))
-    assert explain(FileNotFoundError("no weights named sft")) == "no weights named sft"
-
-
 def test_any_dataclass_of_options_can_be_parsed():
     @dataclass(frozen=True)
     class Chat(Options):
@@ -463,22 +392,10 @@ def test_any_dataclass_of_options_can_be_parsed():
     assert Chat(temperature=-1.0).problems() == ["--temperature -1: must be in (-1, 2]"]
 
 
-def test_a_directory_that_cannot_be_written_is_known_at_once(tmp_path):
-    """It was noticed at the first save, after a whole --save_interval of training."""
-    check_writable(str(tmp_path / "new" / "out"))
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(ValueError, match=re.escape(f"--save_dir {folder}: nothing can be written there")):
-            check_writable(str(folder))
-
-
 def test_yaml_may_merge_what_it_overrides(tmp_path):
     """The key stands once in the file; that a merge brings it along is what merges are for."""
     text = "x: &a {epochs: 1, batch_size: 3}\n"
-    import yaml
-
-    from common.options import _read_yaml
-
-    tree = _read_yaml(yaml, text + "b: &b {<<: *a, epochs: 2}\nc: {<<: *b, seed: 1}\n")
-    assert tree["b"] == {"epochs": 2, "batch_size": 3} and tree["c"] == {"epochs": 2, "batch_size": 3, "seed": 1}
-    assert _read_yaml(yaml, "") is None
+    tree = read_yaml(yaml_file(tmp_path, text + "b: &b {<<: *a, epochs: 2}\nc: {<<: *b, seed: 1}\n"))
+    assert tree["b"] == {"epochs": "2", "batch_size": "3"}
+    assert tree["c"] == {"epochs": "2", "batch_size": "3", "seed": "1"}
+    assert read_yaml(yaml_file(tmp_path, "")) is None

@@ -202,9 +202,29 @@ def test_rows_without_an_answer_are_left_out_counted_and_named(tmp_path):
     with pytest.raises(ValueError) as error:  # 2 of 32 are more than 5 %
         sft(file)
     reason = "2 of 32 rows have no assistant's turn to train on; is this the right file?"
+    reason += " (--max_empty_rows 0.05 allows no more)"
     assert str(error.value) == f"{file}:31, {file}:32: {reason}"
     ds = sft(jsonl(file, *[chat("hi", "yo")] * 40, chat("hi"), chat("hi")))
     assert len(ds) == 40 and f"; 2 rows with nothing to train on left out ({file}:41, {file}:42)" in ds.summary
+
+
+def test_the_shares_that_may_be_left_out_are_options(tmp_path):
+    """Every third row of some data sets is broken or empty, on purpose or not; that is for their owner to decide."""
+    file = jsonl(tmp_path / "a.jsonl", *[chat("hi", "yo"), "{", chat("hi")] * 10)
+    cache = dict(cache_dir=tmp_path / "cache")
+    with pytest.raises(
+        ValueError, match=r"more than 1 bad rows, too many to skip \(--max_bad_rows 0.01 allows no more"
+    ):
+        sft(file, on_bad_row="skip", **cache)
+    most = dict(on_bad_row="skip", max_bad_rows=0.4, max_empty_rows=0.4)
+    assert len(sft(file, **most, **cache)) == 10
+    for limits, reason in (
+        (dict(max_bad_rows=0.3), "more than 9 bad rows"),
+        (dict(max_bad_rows=0), "more than 0 bad rows"),
+        (dict(max_empty_rows=0.3), "10 of 30 rows have no assistant's turn"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            sft(file, **most | limits, **cache)  # the cache was made with more
 
 
 def test_a_conversation_of_which_only_the_first_token_is_trained_on_teaches_nothing(monkeypatch):

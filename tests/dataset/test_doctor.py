@@ -46,17 +46,17 @@ def test_what_is_wrong_is_counted_with_its_lines(tmp_path):
         chat("hi", ""),  # 4: no answer
         chat("a", "b", "c"),  # 5: ends with the user
         {"conversations": [{"role": "user", "content": "hi"}]},  # 6: nobody answers
-        {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " \n"}]},  # 7
+        {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " \n"}]},  # 7: blanks
         chat("q", "a", system="be"),  # 8
         {"instruction": "hi", "output": "yo"},  # 9: another layout
         chat("hi", ""),  # 10
         '{"conversations": [{"role": "user", "content": "hi"}], "conversations": []}',  # 11: a key twice
     )
     report = check(file)
-    assert (report.rows, report.kind, report.layout, report.bad) == (11, "chat", "conversations", 5)
+    assert (report.rows, report.kind, report.layout, report.bad) == (11, "chat", "conversations", 6)
     assert [(f.what, f.count, f.lines) for f in report.errors.values()] == [
         ("broken JSON at column 20: Expecting value", 1, [3]),
-        ("conversations[1]: the assistant says nothing", 2, [4, 10]),
+        ("conversations[1]: the assistant says nothing", 3, [4, 7, 10]),
         (
             "laid out as instruction + output, while line 1 is conversations; one layout a file "
             "(scripts/prepare_data.py joins files)",
@@ -65,8 +65,8 @@ def test_what_is_wrong_is_counted_with_its_lines(tmp_path):
         ),
         ('the key "conversations" stands twice in one object', 1, [11]),
     ]
-    assert dict(report.roles) == {"user": 7, "assistant": 5, "system": 1}
-    assert (report.empty.count, report.empty.lines) == (2, [6, 7])
+    assert dict(report.roles) == {"user": 6, "assistant": 4, "system": 1}
+    assert (report.empty.count, report.empty.lines) == (1, [6])
     assert (report.duplicates.count, report.duplicates.lines) == (1, [2])
     assert {f.what: f.lines for f in report.notes.values()} == {
         "the last turn is not the assistant's and teaches nothing": [5, 6]
@@ -195,7 +195,7 @@ def test_the_report_for_people_and_for_machines(tmp_path, capsys):
         (b"[" * 100_000, "nested too deeply"),
         (b"[1" + b"9" * 5000 + b"]", "digits"),
         (b'["a"]', "a row must be an object"),
-        (b"PAR1\xff", "it looks like a Parquet file"),
+        (b"PAR1\xff", "is a Parquet file"),
         ('[{"text": "麻雀"}]'.encode("gbk"), "it looks like gbk"),
         (b"\x00" * 99, "a NUL character at column 1"),
         (b'{"speech": "hi"}', 'no known layout in this row, it has "speech"'),

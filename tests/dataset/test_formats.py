@@ -106,6 +106,8 @@ def test_every_layout_in_the_table_can_be_read():
         row = dict.fromkeys(columns, "yo") | {key: asked[key] for key in columns if key in asked}
         if columns == ("chosen", "rejected"):
             row = dict.fromkeys(columns, ONE)
+        if "message_tree_id" in columns:
+            row["prompt"] = {"role": "prompter", "text": "hi", "replies": [{"role": "assistant", "text": "yo"}]}
         found = canonical(row)
         last = {"text": "yo"} if kind == "text" else (found.get("rejected") or found["messages"])[-1]
         assert last in (found, ANSWER), columns
@@ -143,7 +145,7 @@ def test_the_examples_of_the_page_are_read():
         kinds.append({layout_of(row).kind for row in rows})
         for row in rows:
             canonical(row)
-    assert kinds == [{"text"}, {"chat"}, {"chat"}, {"chat"}, {"preference"}, {"rated"}]
+    assert kinds == [{"text"}, *[{"chat"}] * 4, {"preference"}, {"rated"}, {"chat"}]
 
 
 def test_real_files(shared, tmp_path):
@@ -201,6 +203,16 @@ def test_data_of_another_kind_says_what_it_is(tmp_path):
     jsonl(file, {"prompt": "hi", "completion": "yo"})
     with pytest.raises(ValueError, match='a.jsonl:1: no "text" in this row, it has .*: it is a conversation'):
         pretrain(file)
+
+
+def test_a_file_of_another_kind_is_known_by_its_first_rows(tmp_path, monkeypatch):
+    """Every row of a file of the wrong kind was parsed before the error, which then advised to skip them all."""
+    file = jsonl(tmp_path / "a.jsonl", *["{"] * 3, *[PAIRS["a prompt and text"]] * 200)
+    read = []
+    monkeypatch.setattr(Jsonl, "raw", lambda self, i, raw=Jsonl.raw: read.append(i) or raw(self, i))
+    with pytest.raises(ValueError, match=r"a.jsonl:4: no conversation .*: it is a pair") as error:
+        sft(file, on_bad_row="skip")
+    assert len(read) == 100 and "on_bad_row" not in str(error.value)
 
 
 def test_a_mapping_reads_anyones_columns(tmp_path):
@@ -299,15 +311,6 @@ def test_a_system_prompt_by_its_other_name():
     assert to_conversation(row)[0][0] == {"role": "system", "content": "Be brief."}
     pair = canonical({"system_prompt": "Be brief.", "prompt": "hi", "chosen": "yo", "rejected": "no"}, "preference")
     assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "system"
-
-
-@pytest.mark.parametrize("flag", ({"weight": 0}, {"loss": False}, {"train": False}))
-def test_an_answer_that_is_not_to_be_trained_on_is_refused(flag):
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "bad"} | flag]
-    with pytest.raises(ValueError, match=r'messages\[1\]: "\w+": (0|False) asks not to train on this answer'):
-        to_conversation({"messages": turns})
-    turns[1] |= {key: 1 for key in flag}
-    assert to_conversation({"messages": turns})[0][1] == {"role": "assistant", "content": "bad"}
 
 
 def test_a_call_beside_text_is_kept():

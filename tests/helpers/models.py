@@ -1,7 +1,8 @@
-"""A model of some thousand parameters over the shipped tokenizer, and what it should say of an answer."""
+"""Models of some thousand parameters with random weights, and what one should say of an answer."""
 
 import numpy as np
 import torch
+from torch import nn
 
 from model.config import ModelConfig
 from model.transformer import CausalLM
@@ -10,14 +11,36 @@ from tokenizer.text import Tokenizer
 TOKENIZER = Tokenizer.load()
 
 
-def small_model(std: float = 0.05, **changes) -> CausalLM:
-    """Random weights, the same ones each time. Norms are around 1; `changes` are fields of ModelConfig."""
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    model = CausalLM(ModelConfig(vocab_size=TOKENIZER.vocab_size, **shape, **changes))
+TINY_SHAPE = dict(
+    vocab_size=67,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=40,
+)
+TINY_TOKENS = torch.arange(40).view(2, 20) % 67
+
+
+def random_model(config: ModelConfig, std: float, seed: int = 0) -> CausalLM:
+    """The same weights each time, norms around 1. Fresh weights would not do: some start at 0, which makes every block
+    the identity, and norms at 1, where a mistake in them does not show."""
+    torch.manual_seed(seed)
+    model = CausalLM(config)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
     return model
+
+
+def tiny_model(**changes) -> CausalLM:
+    """For TINY_TOKENS. `changes` are fields of ModelConfig."""
+    return random_model(ModelConfig(**{**TINY_SHAPE, **changes}), std=0.15)
+
+
+def small_model(std: float = 0.05, **changes) -> CausalLM:
+    """For the shipped tokenizer. `changes` are fields of ModelConfig."""
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    return random_model(ModelConfig(vocab_size=TOKENIZER.vocab_size, **{**shape, **changes}), std)
 
 
 def answer_logp(model, prompt, answer) -> torch.Tensor:

@@ -8,6 +8,7 @@ from inference.decode import decode, generate, pad_left, prefill
 from inference.sampling import Sampling
 from model.config import ModelConfig
 from model.transformer import CausalLM
+from tests.helpers.models import random_model
 
 CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
@@ -19,6 +20,7 @@ KINDS = {
     "window in some layers, half of each head rotated": dict(
         sliding_window=6,
         layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        rope_local_theta=20.0,
         rotary_fraction=0.5,
     ),
 }
@@ -26,11 +28,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    torch.manual_seed(1)
-    model = CausalLM(ModelConfig(**{**CONFIG.to_dict(), **KINDS[request.param]}))
-    for parameter in model.parameters():  # zero-initialised projections would make every block the identity
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model.eval()
+    return random_model(ModelConfig(**{**CONFIG.to_dict(), **KINDS[request.param]}), std=0.2, seed=1).eval()
 
 
 @torch.no_grad()
@@ -81,6 +79,17 @@ def test_a_stop_token_ends_its_row_only(model):
     assert ended == [cut(free[0]), cut(free[1])] and len(ended[0]) <= 4
 
 
+def test_the_repetition_penalty_leaves_end_tokens_alone(model):
+    """Every turn of a chat ends with one, so the prompt is full of them: penalised, the model did not stop."""
+    prompts = torch.cartesian_prod(torch.arange(97), torch.arange(97))
+    with torch.no_grad():
+        likeliest = model(prompts).logits[:, -1].argmax(-1)
+    prompt = prompts[likeliest == prompts[:, 0]][0].tolist()  # one that goes on with what it began with
+    strong = Sampling(temperature=0, repetition_penalty=1e6)
+    assert generate(model, [prompt], strong, max_new_tokens=1, stop={prompt[0], 5000}) == [[]]
+    assert generate(model, [prompt], strong, max_new_tokens=1)[0] not in ([prompt[0]], [prompt[1]])
+
+
 def test_a_conversation_continues_from_its_cache(model):
     first, rest = [5, 6, 7, 8], [11, 12, 13]
     cache = KVCache(CONFIG, 1, 40, torch.float32)
@@ -95,6 +104,23 @@ def test_a_conversation_continues_from_its_cache(model):
 def test_the_same_seed_says_the_same(model):
     runs = [generate(model, [[5, 6]], Sampling(temperature=1.5, seed=s), max_new_tokens=20) for s in (3, 3, 4)]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_penalty_counts_the_prompt_and_what_was_said(model):
+    """So large a penalty that nothing is said twice, neither of the prompt nor of the reply itself."""
+    once = Sampling(temperature=0, repetition_penalty=1e9)
+    (free,) = generate(model, [[5, 6, 7]], Sampling(temperature=0), max_new_tokens=1)
+    prompts = [[5, *free], [9]]  # without the penalty, more of the same would follow
+    for prompt, reply in zip(prompts, generate(model, prompts, once, max_new_tokens=40)):
+        assert len(set(reply)) == 40 and not set(reply) & set(prompt)
+
+
+def test_the_last_position_is_used():
+    model = CausalLM(ModelConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 8})).eval()
+    (reply,) = generate(model, [[1, 2, 3]], Sampling(temperature=0), max_new_tokens=5)
+    assert len(reply) == 5
+    with pytest.raises(ValueError, match="a prompt of 3 tokens and 6 new ones exceed the model's 8 positions"):
+        generate(model, [[1, 2, 3]], Sampling(temperature=0), max_new_tokens=6)
 
 
 def test_what_does_not_fit_is_refused(model):

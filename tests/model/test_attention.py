@@ -9,23 +9,23 @@ from model.attention import AttentionMask, build_mask, causal_attention
 from model.config import ModelConfig
 from model.rope import apply_rope, count_positions, inverse_frequencies, rope_table
 from model.transformer import CausalLM
+from tests.helpers.models import random_model
 
 KERNELS = ("sdpa", "blocked")
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-MIXED = dict(  # a window in two of three layers, and half of each head rotated
+MIXED = dict(  # a window in two of three layers, with frequencies of their own, and half of each head rotated
     num_hidden_layers=3,
     sliding_window=3,
     layer_types=("sliding_attention", "full_attention", "sliding_attention"),
     rotary_fraction=0.5,
+    rope_theta=1e4,
+    rope_local_theta=20.0,
 )
 LENGTHS = (5, 1, 9, 8)  # of the documents packed into a row of 23
 
 
 def build(kernel: str, **changes) -> CausalLM:
-    torch.manual_seed(0)
-    model = CausalLM(ModelConfig(**{**CONFIG.to_dict(), **changes}))
-    for parameter in model.parameters():  # zero-initialised projections would make every block the identity
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    model = random_model(ModelConfig(**{**CONFIG.to_dict(), **changes}), std=0.2)
     model.attention_kernel = kernel
     return model
 
@@ -184,6 +184,18 @@ def test_a_mask_is_built_once_for_each_window(monkeypatch):
     built.clear()
     build("sdpa", **MIXED)(torch.randint(61, (1, 9)))
     assert sorted(built, key=str) == [3, None]
+
+
+def test_a_rope_table_is_made_once_for_each_theta(monkeypatch):
+    """Of a head's 8 numbers MIXED rotates R = 4, so the second frequency is theta ** (-2 / 4)."""
+    made = []
+    counted = lambda positions, freq, *more, **named: made.append(freq) or rope_table(positions, freq, *more, **named)
+    monkeypatch.setattr("model.transformer.rope_table", counted)
+    build("sdpa")(torch.randint(61, (1, 9)))
+    assert len(made) == 1
+    made.clear()
+    build("sdpa", **MIXED)(torch.randint(61, (1, 9)))
+    assert [freq[1].item() ** -2 for freq in made] == pytest.approx([1e4, 20.0])
 
 
 def test_a_window_that_holds_the_whole_text_needs_no_mask():

@@ -3,15 +3,19 @@
 import errno
 import os
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from common.files import atomic_file
-from model.checkpoint import find_weights, load_weights, save_weights, weights_name
+from model.checkpoint import find_weights, hash_of, load_weights, same_weights, save_weights, weights_name
 from model.config import ModelConfig
+from model.export import save_hf
 from model.interop.hf import config_from_hf
 from model.transformer import CausalLM
+from trainer.run import resume
 
 SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 
@@ -54,6 +58,37 @@ def test_the_hash_belongs_to_the_numbers(tmp_path):
     assert a.hash == b.hash != c.hash
 
 
+def test_the_hash_belongs_to_the_config_too(tmp_path):
+    """With another rope_theta the same tensors are another model: its adapters and teachers were taken for its own."""
+    path = save(tmp_path / "a.pth")
+    plain, theta = load_weights(path), load_weights(save(tmp_path / "theta.pth", rope_theta=500.0))
+    longer = load_weights(save(tmp_path / "longer.pth", max_position_embeddings=64, router_aux_loss_coef=0.5))
+    whole = load_weights(save(tmp_path / "whole.pth", rope_theta=1_000_000))
+    exported = load_weights(save_hf(tmp_path / "hf", plain, tmp_path, stop_ids={2}))
+    assert hash_of(plain.state) == hash_of(theta.state)
+    assert not same_weights(plain.hash, theta.hash)
+    assert plain.hash == longer.hash == whole.hash == exported.hash
+    old = hash_of(plain.state)  # what version 0.1.0 recorded
+    assert same_weights(plain.hash, old) and same_weights(old, theta.hash) and same_weights(None, None)
+    theta.state["model.norm.weight"][0] += 1
+    assert not same_weights(old, hash_of(theta.state)) and not same_weights(plain.hash, None)
+
+
+def test_what_older_versions_recorded_still_matches(tmp_path):
+    """States and weights files name their parent by the hash of its tensors alone."""
+    resume.write_state(tmp_path / "states" / "run" / "step_00000001", {}, dict(identity=dict(parent="ab", seed=1)))
+    for parent, found in (("ab.cd", True), ("ab", True), ("ee.cd", False)):
+        identity = dict(parent=parent, seed=1)
+        if found:
+            assert resume.find_state(tmp_path / "states", "auto", identity, print)
+        else:
+            with pytest.raises(ValueError, match="parent was"):
+                resume.find_state(tmp_path / "states", "auto", identity, print)
+    entry = dict(stage="pretrain", data="d", parent="ab", seed=1, steps=2)
+    path = save_weights(tmp_path / "a.pth", build(), tokenizer={}, lineage=[entry])
+    assert resume.is_of(entry | dict(parent="ab.cd"), path) and not resume.is_of(entry | dict(parent="ee.cd"), path)
+
+
 def test_the_hash_stays_when_the_tensors_were_let_go(tmp_path):
     """The engine keeps the parent to name it in what it saves; its tensors were a second model in memory all run."""
     checkpoint = load_weights(save(tmp_path / "a.pth"))
@@ -89,6 +124,33 @@ def test_a_name_means_the_newest_file_of_the_first_folder(tmp_path):
         find_weights("nowhere/x.pth", out)
     assert load_weights(out).path == out / "sft_long_64.pth"  # a directory: its newest file
     assert weights_name("sft", ModelConfig(**SHAPE, num_experts=2)) == "sft_16_moe.pth"
+
+
+def test_a_name_is_a_directory_here_only_if_it_holds_weights(tmp_path, monkeypatch):
+    """A folder of notes called full_sft in the current directory hid out/full_sft_16.pth."""
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path / "out" / "full_sft_16.pth")
+    notes = tmp_path / "full_sft"
+    notes.mkdir()
+    (notes / "config.json").write_text("{}", encoding="utf-8")
+    assert find_weights("full_sft", "out").resolve() == path
+    assert find_weights("full_sft", "nowhere") == Path("full_sft")  # who loads it says what is wrong with it
+    with pytest.raises(ValueError, match="full_sft: config.json: model_type None is not"):
+        load_weights(find_weights("full_sft", "nowhere"))
+    save_hf(notes, load_weights(path), notes, stop_ids={2})
+    assert find_weights("full_sft", "out") == Path("full_sft")
+    assert find_weights("./full_sft", "out") == find_weights(str(notes), "out").relative_to(tmp_path)
+    (tmp_path / "pretrain").write_text("echo", encoding="utf-8")  # nor does a script of that name
+    assert find_weights("pretrain", save(tmp_path / "out" / "pretrain_16.pth").parent).name == "pretrain_16.pth"
+
+
+@pytest.mark.parametrize("name", ("pre[v1]", "a*", "[!x]"))
+def test_names_with_brackets_are_found_again(name, tmp_path):
+    if sys.platform == "win32" and "*" in name:
+        pytest.skip("not a name there")
+    path = save(tmp_path / weights_name(name, ModelConfig(**SHAPE)))
+    save(tmp_path / "prev_16.pth")
+    assert find_weights(name, tmp_path) == path
 
 
 class Code:

@@ -20,7 +20,8 @@ def test_a_setting_that_is_not_used_leaves_no_trace_in_files():
     """Versions from before sliding_window refuse a file that names it."""
     plain = ModelConfig().to_dict()
     assert plain["rope_scaling"] is None and len(plain) == 20
-    assert not {"sliding_window", "rotary_fraction", "rope_interleaved", "post_norms"} & plain.keys()
+    unused = {"sliding_window", "layer_types", "rotary_fraction", "rope_local_theta", "rope_interleaved", "post_norms"}
+    assert not unused & plain.keys()
     used = ModelConfig(sliding_window=8, rotary_fraction=0.5).to_dict()
     assert used == plain | dict(sliding_window=8, rotary_fraction=0.5)
 
@@ -45,6 +46,7 @@ def test_windows_of_layers():
         (dict(layer_types=("full_attention",)), "layer_types names 1 of 2 layers"),
         (dict(layer_types=("full_attention", "linear_attention")), "linear_attention is not one of full_attention"),
         (dict(layer_types=("sliding_attention",) * 2), "there is no sliding_window"),
+        (dict(rope_local_theta=1e4), "rope_local_theta is for layers with a sliding_window"),
     ],
 )
 def test_impossible_settings_are_named(changes, problem):

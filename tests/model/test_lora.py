@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from model.adapter import AdapterFile, load_adapter, save_adapter
+from model.adapter import AdapterFile, find_base, load_adapter, save_adapter
 from model.checkpoint import load_weights, save_weights
-from model.config import ModelConfig
 from model.interop.minimind import config_from_minimind
 from model.lora import (
     LoRALinear,
@@ -25,23 +24,12 @@ from model.lora import (
 )
 from model.precision import lower_frozen
 from model.transformer import CausalLM
-
-SHAPE = dict(
-    vocab_size=67,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=40,
-)
-TOKENS = torch.arange(40).view(2, 20) % 67
+from tests.helpers.models import TINY_TOKENS as TOKENS
+from tests.helpers.models import tiny_model
 
 
 def base(**changes) -> CausalLM:
-    torch.manual_seed(0)
-    model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    model = tiny_model(**changes)
     freeze(model)
     return model
 
@@ -66,6 +54,31 @@ def stir(model, name="default"):
 def logits(model, tokens=TOKENS):
     with torch.no_grad():
         return model(tokens).logits
+
+
+def test_the_base_is_the_same_tensors_with_the_same_config(tmp_path):
+    """A base with another rope_theta was accepted, and every answer was a little off."""
+    about = dict(tokenizer={}, lineage=[])
+    path, other = tmp_path / "base_24.pth", tmp_path / "other_24.pth"
+    parent = load_weights(save_weights(path, base(), **about))
+    save_weights(other, base(rope_theta=500.0), **about)
+    settings = LoRASettings(rank=2)
+    for hash in (parent.hash, parent.hash.partition(".")[0]):  # the second is what version 0.1.0 recorded
+        file = save_adapter(
+            tmp_path / f"lora_{len(hash)}.pth",
+            with_adapter(settings),
+            settings,
+            base=dict(path="gone", hash=hash),
+            **about,
+        )
+        adapter = load_adapter(file)
+        assert find_base(adapter, path).path == path and find_base(adapter, None, tmp_path).hash == parent.hash
+        if "." in hash:
+            with pytest.raises(ValueError, match="the same numbers with another config: rope_theta was .*is 500.0"):
+                find_base(adapter, other)
+    with pytest.raises(ValueError, match=r"was trained on gone \(\w{12}\), not on .*_24.pth \(\w{12}\)"):
+        save_weights(other, base(vocab_size=90), **about)
+        find_base(adapter, other)
 
 
 # ---- the same as peft

@@ -26,6 +26,10 @@ LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+ROPES = dict(  # one for each type of layer, as transformers 5 writes them
+    full_attention=dict(LLAMA3, rope_theta=1e4), sliding_attention=dict(rope_type="default", rope_theta=20.0)
+)
 FAMILIES = {
     "llama": ("Llama", dict(head_dim=10, rope_theta=10000.0)),
     "llama untied": ("Llama", dict(tie_word_embeddings=False)),
@@ -51,7 +55,7 @@ FAMILIES = {
             head_dim=16,
             use_sliding_window=True,
             sliding_window=16,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=MIXED_LAYERS,
         ),
     ),
     "qwen3 moe, windows": (
@@ -181,11 +185,31 @@ def test_logits_equal_transformers(name, tmp_path):
                 rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
             ),
         ),
+        (
+            "Mellum",  # all layers dense
+            dict(
+                head_dim=8,
+                sliding_window=16,
+                layer_types=MIXED_LAYERS,
+                mlp_layer_types=["dense"] * 3,
+                rope_parameters=ROPES,
+            ),
+            dict(
+                head_dim=8,
+                qk_norm=True,
+                sliding_window=16,
+                layer_types=MIXED_LAYERS,
+                rope_scaling=LLAMA3,
+                rope_local_theta=20.0,
+            ),
+        ),
     ],
-    ids=("glm4 moe", "glm4 moe yarn"),
+    ids=("glm4 moe", "glm4 moe yarn", "mellum"),
 )
-def test_partial_rope_equals_a_family_that_is_not_loaded_yet(family, changes, ours):
+def test_windows_and_ropes_equal_families_that_are_not_loaded_yet(family, changes, ours):
     transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"this transformers has no {family}")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
     theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -199,6 +223,20 @@ def test_partial_rope_equals_a_family_that_is_not_loaded_yet(family, changes, ou
     tokens = torch.randint(1, TINY["vocab_size"], (2, 200))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rope_for_each_type_of_layer_is_read():
+    """No family that is loaded has one yet, so this is Qwen3 with Gemma 3's two ways to write it."""
+    windows = dict(use_sliding_window=True, sliding_window=16, layer_types=MIXED_LAYERS)
+    values = dict(TINY, model_type="qwen3", **windows)
+    config = config_from_hf(values | dict(rope_parameters=ROPES))
+    assert (config.rope_theta, config.rope_local_theta, config.rope_scaling) == (1e4, 20.0, LLAMA3)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="rope_local_theta None"):  # transformers would compute something else
+        config_to_hf(config)
+    stretched = ROPES | dict(sliding_attention=dict(rope_type="linear", factor=2.0, rope_theta=20.0))
+    with pytest.raises(ValueError, match="RoPE scaling of sliding layers not supported: .*linear"):
+        config_from_hf(values | dict(rope_parameters=stretched))
 
 
 @pytest.mark.parametrize(

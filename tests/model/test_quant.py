@@ -10,7 +10,8 @@ from torch import nn
 
 from common.console import UserError
 from model.config import ModelConfig
-from model.lora import Adapter, LoRALinear, LoRASettings, freeze, lower_frozen
+from model.lora import Adapter, LoRALinear, LoRASettings, freeze
+from model.precision import lower_frozen
 from model.quant import (
     NF4,
     NF4_CODE,
@@ -25,30 +26,15 @@ from model.quant import (
     quantized,
 )
 from model.transformer import CausalLM, Linear
+from tests.helpers.models import TINY_TOKENS as TOKENS
+from tests.helpers.models import tiny_model
 
 SHAPES = [(64, 128), (3, 64), (7, 30), (5, 13), (1, 1), (200, 333)]  # the last four are no multiple of a block
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPE = dict(
-    vocab_size=67,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=40,
-)
-TOKENS = torch.arange(40).view(2, 20) % 67
 
 
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def small_model(**changes) -> CausalLM:
-    torch.manual_seed(0)
-    model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
-    return model
 
 
 # ---- by hand
@@ -355,8 +341,8 @@ def test_an_adapter_learns_beside_a_packed_weight(bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_is_quantised_in_place(bits):
-    model = small_model(tie_word_embeddings=True)
-    dense = small_model(tie_word_embeddings=True)
+    model = tiny_model(tie_word_embeddings=True)
+    dense = tiny_model(tie_word_embeddings=True)
     names = quantize_model(model, bits)
     assert list(quantized(model)) == names and len(names) == 2 * 7
     assert type(model.lm_head) is Linear and model.lm_head.weight is model.model.embed_tokens.weight
@@ -367,7 +353,7 @@ def test_a_model_is_quantised_in_place(bits):
 
 
 def test_routers_and_experts_stay_dense():
-    model = small_model(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_shared_experts=1)
+    model = tiny_model(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_shared_experts=1)
     names = quantize_model(model, 4)
     assert {name.split(".", 3)[3] for name in names} == {
         *(f"self_attn.{x}_proj" for x in "qkvo"),
@@ -377,14 +363,14 @@ def test_routers_and_experts_stay_dense():
 
 
 def test_skip_takes_last_names_and_whole_ones():
-    model = small_model()
+    model = tiny_model()
     names = quantize_model(model, 8, skip=("lm_head", "down_proj", "model.layers.1.self_attn"))
     assert "model.layers.0.mlp.down_proj" not in names and "model.layers.0.self_attn.q_proj" in names
 
 
 def test_dense_weights_are_freed_one_by_one(monkeypatch):
     """Memory never holds more than one dense layer above what is left to do and what is done."""
-    model = small_model()
+    model = tiny_model()
     alive = weakref.WeakSet(
         module.weight for name, module in model.named_modules() if isinstance(module, Linear) and name != "lm_head"
     )
@@ -401,14 +387,14 @@ def test_dense_weights_are_freed_one_by_one(monkeypatch):
 
 
 def test_a_damaged_layer_is_named():
-    model = small_model()
+    model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj: .*NaN"):
         quantize_model(model, 4)
 
 
 def test_adapters_come_after():
-    model = small_model()
+    model = tiny_model()
     model.set_submodule("model.layers.0.self_attn.q_proj", LoRALinear(model.model.layers[0].self_attn.q_proj))
     with pytest.raises(ValueError, match="quantise first"):
         quantize_model(model, 4)
@@ -417,7 +403,7 @@ def test_adapters_come_after():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_recomputing_blocks_changes_no_gradient(bits):
     """Checkpointing lets a backward pass unpack what it saved only once."""
-    model = small_model()
+    model = tiny_model()
     freeze(model)
     quantize_model(model, bits)
     grads = []

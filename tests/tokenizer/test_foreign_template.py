@@ -144,6 +144,19 @@ def test_labels_llama(family):
     assert spoken(tokenizer, encode_chat(tokenizer, chat)) == ["b<|eot_id|>", "d<|eot_id|>"]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_that_is_not_to_be_trained_on(family, name):
+    """Wherever it stands, the other answer keeps its labels and no id changes."""
+    tokenizer, _ = family(name)
+    chat = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d")]
+    whole = encode_chat(tokenizer, chat)
+    both = spoken(tokenizer, whole)
+    for turn, kept in ((1, both[1:]), (3, both[:1])):
+        marked = [message | ({"train": False} if i == turn else {}) for i, message in enumerate(chat)]
+        encoded = encode_chat(tokenizer, marked)
+        assert encoded.ids == whole.ids and spoken(tokenizer, encoded) == kept
+
+
 def test_labels_mistral_without_a_header(family):
     tokenizer, _ = family("mistral")
     chat = [said("user", "a"), said("assistant", "b"), said("user", "c"), said("assistant", "d")]

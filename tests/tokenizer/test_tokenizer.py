@@ -230,6 +230,10 @@ def test_added_tokens_outside_of_the_vocabulary(tmp_path):
     ids = llama.encode("hi <|eot_id|>")
     assert max(ids) < 6384 and llama.decode(ids) == "hi <|eot_id|>", "no BOS, no control token"
     assert (llama.vocab_size, llama.end_of_text, llama.stop_ids) == (6387, 6385, {6385, 6386})
+    (tmp_path / "llama" / "generation_config.json").unlink()
+    assert Tokenizer.load(tmp_path / "llama").stop_ids == {6385, 6386}, "one ends a turn, the other a text"
+    base = Tokenizer.load(write(tmp_path / "base", spec, {"eos_token": "<|end_of_text|>"}))
+    assert base.stop_ids == {6385, 6386}
     assert llama.chat_template == "x"
     with pytest.raises(ValueError, match=r"llama: the tokenizer has no <\|im_start\|> token; take one that has"):
         llama.im_start  # noqa: B018 - asked for only by the ChatML format

@@ -51,7 +51,7 @@ def test_a_fresh_run_of_the_same_name_keeps_what_the_last_one_wrote(pretrain, tm
     for path, weights in old.items():
         assert same(state_of(path.with_name("pretrain_32.previous.pth")), weights) and not same(state_of(path), weights)
     assert find_weights("pretrain", tmp_path) == tmp_path / "pretrain_32.pth", "a bare name never means the previous"
-    adapter = load_adapter(tmp_path / "lora" / "lora_identity_32.pth")
+    adapter = load_adapter(tmp_path / "lora" / "lora_sft_32.pth")
     assert find_base(adapter, None, tmp_path).path == tmp_path / "pretrain_32.previous.pth"
 
     pretrain("--max_steps=2", "--val_fraction=0.2", "--seed=7", "--from_resume=auto")
@@ -150,6 +150,20 @@ def test_a_link_a_copy_or_a_warning(tmp_path, monkeypatch):
     line = f"warning: {path} is replaced and could not be kept (No space left on device)"
     assert files.keep_previous(path) == line
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_of_adapters_every_version_is_kept(tmp_path):
+    """The third run in a folder destroyed the first one's adapter."""
+    from common.files import keep_previous
+
+    path = tmp_path / "x_32.pth"
+    for version in ("1", "2", "3"):
+        if version != "1":
+            assert "what it was is now x_32.previous" in keep_previous(path, every=True)
+            path.unlink()
+        path.write_text(version)
+    names = ("x_32.previous.pth", "x_32.previous2.pth", "x_32.pth")
+    assert [(tmp_path / name).read_text() for name in names] == ["1", "2", "3"]
 
 
 def test_a_run_that_has_done_more_than_is_asked_for_says_so(pretrain):

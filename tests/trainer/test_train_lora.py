@@ -14,7 +14,7 @@ from tests.helpers.compare import same
 from tests.helpers.rows import write_pretrain, write_sft
 from tests.helpers.runs import FLAGS, run_stage, torchrun, train_twice
 
-NAME = "lora/lora_identity_32.pth"
+NAME = "lora/lora_sft_32.pth"
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def test_a_run_writes_the_adapter_alone_and_leaves_the_base_alone(world, tmp_pat
     parent = load_weights(world / "full_sft_32.pth")
     assert (world / "full_sft_32.pth").read_bytes() == before
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.pth"))
-    assert written == ["lora/best/lora_identity_32.pth", NAME]
+    assert written == ["lora/best/lora_sft_32.pth", NAME]
     assert adapter.base == dict(path=str(parent.path), hash=parent.hash)
-    assert [entry["stage"] for entry in adapter.lineage] == ["pretrain", "full_sft", "lora_identity"]
+    assert [entry["stage"] for entry in adapter.lineage] == ["pretrain", "full_sft", "lora_sft"]
     assert (adapter.settings.rank, adapter.settings.targets, adapter.settings.rslora) == (4, ("attention",), True)
     assert all(tensor.abs().max() > 0 for tensor in adapter.state.values())  # B began at 0
     # q 32->32, k and v 32->16, o 32->32, of rank 4, in 2 layers: 2 * 4 * (64 + 48 + 48 + 64) = 1,792
@@ -71,7 +71,7 @@ def test_what_can_be_written_besides(world, tmp_path):
     adapter = lora(world, out, "--save_peft", "--merge_lora", "--lora_r=4")
     parent = load_weights(world / "full_sft_32.pth")
     expected = logits(adapter.apply(parent.build()))
-    merged = load_weights(out / "lora_identity_merged_32.pth")
+    merged = load_weights(out / "lora_sft_merged_32.pth")
     torch.testing.assert_close(logits(merged.build()), expected, atol=1e-5, rtol=1e-5)
     assert merged.lineage == adapter.lineage
 
@@ -191,6 +191,7 @@ def test_packed_rows_compute_what_single_ones_do(world, tmp_path):
     [
         (["--lora_targets=c_attn"], "--lora_targets c_attn: no such linear layer; this model has down_proj,"),
         (["--use_lora=false"], "--use_lora false: tuning all weights is trainer/train_full_sft.py"),
+        (["--lora_rank=100000"], "--lora_rank 100000: the layers that it adapts have a rank of at most 32; 8 to 64"),
         (["--lora_rank=0"], "--use_lora and --lora_rank 0: an adapter has a rank of at least 1"),
         (["--lora_name=lora_weather", "--data_path="], "no dataset/lora_weather.jsonl"),
         (["--output_dir=elsewhere"], "--save_dir and --output_dir: both say where results go"),
@@ -233,15 +234,15 @@ def test_the_adapters_own_base_is_found_whatever_the_mode_says(world, tmp_path, 
     other = tmp_path / "full_sft_32.pth"  # lies where names are looked up, and is not what the adapter belongs to
     other.write_bytes((world / "pretrain_32.pth").read_bytes())
     plain, _ = ask("--weight", base.path)
-    said, notes = ask("--lora_name=lora_identity", "--model_mode=2", f"--save_dir={tmp_path}")
+    said, notes = ask("--lora_name=lora_sft", "--model_mode=2", f"--save_dir={tmp_path}")
     assert f"{tmp_path / NAME}: rank 8, on its base {base.path}" in notes and said != plain
-    assert "pretrain -> full_sft -> lora_identity" in notes
+    assert "pretrain -> full_sft -> lora_sft" in notes
     merged, notes = ask(f"--lora_path={tmp_path}", "--merge_lora")
     assert merged == said and "merged" in notes
-    assert ask("--lora_path", tmp_path / "lora" / "lora_identity_32")[0] == said  # peft's directory
+    assert ask("--lora_path", tmp_path / "lora" / "lora_sft_32")[0] == said  # peft's directory
 
     with pytest.raises(ValueError, match="was trained on .*full_sft_32.pth .*, not on .*pretrain_32.pth"):
-        ask("--lora_name=lora_identity", f"--save_dir={tmp_path}", "--weight", world / "pretrain_32.pth")
+        ask("--lora_name=lora_sft", f"--save_dir={tmp_path}", "--weight", world / "pretrain_32.pth")
 
 
 def test_a_base_that_was_moved_is_found_by_its_hash_and_one_that_is_gone_is_named(world, tmp_path, ask):
@@ -252,11 +253,11 @@ def test_a_base_that_was_moved_is_found_by_its_hash_and_one_that_is_gone_is_name
     )
     base.rename(tmp_path / "renamed_32.pth")
     (tmp_path / "aaa_32.pth").write_bytes(b"damaged")
-    _, notes = ask("--lora_name=lora_identity", f"--save_dir={tmp_path}")
+    _, notes = ask("--lora_name=lora_sft", f"--save_dir={tmp_path}")
     assert f"on its base {tmp_path / 'renamed_32.pth'}" in notes
     (tmp_path / "renamed_32.pth").unlink()
     with pytest.raises(ValueError, match=f"was trained on {base} .*bring them back"):
-        ask("--lora_name=lora_identity", f"--save_dir={tmp_path}")
+        ask("--lora_name=lora_sft", f"--save_dir={tmp_path}")
 
 
 def test_merging_before_rounding(world, tmp_path):

@@ -163,12 +163,22 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--data_path", f"{path}:2", "--vocab-size", "300", "--save_dir", str(tmp_path / "out"))
     printed = capsys.readouterr().out
     assert "trained on" in printed and "a.jsonl text zh" in printed and "300 entries" in printed
+    assert "warning" not in printed
     assert Tokenizer.load(tmp_path / "out").vocab_size == 300
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_a_text_too_small_for_the_vocabulary(tmp_path, monkeypatch, capsys):
+    """A tiny file with --vocab_size 6400 saved 273 entries without a word."""
+    path = write(tmp_path / "a.jsonl", [{"text": "abc"}])
+    run(monkeypatch, "--data_path", path, "--vocab_size", "6400", "--save_dir", str(tmp_path / "out"))
+    entries = Tokenizer.load(tmp_path / "out").vocab_size
+    assert entries < 300
+    assert f"--vocab_size 6,400 asks for more entries than this text gives: {entries}." in capsys.readouterr().out
 
 
 def test_the_default_folder_is_not_the_shipped_one(root):

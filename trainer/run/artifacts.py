@@ -14,8 +14,7 @@ from typing import ClassVar
 from common.files import keep_previous
 from model.adapter import find_base, load_adapter, save_adapter
 from model.checkpoint import Checkpoint, load_weights, save_weights
-from model.export import copy_tokenizer, save_hf
-from model.interop.peft import save_peft
+from model.export import save_hf, write_peft
 from model.lora import LoRASettings, merge, remove_lora
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
@@ -28,6 +27,7 @@ class Weights:
 
     identity: dict = field(default_factory=dict, kw_only=True)  # what else may not change when a run is continued
     folder: ClassVar[str] = ""  # below save_dir
+    keeps_all: ClassVar[bool] = False  # what an earlier run wrote there is kept; of weights, one version only
 
     def writes(self, path: Path, config: StageConfig) -> list[Path]:
         """All files and folders that are written, `path` first."""
@@ -58,6 +58,7 @@ class AdapterOnly(Weights):
     merged: str = ""  # file of full weights to write as well
     base: dict = field(init=False)
     folder: ClassVar[str] = "lora"
+    keeps_all: ClassVar[bool] = True  # adapters are small
 
     def __post_init__(self, parent):
         self.base = dict(path=str(Path(parent.path).resolve()), hash=parent.hash)
@@ -73,10 +74,7 @@ class AdapterOnly(Weights):
         lines, adapter = [], load_adapter(path)
         if self.peft or config.output_dir:
             folder = Path(config.output_dir) / "lora_model" if config.output_dir else path.with_suffix("")
-            layers = adapter.config.num_hidden_layers
-            save_peft(folder, adapter.settings.to_dict(), adapter.state, self.base, layers)
-            copy_tokenizer(folder, tokenizer.path)
-            lines.append(f"also: {folder}, for peft")
+            lines.append(f"also: {write_peft(folder, adapter, tokenizer.path)}, for peft")
         if self.merged:  # merged into the stored base in fp32: for training it was rounded to the compute dtype
             model = adapter.apply(find_base(adapter, None, config.save_dir).build())
             merge(model)

@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from common.console import printable
 from common.files import ROOT, atomic_file
 from common.options import Options
 
@@ -77,6 +78,7 @@ class RunLogger(NoLogger):
 
     def print(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
+        text = printable(text)
         try:
             self.bar.write(text) if self.bar is not None else print(text, flush=True)
         except (OSError, ValueError):  # the terminal or pipe was closed; the run goes on without it
@@ -125,12 +127,13 @@ class RunLogger(NoLogger):
             summary = {**summary, "seconds": round(self.seconds(), 1), "memory_gib": round(peak_memory(), 3)}
             if price := getattr(self.config, "price_per_hour", 0.0):
                 summary["cost"] = round(price * summary["seconds"] / 3600, 4)
-            self.print(closing_line(summary))
             self.run_info["summary"] = summary
             self._try("run.json", self._write_run_info)
-        for name, closer in self.closers.items():
+        for name, closer in self.closers.items():  # wandb prints lines of its own here
             self._try(name, closer)
         self.closers, self.sinks, self.bar = {}, {}, None
+        if summary is not None:
+            self.print(closing_line(summary))
 
     # ---- files and trackers ----
 

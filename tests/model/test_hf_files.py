@@ -1,0 +1,123 @@
+"""Which files of a Hugging Face directory are read: those of the index, and what is missing is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.checkpoint import Checkpoint, load_weights
+from model.config import ModelConfig
+from model.export import save_hf
+from model.interop.hf_files import INDEX
+from model.transformer import CausalLM
+
+SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def export(folder, seed=0, **changes):
+    """A directory with one model.safetensors -> its tensors."""
+    torch.manual_seed(seed)
+    model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_hf(folder, Checkpoint(folder, state, model.config), folder, stop_ids={2})
+    return load_weights(folder).state
+
+
+def write(path, tensors):
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def shard(folder, state):
+    """In place of model.safetensors: two shards and their index."""
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    places = {name: (ONE, TWO)[i % 2] for i, name in enumerate(names)}
+    for file in (ONE, TWO):
+        write(folder / file, {name: state[name] for name in names if places[name] == file})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path):
+    """All *.safetensors were merged: shards that an earlier export had left came last and replaced the right tensors,
+    and the loss was that of a model that knows nothing."""
+    state = export(tmp_path)
+    shard(tmp_path, state)
+    wrong = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    for name in ("model-00003-of-00003.safetensors", "model.safetensors", "consolidated.safetensors"):
+        write(tmp_path / name, wrong)
+    assert_same(load_weights(tmp_path).state, state)
+
+
+def test_without_an_index(tmp_path):
+    """One file is enough, and left-over shards beside it are not read; nor are other programs' names ever."""
+    state = export(tmp_path)
+    wrong = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    write(tmp_path / TWO, wrong)
+    assert_same(load_weights(tmp_path).state, state)
+    for name in (TWO, "model.safetensors"):
+        (tmp_path / name).unlink()
+    for name in ("consolidated.safetensors", "consolidated-00001-of-00001.safetensors", "adapter_model.safetensors"):
+        write(tmp_path / name, wrong)
+    with pytest.raises(ValueError, match="no .*safetensors beside config.json, only adapter_model.safetensors"):
+        load_weights(tmp_path)
+    write(tmp_path / "weights.safetensors", state)
+    assert_same(load_weights(tmp_path).state, state)
+    write(tmp_path / "weights.fp16.safetensors", state)
+    with pytest.raises(ValueError, match="is in weights.safetensors and in another"):
+        load_weights(tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    state = export(tmp_path)
+    shard(tmp_path, state)
+    (tmp_path / TWO).rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{TWO}: missing, though {INDEX} names it"):
+        load_weights(tmp_path)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(ValueError, match=f"{TWO} is missing"):
+        load_weights(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / TWO)
+    assert_same(load_weights(tmp_path).state, state)
+
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(state, ONE)}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{ONE}: has no model.*, which {INDEX} says is in it"):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../b.safetensors"}}'))
+def test_a_broken_index_is_named(content, tmp_path):
+    export(tmp_path)
+    (tmp_path / INDEX).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=INDEX):
+        load_weights(tmp_path)
+
+
+def test_an_export_replaces_an_older_one_in_shards(tmp_path):
+    shard(tmp_path, export(tmp_path, seed=0))
+    new = export(tmp_path, seed=1)
+    assert_same(load_weights(tmp_path).state, new)
+
+
+def test_a_head_of_its_own_counts_more_than_tie_word_embeddings(tmp_path):
+    """The head came second and overwrote the embedding. transformers 5 does not tie either if the two differ."""
+    state = export(tmp_path, tie_word_embeddings=False)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    checkpoint = load_weights(tmp_path)
+    assert not checkpoint.config.tie_word_embeddings
+    model = checkpoint.build()
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, state["model.embed_tokens.weight"])
+
+    write(tmp_path / "model.safetensors", state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    assert load_weights(tmp_path).config.tie_word_embeddings
+
+    tied = CausalLM(ModelConfig(**SHAPE))
+    with pytest.raises(RuntimeError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        tied.load_state_dict(state)

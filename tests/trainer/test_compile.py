@@ -1,0 +1,79 @@
+"""Training with --compile on follows the same losses as without, in every stage, with experts, in every precision.
+
+The quick tests leave out the code generator ("aot_eager"), which needs a C++ compiler and half a minute a stage. What
+ended runs with a traceback (an operator whose shape function refuses fp32) comes before it. `make soak` has it all.
+"""
+
+import functools
+import json
+import sys
+
+import pytest
+import torch
+
+from common.files import ROOT
+from model.checkpoint import save_weights
+from tests.helpers.models import TOKENIZER, small_model
+from tests.helpers.rows import write_dpo, write_pretrain, write_reason, write_sft
+from tests.helpers.runs import FLAGS, SHAPE, run_stage, torchrun
+from trainer.loop import compiling
+
+STAGES = {  # stage, its rows, experts of the weights it starts from, further flags
+    "moe in fp32": ("pretrain", write_pretrain, None, ["--use_moe"]),
+    "moe in bf16": ("pretrain", write_pretrain, None, ["--use_moe", "--dtype=bfloat16"]),
+    "moe, recomputed": ("full_sft", write_sft, 4, ["--gradient_checkpointing=1"]),
+    "preferences": ("dpo", write_dpo, 4, []),
+    "reasoning": ("distill_reason", write_reason, 0, []),
+    "distillation": ("distillation", write_sft, 0, ["--teacher={weights}", "--alpha=0.5"]),
+}
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=[pytest.mark.soak, pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler")],
+    ),
+]
+
+
+def arguments(folder, write, experts, more):
+    flags = [f"--data_path={write(folder / 'data.jsonl', 12)}", "--max_steps=3", "--batch_size=4", "--log_interval=1"]
+    if experts is not None:
+        about = dict(path=TOKENIZER.path, hash=TOKENIZER.hash)
+        weights = save_weights(folder / "start.pth", small_model(num_experts=experts), tokenizer=about, lineage=[])
+        more = [f"--from_weight={weights}", *(flag.format(weights=weights) for flag in more)]
+    return [*flags, *more]
+
+
+def losses(folder) -> list[float]:
+    (log,) = folder.glob("runs/*/metrics.jsonl")
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", STAGES)
+def test_compiled_follows_the_same_losses(name, backend, tmp_path, monkeypatch):
+    stage, write, experts, more = STAGES[name]
+    flags = arguments(tmp_path, write, experts, more)
+    run_stage(stage, *flags, f"--save_dir={tmp_path / 'eager'}")
+    if backend != "inductor":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        monkeypatch.setattr(compiling, "can_compile", lambda _: True)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    run_stage(stage, *flags, f"--save_dir={tmp_path / 'compiled'}", "--compile=on")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"], "a block is one graph"
+    eager, compiled = (losses(tmp_path / folder) for folder in ("eager", "compiled"))
+    assert len(eager) == 3 and compiled == pytest.approx(eager, rel=0.02 if "bf16" in name else 1e-3)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler")
+def test_two_compiled_processes_follow_the_same_losses(tmp_path):
+    """DDP looks for the parameters of a block that may be compiled."""
+    flags = arguments(tmp_path, write_pretrain, None, ["--use_moe"])
+    run_stage("pretrain", *flags, f"--save_dir={tmp_path / 'one'}")
+    options = [*FLAGS, *SHAPE, *flags, f"--save_dir={tmp_path / 'two'}", "--batch_size=2", "--compile=on"]
+    torchrun("train_pretrain.py", *options, cwd=ROOT / "trainer")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
