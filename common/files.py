@@ -271,3 +271,9 @@ def _system_errors(path: Path) -> Iterator[None]:
         number = int(found[1])
         # on Windows it is a winerror, the fourth argument, from which Python works out errno
         raise OSError(number, os.strerror(number), str(path), number) from error
+
+
+def relative_to_root(path: str) -> str:
+    """A path inside the repository, relative to its root: then a clone can be moved together with its weights."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)

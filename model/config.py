@@ -1,4 +1,4 @@
-"""The architecture of a model: one dataclass that covers Llama, Qwen2, Qwen3, Qwen3-MoE and both MiniMind generations.
+"""The architecture of a model: one dataclass that covers Llama, Mistral, Qwen, GLM and both MiniMind generations.
 
 >>> ModelConfig.preset("small").hidden_size
 512
@@ -85,7 +85,7 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None = setting(
         None, 'stretched RoPE: {"rope_type": "linear" | "llama3" | "yarn" | "minimind2", ...}', hf=None
     )
-    attention_bias: bool = setting(False, "biases on q, k and v (Qwen2)", hf=None)
+    attention_bias: bool = setting(False, "biases on q, k and v (Qwen2, GLM)")
     qk_norm: bool = setting(False, "RMSNorm of every query and key head (Qwen3, MiniMind 3)", hf=None)
     tie_word_embeddings: bool = setting(True, "the head shares the embedding's weight")
     num_experts: int = setting(0, "experts of each feed-forward; 0: dense", at_least=0)
@@ -102,6 +102,18 @@ class ModelConfig:
     )
     rotary_fraction: float = setting(
         1.0, "share of each head that RoPE rotates, its first numbers", hf="partial_rotary_factor", omit_default=True
+    )
+    rope_interleaved: bool = setting(
+        False, "RoPE's pairs are neighbours (GLM), not half a head apart", hf=None, omit_default=True
+    )
+    post_norms: bool = setting(
+        False, "RMSNorm of what attention and feed-forward give too (GLM-4)", hf=None, omit_default=True
+    )
+    shared_expert_intermediate_size: int | None = setting(
+        None,
+        "width of one expert that every token passes through, with a gate (Qwen2-MoE); None: there is none",
+        at_least=1,
+        omit_default=True,
     )
     rope_local_theta: float | None = setting(
         None,

@@ -22,7 +22,8 @@ def _active_width(config: ModelConfig) -> int:
     """Hidden units of the feed-forward that one token passes through, in one layer."""
     if not config.num_experts:
         return config.intermediate_size
-    return config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
+    width = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
+    return width + (config.shared_expert_intermediate_size or 0)
 
 
 def idle_parameters(config: ModelConfig) -> int:
@@ -42,10 +43,12 @@ def count_parameters(config: ModelConfig, active: bool = False) -> int:
     if config.num_experts:
         experts = config.num_experts + config.num_shared_experts
         feed_forward = 3 * d * config.moe_intermediate_size * experts + d * config.num_experts  # and the router
+        if config.shared_expert_intermediate_size:
+            feed_forward += 3 * d * config.shared_expert_intermediate_size + d  # and its gate
     else:
         feed_forward = 3 * d * config.intermediate_size
     embeddings = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
-    norms = 2 * d  # of a layer
+    norms = (4 if config.post_norms else 2) * d  # of a layer
     total = embeddings + config.num_hidden_layers * (attention + feed_forward + norms) + d  # and the last norm
     return total - idle_parameters(config) if active else total
 

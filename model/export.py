@@ -1,5 +1,5 @@
 """A directory in Hugging Face's layout, which transformers, vLLM and llama.cpp read: `config.json`, `model.safetensors`
-and the tokenizer's files. Tensor names need no translation.
+and the tokenizer's files.
 
     save_hf("out/final_model", load_weights("out/full_sft_512.pth"), "tokenizer", stop_ids={2})
 """
@@ -16,10 +16,12 @@ from common.console import UserError
 from common.files import atomic_file
 from model.adapter import AdapterFile
 from model.checkpoint import Checkpoint
-from model.interop.hf import INDEX, SINGLE, config_to_hf
+from model.interop.hf import config_to_hf, hf_tensors
+from model.interop.hf_files import INDEX, SINGLE
 from model.interop.peft import save_peft
+from tokenizer.text import FILES
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER = (*FILES, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 def save_hf(directory: Path | str, checkpoint: Checkpoint, tokenizer: Path | str, stop_ids: set[int]) -> Path:
@@ -29,7 +31,8 @@ def save_hf(directory: Path | str, checkpoint: Checkpoint, tokenizer: Path | str
         values = config_to_hf(checkpoint.config)
     except ValueError as error:
         raise UserError(f"{directory}: cannot be written in Hugging Face's layout: {error}") from None
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.state.items()}
+    state = hf_tensors(checkpoint.config, checkpoint.state)
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     if checkpoint.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # stored once
     with atomic_file(directory / SINGLE) as temporary:

@@ -39,6 +39,7 @@ GROUPS = {
     "dense": ("o_proj",),
     "dense_h_to_4h": ("gate_proj", "up_proj"),
     "dense_4h_to_h": ("down_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),  # GLM-4's
 }
 
 

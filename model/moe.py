@@ -129,6 +129,9 @@ class MoE(nn.Module):
             self.shared_experts = nn.ModuleList(
                 dense(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_shared_experts)
             )
+        if config.shared_expert_intermediate_size:  # Qwen2-MoE's
+            self.shared_expert = dense(config.hidden_size, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, d) -> the same shape, and the balancing loss of each row (B,)."""
@@ -155,6 +158,9 @@ class MoE(nn.Module):
         y = (y.view(B, T, self.k, d) * weights.to(y.dtype)[..., None]).sum(2)
         if hasattr(self, "shared_experts"):
             y = y + sum(expert(x) for expert in self.shared_experts)
+        if hasattr(self, "shared_expert"):
+            share_of_it = F.linear(x, self.shared_expert_gate.weight.to(x.dtype)).sigmoid()  # (B, T, 1)
+            y = y + share_of_it * self.shared_expert(x)
 
         share = picked * E / (T * self.k)  # 1 for every expert when balanced
         return y, self.coefficient * (share * probabilities.mean(1)).sum(-1)

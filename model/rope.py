@@ -2,8 +2,9 @@
 
 Each pair of numbers (i, i + R/2) of a query or key head is turned by the angle position * frequency_i, so that the
 product of a query and a key depends on the distance between them alone (RoFormer, arXiv:2104.09864, eq. 34). The pairs
-are laid out as in Hugging Face's Llama ("rotate half"). R is the size D of a head, or less: with
-`ModelConfig.rotary_fraction` only the first R numbers are turned and the others pass through (GPT-NeoX, GLM, Phi).
+are laid out as in Hugging Face's Llama ("rotate half"), or as neighbours (2i, 2i + 1) with
+`ModelConfig.rope_interleaved` (GLM). R is the size D of a head, or less: with `ModelConfig.rotary_fraction` only the
+first R numbers are turned and the others pass through (GPT-NeoX, GLM, Phi).
 
 >>> cos, sin = rope_table(torch.arange(4), inverse_frequencies(config)[0])          # (4, 1, R/2) each
 """
@@ -93,10 +94,14 @@ def rope_table(
     return (angles.cos() * temperature).to(dtype), (angles.sin() * temperature).to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, H, D), its first R numbers turned by the angles of cos and sin (B or 1, T, 1, R/2)."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """x (B, T, H, D), its first R numbers turned by the angles of cos and sin (B or 1, T, 1, R/2). interleaved: the
+    pairs are neighbours."""
     rotated = 2 * cos.shape[-1]
     if rotated < x.shape[-1]:
-        return torch.cat((apply_rope(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
+        return torch.cat((apply_rope(x[..., :rotated], cos, sin, interleaved), x[..., rotated:]), dim=-1)
+    if interleaved:
+        a, b = x[..., ::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

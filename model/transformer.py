@@ -73,7 +73,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         H, K, D, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.layer, self.head_dim = layer, D
+        self.layer, self.head_dim, self.interleaved = layer, D, config.rope_interleaved
         self.q_proj = Linear(d, H * D, bias=config.attention_bias)
         self.k_proj = Linear(d, K * D, bias=config.attention_bias)
         self.v_proj = Linear(d, K * D, bias=config.attention_bias)
@@ -84,8 +84,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """x (B, T, d) -> the same shape."""
         B, T, _ = x.shape
-        q = apply_rope(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # (B, T, H, D)
-        k = apply_rope(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), cos, sin)  # (B, T, K, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
+        q, k = (apply_rope(heads, cos, sin, self.interleaved) for heads in (q, k))
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, S, K, D), perhaps in a wider dtype
@@ -112,6 +113,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_self_attn_layernorm, self.post_mlp_layernorm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else nn.Identity() for _ in range(2)
+        )
         sparse = config.num_experts > 0
         self.mlp = MoE(config, FeedForward) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
@@ -119,10 +123,10 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, d) -> the same shape, and the balancing loss (B,) of a mixture of experts."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         y = self.mlp(self.post_attention_layernorm(x))
         y, aux_loss = y if isinstance(y, tuple) else (y, None)
-        return x + y, aux_loss
+        return x + self.post_mlp_layernorm(y), aux_loss
 
 
 class Transformer(nn.Module):

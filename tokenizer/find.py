@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.console import UserError
-from tokenizer.text import SHIPPED, Tokenizer
+from tokenizer.text import FILES, SHIPPED, Tokenizer
 
 PLACES = ("", "tokenizer", "final_model", "lora_model")  # where it may lie below the folder that holds the weights
 
@@ -35,7 +35,7 @@ def tokenizer_of(recorded: dict, weights: Path, vocab_size: int, path: str | Non
         places += [backup_path(place, recorded["hash"]) for place in places if place != SHIPPED]
     found = []
     for place in places:
-        if (place / "tokenizer.json").is_file() or place.suffix == ".json":
+        if any((place / name).is_file() for name in FILES) or place.suffix == ".json":
             tokenizer = Tokenizer.load(place)
             if recorded.get("hash") in (None, tokenizer.hash):
                 if tokenizer.vocab_size > vocab_size:

@@ -29,6 +29,12 @@ from common.console import UserError
 from tokenizer.messages import Segment, dumps, markup, split_reasoning
 from tokenizer.text import Tokenizer
 
+# Keys that templates read by name. They keep their spelling: ChatGLM3's control tokens "sop" and "eop" begin with a
+# letter, and the guard after each s and e changed "name".
+KEYS = frozenset(
+    "type function name description parameters properties required enum items default arguments id strict".split()
+)
+
 
 class ForeignTemplate:
     """Renders like tokenizer/chat.py's own ChatML: called with a conversation, returns its segments."""
@@ -120,7 +126,8 @@ class ForeignTemplate:
         return [segment for segment in segments if segment[0] != ""]
 
     def _marked(self, message: dict, guarded, mark: str) -> dict:
-        shown = guarded(message) | {"role": message["role"], "content": _wrap(guarded(message["content"]), mark)}
+        shown = {key: guarded(value) for key, value in message.items()}
+        shown |= {"role": message["role"], "content": _wrap(guarded(message["content"]), mark)}
         if message["role"] != "assistant":
             return shown
         reasoning, content = split_reasoning(message)
@@ -142,11 +149,11 @@ class ForeignTemplate:
 
 
 def _map_text(table: dict[int, str], value):
-    """str.translate on every text in a tree of lists and dicts."""
+    """str.translate on every text in a tree of lists and dicts, keys included but for KEYS."""
     if isinstance(value, str):
         return value.translate(table)
     if isinstance(value, dict):
-        return {_map_text(table, key): _map_text(table, item) for key, item in value.items()}
+        return {key if key in KEYS else _map_text(table, key): _map_text(table, item) for key, item in value.items()}
     return [_map_text(table, item) for item in value] if isinstance(value, list) else value
 
 

@@ -1,4 +1,4 @@
-"""Text <-> token ids: a byte-level BPE read from tokenizer.json, in which text can never become a control token.
+"""Text <-> token ids: a BPE read from tokenizer.json, in which text can never become a control token.
 
     from tokenizer.text import Tokenizer
     tokenizer = Tokenizer.load()                         # the shipped one; or any directory with a tokenizer.json
@@ -9,6 +9,8 @@ HF `tokenizers` does the merging. It gets a copy of the tokenizer *without any a
 (`encode_special_tokens`) would not do, because it skips only tokens that are flagged special, and `<think>` or
 `<tool_call>` usually are not. Control ids are put in by the code that builds a sequence (tokenizer/chat.py, the data
 sets), and are never found in text.
+
+A directory with SentencePiece's tokenizer.model instead (ChatGLM3) is read as if it had a tokenizer.json.
 
 Decoding uses a table id -> bytes. So it is exact, also for tokens that hold a part of a character.
 """
@@ -25,7 +27,9 @@ import numpy as np
 import tokenizers
 
 from common.console import UserError
+from tokenizer.sentencepiece import CHATGLM_ENDS, CHATGLM_TEMPLATE, is_chatglm, read_sentencepiece
 
+FILES = ("tokenizer.json", "tokenizer.model")  # a directory with one of them holds a tokenizer
 SHIPPED = Path(__file__).resolve().parent
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TEXT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # ours, Llama 3's, Llama 2's and Mistral's
@@ -57,10 +61,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Tokenizer:
-        """From a directory with a tokenizer.json, or from that file; None is the shipped tokenizer/."""
+        """From a directory with a tokenizer.json or a tokenizer.model, or from the former; None: the shipped one."""
         file = SHIPPED if path is None else Path(path)
         if file.is_dir() or file.suffix != ".json":
             file = file / "tokenizer.json"
+        config, template = _read_config(file.parent)
+        model = file.with_name("tokenizer.model")
+        if not file.is_file() and model.is_file():
+            spec = read_sentencepiece(model, config)
+            if is_chatglm(config):
+                template = template or CHATGLM_TEMPLATE
+                ends = [token["id"] for token in spec["added_tokens"] if token["content"] in CHATGLM_ENDS]
+                config |= dict(eos_token="</s>", eos_token_id=ends)
+            return cls(spec, path=str(file.parent), chat_template=template, config=config)
         if not file.is_file():
             raise UserError(
                 f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json, since "
@@ -73,7 +86,6 @@ class Tokenizer:
             raise UserError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
         if kind != "BPE":
             raise UserError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
-        config, template = _read_config(file.parent)
         return cls(spec, path=str(file.parent), chat_template=template, config=config)
 
     # ---- text -> ids

@@ -5,8 +5,8 @@
 or, for a stage that needs its model or its data before it can train:
 
     with start_stage("dpo", config, PreferenceDataset, kind="dpo", weights="full_sft") as stage:
-        stage.notes.append(add_reference([stage.data.train], stage.model, stage.backend, config, stage.parent.hash))
-        stage.train(Preference("sigmoid"), loader=PairLoader)
+        prepare = partial(add_reference, model=stage.model, backend=stage.backend, config=config, weights=...)
+        stage.train(Preference("sigmoid"), loader=PairLoader, prepare=prepare)
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass
+from functools import partial
 
 from common.console import run
 from common.options import option, parse
@@ -77,11 +78,12 @@ def main():
     loss = LOSSES[config.loss_type]
     options = dict(on_long=config.on_long, max_prompt_length=config.max_prompt_length)
     with start_stage("dpo", config, PreferenceDataset, kind="dpo", weights="full_sft", **options) as stage:
+        prepare = None
         if loss.reference and not config.trains_adapter:  # an adapter's reference is the model without it
-            sets = [dataset for dataset in (stage.data.train, stage.data.val) if dataset is not None]
-            stage.notes.append(add_reference(sets, stage.model, stage.backend, config, stage.parent.hash))
+            about = dict(model=stage.model, backend=stage.backend, config=config, weights=stage.parent.hash)
+            prepare = partial(add_reference, **about)
         own = {name: getattr(config, name) for name in loss.options}
-        stage.train(Preference(config.loss_type, config.beta, **own), loader=PairLoader)
+        stage.train(Preference(config.loss_type, config.beta, **own), loader=PairLoader, prepare=prepare)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
-"""Hugging Face's directories: `config.json` and `*.safetensors`. Tensor names need no translation, settings a few.
+"""Hugging Face's directories: `config.json` and `*.safetensors`. Most names of tensors are ours.
 
     config, state = load_hf("path/to/Qwen3-0.6B")
 
 A model family is one row of FAMILIES. Names of settings are those in the metadata of `ModelConfig`. Both spellings of
-RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5.
+RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5. Tensors that hold several layers of ours
+(GLM's gate_up_proj) are taken apart; `hf_tensors` puts them together again.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from common.console import UserError
 from model.config import LAYER_TYPES, ModelConfig
+from model.interop import chatglm
+from model.interop.hf_files import read_tensors
 from model.interop.minimind import config_from_minimind
 from model.transformer import equal_weights
 
@@ -42,11 +44,16 @@ class Family(NamedTuple):
     fixed: dict[str, Any]  # our settings that the family implies without writing them into its file
     states: tuple[str, ...]  # our settings that its file states, beyond LLAMA
     absent: dict[str, Any]  # what transformers (5.2) assumes where a file says nothing, in its names
+    names: dict[str, str] = {}  # setting of ours -> its name in this family's file, where it is another than in NAMES
+    fused: dict[str, tuple[str, ...]] = {}  # its layer -> those of ours that it holds, one below the other
 
 
+GLM = dict(num_key_value_heads=2, head_dim=128, attention_bias=True, partial_rotary_factor=0.5, rms_norm_eps=1.5625e-07)
+GATE_UP = {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
 QWEN_WINDOWS = dict(use_sliding_window=False, sliding_window=4096)
 FAMILIES = {  # of two families that fit a model, the first is written
     "llama": Family("LlamaForCausalLM", {}, (), {}),
+    "mistral": Family("MistralForCausalLM", {}, ("sliding_window",), dict(num_key_value_heads=8, sliding_window=4096)),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         dict(attention_bias=True),
@@ -58,6 +65,20 @@ FAMILIES = {  # of two families that fit a model, the first is written
         dict(qk_norm=True),
         WINDOWS,
         dict(num_key_value_heads=32, head_dim=128, max_window_layers=28, **QWEN_WINDOWS),
+    ),
+    "glm": Family(
+        "GlmForCausalLM",
+        dict(rope_interleaved=True),
+        ("attention_bias", "rotary_fraction"),
+        GLM,
+        fused=GATE_UP,
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        dict(rope_interleaved=True, post_norms=True),
+        ("attention_bias", "rotary_fraction"),
+        GLM,
+        fused=GATE_UP,
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -73,9 +94,34 @@ FAMILIES = {  # of two families that fit a model, the first is written
             **QWEN_WINDOWS,
         ),
     ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {},
+        (*EXPERTS, "shared_expert_intermediate_size", "attention_bias"),
+        dict(
+            num_key_value_heads=16,
+            num_experts=60,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632,
+            norm_topk_prob=False,
+            router_aux_loss_coef=0.001,
+            qkv_bias=True,
+        ),
+        names=dict(attention_bias="qkv_bias"),
+    ),
 }
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SHARD = re.compile(r"(?P<stem>.+)-(?P<n>\d+)-of-(?P<all>\d+)\.safetensors")
+DIFFERENCES = (  # settings in which families differ
+    "attention_bias",
+    "qk_norm",
+    "num_shared_experts",
+    "sliding_window",
+    "rotary_fraction",
+    "rope_interleaved",
+    "post_norms",
+    "shared_expert_intermediate_size",
+    "rope_local_theta",
+)
 ROPE_KEYS = (
     "factor",
     "original_max_position_embeddings",
@@ -90,8 +136,11 @@ ROPE_KEYS = (
 def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     """The architecture in the content of a `config.json`. UserError names what we do not compute."""
     name = values.get("model_type")
+    if name == "chatglm":
+        return chatglm.config_from_chatglm(values)
     if name not in FAMILIES:
-        raise UserError(f"config.json: model_type {name!r} is not supported, only {', '.join(FAMILIES)}")
+        known = ", ".join([*FAMILIES, "chatglm"])
+        raise UserError(f"config.json: model_type {name!r} is not supported, only {known}")
     family = FAMILIES[name]
     if "num_local_experts" in values:  # transformers 5 writes Mixtral's name
         values = {**values, "num_experts": values["num_local_experts"]}
@@ -100,17 +149,20 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     # null is "not stated", except for a window, where it is "none"
     stated = {key: value for key, value in values.items() if value is not None or key == "sliding_window"}
     values = absent | family.absent | stated
-    names = [name for name in (*LLAMA, *family.states) if name not in WINDOWS]
-    return ModelConfig(
-        **{name: values[NAMES[name]] for name in names if NAMES[name] in values},
-        **family.fixed,
-        **_read_windows(values, family),
-        **_read_rope(values, family),
-    )
+    plain = {ours: values[theirs] for ours, theirs in _plain_names(family).items() if theirs in values}
+    return ModelConfig(**(plain | family.fixed | _read_windows(values, family) | _read_rope(values, family)))
+
+
+def _plain_names(family: Family) -> dict[str, str]:
+    """Setting of ours -> its name in the file, for those that need no translation."""
+    names = NAMES | family.names
+    return {name: names[name] for name in NAMES if name in (*LLAMA, *family.states) and name not in WINDOWS}
 
 
 def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
-    off = ["mlp_bias", "mlp_only_layers", "attention_bias"]  # must be off or absent
+    off = ["mlp_bias", "mlp_only_layers"]  # must be off or absent
+    if "attention_bias" not in family.states or "attention_bias" in family.names:
+        off.append("attention_bias")  # in Llama's files it means one on o_proj too
     if "sliding_window" not in family.states:
         off.append("use_sliding_window")
     unsupported = [f"{key}={values[key]!r}" for key in off if values.get(key)]
@@ -118,6 +170,8 @@ def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
         unsupported.append(f"decoder_sparse_step={step}")
     if (activation := values.get("hidden_act", "silu")) != "silu":
         unsupported.append(f"hidden_act={activation!r}")
+    if quantised := values.get("quantization_config"):
+        unsupported.append(f"weights quantised by {quantised.get('quant_method', 'another project')}")
     if unsupported:
         raise UserError(f"config.json: not supported: {', '.join(unsupported)}")
 
@@ -160,7 +214,9 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     if strange := [f"{key}={value!r}" for key, value in scaling.items() if key not in ROPE_KEYS]:
         raise UserError(f"config.json: RoPE scaling not supported: {', '.join(strange)}")
     if kind == "yarn":
-        scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        trained = scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        if "factor" in scaling:  # Qwen2.5's files state the trained length as the longest one
+            found["max_position_embeddings"] = int(scaling["factor"] * trained)
     return found | dict(rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling})
 
 
@@ -174,7 +230,7 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    state = _read_tensors(directory)
+    state = our_tensors(config, values["model_type"], read_tensors(directory))
     head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
     if head is not None and embedding is not None and not equal_weights(head, embedding):
         # as transformers 5 does: a head that was trained on its own counts more than the flag
@@ -182,66 +238,57 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, state
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a directory, from the files that `_files_of` chooses. UserError names what is missing."""
-    from safetensors import SafetensorError, safe_open
-
-    state: dict[str, Tensor] = {}
-    for file, wanted in _files_of(directory).items():
-        try:
-            with safe_open(file, "pt") as content:
-                names = content.keys() if wanted is None else wanted
-                if twice := [name for name in names if name in state]:
-                    raise UserError(
-                        f"{directory}: {twice[0]} is in {file.name} and in another *.safetensors; which one is right "
-                        f"only {INDEX} can say"
-                    )
-                if wanted is not None and (missing := sorted(set(wanted) - set(content.keys()))):
-                    raise UserError(f"{file}: has no {missing[0]}, which {INDEX} says is in it; take another copy")
-                state.update((name, content.get_tensor(name)) for name in names)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return state
+def our_tensors(config: ModelConfig, model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A family's tensors under our names, each with memory of its own."""
+    fused = chatglm.FUSED if model_type == "chatglm" else {}
+    if model_type in FAMILIES:
+        fused = FAMILIES[model_type].fused
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        ours = chatglm.our_name(name) if model_type == "chatglm" else name
+        # frequencies of RoPE, a buffer in Llama 2's directories, follow from config.json
+        if ours is not None and not ours.endswith("rotary_emb.inv_freq"):
+            found |= split_fused(config, fused, ours, tensor)
+    return found
 
 
-def _files_of(directory: Path) -> Mapping[Path, list[str] | None]:
-    """The files that hold a directory's weights, and what to read from each; None: everything.
-
-    The index decides, if there is one. Files that it does not name are left over from an earlier export, or are the
-    same weights under the names of another program (Mistral's `consolidated.safetensors`).
-    """
-    if (directory / INDEX).is_file():
-        return _read_index(directory)
-    if (directory / SINGLE).is_file():
-        return {directory / SINGLE: None}
-    found = sorted(directory.glob("*.safetensors"))
-    files = [path for path in found if not path.name.startswith(("consolidated", "adapter_model"))]
-    if not files:
-        only = f", only {found[0].name}, which holds something else or uses other names" if found else ""
-        raise UserError(f"{directory}: no *.safetensors beside config.json{only}")
-    numbered = {path.name: match for path in files if (match := SHARD.fullmatch(path.name))}
-    for match in numbered.values():  # without an index, their names tell at least how many there are
-        for n in range(1, int(match["all"]) + 1):
-            name = f"{match['stem']}-{n:0{len(match['n'])}}-of-{match['all']}.safetensors"
-            if name not in numbered:
-                raise UserError(f"{directory}: {name} is missing; copy it too")
-    return dict.fromkeys(files)
+def split_fused(config: ModelConfig, fused: dict[str, tuple[str, ...]], name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One tensor of a file -> {our name: tensor}. A fused layer's weight or bias is cut into rows."""
+    for theirs, ours in fused.items():
+        before, found, after = name.partition(f".{theirs}.")
+        if found:
+            sizes = [_rows(config, layer) for layer in ours]
+            if sum(sizes) != len(tensor):
+                raise UserError(f"{name}: has {len(tensor)} rows, but config.json says {' + '.join(map(str, sizes))}")
+            pieces = [piece.clone() for piece in tensor.split(sizes)] if len(ours) > 1 else [tensor]
+            return {f"{before}.{layer}.{after}": piece for layer, piece in zip(ours, pieces)}
+    return {name: tensor}
 
 
-def _read_index(directory: Path) -> dict[Path, list[str]]:
-    index = directory / INDEX
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'{index}: not an index of safetensors files, which has a "weight_map"') from None
-    files: dict[Path, list[str]] = {}
-    for tensor, name in places:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index}: {tensor}: {name!r} is not the name of a file beside it")
-        files.setdefault(directory / name, []).append(tensor)
-    if missing := [path.name for path in files if not path.is_file()]:
-        raise UserError(f"{directory}: {', '.join(missing[:3])}: missing, though {INDEX} names it; copy it too")
-    return files
+def _rows(config: ModelConfig, layer: str) -> int:
+    """Outputs of one of our linear layers."""
+    key_width = config.num_key_value_heads * config.head_dim
+    return dict(
+        q_proj=config.num_attention_heads * config.head_dim,
+        k_proj=key_width,
+        v_proj=key_width,
+        o_proj=config.hidden_size,
+        gate_proj=config.intermediate_size,
+        up_proj=config.intermediate_size,
+        down_proj=config.hidden_size,
+    )[layer.rpartition(".")[2]]
+
+
+def hf_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the names of the family that `config_to_hf` writes."""
+    found = dict(state)
+    for theirs, ours in FAMILIES[config_to_hf(config)["model_type"]].fused.items():
+        for name in state:
+            before, is_first, after = name.partition(f".{ours[0]}.")
+            if is_first:
+                pieces = [found.pop(f"{before}.{layer}.{after}") for layer in ours]
+                found[f"{before}.{theirs}.{after}"] = torch.cat(pieces)
+    return found
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -255,11 +302,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.rope_scaling and config.rope_scaling["rope_type"] == "minimind2":
         raise UserError("transformers has no family with MiniMind2's RoPE scaling")
     family = FAMILIES[name]
-    names = [name for name in NAMES if name in (*LLAMA, *family.states) and name not in WINDOWS]
     return dict(
         architectures=[family.architecture],
         model_type=name,
-        **{NAMES[name]: getattr(config, name) for name in names},
+        **{theirs: getattr(config, ours) for ours, theirs in _plain_names(family).items()},
         **_write_windows(config, family),
         hidden_act="silu",
         rope_theta=config.rope_theta,
@@ -271,17 +317,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _misfits(config: ModelConfig, family: Family) -> list[str]:
     """What would have to be different in `config` for this family to compute the same."""
     found = []
-    for name in (
-        "attention_bias",
-        "qk_norm",
-        "num_shared_experts",
-        "sliding_window",
-        "rotary_fraction",
-        "rope_local_theta",
-    ):
+    for name in DIFFERENCES:
         value, needed = getattr(config, name), family.fixed.get(name, PLAIN[name])
         if name not in family.states and value != needed:
             found.append(f"{name} {needed} (it is {value})")
+    if "shared_expert_intermediate_size" in family.states and not config.shared_expert_intermediate_size:
+        found.append("a shared expert with a gate")
     if "layer_types" not in family.states and len(set(config.windows)) > 1:
         found.append("the same window in all layers")
     return found
@@ -291,7 +332,9 @@ def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     """For older readers also as max_window_layers, where the layers without a window are the first ones."""
     if not any(config.windows):
         return {}
-    found: dict[str, Any] = dict(use_sliding_window=True, sliding_window=config.sliding_window)
+    found: dict[str, Any] = dict(sliding_window=config.sliding_window)
+    if "use_sliding_window" in family.absent:  # a switch of Qwen's
+        found["use_sliding_window"] = True
     if "layer_types" in family.states:
         found["layer_types"] = [LAYER_TYPES[window is not None] for window in config.windows]
         full = config.windows.count(None)

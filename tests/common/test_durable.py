@@ -129,6 +129,52 @@ def test_going_on_from_an_older_state_becomes_a_run_of_its_own(tmp_path, capsys)
     assert names(runs[1]) == ["step_00000006", "step_00000008"]  # the newest run goes on
 
 
+def test_states_of_other_runs_are_neither_read_as_a_whole_nor_renamed(tmp_path, monkeypatch):
+    """Every start hashed the newest state of every run in the folder, 20 GB each, and renamed the broken ones of runs
+    that were not its own."""
+    tensors = {"weights": {"w": torch.ones(2)}}
+    for run, data, steps in (("1-ours", "a", (2, 4)), ("2-theirs", "b", (6,)), ("3-unreadable", "a", (8,))):
+        for step in steps:
+            write_state(tmp_path / run / f"step_0000000{step}", tensors, {"identity": {"data": data}})
+    for broken in ("1-ours/step_00000004", "2-theirs/step_00000006"):
+        (tmp_path / broken / "weights.safetensors").write_bytes(b"-")
+    (tmp_path / "3-unreadable" / "step_00000008" / "manifest.json").unlink()
+    hashed, said, hash_file = [], [], resume.hash_file
+
+    def counted(path):
+        hashed.append(path.relative_to(tmp_path).as_posix())
+        return hash_file(path)
+
+    monkeypatch.setattr(resume, "hash_file", counted)
+    find = lambda wanted, data: resume.find_state(tmp_path, str(wanted), {"data": data}, said.append)
+    assert find("auto", "a") == tmp_path / "1-ours" / "step_00000002"
+    assert [path for path in hashed if not path.startswith("1-ours")] == ["2-theirs/step_00000006/state.json"]
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*"))
+    assert left == [
+        "1-ours/broken-step_00000004",
+        "1-ours/step_00000002",
+        "2-theirs/step_00000006",
+        "3-unreadable/step_00000008",
+    ]
+    assert "step_00000008: manifest.json is missing; left as it is" in said[0]
+    assert "step_00000004: weights.safetensors is not what was written; trying the one before" in said[1]
+    for wanted in ("auto", tmp_path / "1-ours", tmp_path / "1-ours" / "step_00000002"):
+        hashed.clear()
+        with pytest.raises(ValueError, match='step_00000002: data was "a", is "c"'):
+            find(wanted, "c")
+        assert not any("weights" in path for path in hashed)
+
+
+def test_of_two_launches_in_one_run_the_state_that_is_taken_counts(tmp_path, monkeypatch):
+    """The newest state is of this launch and broken; the one before, of an earlier launch, must not be taken for it."""
+    run = tmp_path / "run"
+    write_state(run / "step_00000003", {}, {"identity": {}, "launch": "another"})
+    write_state(run / "step_00000006", {"weights": {"w": torch.ones(2)}}, {"identity": {}, "launch": resume.launch()})
+    (run / "step_00000006" / "weights.safetensors").unlink()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resume.find_state(tmp_path, "0", {}, [].append) is None
+
+
 def test_a_restarted_process_continues_this_launch_only(tmp_path, monkeypatch):
     """An older, finished run of the same model and data lies there: a launch that died before its first save must not
     take that for its own, else it would be done at once."""

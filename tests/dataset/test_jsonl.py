@@ -1,5 +1,6 @@
 """JSONL files: which rows they hold, what a broken one is called, and when the index is made anew."""
 
+import errno
 import hashlib
 import io
 import json
@@ -293,6 +294,23 @@ def test_one_builds_and_the_others_wait(tmp_path, capfd):
     for thread in threads:
         thread.join(10)
     assert len(builds) == 1 and "waiting for the process that is building it" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks whether a process lives")
+def test_without_locks_what_another_process_is_building_is_left_alone(tmp_path, monkeypatch):
+    """On drives without locks two processes build the same entry at the same time. Cleaning up after killed processes
+    must not remove the half-built folder of one that lives: here our parent's."""
+    from filelock import FileLock
+
+    def refuse(self, timeout=None):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    ours = temporary_name(tmp_path / "a-tokens-1").name
+    theirs = tmp_path / ours.replace(f"-{os.getpid()}.", f"-{os.getppid()}.")
+    theirs.mkdir()
+    get_or_build(tmp_path, "a-tokens-1", lambda folder: {"source": "s", "content": "c"})
+    assert sorted(os.listdir(tmp_path)) == [theirs.name, "a-tokens-1"]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status") or not hasattr(cache.mmap, "MADV_DONTNEED"), reason="Linux")

@@ -7,6 +7,7 @@ from inference.cache import KVCache
 from inference.decode import decode, generate, pad_left, prefill
 from inference.sampling import Sampling
 from model.config import ModelConfig
+from model.transformer import CausalLM
 from tests.helpers.models import random_model
 
 CONFIG = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -103,6 +104,23 @@ def test_a_conversation_continues_from_its_cache(model):
 def test_the_same_seed_says_the_same(model):
     runs = [generate(model, [[5, 6]], Sampling(temperature=1.5, seed=s), max_new_tokens=20) for s in (3, 3, 4)]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_penalty_counts_the_prompt_and_what_was_said(model):
+    """So large a penalty that nothing is said twice, neither of the prompt nor of the reply itself."""
+    once = Sampling(temperature=0, repetition_penalty=1e9)
+    (free,) = generate(model, [[5, 6, 7]], Sampling(temperature=0), max_new_tokens=1)
+    prompts = [[5, *free], [9]]  # without the penalty, more of the same would follow
+    for prompt, reply in zip(prompts, generate(model, prompts, once, max_new_tokens=40)):
+        assert len(set(reply)) == 40 and not set(reply) & set(prompt)
+
+
+def test_the_last_position_is_used():
+    model = CausalLM(ModelConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 8})).eval()
+    (reply,) = generate(model, [[1, 2, 3]], Sampling(temperature=0), max_new_tokens=5)
+    assert len(reply) == 5
+    with pytest.raises(ValueError, match="a prompt of 3 tokens and 6 new ones exceed the model's 8 positions"):
+        generate(model, [[1, 2, 3]], Sampling(temperature=0), max_new_tokens=6)
 
 
 def test_what_does_not_fit_is_refused(model):

@@ -219,3 +219,14 @@ def test_what_is_not_rotated_passes_through():
     slow_c, slow_s = math.cos(0.01), math.sin(0.01)
     rotated = [1 * c - 3 * s, 2 * slow_c - 4 * slow_s, 3 * c + 1 * s, 4 * slow_c + 2 * slow_s]
     torch.testing.assert_close(y.flatten(), torch.tensor([*rotated, 5, 6, 7, 8]))
+
+
+def test_interleaved_pairs_are_neighbours():
+    """The same numbers in GLM's layout: at position 1 the pairs (1, 2) and (3, 4) are turned by 1 and by 0.01."""
+    config = ModelConfig(hidden_size=4, num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4)
+    table = rope_table(torch.tensor([[1]]), inverse_frequencies(config)[0])
+    y = apply_rope(torch.arange(1.0, 5.0).view(1, 1, 1, 4), *table, interleaved=True)
+    c, s = math.cos(1), math.sin(1)
+    slow_c, slow_s = math.cos(0.01), math.sin(0.01)
+    rotated = [1 * c - 2 * s, 2 * c + 1 * s, 3 * slow_c - 4 * slow_s, 4 * slow_c + 3 * slow_s]
+    torch.testing.assert_close(y.flatten(), torch.tensor(rotated))

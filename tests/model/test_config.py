@@ -19,10 +19,9 @@ def test_flags_are_the_marked_settings():
 def test_a_setting_that_is_not_used_leaves_no_trace_in_files():
     """Versions from before sliding_window refuse a file that names it."""
     plain = ModelConfig().to_dict()
-    assert (
-        not {"sliding_window", "layer_types", "rotary_fraction", "rope_local_theta"} & plain.keys()
-        and plain["rope_scaling"] is None
-    )
+    assert plain["rope_scaling"] is None and len(plain) == 20
+    unused = {"sliding_window", "layer_types", "rotary_fraction", "rope_local_theta", "rope_interleaved", "post_norms"}
+    assert not unused & plain.keys()
     used = ModelConfig(sliding_window=8, rotary_fraction=0.5).to_dict()
     assert used == plain | dict(sliding_window=8, rotary_fraction=0.5)
 

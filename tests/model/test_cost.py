@@ -29,7 +29,19 @@ def test_presets_have_the_promised_sizes(preset, total, active):
     assert count_parameters(config, active=True) == (active or total)
 
 
-@pytest.mark.parametrize("changes", ({}, MIXTURE, dict(attention_bias=True, qk_norm=True, tie_word_embeddings=False)))
+QWEN2_MOE = dict(num_experts=4, shared_expert_intermediate_size=24)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {},
+        MIXTURE,
+        dict(attention_bias=True, qk_norm=True, tie_word_embeddings=False),
+        dict(post_norms=True),
+        QWEN2_MOE,
+    ),
+)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_are_those_of_the_built_model(preset, changes):
     config = ModelConfig.preset(preset, **changes)
@@ -49,6 +61,8 @@ def test_flops_by_hand():
     shape = ModelConfig(**TINY)
     assert step_flops(shape, positions=32, length=16) == 32 * (1200 + 6 * 4 * 16)
     assert step_flops(shape, 32, 16, heads=8) == 32 * (960 + 6 * 4 * 16) + 8 * 240
+    mixture = ModelConfig(**TINY, **QWEN2_MOE, num_experts_per_tok=1)  # width 8 + 24, and a router of 4 x 4
+    assert step_flops(mixture, positions=1, length=16) == 6 * (64 + 3 * 4 * 32 + 16 + 40) + 6 * 4 * 16
     assert step_flops(shape, 32, 16, trained=0) == 32 * (800 + 6 * 4 * 16)
 
 

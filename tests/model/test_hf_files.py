@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from model.checkpoint import Checkpoint, load_weights
 from model.config import ModelConfig
 from model.export import save_hf
-from model.interop.hf import INDEX
+from model.interop.hf_files import INDEX
 from model.transformer import CausalLM
 
 SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)

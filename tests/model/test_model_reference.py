@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from common.console import UserError
 from model.checkpoint import load_weights
 from model.config import ModelConfig
-from model.interop.hf import config_from_hf, config_to_hf
+from model.interop.hf import config_from_hf, config_to_hf, hf_tensors
 from model.interop.minimind import config_from_minimind
 from model.transformer import CausalLM
 
@@ -24,6 +25,7 @@ TINY = dict(
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)
 MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 ROPES = dict(  # one for each type of layer, as transformers 5 writes them
     full_attention=dict(LLAMA3, rope_theta=1e4), sliding_attention=dict(rope_type="default", rope_theta=20.0)
@@ -33,10 +35,15 @@ FAMILIES = {
     "llama untied": ("Llama", dict(tie_word_embeddings=False)),
     "llama3 rope": ("Llama", dict(rope_parameters=dict(LLAMA3, rope_theta=5e5))),
     "linear rope": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4))),
-    "yarn rope": (
-        "Llama",
-        dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)),
+    "yarn rope": ("Llama", dict(rope_parameters=YARN)),
+    "llama, one key head": ("Llama", dict(num_key_value_heads=1)),
+    "llama, no shared keys": ("Llama", dict(num_key_value_heads=6, tie_word_embeddings=True)),
+    "mistral, windows": ("Mistral", dict(head_dim=12, sliding_window=16)),
+    "mistral, windows and yarn, one key head": (
+        "Mistral",
+        dict(num_key_value_heads=1, sliding_window=100, tie_word_embeddings=True, rope_parameters=YARN),
     ),
+    "qwen2 yarn": ("Qwen2", dict(rope_parameters=YARN)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen2, windows from layer 1 on": (
         "Qwen2",
@@ -63,6 +70,41 @@ FAMILIES = {
         ),
     ),
     "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "glm": ("Glm", dict(head_dim=8, attention_bias=True)),
+    "glm, one key head, no biases": (
+        "Glm",
+        dict(head_dim=12, num_key_value_heads=1, attention_bias=False, tie_word_embeddings=True),
+    ),
+    "glm4": ("Glm4", dict(head_dim=8, attention_bias=True)),
+    "glm4 yarn, tied": (
+        "Glm4",
+        dict(
+            head_dim=16,
+            tie_word_embeddings=True,
+            rope_parameters=YARN | dict(partial_rotary_factor=0.25),
+        ),
+    ),
+    "qwen2 moe": (
+        "Qwen2Moe",
+        dict(
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+        ),
+    ),
+    "qwen2 moe, no biases, normalised": (
+        "Qwen2Moe",
+        dict(
+            num_experts=4,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=32,
+            norm_topk_prob=True,
+            qkv_bias=False,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen3 moe": (
         "Qwen3Moe",
         dict(head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
@@ -74,8 +116,21 @@ FAMILIES = {
 }
 
 
+def as_transformers_4_writes(values: dict) -> dict:
+    """`rope_parameters` as the settings it was before transformers 5."""
+    rope = dict(values["rope_parameters"])
+    older = {key: value for key, value in values.items() if key != "rope_parameters"}
+    older["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        older["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    older["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return older
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_transformers(name, tmp_path):
+    from safetensors.torch import load_file
+
     transformers = pytest.importorskip("transformers")
     family, changes = FAMILIES[name]
     torch.manual_seed(0)
@@ -88,7 +143,11 @@ def test_logits_equal_transformers(name, tmp_path):
 
     tokens = torch.randint(1, TINY["vocab_size"], (2, 200))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+
+    said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config_from_hf(as_transformers_4_writes(said)) == ours.config
 
     written = config_to_hf(ours.config)  # and what we write is the same model again, for them and for us
     assert config_from_hf(written) == ours.config
@@ -97,11 +156,15 @@ def test_logits_equal_transformers(name, tmp_path):
     assert written["model_type"] == config.model_type
     assert {key: getattr(again, key, None) for key in same} == {key: getattr(config, key, None) for key in same}
 
+    state = hf_tensors(ours.config, ours.state_dict())
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(state[key], tensor) for key, tensor in saved.items())
+    assert set(state) - set(saved) <= {"lm_head.weight"}
+
 
 @pytest.mark.parametrize(
     "family, changes, ours",
     [
-        ("Mistral", dict(sliding_window=16), dict(sliding_window=16)),
         (
             "Glm4Moe",  # all layers dense
             dict(head_dim=8, partial_rotary_factor=0.5, attention_bias=True, first_k_dense_replace=3),
@@ -113,13 +176,7 @@ def test_logits_equal_transformers(name, tmp_path):
                 head_dim=16,
                 attention_bias=True,
                 first_k_dense_replace=3,
-                rope_parameters=dict(
-                    rope_type="yarn",
-                    factor=4.0,
-                    original_max_position_embeddings=64,
-                    rope_theta=1e4,
-                    partial_rotary_factor=0.25,
-                ),
+                rope_parameters=YARN | dict(partial_rotary_factor=0.25),
             ),
             dict(
                 head_dim=16,
@@ -147,7 +204,7 @@ def test_logits_equal_transformers(name, tmp_path):
             ),
         ),
     ],
-    ids=("mistral", "glm4", "glm4 yarn", "mellum"),
+    ids=("glm4 moe", "glm4 moe yarn", "mellum"),
 )
 def test_windows_and_ropes_equal_families_that_are_not_loaded_yet(family, changes, ours):
     transformers = pytest.importorskip("transformers")
@@ -205,6 +262,64 @@ def test_what_a_config_does_not_say_is_what_transformers_takes_it_for(family, le
     with torch.no_grad():
         logits = load_weights(tmp_path).build()(tokens).logits
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_yarn_reaches_factor_times_the_trained_length():
+    """Qwen2.5's files state the trained length, and users add the scaling. The limit stayed as it was."""
+    values = dict(model_type="qwen2", vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    values |= dict(num_key_value_heads=1, max_position_embeddings=32768, rope_scaling=dict(type="yarn", factor=4.0))
+    for stated in ({}, dict(original_max_position_embeddings=32768)):
+        values["rope_scaling"] |= stated
+        config = config_from_hf(values)
+        assert config.max_position_embeddings == 131072
+        assert config.rope_scaling == dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(model_type="mamba"), "model_type 'mamba' is not supported, only llama, mistral, qwen2"),
+        (dict(attention_bias=True), "attention_bias=True"),
+        (dict(model_type="qwen2_moe", num_key_value_heads=1, use_sliding_window=True), "use_sliding_window=True"),
+        (dict(model_type="qwen2_moe", num_key_value_heads=1, mlp_only_layers=[0]), r"mlp_only_layers=\[0\]"),
+        (dict(model_type="qwen2_moe", num_key_value_heads=1, decoder_sparse_step=2), "decoder_sparse_step=2"),
+        (dict(mlp_bias=True), "mlp_bias=True"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(use_sliding_window=True), "use_sliding_window=True"),
+        (dict(quantization_config=dict(quant_method="gptq", bits=4)), "weights quantised by gptq"),
+        (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_scaling kind 'dynamic' is not one of linear"),
+        (dict(rope_scaling=dict(type="yarn")), "rope_scaling of kind yarn lacks factor"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, mscale=0.7)), "RoPE scaling not supported: mscale=0.7"),
+    ],
+)
+def test_what_would_change_the_mathematics_is_refused_by_name(changes, named):
+    values = dict(model_type="llama", vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    values |= dict(max_position_embeddings=64)
+    config_from_hf(values)
+    with pytest.raises(UserError, match=named):
+        config_from_hf(values | changes)
+
+
+def test_a_mixture_that_no_family_computes_is_not_written():
+    for changes in (dict(num_shared_experts=1), dict(qk_norm=False)):
+        config = ModelConfig(**dict(num_experts=4, qk_norm=True) | changes)
+        with pytest.raises(UserError, match="transformers has no family for this model"):
+            config_to_hf(config)
+
+
+def test_a_tensor_that_nobody_reads_is_named_and_an_old_buffer_is_not_missed(tmp_path):
+    """Llama 2's directories hold RoPE's frequencies, which follow from config.json."""
+    from safetensors.torch import save_file
+
+    model = CausalLM(ModelConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(model.config)), encoding="utf-8")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(state, tmp_path / "model.safetensors")
+    load_weights(tmp_path).build()
+    save_file(state | {"model.layers.0.self_attn.o_proj.bias": torch.ones(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"o_proj\.bias"):
+        load_weights(tmp_path).build()
 
 
 @pytest.mark.parametrize("name", [f"minimind{g}_{kind}" for g in (2, 3) for kind in ("dense", "moe", "yarn")])

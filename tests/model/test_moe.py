@@ -77,6 +77,18 @@ def test_balancing_loss_by_hand():
     torch.testing.assert_close(moe(x)[1], torch.tensor([1.4]))
 
 
+def test_balancing_loss_of_two_experts_a_token_by_hand():
+    """4 experts, top-2, one row of 2 tokens, both sent to experts 0 and 1 with p = (0.5, 0.3, 0.1, 0.1).
+    share = count * E / (T k) = 2 * 4 / (2 * 2) = (2, 2, 0, 0); sum = 2 * 0.5 + 2 * 0.3 = 1.6; times 0.5 = 0.8."""
+    moe = build(num_experts_per_tok=2)
+    x = torch.zeros(1, 2, 16)
+    x[..., 0] = 1
+    with torch.no_grad():
+        moe.gate.weight.zero_()
+        moe.gate.weight[:, 0] = torch.tensor([0.5, 0.3, 0.1, 0.1]).log()
+    torch.testing.assert_close(moe(x)[1], torch.tensor([0.8]))
+
+
 def test_balancing_loss_belongs_to_its_row():
     moe = build(num_experts_per_tok=2)
     rows = torch.randn(3, 5, 16)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from tests.helpers.runs import FLAGS, first_gradients, run_stage, torchrun, trai
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
+from trainer.losses import preference
 from trainer.losses.pair_losses import LOSSES, cpo, hinge, ipo, orpo, sigmoid, simpo
 from trainer.losses.preference import Preference, add_reference
 from trainer.train_dpo import DPOConfig
@@ -213,14 +215,20 @@ def engine(folder, batch_size, accumulation_steps, move=True):
     config = parse(DPOConfig, flags)
     data = open_data(PreferenceDataset, config, "dpo", TOKENIZER)
     model = load_weights(write_weights(folder)).build()
-    add_reference([data.train], model, CPU, config, "these weights")
+
+    def prepare(needed):
+        return add_reference(needed, model, CPU, config, "these weights")
+
+    job = Job("dpo", config, model, Preference("sigmoid", 0.5), TOKENIZER, data, True, loader=PairLoader)
+    job.prepare = prepare
+    ready = Engine(job, CPU)
     if move:
         moved_on(model)
-    return Engine(Job("dpo", config, model, Preference("sigmoid", 0.5), TOKENIZER, data, True, loader=PairLoader), CPU)
+    return ready
 
 
 def test_the_first_loss_is_ln_2(tmp_path):
-    """Nothing has moved: all ratios are 1, whatever rows the reference was read in. (The balancing loss is apart.)"""
+    """Nothing has moved: all ratios are 1. (The balancing loss is apart.)"""
     first = engine(tmp_path, 16, 1, move=False)
     loss, kl, n = 0.0, 0.0, 0
     for batch in first.loader.batches(0):
@@ -308,7 +316,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, stop_at):  # noqa: F811
 
 def test_the_reference_is_read_once(tmp_path, capsys):
     """Another run finds it, also with another share of validation; other weights and other lengths have their own."""
-    flags = [f"--data_path={write_dpo(tmp_path / 'dpo.jsonl')}", f"--save_dir={tmp_path}", "--max_steps=1"]
+    flags = [f"--data_path={write_dpo(tmp_path / 'dpo.jsonl')}", f"--save_dir={tmp_path}", "--epochs=1"]
     write_weights(tmp_path)
     read = []
     for more in ([], ["--val_fraction=0.2", "--beta=0.5"], ["--max_prompt_length=5"], ["--loss_type=orpo"]):
@@ -320,6 +328,79 @@ def test_the_reference_is_read_once(tmp_path, capsys):
     fresh, found = ["reference: 24 pairs read"], ["reference: its log-probabilities are in the cache"]
     assert read == [fresh, found, fresh, [], fresh]
     assert len(list((tmp_path / ".cache").glob("dpo.jsonl-reference-*.npy"))) == 3
+
+
+def read_lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference:")]
+
+
+def test_only_the_reference_of_the_steps_of_the_run_is_read(tmp_path, capsys):
+    """`--max_steps 1` read the reference of the whole file first, for 90 seconds. 24 pairs in steps of 4: one step, two
+    more, and the other three. A pair that is repeated is read once. A plan makes ten steps."""
+    data = write_dpo(tmp_path / "dpo.jsonl")
+    flags = [f"--save_dir={tmp_path}", "--batch_size=4"]
+    write_weights(tmp_path)
+    for path, more in ((data, "--max_steps=1"), (data, "--max_steps=3"), (data, "--epochs=2"), (data, "--epochs=3")):
+        run_stage("dpo", *flags, f"--data_path={path}", more)
+    assert read_lines(capsys) == [
+        "reference: 4 pairs read",
+        "reference: 8 pairs read",
+        "reference: 12 pairs read",
+        "reference: its log-probabilities are in the cache",
+    ]
+    run_stage("dpo", *flags, f"--data_path={data}:3", "--epochs=1")  # other data, and so another file
+    assert read_lines(capsys) == ["reference: 24 pairs read"]
+    with pytest.raises(SystemExit):
+        run_stage("dpo", f"--save_dir={tmp_path}", "--batch_size=1", f"--data_path={data}:2", "--epochs=1", "--plan")
+    (line,) = read_lines(capsys)
+    assert 5 <= int(line.split()[1]) <= 10, "of 10 steps of a pair each, some of which may be equal"
+
+
+def test_what_was_read_of_the_reference_is_kept_when_the_run_is_stopped(tmp_path, capsys, monkeypatch):
+    """24 pairs in steps of 4: Ctrl-C while the third step is read. The next run reads the other 16, and the file is bit
+    for bit that of an undisturbed run."""
+    flags = [f"--data_path={write_dpo(tmp_path / 'dpo.jsonl')}", "--batch_size=4", "--epochs=1"]
+    flags.append(f"--from_weight={write_weights(tmp_path)}")
+    read, seen = preference.read_answers, []
+
+    def interrupted(model, batch):
+        seen.extend(batch.examples)
+        if len(seen) > 8:
+            raise KeyboardInterrupt
+        return read(model, batch)
+
+    monkeypatch.setattr(preference, "read_answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("dpo", *flags, f"--save_dir={tmp_path}")
+    (path,) = tmp_path.glob(".cache/dpo.jsonl-reference-*.npy")
+    assert np.isnan(np.load(path)).sum() == 2 * 16
+    monkeypatch.undo()
+    run_stage("dpo", *flags, f"--save_dir={tmp_path}")
+    run_stage("dpo", *flags, f"--save_dir={tmp_path}", f"--cache_dir={tmp_path / 'other'}")
+    assert read_lines(capsys) == ["reference: 16 pairs read", "reference: 24 pairs read"]
+    assert np.array_equal(np.load(path), np.load(tmp_path / "other" / path.name))
+
+
+def test_ranks_that_know_different_parts_read_the_same_pairs(tmp_path):
+    """Two machines with disks of their own: the first knows steps 0 and 1, the second step 1 only. Both have to read
+    the same batches, or they wait for each other for ever."""
+    data = write_dpo(tmp_path / "dpo.jsonl")
+    ds = PreferenceDataset(data, TOKENIZER, max_seq_len=32)
+    loader = PairLoader(ds, packing=True, batch_size=4, accumulation_steps=1, max_seq_len=32)
+    asked, flag = [], torch.ones(len(ds), dtype=torch.uint8)
+    flag[ds.order[loader.examples(0)]] = 0  # what the other machine does not know
+
+    class OneOfTwo(Backend):
+        def gather(self, tensor):
+            asked.append(len(tensor))
+            return [tensor, flag if tensor.dtype == torch.uint8 else torch.zeros_like(tensor)]
+
+    backend, model = OneOfTwo(torch.device("cpu")), small_model(std=0.2)
+    config = parse(DPOConfig, [*FLAGS, f"--data_path={data}"])
+    first = add_reference([(loader, 2)], model, CPU, config, "these weights")
+    assert first == "reference: 8 pairs read" and not asked
+    again = add_reference([(loader, 2)], model, backend, config, "these weights")
+    assert again == "reference: 4 pairs read" and asked == [24, 4]
 
 
 def test_preferences_are_learned_and_logged(tmp_path):

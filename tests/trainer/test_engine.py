@@ -31,11 +31,28 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
         assert_same_gradients(found, expected, 1e-5 if batch_size == 1 else 5e-6)
 
 
+def test_the_figures_of_a_step_are_of_all_its_micro_batches(tmp_path):
+    """The logged loss of a step in 4 parts is that of the same step in one, and not that of its last part."""
+    write_sft(tmp_path / "sft.jsonl")
+    found = []
+    for batch_size, accumulation_steps in ((16, 1), (4, 4)):
+        engine = sft_engine(tmp_path, batch_size, accumulation_steps)
+        result = engine.train_step(engine.loader.batches(0))
+        found.append((result.units, result.tokens, result.metrics["loss"].item()))
+    (units, tokens, loss), divided = found
+    assert divided == (units, tokens, pytest.approx(loss, rel=1e-5)) and units == tokens > 16
+
+
 def test_two_ranks_give_the_same_gradient(tmp_path):
     write_sft(tmp_path / "sft.jsonl")
     expected = first_gradients(sft_engine(tmp_path, 16, 1))
     torchrun(ROOT / "tests" / "helpers" / "gradients_run.py", tmp_path)
     assert_same_gradients(torch.load(tmp_path / "two_ranks.pth", weights_only=True), expected, 5e-6)
+    # a loss that is infinite on rank 1 only: rank 0, where everything is finite, has to leave the step out as well
+    found = json.loads((tmp_path / "rank_0.json").read_text())
+    trained = sum(batch.trained_tokens for batch in sft_engine(tmp_path, 16, 1).loader.batches(0))
+    assert found.pop("units") == found.pop("tokens") == trained, "of both ranks"
+    assert found == dict(bad=1.0, moved=False, own_gradient_is_finite=True, own=[True, True])
 
 
 def test_one_process_and_torchrun_train_the_same_model(tmp_path):
@@ -133,6 +150,19 @@ def test_a_broken_state_is_named_and_the_one_before_is_taken(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "weights.safetensors is not what was written; trying the one before" in said
     assert "resumed after step 4 of 6" in said
+
+
+def test_what_a_continued_run_keeps(tmp_path):
+    """The lowest validation loss so far, or best/ would get worse weights after every stop; and the examples of a step:
+    8 as 4 x 2 before, as 8 x 1 afterwards, whatever --accumulation_steps says."""
+    write_sft(tmp_path / "sft.jsonl")
+    first = sft_engine(tmp_path, 4, 2, max_steps=4, val_fraction=0.2)
+    first.best = 0.25
+    first.save()
+    second = sft_engine(tmp_path, 8, 2, max_steps=4, val_fraction=0.2, from_resume="auto")
+    assert second.best == 0.25 and second.loader.examples_per_step == 8 and len(second.loader.examples(0)) == 8
+    with pytest.raises(ValueError, match="--batch_size 3 x 1 processes does not divide the 8 examples of a step"):
+        sft_engine(tmp_path, 3, 1, max_steps=4, val_fraction=0.2, from_resume="auto")
 
 
 def test_resuming_another_model_is_refused(tmp_path):
@@ -279,6 +309,11 @@ def test_clipping_by_hand():
     torch.testing.assert_close(parameters[0].grad, torch.tensor([0.6, 0.0]))
     torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 0.8]))
     assert clip_and_check(parameters, 1.0, 1.0, torch.tensor(False))[1].item() == 1  # the loss was not finite
+    # a norm of 1 under a limit of 9, or without a limit: only the scale of 2 is taken out
+    for limit in (9.0, 0.0):
+        parameters[0].grad, parameters[1].grad = torch.tensor([1.2, 0.0]), torch.tensor([0.0, 1.6])
+        clip_and_check(parameters, limit, 2.0, torch.tensor(True))
+        torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 0.8]))
 
 
 # ---- what a run leaves behind

@@ -176,7 +176,7 @@ def test_packed_rows_compute_what_single_ones_do(world, tmp_path):
     found = []
     for length in (64, 256):
         run_stage("lora", *flags, f"--max_seq_len={length}", f"--save_dir={tmp_path / str(length)}", "--on_long=drop")
-        found.append(load_adapter(tmp_path / str(length) / NAME))
+        found.append(load_adapter(tmp_path / str(length) / "lora/lora_short_32.pth"))  # named after its data
     assert found[0].lineage[-1]["rows"] == found[1].lineage[-1]["rows"] == len(rows)
     assert found[0].lineage[-1]["losses"]["loss"] == pytest.approx(found[1].lineage[-1]["losses"]["loss"], abs=1e-5)
     for name, tensor in found[0].state.items():  # where a gradient is nearly 0, Adam makes much of a rounding error

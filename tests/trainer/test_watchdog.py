@@ -176,3 +176,12 @@ def test_a_scale_of_one_grows_again(tmp_path):
     watch.scale, watch.good = 1.0, 1999
     step(watch, 1, 4.0, units=4.0)
     assert watch.check() and watch.scale == 2.0
+
+
+def test_an_overflow_begins_the_count_of_good_steps_anew(tmp_path):
+    """2,000 good steps in a row double the scale. After 1,999 and an overflow, the next good one is the first."""
+    watch, _ = watchdog(tmp_path, scaled=True)
+    watch.good = 1999
+    step(watch, 1, 2.0, norm=float("inf"), bad=1.0)
+    step(watch, 2, 2.0)
+    assert watch.check() and watch.scale == INITIAL_LOSS_SCALE / 2

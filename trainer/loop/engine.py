@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
-from common.files import ROOT, keep_previous
+from common.files import keep_previous, relative_to_root
 from common.options import describe
 from dataset.batches.loader import Batch, Loader
 from model.checkpoint import weights_name
@@ -38,7 +39,7 @@ from trainer.loop.watchdog import Watchdog
 from trainer.run import resume
 from trainer.run.logger import RunLogger
 from trainer.run.meter import Meter
-from trainer.run.plan import plan, rehearsal
+from trainer.run.plan import STEPS, plan, rehearsal
 
 
 class Engine:
@@ -69,6 +70,7 @@ class Engine:
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
         self.meter = Meter(self.model, self.dtype, backend.device, config.measure_peak)
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
+        self.prepare_seconds = self._prepare()
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.logger = RunLogger.create(
@@ -118,6 +120,19 @@ class Engine:
             seed=self.config.seed,
             shuffle=shuffle,
         )
+
+    def _prepare(self) -> float:
+        """Lets the stage compute what it needs before training -> the seconds this takes for the whole run. A plan
+        prepares the steps that it makes itself; the seconds of the others are estimated."""
+        if self.job.prepare is None:
+            return 0.0
+        needed = [(self.loader, min(self.total, self.loader.steps_per_epoch))]
+        if self.val_loader is not None:
+            needed.append((self.val_loader, self.val_loader.steps_per_epoch))
+        now = [(loader, min(steps, STEPS)) for loader, steps in needed] if self.config.plan else needed
+        begin = time.perf_counter()
+        self.job.notes.append(self.job.prepare(now))
+        return (time.perf_counter() - begin) * sum(steps for _, steps in needed) / sum(steps for _, steps in now)
 
     def _accumulation(self, state: Path | None) -> int:
         """Micro-batches in a step. A resumed run keeps the examples of a step (batch_size x accumulation_steps x
@@ -303,7 +318,7 @@ class Engine:
             if replaces and (line := keep_previous(path, every=self.job.output.keeps_all)):
                 self.logger.print(line)
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
-            tokenizer = dict(path=_relative(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
+            tokenizer = dict(path=relative_to_root(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
             self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage)
 
     def _trained(self) -> dict[str, torch.Tensor]:
@@ -378,9 +393,3 @@ class Engine:
                     f"changed since then: {', '.join(changed)}"
                     + ("; so equal within 1e-5, not bit by bit" if part == "machine" else "")
                 )
-
-
-def _relative(path: str) -> str:
-    """A path inside the repository, relative to its root: then a clone can be moved together with its weights."""
-    path = Path(path).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)

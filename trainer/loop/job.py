@@ -30,6 +30,17 @@ class Rollout(Protocol):
         ...
 
 
+class Preparation(Protocol):
+    """Computes what batches need of the model as it is before training: the reference of preferences, say."""
+
+    def __call__(self, needed: list[tuple[Loader, int]]) -> str:
+        """Called once, on all ranks, before a checkpoint is loaded -> a line to print.
+
+        needed: each loader, and how many of its first steps the run takes; at most an epoch, which has every example
+        """
+        ...
+
+
 @dataclass
 class Job:
     """A stage, as the engine sees it."""
@@ -46,3 +57,4 @@ class Job:
     output: Weights = field(default_factory=Weights)  # which files are written
     loader: type[Loader] = Loader
     rollout: Rollout | None = None  # None: the batches of the loader are trained on as they are
+    prepare: Preparation | None = None  # None: nothing has to be computed before training

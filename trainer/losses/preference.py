@@ -11,6 +11,7 @@ P = pairs of a batch, B = its rows, T = their length
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 from common.console import Progress
 from common.files import atomic_file
-from dataset.batches.preference import PairBatch, PairLoader, PreferenceDataset
+from dataset.batches.preference import PairBatch, PairLoader
 from dataset.tokens.cache import cache_root
 from model.lora import adapter_disabled
-from model.precision import pick_dtype
 from model.transformer import CausalLM
 from trainer.loop.backend import Backend
 from trainer.losses.pair_losses import LOSSES
+from trainer.stage import StageConfig
 
 
 def read_answers(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,63 +90,74 @@ class Preference:
 # ---- the reference ----
 
 
-def add_reference(datasets: list[PreferenceDataset], model: CausalLM, backend: Backend, config, weights: str) -> str:
-    """Gives each data set the log-probabilities of its answers under `model` as it is now -> a line to print.
+def add_reference(
+    needed: list[tuple[PairLoader, int]], model: CausalLM, backend: Backend, config: StageConfig, weights: str
+) -> str:
+    """Gives the loaders' data sets the log-probabilities of their answers under `model` as it is now -> a line to
+    print.
 
-    They are computed once, by all ranks, and kept beside the token cache. The file's name depends on everything they
-    follow from: data, tokenizer and lengths (the fingerprint), the hash of the weights, and the precision. The file is
-    mapped, not held in memory.
+    Only the pairs of the steps that are needed are read (trainer/loop/job.py), by all ranks together, in the batches in
+    which they are trained on. They are kept beside the token cache as they are read, so that whoever stops the run
+    loses at most a step. The file's name depends on everything they follow from: data, tokenizer and lengths (the
+    fingerprint), the hash of the weights, and the precision. The file is mapped, not held in memory.
     """
-    model.to(backend.device)
-    model.compute_dtype, _ = pick_dtype(config.dtype, backend.device)
-    made = []
-    for dataset in datasets:
-        everything = dataset.distinct
+    read = 0
+    for loader, steps in needed:
+        everything, folder = loader.dataset.distinct, cache_root(loader.dataset.path, config.cache_dir)
         key = hashlib.sha256(f"1 {everything.fingerprint} {weights} {model.compute_dtype}".encode()).hexdigest()[:16]
-        path = cache_root(dataset.path, config.cache_dir) / f"{dataset.path.name}-reference-{key}.npy"
-        (missing,) = backend.sum(not path.is_file())
-        if missing:
-            values = _reference(everything, model, backend, config)
-            made.append(len(everything))
-            if backend.main:
-                _save(path, values)
+        path = folder / f"{loader.dataset.path.name}-reference-{key}.npy"
+        for writes in (backend.main, True):  # then those ranks that do not see the first one's disk
+            if writes and not path.is_file():
+                _save_unknown(path, int(everything.order.max()) + 1)
             backend.barrier()
-            if not path.is_file():  # another host's disk
-                _save(path, values)
-        dataset.reference = np.load(path, mmap_mode="r")
-    return f"reference: {sum(made):,} pairs read" if made else "reference: its log-probabilities are in the cache"
+        read += _read_missing(path, loader, steps, model, backend)
+        backend.barrier()
+        loader.dataset.reference = np.load(path, mmap_mode="r")
+    return f"reference: {read:,} pairs read" if read else "reference: its log-probabilities are in the cache"
 
 
 @torch.no_grad()
-def _reference(dataset: PreferenceDataset, model: nn.Module, backend: Backend, config) -> np.ndarray:
-    """(distinct examples, 2) fp32"""
-    by_length = dataset.view(np.argsort(-dataset.lengths, kind="stable"), "")  # the same lengths fill rows best
-    loader = PairLoader(
-        by_length,
-        packing=True,
-        batch_size=config.batch_size,
-        accumulation_steps=8,
-        max_seq_len=config.max_seq_len,
-        rank=backend.rank,
-        world=backend.world,
-        shuffle=False,
-    )
-    values = torch.zeros(int(dataset.order.max()) + 1, 2)
-    progress = Progress("reference", len(dataset), " pairs") if backend.main else None
+def _read_missing(path: Path, loader: PairLoader, steps: int, model: CausalLM, backend: Backend) -> int:
+    """Fills in what the file lacks of the loader's first `steps` steps -> how many pairs were read.
+
+    The file has a row for each distinct pair, chosen and rejected in fp32, and NaN where it was not read yet. All ranks
+    write the same numbers, since several of them may have disks of their own. A value of 4 bytes is on the disk or is
+    not, so the file needs no other form while it is incomplete.
+    """
+    own = torch.from_numpy(~np.isnan(np.load(path, mmap_mode="r")).any(1)).to(torch.uint8)
+    known = torch.stack(backend.gather(own)).amin(0).bool().numpy()  # on every rank's disk
+    pairs_of = lambda step: loader.dataset.order[loader.examples(step)]
+    missing = [step for step in range(steps) if not known[pairs_of(step)].all()]
+    if not missing:
+        return 0
+    values = np.load(path, mmap_mode="r+")
+    pairs = np.unique(np.concatenate([pairs_of(step) for step in missing]))
+    total = int((~known[pairs]).sum())
+    progress = Progress("reference", total, " pairs") if backend.main else None
     training = model.training
     model.eval()
-    for step, batches in loader.prefetch(0, loader.steps_per_epoch):
+    for step, batches in loader.prefetch(missing[0], missing[-1] + 1):
+        pairs = pairs_of(step)
+        unknown = np.flatnonzero(~known[pairs])
+        if not len(unknown):
+            continue
+        place = {example: i for i, example in enumerate(loader.examples(step).tolist())}
+        found = torch.zeros(len(pairs), 2)
         for batch in batches:
-            found, _, _ = read_answers(model, batch.to(backend.device))
-            values[by_length.order[list(batch.examples)]] = found.float().cpu()
+            sums, _, _ = read_answers(model, batch.to(backend.device))
+            found[[place[example] for example in batch.examples]] = sums.float().cpu()
+        found = torch.stack(backend.gather(found)).sum(0)  # each pair is of one rank, and 0 on the others
+        values[pairs[unknown]] = found[unknown].numpy()
         if progress:
-            progress.advance(len(loader.examples(step)))
+            progress.advance(len(np.unique(pairs[unknown])))
+        known[pairs] = True
     model.train(training)
+    values.flush()
     if progress:
         progress.close()
-    return torch.stack(backend.gather(values)).sum(0).numpy()
+    return total
 
 
-def _save(path, values: np.ndarray) -> None:
+def _save_unknown(path: Path, pairs: int) -> None:
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, values)
+        np.save(file, np.full((pairs, 2), np.nan, np.float32))

@@ -212,6 +212,7 @@ def report(engine, rows: int, measured: dict[str, float]) -> None:
     validations = -(-total // c.val_interval) if c.val_interval else saves
     steps = measured["first"] + measured["step"] * max(total - min(WARM_UP, measured["steps"] - 1), 0)
     aside = saves * measured["save"] + validations * measured["validation"]
+    whole = engine.prepare_seconds + steps + aside
     clock = lambda seconds: str(timedelta(seconds=round(seconds)))
     speed = measured["tokens"] / measured["step"]
     free, times = free_memory(engine.backend.device), c.batch_size // rows * c.accumulation_steps
@@ -221,9 +222,9 @@ def report(engine, rows: int, measured: dict[str, float]) -> None:
     say(f"  batch    {fits}: --batch_size {rows} --accumulation_steps {times}")
     say(f"  memory   {measured['memory']:.2f} GiB at most{of}")
     say(f"  speed    {measured['step']:.3g} s a step, {speed:,.0f} trained tokens/s")
-    say(f"  time     {clock(steps + aside)} for {total:,} steps ({clock(aside)} of it for validating and saving)")
+    say(f"  time     {clock(whole)} for {total:,} steps ({clock(aside)} of it for validating and saving)")
     if c.price_per_hour:
-        say(f"  cost     {(steps + aside) / 3600 * c.price_per_hour:.2f} at {c.price_per_hour:g} an hour")
+        say(f"  cost     {whole / 3600 * c.price_per_hour:.2f} at {c.price_per_hour:g} an hour")
     else:
         say("  cost     with --price_per_hour")
     sys.stdout.flush()

@@ -19,6 +19,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,8 +67,11 @@ def write_state(path: Path, tensors: dict[str, dict[str, Tensor]], values: dict)
         _write_json(folder / MANIFEST, {name: _fingerprint(folder / name) for name in files})
 
 
-def problem(path: Path) -> str | None:
-    """What is wrong with a state on the disk: which file is missing, or is not what was written. None: it is whole."""
+def problem(path: Path, only: str | None = None) -> str | None:
+    """What is wrong with a state on the disk: which file is missing, or is not what was written. None: it is whole.
+
+    only: look at this file alone, since reading all of a large model takes minutes
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -77,6 +81,8 @@ def problem(path: Path) -> str | None:
     if not isinstance(manifest, dict) or "state.json" not in manifest:
         return f"{MANIFEST} is damaged (it does not list state.json)"
     for name, expected in manifest.items():
+        if only not in (None, name):
+            continue
         try:
             if Path(name).name != name or _fingerprint(path / name) != expected:
                 return f"{name} is not what was written"
@@ -204,48 +210,77 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
     identity  what has to be equal, see RULE; UserError if there are states, but none of this identity
 
     A process that torchrun has restarted continues what this launch of torchrun has saved, whatever the flag says.
+    Other runs' states are compared by their plain values only: they are neither read as a whole nor renamed.
     """
-    newest = lambda: [state for run in sorted(states.glob("*"), reverse=True) if (state := newest_state(run, say))]
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        if ours := [state for state in newest() if read_values(state).get("launch") == launch()]:
-            return ours[0]
+        foreign = lambda values: [] if values.get("launch") == launch() else ["another launch"]
+        if ours := _newest_of(_runs(states), foreign, say)[0]:
+            return ours
         say(f"restarted before anything was saved in {states}")
     if wanted in ("0", ""):
         return None
-    if wanted in ("1", "auto"):
-        candidates = newest()
-        if not candidates:
-            say(f"nothing to resume in {states}: starting a new run")
-            return None
-    else:
-        candidates = [_at(Path(wanted), say)]
-    reasons = []
-    for path in candidates:
-        theirs = read_values(path)["identity"]
-        different = [
+
+    def differences(values: dict) -> list[str]:
+        theirs = values["identity"]
+        return [
             f"{k} was {_short(theirs.get(k))}, is {_short(v)}"
             for k, v in identity.items()
             if not (same_weights(v, theirs.get(k)) if k in WEIGHTS else v == theirs.get(k))
         ]
-        if not different:
-            return path
-        reasons.append(f"{path}: {', '.join(different)}")
+
+    path = Path(wanted)
+    if wanted in ("1", "auto"):
+        state, reasons = _newest_of(_runs(states), differences, say)
+        if not state and not reasons:
+            say(f"nothing to resume in {states}: starting a new run")
+            return None
+    elif _number(path):
+        state, reasons = _given(path, differences)
+    else:
+        state, reasons = _newest_of([path], differences, say)
+        if not state and not reasons:
+            raise UserError(f"--from_resume {path}: no whole state there; give the directory of a run or of a step_*")
+    if state:
+        return state
     raise UserError(
         f"--from_resume {wanted}: no state of the same model and data; {' | '.join(reasons[:3])}. {RULE[0].upper()}"
         f"{RULE[1:]}"
     )
 
 
-def _at(path: Path, say) -> Path:
-    """The state at a path that the user gave: of a state, or of a run, which means its newest state."""
-    if _number(path):
-        if reason := problem(path):
-            raise UserError(f"--from_resume {path}: {reason}; take another step_* beside it, or auto")
-        return path
-    state = newest_state(path, say)
-    if state is None:
-        raise UserError(f"--from_resume {path}: no whole state there; give the directory of a run or of a step_*")
-    return state
+def _newest_of(
+    runs: list[Path], differences: Callable[[dict], list[str]], say: Callable[[str], None]
+) -> tuple[Path | None, list[str]]:
+    """The newest whole state of the first of these runs without differences -> (it or None, why the others are not it).
+
+    differences: the plain values of a state -> how it differs from what is looked for
+    """
+    reasons = []
+    for run in runs:
+        newest = next((state for state in reversed(_states(run)) if not problem(state, "state.json")), None)
+        if newest is None:
+            if found := _states(run):  # nobody knows whose they are
+                say(f"{found[-1]}: {problem(found[-1], 'state.json')}; left as it is")
+        elif different := differences(read_values(newest)):
+            reasons.append(f"{newest}: {', '.join(different)}")
+        elif (state := newest_state(run, say)) and not differences(read_values(state)):
+            return state, []
+    return None, reasons
+
+
+def _given(state: Path, differences: Callable[[dict], list[str]]) -> tuple[Path | None, list[str]]:
+    """As `_newest_of`, for one state that the user names. UserError if it is damaged."""
+    for only in ("state.json", None):  # the rest takes longer, and is of no interest where the values differ
+        if reason := problem(state, only):
+            raise UserError(f"--from_resume {state}: {reason}; take another step_* beside it, or auto")
+        if different := differences(read_values(state)):
+            return None, [f"{state}: {', '.join(different)}"]
+    return state, []
+
+
+def _runs(states: Path) -> list[Path]:
+    """The folders of the runs, the newest first."""
+    return sorted(states.glob("*"), reverse=True)
 
 
 def _short(value) -> str:
