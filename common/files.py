@@ -275,5 +275,5 @@ def _system_errors(path: Path) -> Iterator[None]:
 
 def relative_to_root(path: str) -> str:
     """A path inside the repository, relative to its root: then a clone can be moved together with its weights."""
-    path = Path(path).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+    found = Path(path).resolve()
+    return found.relative_to(ROOT).as_posix() if found.is_relative_to(ROOT) else str(found)
