@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from common.files import ROOT
-from dataset.read import mapping
 from dataset.read import text as plain_text
 from dataset.read.formats import canonical
+from dataset.read.jsonl import Head
 from dataset.read.text import TextFile
 from dataset.tokens import cache, encode, examples
 from dataset.tokens import token_cache as tc
@@ -459,12 +459,11 @@ def test_a_file_that_is_taken_once_is_not_shuffled(monkeypatch):
 def test_a_file_of_the_wrong_kind_is_refused_at_its_head(tmp_path, monkeypatch, on_bad_row):
     """Every row of it was parsed before: ten minutes for 10 GB."""
     file = jsonl(tmp_path / "a.jsonl", *[{"text": "a"}] * 1000)
-    parsed = []
-    parse_row = mapping.parse_row
-    monkeypatch.setattr(mapping, "parse_row", lambda raw: parsed.append(1) or parse_row(raw))
+    read = []
+    monkeypatch.setattr(Head, "raw", lambda self, i, raw=Head.raw: read.append(i) or raw(self, i))
     with pytest.raises(ValueError, match=r"a\.jsonl:1: no conversation"):
         sft(file, on_bad_row=on_bad_row)
-    assert len(parsed) == 1 and os.listdir(tmp_path) == ["a.jsonl"]
+    assert len(read) == 100 and os.listdir(tmp_path) == ["a.jsonl"]
     pretrain(file)  # now there is an index
     with pytest.raises(ValueError, match=r"a\.jsonl:1: no conversation"):
         sft(file, on_bad_row=on_bad_row)
