@@ -15,9 +15,9 @@ from dataset.read import text as plain_text
 from dataset.read.formats import canonical
 from dataset.read.jsonl import Head
 from dataset.read.text import TextFile
-from dataset.tokens import cache, encode, examples
+from dataset.tokens import cache, encode, order
 from dataset.tokens import token_cache as tc
-from dataset.tokens.examples import repeated, weighted
+from dataset.tokens.order import repeated, weighted
 from tests.helpers.datasets import pretrain, sft
 from tests.helpers.rows import chat, jsonl
 from tests.helpers.tokenizers import ByteTokenizer, text
@@ -447,7 +447,7 @@ def test_a_hint_about_any_row_is_harmless(tmp_path):
 def test_a_file_that_is_taken_once_is_not_shuffled(monkeypatch):
     """It was, for a part of none of its rows: 2.5 s and 460 MB for 20 million."""
     expected = repeated([3, 4], [1.0, 2.5], seed=1).tolist()
-    monkeypatch.setattr(examples, "shuffled", None)  # may not be called
+    monkeypatch.setattr(order, "shuffled", None)  # may not be called
     assert repeated([3, 4], [1.0, 2.0], seed=1).tolist() == expected[:11] == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6]
     assert repeated([3], [1.0], seed=1).dtype == np.int32
 
