@@ -30,7 +30,8 @@ from benchmarks.common import machine, spread
 from dataset.batches.loader import Loader
 from dataset.read.jsonl import Jsonl
 from dataset.tokens import token_cache
-from dataset.tokens.examples import PretrainDataset, shuffled
+from dataset.tokens.examples import PretrainDataset
+from dataset.tokens.order import shuffled
 from tokenizer.text import Tokenizer
 
 STEPS, PER_STEP, MAX_SEQ_LEN = 200, 32, 512

@@ -135,7 +135,7 @@ class Corpus:
         from dataset.read.jsonl import Jsonl
         from dataset.read.text import TextFile
         from dataset.tiny_world.files import generate
-        from dataset.tokens.examples import weighted
+        from dataset.tokens.order import weighted
 
         specs = config.data_path or generate(ROOT / "out" / "tiny_world").values()
         pairs = [weighted(spec) for spec in specs]
@@ -170,7 +170,8 @@ class Corpus:
         return bool(self.config.holdout) and number % 2**32 % self.config.holdout == 0
 
     def _rows(self, file) -> Iterator[tuple[list[tuple[str, str]], int]]:
-        from dataset.read.jsonl import Jsonl, decode, parse_row
+        from dataset.read.jsonl import Jsonl
+        from dataset.read.parse import decode, parse_row
 
         for chunk in file.chunks(1 << 16):
             for raw, line in zip(chunk.rows, chunk.lines):

@@ -29,7 +29,8 @@ import torch
 
 from common.console import UserError
 from dataset.batches.packing import pack
-from dataset.tokens.examples import TokenDataset, shuffled
+from dataset.tokens.examples import TokenDataset
+from dataset.tokens.order import shuffled
 
 IGNORED = -100  # a target that is not trained on
 SELECTED_MULTIPLE = 128

@@ -24,6 +24,7 @@ import numpy as np
 
 from common.console import Progress, UserError
 from common.files import hash_file
+from dataset.read.parse import likely_encoding, parse_row, refuse_other_files
 from dataset.tokens.cache import Mapped, cache_root, get_or_build, require_space
 
 BLOCK = 8 << 20  # bytes read at a time
@@ -33,18 +34,6 @@ LONGEST = 64 << 20  # bytes of a line that is read as part of the head
 ENDS = 64 << 10  # bytes at the start and at the end, hashed to notice that a file has changed
 BOM = b"\xef\xbb\xbf"
 SPACE, LINE_END = re.compile(r"\s*"), re.compile(r"[\r\n]\s*")
-FROM_PARQUET = (
-    "python -c \"import json, pyarrow.parquet as p; open('{0}.jsonl', 'w').writelines(json.dumps(row, default=str) + "
-    "'\\n' for part in p.ParquetFile('{0}{1}').iter_batches() for row in part.to_pylist())\""
-)
-OTHER_FILES = {  # how it begins: what it is, and what makes text of it; {0}{1} is its name
-    b"\xff\xfe": ("UTF-16 text", "iconv -f utf-16 -t utf-8 {0}{1} > {0}.utf8{1}"),
-    b"\xfe\xff": ("UTF-16 text", "iconv -f utf-16 -t utf-8 {0}{1} > {0}.utf8{1}"),
-    b"\x1f\x8b": ("a gzip file", "gunzip -k {0}{1}"),
-    b"PK\x03\x04": ("a zip file", "unzip {0}{1}"),
-    b"PAR1": ("a Parquet file", FROM_PARQUET),
-    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull"),
-}
 
 
 class Chunk(NamedTuple):
@@ -244,14 +233,6 @@ def require_file(path: str | Path) -> Path:
     return path
 
 
-def refuse_other_files(path: Path, head: bytes) -> None:
-    """UserError with the command that converts it, if a file that begins like this is not text in UTF-8."""
-    for start, (name, command) in OTHER_FILES.items():
-        if head.startswith(start):
-            converts = command.format(path.with_suffix(""), path.suffix)
-            raise UserError(f"{path}: is {name}, and JSONL in UTF-8 is needed; convert it: {converts}")
-
-
 def entry_name(path: Path, kind: str, state: str) -> str:
     """A name in the cache: the data file's, what it holds, and a hash of all that it depends on."""
     key = hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -367,7 +348,9 @@ class _ArrayReader:
             read = self.source.read(max(WINDOW, len(rest)))  # doubling: a huge element is scanned a few times only
         except UnicodeDecodeError as error:
             where = f"{self.path}:{line}"
-            raise UserError(f"{where}: not UTF-8 here or below ({error.reason}); {_likely(error.object)}") from None
+            raise UserError(
+                f"{where}: not UTF-8 here or below ({error.reason}); {likely_encoding(error.object)}"
+            ) from None
         self.text, self.at, self.counted, self.ended = rest + read, 0, 0, not read
 
     def skip(self, characters: str) -> str:
@@ -403,75 +386,3 @@ class _ArrayReader:
             except ValueError as error:  # a number of thousands of digits
                 self.fail(str(error))
             self.more()
-
-
-def parse_row(raw: bytes) -> dict:
-    """The object that a row holds. UserError says what is wrong with it, without file and line."""
-    text = decode(raw)
-    if text.strip() in ("{", "["):
-        raise UserError(
-            "a row has to be on one line, and this one continues on the next; objects over several lines have to "
-            "be a .json array"
-        )
-    row = loads(text)
-    if not isinstance(row, dict):
-        raise UserError(f"a row must be an object {{...}}, this is {type(row).__name__} {text[:40]!r}")
-    return row
-
-
-def loads(text: str) -> object:
-    """Parses JSON. Also errors: a key twice in one object (one value would be lost), and half of a surrogate pair."""
-    try:
-        value = _value(text)
-        if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except json.JSONDecodeError as error:
-        raise UserError(f"broken JSON at column {error.colno}: {error.msg}") from None
-    except UnicodeEncodeError as error:  # half of a surrogate pair is valid JSON but no text
-        raise UserError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
-    except RecursionError:
-        raise UserError("nested too deeply") from None
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):  # json would silently keep the last one
-        keys = [key for key, _ in pairs]
-        raise UserError(f'the key "{next(key for key in keys if keys.count(key) > 1)}" stands twice in one object')
-    return found
-
-
-_decoder = json.JSONDecoder(object_pairs_hook=_unique)
-
-
-def _value(text: str) -> object:
-    try:  # `decode` without its two searches for white space, which take time
-        value, end = _decoder.scan_once(text, 0)  # type: ignore[attr-defined]
-        if end == len(text):
-            return value
-    except StopIteration:
-        pass
-    return _decoder.decode(text)
-
-
-def decode(raw: bytes) -> str:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 at byte {error.start + 1}; {_likely(raw)}") from None
-    if "\0" in text:
-        column = text.index("\0") + 1
-        raise UserError(f"a NUL character at column {column}; was the file cut off while it was written?")
-    return text
-
-
-def _likely(raw: bytes) -> str:
-    for start, (name, _) in OTHER_FILES.items():
-        if raw.startswith(start):
-            return f"it looks like {name}"
-    try:
-        raw.decode("gb18030")
-    except UnicodeDecodeError:
-        return "save the file as UTF-8"
-    return "it looks like gbk: convert with `iconv -f gb18030 -t utf-8`"

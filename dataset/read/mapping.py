@@ -21,7 +21,8 @@ from common.console import UserError
 from common.yaml_file import read_yaml
 from dataset.kinds import KINDS
 from dataset.read.formats import DIALOGUES, column_names, layout_of, not_that_kind, unread
-from dataset.read.jsonl import HEAD_ROWS, Rows, decode, parse_row
+from dataset.read.jsonl import HEAD_ROWS, Rows
+from dataset.read.parse import decode, parse_row
 
 
 @dataclass(frozen=True)

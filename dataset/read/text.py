@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from common.console import Progress, UserError
-from dataset.read.jsonl import BLOCK, BOM, HEAD_BYTES, Chunk, decode, entry_name, refuse_changes, require_file, state_of
+from dataset.read.jsonl import BLOCK, BOM, HEAD_BYTES, Chunk, entry_name, refuse_changes, require_file, state_of
+from dataset.read.parse import decode
 from dataset.tokens.cache import cache_root, get_or_build
 
 

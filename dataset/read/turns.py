@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from common.console import UserError
-from dataset.read.jsonl import loads
+from dataset.read.parse import loads
 
 ROLES = {
     "human": "user",

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from common.files import ROOT
-from dataset.read import mapping
 from dataset.read import text as plain_text
 from dataset.read.formats import canonical
+from dataset.read.jsonl import Head
 from dataset.read.text import TextFile
-from dataset.tokens import cache, encode, examples
+from dataset.tokens import cache, encode, order
 from dataset.tokens import token_cache as tc
-from dataset.tokens.examples import repeated, weighted
+from dataset.tokens.order import repeated, weighted
 from tests.helpers.datasets import pretrain, sft
 from tests.helpers.rows import chat, jsonl
 from tests.helpers.tokenizers import ByteTokenizer, text
@@ -447,7 +447,7 @@ def test_a_hint_about_any_row_is_harmless(tmp_path):
 def test_a_file_that_is_taken_once_is_not_shuffled(monkeypatch):
     """It was, for a part of none of its rows: 2.5 s and 460 MB for 20 million."""
     expected = repeated([3, 4], [1.0, 2.5], seed=1).tolist()
-    monkeypatch.setattr(examples, "shuffled", None)  # may not be called
+    monkeypatch.setattr(order, "shuffled", None)  # may not be called
     assert repeated([3, 4], [1.0, 2.0], seed=1).tolist() == expected[:11] == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6]
     assert repeated([3], [1.0], seed=1).dtype == np.int32
 
@@ -459,12 +459,11 @@ def test_a_file_that_is_taken_once_is_not_shuffled(monkeypatch):
 def test_a_file_of_the_wrong_kind_is_refused_at_its_head(tmp_path, monkeypatch, on_bad_row):
     """Every row of it was parsed before: ten minutes for 10 GB."""
     file = jsonl(tmp_path / "a.jsonl", *[{"text": "a"}] * 1000)
-    parsed = []
-    parse_row = mapping.parse_row
-    monkeypatch.setattr(mapping, "parse_row", lambda raw: parsed.append(1) or parse_row(raw))
+    read = []
+    monkeypatch.setattr(Head, "raw", lambda self, i, raw=Head.raw: read.append(i) or raw(self, i))
     with pytest.raises(ValueError, match=r"a\.jsonl:1: no conversation"):
         sft(file, on_bad_row=on_bad_row)
-    assert len(parsed) == 1 and os.listdir(tmp_path) == ["a.jsonl"]
+    assert len(read) == 100 and os.listdir(tmp_path) == ["a.jsonl"]
     pretrain(file)  # now there is an index
     with pytest.raises(ValueError, match=r"a\.jsonl:1: no conversation"):
         sft(file, on_bad_row=on_bad_row)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dataset.read.formats import DIALOGUES, LAYOUTS, QUESTIONS, canonical, layout_of
-from dataset.read.jsonl import Jsonl
+from dataset.read.jsonl import Head, Jsonl
 from dataset.read.mapping import find_reader, read_mapping
 from tests.helpers.datasets import pretrain, sft
 from tests.helpers.layouts import ADD, ANSWER, BAD, CHATS, GPT_TURNS, ONE, PAIRS, SYSTEM, TOOLS, USER
@@ -209,7 +209,7 @@ def test_a_file_of_another_kind_is_known_by_its_first_rows(tmp_path, monkeypatch
     """Every row of a file of the wrong kind was parsed before the error, which then advised to skip them all."""
     file = jsonl(tmp_path / "a.jsonl", *["{"] * 3, *[PAIRS["a prompt and text"]] * 200)
     read = []
-    monkeypatch.setattr(Jsonl, "raw", lambda self, i, raw=Jsonl.raw: read.append(i) or raw(self, i))
+    monkeypatch.setattr(Head, "raw", lambda self, i, raw=Head.raw: read.append(i) or raw(self, i))
     with pytest.raises(ValueError, match=r"a.jsonl:4: no conversation .*: it is a pair") as error:
         sft(file, on_bad_row="skip")
     assert len(read) == 100 and "on_bad_row" not in str(error.value)

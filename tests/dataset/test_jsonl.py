@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from common.files import temporary_name
 from dataset.read import jsonl
 from dataset.read import text as plain_text
-from dataset.read.jsonl import Head, Jsonl, parse_row
+from dataset.read.jsonl import Head, Jsonl
+from dataset.read.parse import parse_row
 from dataset.read.row_errors import RowErrors
 from dataset.read.text import TextFile
 from dataset.tokens import cache

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dataset.batches.loader import IGNORED, Batch, Loader, batch_sizes, select
-from dataset.tokens.examples import TokenDataset, shuffled
+from dataset.tokens.examples import TokenDataset
+from dataset.tokens.order import shuffled
 
 END = 0
 
