@@ -74,8 +74,36 @@ def step_flops(config: ModelConfig, positions: int, length: int, heads: int | No
 
 
 def state_bytes(trained: int, frozen: int, moments: int) -> int:
-    """Weights, gradients and the optimiser's moments, all fp32: a frozen weight has neither gradient nor moments."""
-    return 4 * (trained * (2 + moments) + frozen)
+    """Of `trained` weights with their gradients and the optimiser's moments, all fp32, and `frozen` bytes of others,
+    which have neither: see `frozen_bytes`."""
+    return 4 * trained * (2 + moments) + frozen
+
+
+def frozen_bytes(config: ModelConfig, width: int, bits: int | None = None) -> int:
+    """Of a model that is not trained, its weights in `width` bytes each, or the matrices of its blocks in 4 or 8 bits
+    (model/quant.py). Then embedding, head, routers and routed experts keep their width. Norms and routers are fp32.
+
+    4 bits: 1/2 byte a weight, 1 for 64 weights, 4 for 64*256, and 4 a matrix. 8 bits: 1 byte a weight and 4 a row.
+    """
+    d, D, L = config.hidden_size, config.head_dim, config.num_hidden_layers
+    q, kv, I = config.num_attention_heads * D, config.num_key_value_heads * D, config.intermediate_size
+    matrices = [(q, d), (kv, d), (kv, d), (d, q)]  # (out, in)
+    widths = [I]
+    if config.num_experts:
+        widths = [config.moe_intermediate_size] * config.num_shared_experts
+        widths += [config.shared_expert_intermediate_size] if config.shared_expert_intermediate_size else []
+    matrices += [shape for I in widths for shape in ((I, d), (I, d), (d, I))]
+    norms = d + L * ((4 if config.post_norms else 2) * d + (2 * D if config.qk_norm else 0))
+    routers = L * d * (config.num_experts + bool(config.shared_expert_intermediate_size)) if config.num_experts else 0
+    packed = L * sum(rows * columns for rows, columns in matrices)
+    total = (count_parameters(config) - packed - norms - routers) * width + 4 * (norms + routers)
+    if bits is None:
+        return total + packed * width
+    for rows, columns in matrices:
+        blocks = -(-rows * columns // 64)
+        four = -(-rows * columns // 2) + blocks + 4 * -(-blocks // 256) + 4
+        total += L * (four if bits == 4 else rows * columns + 4 * rows)
+    return total
 
 
 def row_bytes(config: ModelConfig, length: int, width: int) -> int:

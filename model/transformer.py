@@ -244,7 +244,7 @@ class CausalLM(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         """Tied weights count once. active: only the experts that one token passes through."""
         total = sum(p.numel() for p in self.parameters())
-        packed = (m for m in self.modules() if isinstance(m, Linear) and "weight" not in m._parameters)
+        packed = (m for m in self.modules() if isinstance(m, Linear) and getattr(m, "weight", None) is None)
         total += sum(m.in_features * m.out_features for m in packed)  # model/quant.py keeps these in buffers
         return total - idle_parameters(self.config) if active else total
 
