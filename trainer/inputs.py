@@ -25,6 +25,7 @@ WELL_KNOWN = {
     "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
     "reason": ("r1_mix_1024", "reason"),
 }
+SHOWN = 5  # files of --data_path that are listed; a data set can have thousands
 SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/datasets/gongjy/minimind_dataset"
 
 
@@ -38,7 +39,9 @@ class Data(NamedTuple):
 def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool, str]:
     """(files, whether built in, a line that says why these): what was typed, a well-known file, else the tiny world."""
     if config.data_path:
-        return config.data_path, False, f"data: {', '.join(config.data_path)}"
+        named = ", ".join(config.data_path[:SHOWN])
+        more = f" and {n - SHOWN:,} more" if (n := len(config.data_path)) > SHOWN else ""
+        return config.data_path, False, f"data: {named}{more}"
     for name in WELL_KNOWN.get(kind, (kind,)):
         path = ROOT / "dataset" / f"{name}.jsonl"
         if path.is_file():
