@@ -13,6 +13,7 @@ from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, check_stated, open_weights
 from model.config import MIXTURE, PRESETS, ModelConfig, architecture_options
+from model.precision import pick_device, pick_dtype
 from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.text import Tokenizer
@@ -160,7 +161,13 @@ def open_model(
             f"--teacher {config.teacher}: its tokenizer ({required.path}, {required.vocab_size:,} ids) is not that of "
             f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
         )
-    return parent, parent.build(), tokenizer, origin
+    return parent, build_parent(config, parent), tokenizer, origin
+
+
+def build_parent(config: StageConfig, parent: Checkpoint) -> CausalLM:
+    """The model to train, on its device. What an adapter leaves frozen is kept in the compute dtype."""
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    return parent.build(pick_dtype(config.dtype, device)[0] if config.trains_adapter else None, device=device)
 
 
 def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer, str]:
