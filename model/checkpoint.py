@@ -27,7 +27,8 @@ from common.console import UserError
 from common.files import atomic_file
 from model.config import ModelConfig
 from model.interop.hf import load_hf
-from model.interop.minimind import config_from_state
+from model.interop.minimind import config_beside, config_from_state
+from model.interop.single import read_single
 from model.transformer import CausalLM
 from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
@@ -131,6 +132,9 @@ def load_weights(path: Path | str) -> Checkpoint:
             config, state = load_hf(path)
             return Checkpoint(path, state, config, {"path": str(path)} if (path / "tokenizer.json").is_file() else {})
         path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside{_adapter_in(path)}")
+    if path.suffix == ".safetensors":
+        values, state = read_single(path)
+        return Checkpoint(path, state, ModelConfig.from_dict(values["config"]), values["tokenizer"], values["lineage"])
     content = read_plain(path)
     if content.get("format") == FORMAT:
         config = ModelConfig.from_dict(content["config"])
@@ -140,7 +144,7 @@ def load_weights(path: Path | str) -> Checkpoint:
             raise UserError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
         names = ", ".join(map(str, list(content)[:4]))
         raise UserError(f"{path}: not weights of a language model (it begins with {names})")
-    return Checkpoint(path, content, config_from_state(content))
+    return Checkpoint(path, content, config_beside(path) or config_from_state(content))
 
 
 def _adapter_in(folder: Path) -> str:
