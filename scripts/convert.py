@@ -132,9 +132,8 @@ def convert_weights(target: Path, config: ConvertConfig) -> None:
     checkpoint.tokenizer = dict(path=relative_to_root(tokenizer.path), hash=tokenizer.hash)
     if config.lora_path:
         adapter = load_adapter(config.lora_path)
-        base = adapter.base["hash"]
-        note(f"merged: {adapter.path} into {checkpoint.path}" + ("" if base else ", which it does not name as its own"))
         check_base(adapter, checkpoint)
+        note(f"merged: {adapter.path} into {checkpoint.path}")
         checkpoint = merged(checkpoint, adapter)
     dtype = None if config.kind in (None, "q8_0") else getattr(torch, config.kind)
     before = None if config.no_verify else logits(checkpoint)
@@ -156,6 +155,7 @@ def convert_weights(target: Path, config: ConvertConfig) -> None:
 
 
 def check_base(adapter: "AdapterFile", checkpoint: "Checkpoint") -> None:
+    """UserError if the adapter names other weights as its own."""
     from model.checkpoint import same_weights
 
     wanted = adapter.base["hash"]

@@ -123,7 +123,7 @@ def config_from_state(state: dict[str, Tensor]) -> ModelConfig:
     )
 
 
-def lora_to_minimind(settings: dict, state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+def lora_to_minimind(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The inverse of `lora_from_minimind`. MiniMind's code adds B A unscaled, to square layers and to all of them."""
     found = {}
     for name, tensor in state.items():
