@@ -133,6 +133,7 @@ def copy_tokenizer(directory: Path, tokenizer: Path | str) -> None:
     if not has_json and not (folder / "tokenizer.model").is_file():
         return
     spec, template, config, _ = read_files(folder)
+    is_chatml = any(token["content"] == IM_START for token in spec["added_tokens"])
     if not has_json:
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
         spec["added_tokens"] = [flags | token for token in spec["added_tokens"]]
@@ -140,7 +141,7 @@ def copy_tokenizer(directory: Path, tokenizer: Path | str) -> None:
         _write_json(directory / "tokenizer.json", spec)
         kept = {name: value for name, value in config.items() if name.endswith("_token")}
         _write_json(directory / "tokenizer_config.json", kept | dict(tokenizer_class="PreTrainedTokenizerFast"))
-    if template is None and any(token["content"] == IM_START for token in spec["added_tokens"]):
+    if template is None and is_chatml:
         template = TEMPLATE
     if template is not None and "chat_template" not in config:
         with atomic_file(directory / CHAT_TEMPLATE) as temporary:

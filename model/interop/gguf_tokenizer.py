@@ -17,6 +17,7 @@ from typing import Any
 
 from common.console import UserError
 from tokenizer.chat import TEMPLATE
+from tokenizer.sentencepiece import SPACE
 from tokenizer.text import IM_START, Tokenizer, read_files
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -42,7 +43,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, rows: int) -> list[str]:
     if len(set(names)) < rows:
         raise UserError(f"{folder}: two ids have the same token, which llama.cpp does not take")
     if _is_sentencepiece(spec):
-        notes += _add_sentencepiece(writer, tokenizer, spec, config, names, kinds)
+        _add_sentencepiece(writer, tokenizer, spec, folder, names, kinds)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(spec, folder))
@@ -76,6 +77,13 @@ def _is_sentencepiece(spec: dict) -> bool:
     return bool(spec["model"].get("byte_fallback"))
 
 
+def _refused(folder: str) -> UserError:
+    return UserError(
+        f"{folder}: llama.cpp would cut text in another way than this tokenizer; write --to hf, and convert that with "
+        "llama.cpp's own convert_hf_to_gguf.py, which may know the model"
+    )
+
+
 def _pre_tokenizer(spec: dict, folder: str) -> str:
     """llama.cpp's name of how this tokenizer cuts text. UserError: it has none."""
     steps = spec.get("pre_tokenizer") or {}
@@ -88,26 +96,32 @@ def _pre_tokenizer(spec: dict, folder: str) -> str:
     normalizer = (spec.get("normalizer") or {}).get("type")
     others = [step["type"] for step in steps if step.get("type") not in ("Split", "ByteLevel")]
     if name is None or others or not levels or levels[-1].get("add_prefix_space") or normalizer not in (None, "NFC"):
-        raise UserError(
-            f"{folder}: llama.cpp would cut text in another way than this tokenizer; write --to hf, and convert that "
-            "with llama.cpp's own convert_hf_to_gguf.py, which may know the model"
-        )
+        raise _refused(folder)
     return name
 
 
-def _add_sentencepiece(writer: Any, tokenizer: Tokenizer, spec: dict, config: dict, names: list[str], kinds: dict):
+def _add_sentencepiece(
+    writer: Any, tokenizer: Tokenizer, spec: dict, folder: str, names: list[str], kinds: dict[int, int]
+) -> None:
     """llama.cpp merges the pair whose result has the highest score: the pair that stands first in a tokenizer.json."""
-    scores = {}
+    scores: dict[str, float] = {}
     for rank, pair in enumerate(spec["model"]["merges"]):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         scores.setdefault(left + right, -float(rank))
-    last = -float(len(scores))
+    steps = spec.get("normalizer") or {}
+    steps = steps.get("normalizers", [steps] if steps else [])
+    space = dict(type="Replace", pattern=dict(String=" "), content=SPACE)
+    before = spec.get("pre_tokenizer") or {}
+    if [step for step in steps if step["type"] != "Prepend" and step != space] or before.get("type") not in (
+        None,
+        "Metaspace",
+    ):
+        raise _refused(folder)
+    prefix = any(step["type"] == "Prepend" for step in steps) or before.get("prepend_scheme", "never") != "never"
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores([scores.get(name, last) for name in names])
+    writer.add_token_scores([scores.get(name, -float(len(scores))) for name in names])
+    writer.add_add_space_prefix(prefix)
     unknown = spec["model"].get("unk_token") or tokenizer.special("unk_token")
     if unknown in names:
         kinds[names.index(unknown)] = UNKNOWN
-    normal = json.dumps(spec.get("normalizer"), ensure_ascii=False)
-    writer.add_add_space_prefix('"Prepend"' in normal or '"prepend_scheme": "first"' in json.dumps(spec))
-    return []
