@@ -99,6 +99,10 @@ class Tokenizer:
         """Whether every id stands for the same in both. Chat templates may differ."""
         return self._bytes == other._bytes and self.control == other.control
 
+    def continues(self, other: Tokenizer) -> bool:
+        """Whether every id of `other` stands for the same here. There may be more."""
+        return other._bytes.items() <= self._bytes.items() and other.control.items() <= self.control.items()
+
     # ---- tokens by name
 
     @property
