@@ -206,6 +206,8 @@ def _read_config(directory: Path) -> tuple[dict, str | None]:
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     file = directory / "chat_template.jinja"
     if file.is_file():
+        if file.stat().st_size > 10_000_000:
+            raise UserError(f"{file}: {file.stat().st_size:,} bytes, too much for a chat template")
         template = file.read_text(encoding="utf-8")  # universal newlines: the same template on Windows
     return config, template
 
