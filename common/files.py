@@ -94,6 +94,10 @@ def staged(path: Path | str) -> Iterator[Path]:
                     os.rename(target, temporary / f"{inside.name}.old")
                 os.replace(inside, target)
             flush_folder(path.parent)
+        except OSError as error:
+            if str(error.filename).startswith(str(temporary)):  # a name that nobody knows
+                error.filename = str(path)
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

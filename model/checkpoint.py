@@ -116,12 +116,21 @@ def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage:
 def write_plain(path: Path, values: dict, **tensors: dict[str, Tensor]) -> Path:
     """Plain values, tensors and their hashes -> a .pth file, whole or not at all."""
     content = values | tensors | dict(sha256={name: hash_of(state) for name, state in tensors.items()})
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # its writer hides what the system said: that the disk is full
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    with atomic_file(path) as temporary:
+        torch_save(content, temporary)
     return path
+
+
+def torch_save(content: dict, path: Path) -> None:
+    """torch.save, with the error that the system gave (a full disk), which torch's writer hides."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        found = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(found, OSError):
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from None
 
 
 def load_weights(path: Path | str) -> Checkpoint:

@@ -24,7 +24,7 @@ from common.console import UserError
 from common.files import atomic_file
 from model.adapter import FORMAT as ADAPTER_FORMAT
 from model.adapter import AdapterFile
-from model.checkpoint import FORMAT, Checkpoint, write_plain
+from model.checkpoint import FORMAT, Checkpoint, torch_save, write_plain
 from model.config import ModelConfig
 from model.interop.gguf import write_gguf
 from model.interop.hf import config_to_hf, hf_tensors
@@ -181,7 +181,7 @@ def save_minimind(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None 
         state["lm_head.weight"] = state["model.embed_tokens.weight"]  # theirs hold both names, of one memory
     _write_json(path.with_suffix(".json"), values)
     with atomic_file(path) as temporary:
-        torch.save(state, temporary)
+        torch_save(state, temporary)
 
 
 def save_gguf(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: str) -> list[str]:
@@ -222,7 +222,7 @@ def save_adapter_minimind(path: Path, adapter: AdapterFile) -> None:
     """MiniMind's: matrices alone, the scale inside B."""
     state = lora_to_minimind(adapter.state, adapter.settings.scale)
     with atomic_file(path) as temporary:
-        torch.save(state, temporary)
+        torch_save(state, temporary)
 
 
 def merged(checkpoint: Checkpoint, adapter: AdapterFile) -> Checkpoint:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -258,20 +259,33 @@ def test_weights_that_are_no_numbers(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "to, name", [("hf", "a"), ("gguf", "a.gguf"), ("pth", "a.pth"), ("safetensors", "a.safetensors")]
+    "to, name",
+    [("hf", "a"), ("gguf", "a.gguf"), ("pth", "a.pth"), ("safetensors", "a.safetensors"), ("minimind", "a.pth")],
 )
-def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch, to, name):
-    """The last file is written, and flushing it fails, as it does on a disk that fills up."""
-    synced, sync = [], os.fsync
+def test_a_full_disk_leaves_nothing(source, tmp_path, to, name):
+    """No file may grow beyond 300 kB, which stops each writer in its midst; the model has 800 kB."""
+    resource = pytest.importorskip("resource")
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        line = refused(source[0], tmp_path / name, "--to", to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert line.startswith(f"error: {tmp_path / name}: ") and ("File too large" in line or "the disk is full" in line)
+    assert entries(tmp_path) == []
+
+
+def test_a_disk_that_is_full_when_it_is_flushed(source, tmp_path, monkeypatch):
+    sync = os.fsync
 
     def full(descriptor):
-        synced.append(descriptor)
-        if len(synced) > 2:
+        if len(entries(tmp_path)) > 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    assert "the disk is full" in refused(source[0], tmp_path / name, "--to", to)
+    assert f"{tmp_path / 'a'}: the disk is full" in refused(source[0], tmp_path / "a", "--to", "hf")
     assert entries(tmp_path) == []
 
 
