@@ -48,9 +48,8 @@ class Bounded(ImmutableSandboxedEnvironment):
             del self.globals[name]
         self.globals["raise_exception"] = refuse
         self.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        self.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-        self.filters |= {"_each": self._each, "_joined": self._joined}
-        self.filters = {name: self._bounded(name, function) for name, function in self.filters.items()}
+        own = {"tojson": _to_json, "_each": self._each, "_joined": self._joined}
+        self.filters = {name: self._bounded(name, function) for name, function in (self.filters | own).items()}
 
     def from_string(self, source: str, *_args, **_options) -> jinja2.Template:
         """TemplateError: it is too large, or not a template."""
@@ -154,6 +153,10 @@ class Bounded(ImmutableSandboxedEnvironment):
         if isinstance(value, (list, tuple, dict)):
             check_size(_weight(value, {}))
         return value
+
+
+def _to_json(value: Any, **options) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def refuse(reason: str) -> None:
