@@ -10,9 +10,11 @@ A directory in Hugging Face's layout, which transformers, vLLM and llama.cpp rea
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +35,28 @@ from model.interop.minimind import config_to_minimind, lora_to_minimind
 from model.interop.ollama import modelfile
 from model.interop.peft import save_peft
 from model.lora import merge, remove_lora
+from model.tensor_files import StoredTensors
 from tokenizer.chat import TEMPLATE
 from tokenizer.text import IM_START, Tokenizer, read_files
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 GENERATION, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 SHARD_BYTES = 5_000_000_000  # of one *.safetensors; more is written as several files and an index
 
 
-def stored_once(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None):
-    """{name: tensor}: a tied head under the embedding's name alone, and floating-point numbers in `dtype` (None: as
-    they are)."""
-    found = dict(state)
-    if config.tie_word_embeddings:
-        head = found.pop("lm_head.weight", None)
-        if head is not None:
-            found.setdefault("model.embed_tokens.weight", head)
-    return {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in found.items()}
+def stored_once(config: ModelConfig, state: Mapping[str, Tensor]) -> StoredTensors:
+    """Without the head of a tied model, which is the embedding. Nothing is read."""
+    places = dict((state if isinstance(state, StoredTensors) else StoredTensors(state)).places)
+    if config.tie_word_embeddings and (head := places.pop("lm_head.weight", None)) is not None:
+        places.setdefault("model.embed_tokens.weight", head)
+    return StoredTensors(places)
+
+
+def in_memory(tensors: StoredTensors, names: Iterable[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """dtype: None keeps that of each."""
+    found = ((name, tensors[name]) for name in names)
+    return {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in found}
 
 
 # ---- Hugging Face's layout
@@ -70,41 +77,44 @@ def save_hf(
         values = config_to_hf(checkpoint.config)
     except ValueError as error:
         raise UserError(f"{directory}: cannot be written in Hugging Face's layout: {error}") from None
-    state = hf_tensors(checkpoint.config, stored_once(checkpoint.config, checkpoint.state, dtype))
-    shards = _shards(state, shard_bytes)
-    names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(len(shards))]
+    tensors = stored_once(checkpoint.config, checkpoint.state)
+    shards = _shards(tensors, dtype, shard_bytes)
     if len(shards) == 1:  # an index of an earlier export, in several files, would be preferred by readers
         (directory / INDEX).unlink(missing_ok=True)
-    for file, shard in zip(names, shards):
+    places, size, kinds = {}, 0, set()
+    for n, shard in enumerate(shards):  # one after the other, so that not all of a large model is in memory
+        file = SINGLE if len(shards) == 1 else f"model-{n + 1:05}-of-{len(shards):05}.safetensors"
+        state = hf_tensors(checkpoint.config, in_memory(tensors, shard, dtype))
         with atomic_file(directory / file) as temporary:
-            save_file({name: state[name] for name in shard}, temporary, metadata={"format": "pt"})
+            save_file(state, temporary, metadata={"format": "pt"})
+        places |= dict.fromkeys(state, file)
+        size += sum(tensor.nbytes for tensor in state.values())
+        kinds |= {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     if len(shards) > 1:
-        places = {name: file for file, shard in zip(names, shards) for name in shard}
-        size = sum(tensor.nbytes for tensor in state.values())
         _write_json(directory / INDEX, dict(metadata=dict(total_size=size), weight_map=places))
     copy_tokenizer(directory, tokenizer)
     _write_json(directory / GENERATION, _generation_config(Path(tokenizer), stop_ids))
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     values["torch_dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
     # last: with it the directory is a model
     _write_json(directory / "config.json", values | dict(eos_token_id=sorted(stop_ids)))
     return directory
 
 
-def _shards(state: Mapping[str, Tensor], limit: int) -> list[list[str]]:
-    """Names, in files of at most `limit` bytes. A tensor that is larger has a file of its own."""
+def _shards(tensors: StoredTensors, dtype: torch.dtype | None, limit: int) -> list[list[str]]:
+    """Names, in files of at most `limit` bytes. A layer that is larger has a file of its own: what transformers fuses
+    (GLM's gate_up_proj) must not be apart."""
     shards, size = [[]], 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > limit:
+    layer = {name: int(found[1]) if (found := LAYER.match(name)) else -1 for name in tensors}
+    for _, group in groupby(sorted(tensors, key=layer.__getitem__), key=layer.__getitem__):
+        names = list(group)
+        places = [tensors.places[name] for name in names]
+        bytes = sum(torch.Size(place.shape).numel() * (dtype or place.dtype).itemsize for place in places)
+        if shards[-1] and size + bytes > limit:
             shards.append([])
             size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
+        shards[-1] += names
+        size += bytes
     return shards
-
-
-def _shard_name(n: int, of: int) -> str:
-    return f"model-{n + 1:05}-of-{of:05}.safetensors"
 
 
 def _generation_config(tokenizer: Path, stop_ids: set[int] | frozenset[int]) -> dict[str, Any]:
@@ -158,15 +168,20 @@ def _write_json(path: Path, values: Any) -> None:
 
 def save_pth(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
     """Our own format (model/checkpoint.py)."""
-    state = stored_once(checkpoint.config, checkpoint.state, dtype)
+    state = _all(checkpoint, dtype)
     write_plain(path, dict(format=FORMAT, **_described(checkpoint)), model=state)
 
 
 def save_safetensors(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
     """Our names, with what a .pth says of itself as JSON in the file's header (read by model/interop/single.py)."""
-    state = stored_once(checkpoint.config, checkpoint.state, dtype)
+    state = _all(checkpoint, dtype)
     with atomic_file(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt", "sparrow": json.dumps(_described(checkpoint))})
+
+
+def _all(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    tensors = stored_once(checkpoint.config, checkpoint.state)
+    return in_memory(tensors, tensors, dtype)
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -176,7 +191,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
 def save_minimind(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
     """The bare tensors that MiniMind's code loads, and beside them `<name>.json`, the attributes of its config."""
     values = config_to_minimind(checkpoint.config)
-    state = stored_once(checkpoint.config, checkpoint.state, dtype)
+    state = _all(checkpoint, dtype)
     if checkpoint.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]  # theirs hold both names, of one memory
     _write_json(path.with_suffix(".json"), values)

@@ -26,7 +26,7 @@ def add_tokens(model: CausalLM, rows: int) -> None:
     def enlarged(weight: Tensor) -> nn.Parameter:
         old = weight.float()
         noise = torch.randn(rows - len(old), old.shape[1], generator=generator)
-        new = old.mean(0) + NOISE * old.std(0) * noise
+        new = old.mean(0) + NOISE * old.std(0) * noise.to(old.device)
         return nn.Parameter(torch.cat((weight, new.to(weight.dtype))))
 
     embedding, head = model.model.embed_tokens, model.lm_head

@@ -37,6 +37,8 @@ DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # llama.cpp's
 # How far rounding may move logits, on average, as a share of their spread. Wrong weights move them by the whole spread.
 TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1, "q8_0": 0.1}
 
+LARGE = 2e9  # parameters; larger models are compared in bfloat16, because of the memory
+
 
 @dataclass(frozen=True)
 class ConvertConfig(Options):
@@ -170,14 +172,15 @@ def logits(checkpoint: "Checkpoint") -> "Tensor":
     """Of a few rows of tokens, always the same ones. UserError if they are no numbers."""
     import torch
 
+    from model.cost import count_parameters
+
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(checkpoint.config.vocab_size, (2, 48), generator=generator)
+    large = count_parameters(checkpoint.config) > LARGE
     with torch.no_grad():
-        found = checkpoint.build().float()(rows).logits
+        found = checkpoint.build(torch.bfloat16 if large else None)(rows).logits.float()
     if not found.isfinite().all():
-        raise UserError(
-            f"{checkpoint.path}: its logits are NaN or infinite: the weights are damaged; nothing is written"
-        )
+        raise UserError(f"{checkpoint.path}: its logits are NaN or infinite; nothing is written")
     return found
 
 

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from benchmarks.common import machine
 from common.files import ROOT
-from model.checkpoint import load_state, open_weights
+from model.checkpoint import open_weights
 from model.export import stored_once
 from model.interop.gguf import DTYPES, read_gguf, write_gguf
+from model.loading import load_model
 from tokenizer.text import Tokenizer
 
 LENGTH = 512
@@ -64,7 +65,7 @@ def main():
     args = parser.parse_args()
     checkpoint, tokenizer = open_weights(args.weight, ROOT / "out")
     rows, model = texts(args.data_path, args.rows), checkpoint.build().eval()
-    state = stored_once(checkpoint.config, model.state_dict())
+    state = stored_once(checkpoint.config, checkpoint.state)
     print(machine())
     whole = bits_per_byte(model, tokenizer, rows)
     print(f"{checkpoint.path}: {len(rows)} rows of {args.data_path}\n{'weights':<10} {whole:.5f} bits per byte")
@@ -72,10 +73,9 @@ def main():
         for dtype in DTYPES:
             path = Path(folder) / f"{dtype}.gguf"
             write_gguf(path, checkpoint.config, state, tokenizer, dtype=dtype)
-            load_state(model, read_gguf(path, checkpoint.config, list(state)), path)
-            found = bits_per_byte(model, tokenizer, rows)
+            again = load_model(checkpoint.config, read_gguf(path, checkpoint.config, list(state)), path)
+            found = bits_per_byte(again, tokenizer, rows)
             print(f"{dtype:<10} {found:.5f} ({found / whole - 1:+.3%}), {path.stat().st_size / 1e6:.1f} MB")
-            load_state(model, state, checkpoint.path)
 
 
 if __name__ == "__main__":

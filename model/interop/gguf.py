@@ -29,6 +29,7 @@ from common.console import Progress, UserError
 from model.config import ModelConfig
 from model.interop.gguf_tokenizer import add_tokenizer
 from model.rope import inverse_frequencies
+from model.tensor_files import StoredTensors
 from tokenizer.text import Tokenizer
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # ours -> the format's
@@ -282,7 +283,7 @@ def write_gguf(
     name: str = "",
 ) -> list[str]:
     """Writes one file, tensor by tensor -> lines to print. dtype: a key of DTYPES. name: shown by programs."""
-    gguf = package()
+    gguf, tensors = package(), state if isinstance(state, StoredTensors) else StoredTensors(state)
     architecture, row = architecture_of(config)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name or Path(path).stem)
@@ -294,11 +295,11 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes = add_tokenizer(writer, tokenizer, config.vocab_size)
 
-    plan = layout(config, list(state))
+    plan = layout(config, list(tensors))
     extra = {} if (divisors := rope_divisors(config)) is None else {"rope_freqs.weight": divisors}
     kinds, odd = {}, []
     for key, stored in {**{key: None for key in extra}, **plan}.items():
-        shape = extra[key].shape if stored is None else _shape(stored, state)
+        shape = extra[key].shape if stored is None else _shape(stored, tensors)
         kinds[key] = gguf.GGMLQuantizationType.F32 if FULL_PRECISION.fullmatch(key) else kind
         if kinds[key] is kind and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kinds[key] = gguf.GGMLQuantizationType.F16
@@ -311,8 +312,10 @@ def write_gguf(
         writer.write_ti_data_to_file()
         progress = Progress(f"writing {Path(path).name.lstrip('.')}", len(kinds), " tensors")
         for key in kinds:
-            tensor = extra[key] if key in extra else plan[key].join(state)
-            writer.write_tensor_data(gguf.quantize(tensor.float().contiguous().numpy(), kinds[key]).view(np.uint8))
+            tensor = extra[key] if key in extra else plan[key].join(tensors)
+            writer.write_tensor_data(
+                gguf.quantize(tensor.detach().float().contiguous().numpy(), kinds[key]).view(np.uint8)
+            )
             progress.advance(1)
         progress.close()
         writer.flush()
@@ -328,8 +331,8 @@ def write_gguf(
     return notes
 
 
-def _shape(stored: Stored, state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    shapes = [tuple(state[name].shape) for name in stored.names]
+def _shape(stored: Stored, tensors: StoredTensors) -> tuple[int, ...]:
+    shapes = [tuple(tensors.places[name].shape) for name in stored.names]
     if stored.how == "stack":
         return len(shapes), *shapes[0]
     if stored.how:

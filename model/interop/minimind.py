@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -87,7 +88,7 @@ def config_beside(weights: Path) -> ModelConfig | None:
     return None
 
 
-def config_from_state(state: dict[str, Tensor]) -> ModelConfig:
+def config_from_state(state: Mapping[str, Tensor]) -> ModelConfig:
     """The architecture as far as tensor shapes tell it; where they do not, MiniMind's constants.
 
     The one thing that cannot be read off a file without q_norm is the number of heads.
@@ -134,7 +135,7 @@ def lora_to_minimind(state: dict[str, Tensor], scale: float) -> dict[str, Tensor
     return found
 
 
-def lora_from_minimind(content: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
+def lora_from_minimind(content: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
     """(settings, tensors) of a LoRA file: `<layer>.lora.A.weight` and `.B.weight`, whose product is added unscaled.
     None for another kind of file. Files written under DDP or torch.compile carry a prefix."""
     pattern = re.compile(r"(?:module\.|_orig_mod\.)*(.+)\.lora\.([AB])\.weight")

@@ -6,21 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from common.console import UserError
+from model.tensor_files import StoredTensors, open_safetensors
 
 
-def read_single(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_single(path: Path) -> tuple[dict[str, Any], StoredTensors]:
     """({"config", "tokenizer", "lineage"}, tensors). UserError: the file is damaged, or does not describe itself."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    tensors = StoredTensors(open_safetensors(path))
+    with safe_open(path, "pt") as file:
+        about = (file.metadata() or {}).get("sparrow", "null")
     try:
-        with safe_open(path, "pt") as file:
-            values = json.loads((file.metadata() or {}).get("sparrow", "null"))
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        values = json.loads(about)
+    except ValueError:
+        values = None
     if not isinstance(values, dict) or not values.keys() >= {"config", "tokenizer", "lineage"}:
         raise UserError(f"{path}: says nothing of its architecture; give the directory that has its config.json")
-    return values, state
+    return values, tensors
