@@ -356,23 +356,6 @@ def test_the_stream_joined_is_the_decoded_reply(tokenizer):
 # ---- the exam
 
 
-def test_exam_answers_come_back_in_their_order(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(benchmark, "ROWS", 3)
-    monkeypatch.setattr(benchmark, "LONGEST", 8)
-    prompts = [question.prompt for question in exam.draw_questions()[::75]]
-    together = benchmark.answer(model, tokenizer, prompts)
-    for prompt, reply in zip(prompts, together):
-        assert printable(reply) == expected(model, tokenizer, prompt).strip()
-
-
-def test_a_thought_is_not_part_of_the_answer(tokenizer):
-    tag, text = tokenizer.control, tokenizer.encode
-    thought = [tag["<think>"], *text("2+2 is 5?"), tag["</think>"], *text("\n\n")]
-    answer = [tag["<answer>"], *text("2+2=4"), tag["</answer>"]]
-    assert benchmark.without_thoughts(tokenizer, thought + answer) == "2+2=4"
-    assert benchmark.without_thoughts(tokenizer, text("2+2=4 ")) == "2+2=4"
-
-
 def test_the_exam_report(say, monkeypatch, tmp_path):
     """Right answers to everything about sums and nothing else: 2 x 40 of 600 questions."""
     questions = exam.draw_questions(question_seed=5)
