@@ -99,7 +99,7 @@ def totals(tokenizer: Tokenizer, rows: Sequence[Encoded], logp: Sequence[np.ndar
     """(rows, 3) fp64: nats, trained tokens and bytes of their text. Control tokens have nats, and no bytes."""
     found = np.zeros((len(rows), 3))
     for total, row, own in zip(found, rows, logp):
-        trained = np.array(row.ids[1:])[np.array(row.trained[1:], bool)]
+        trained = np.array(row.ids[1:], np.int64)[np.array(row.trained[1:], bool)]
         total[:] = -own.sum(dtype=np.float64), len(own), tokenizer.token_bytes[trained].sum()
     return found
 

@@ -41,7 +41,7 @@ def chosen(names: Sequence[str]) -> list[str]:
     """The metrics that these names ask for, each once. UserError for one that is not known."""
     found = []
     for name in names:
-        word = name.strip().lower().replace("-", "").replace("_", "")
+        word = re.sub("[-_ ]", "", name.lower())
         match = {known.lower().replace("_", ""): known for known in [*GROUPS, *METRICS]}.get(word)
         if match is None and word in ("human", "humanevaluation"):
             raise UserError("--metrics human: people vote in the report of scripts/compare_models.py")
