@@ -299,4 +299,5 @@ def _measure_choices(
     counts = score(model, tokenizer, questions, chats=settings.chats)
     chance = sum(1 / len(q.options) for q in questions) / len(questions)
     for name in names:
-        found.add(name, counts[name], [q.where for q in questions], f"guessing: {chance:.1%}")
+        found.add(name, counts[name], [q.where for q in questions])
+    found.notes.append(f"guessing would find {chance:.1%} of the right options")
