@@ -67,8 +67,8 @@ def test_a_stopped_run_with_it_continues_bit_for_bit(tmp_path, flags, stop_at):
 
 def test_pretraining_continues_the_prompts(tmp_path):
     write_pretrain(tmp_path / "text.jsonl")
-    jsonl(tmp_path / "asked.jsonl", "once upon", "the")
-    data, asked = f"--data_path={tmp_path / 'text.jsonl'}", f"--health_prompts={tmp_path / 'asked.jsonl'}"
+    (tmp_path / "asked.txt").write_text("once upon\nthe\n")
+    data, asked = f"--data_path={tmp_path / 'text.jsonl'}", f"--health_prompts={tmp_path / 'asked.txt'}"
     run_stage("pretrain", data, asked, f"--save_dir={tmp_path}", "--max_steps=2", "--batch_size=4")
     model = load_weights(tmp_path / "pretrain_32.pth").build().eval()
     expected = health(answers(model, TOKENIZER, ["once upon", "the"], max_new_tokens=TOKENS), ["once upon", "the"])
