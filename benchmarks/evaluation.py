@@ -1,4 +1,4 @@
-"""The speed of evaluation: answers in a batch against one by one, likelihoods against training's forward pass, the exam.
+"""The speed of evaluation: answers in a batch and one by one, likelihoods and the forward pass of training, the exam.
 
 python benchmarks/evaluation.py                               # preset small; about five minutes on two cores
 python benchmarks/evaluation.py --preset nano --rounds 3
