@@ -78,7 +78,9 @@ def register() -> type:
             **ignored: Any,  # batch_size and the like: the harness always passes them
         ):
             super().__init__()
-            opened = open_for_harness(weight, lora_path, tokenizer_path, device or "auto", dtype)
+            if not device or device.startswith("cuda") and not torch.cuda.is_available():
+                device = "auto"  # the harness says cuda:0 where nobody has said anything
+            opened = open_for_harness(weight, lora_path, tokenizer_path, device, dtype)
             self.model, self.text = opened
             self.limit = int(max_length or self.model.config.max_position_embeddings)
             self.templated = False
