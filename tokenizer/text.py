@@ -76,8 +76,8 @@ class Tokenizer:
             return cls(spec, path=str(file.parent), chat_template=template, config=config)
         if not file.is_file():
             raise UserError(
-                f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json, since "
-                "nothing is downloaded from a hub yet"
+                f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json "
+                "(scripts/download.py fetches one from a hub)"
             )
         try:
             spec = json.loads(file.read_text(encoding="utf-8"))

@@ -62,7 +62,11 @@ def find_data(spec: str) -> str:
     """
     path, weight = weighted(spec)
     name = os.path.relpath(path).replace(os.sep, "/")  # options make paths absolute
-    if path.exists() or not (known_name(name) or is_id(name)):
+    if path.exists():
+        return spec
+    if not (known_name(name) or is_id(name)):
+        if name.isidentifier():  # no ending and no folder: hardly a file
+            raise UserError(f"{name}: no such file, and none of the data sets with a short name: {', '.join(KNOWN)}")
         return spec
     try:
         found = fetch_data(name)
