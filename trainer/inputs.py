@@ -26,6 +26,7 @@ WELL_KNOWN = {
     "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
     "reason": ("r1_mix_1024", "reason"),
 }
+SHOWN = 5  # files of --data_path that are listed; a data set can have thousands
 
 
 class Data(NamedTuple):
@@ -39,7 +40,8 @@ def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool,
     """(files, whether built in, a line that says why these): what was typed, a well-known file, else the tiny world."""
     if config.data_path:
         paths = tuple(map(find_data, config.data_path))
-        return paths, False, f"data: {', '.join(paths)}"
+        more = f" and {n - SHOWN:,} more" if (n := len(paths)) > SHOWN else ""
+        return paths, False, f"data: {', '.join(paths[:SHOWN])}{more}"
     names = WELL_KNOWN.get(kind, (kind,))
     for name in names:
         path = ROOT / "dataset" / f"{name}.jsonl"

@@ -232,11 +232,12 @@ def test_the_shares_that_may_be_left_out_are_options(tmp_path):
 
 
 def test_a_conversation_of_which_only_the_first_token_is_trained_on_teaches_nothing(monkeypatch):
-    """The first token is never predicted. (A foreign template may mark it.)"""
-    chats = [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])]
+    """The first token is never predicted, nor is it counted. (A foreign template may mark it.)"""
+    chats = [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True]), Encoded([5, 6], [True, True])]
     monkeypatch.setattr(encode, "encode_chats", lambda *_: chats)
-    block = encode.encode_conversations([(1, {"messages": []}), (2, {"messages": []})], ByteTokenizer())
-    assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2], [5, 6])
+    block = encode.encode_conversations([(n, {"messages": []}) for n in (1, 2, 3)], ByteTokenizer())
+    assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2, 3], [5, 6, 5, 6])
+    assert (block.trained_tokens, block.columns["counts"].tolist()) == (2, [1, 1])
 
 
 def test_empty_texts_are_left_out_and_a_file_of_them_is_refused(tmp_path):
