@@ -184,7 +184,7 @@ def _largest(rows: Tensor) -> Tensor:
     """rows (N, m) -> (N, 1) fp32: the largest absolute value of each row."""
     low, high = rows.aminmax(dim=-1, keepdim=True)  # unlike abs(), this needs no second copy of the weight
     largest = torch.maximum(high, -low).float()
-    if not largest.is_meta and not largest.isfinite().all():
+    if not largest.isfinite().all():
         raise UserError("the weight holds NaN or infinity and cannot be quantised; is its file damaged?")
     return largest
 
@@ -272,16 +272,26 @@ class QuantLinear(Linear):
             raise UserError(f"{bits} bits: weights can be kept in 4 or 8")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.kind: type[NF4 | Int8] = NF4 if bits == 4 else Int8
-        sizes = quantize(torch.empty(out_features, in_features, device="meta"), bits)
-        for name, like in sizes._asdict().items():
-            self.register_buffer(name, torch.empty(like.shape, dtype=like.dtype, device=device))
+        n = out_features * in_features
+        blocks = -(-n // BLOCK)
+        sizes: Sequence[tuple[tuple[int, ...], torch.dtype]] = (
+            (((n + 1) // 2,), torch.uint8),
+            ((blocks,), torch.uint8),
+            ((-(-blocks // SCALE_BLOCK),), torch.float32),
+            ((), torch.float32),
+        )
+        if bits == 8:
+            sizes = (((out_features, in_features), torch.int8), ((out_features,), torch.float32))
+        for name, (shape, dtype) in zip(self.kind._fields, sizes):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device)) if bias else None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int) -> QuantLinear:
         """The same layer with its weight packed; the bias is shared. The dense weight is left alone."""
         layer = cls(linear.in_features, linear.out_features, bits, device="meta")
-        layer.quantize_(linear.weight)
+        if not linear.weight.is_meta:
+            layer.quantize_(linear.weight)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
