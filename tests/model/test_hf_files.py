@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.console import UserError
 from model.checkpoint import Checkpoint, load_weights
 from model.config import ModelConfig
 from model.export import save_hf
@@ -123,3 +124,14 @@ def test_a_head_of_its_own_counts_more_than_tie_word_embeddings(tmp_path):
     tied = CausalLM(ModelConfig(**SHAPE))
     with pytest.raises(RuntimeError, match="lm_head.weight differs from model.embed_tokens.weight"):
         tied.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "content", ("[]", "3", '{"model_type": ["llama"]}', '{"model_type": "llama", "rope_scaling": [1]}')
+)
+def test_a_config_of_another_kind_is_named(content, tmp_path):
+    """Each ended in a traceback."""
+    export(tmp_path)
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="config.json: a setting is missing or of another kind"):
+        load_weights(tmp_path)
