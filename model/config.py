@@ -159,7 +159,7 @@ class ModelConfig:
             wanted, words = KINDS[kind]
             if not isinstance(value, wanted) or isinstance(value, bool) != (kind == "bool"):
                 found.append(f"{item.name} must be {words}, not {value!r:.40}")
-            elif kind == "float" and not 0 <= value < math.inf:
+            elif kind == "float" and isinstance(value, (int, float)) and not 0 <= value < math.inf:
                 found.append(f"{item.name} must be at least 0 and finite, not {value!r:.40}")
         return found
 
