@@ -62,31 +62,8 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path | None = None) -> Tokenizer:
         """From a directory with a tokenizer.json or a tokenizer.model, or from the former; None: the shipped one."""
-        file = SHIPPED if path is None else Path(path)
-        if file.is_dir() or file.suffix != ".json":
-            file = file / "tokenizer.json"
-        config, template = _read_config(file.parent)
-        model = file.with_name("tokenizer.model")
-        if not file.is_file() and model.is_file():
-            spec = read_sentencepiece(model, config)
-            if is_chatglm(config):
-                template = template or CHATGLM_TEMPLATE
-                ends = [token["id"] for token in spec["added_tokens"] if token["content"] in CHATGLM_ENDS]
-                config |= dict(eos_token="</s>", eos_token_id=ends)
-            return cls(spec, path=str(file.parent), chat_template=template, config=config)
-        if not file.is_file():
-            raise UserError(
-                f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json "
-                "(scripts/download.py fetches one from a hub)"
-            )
-        try:
-            spec = json.loads(file.read_text(encoding="utf-8"))
-            kind = spec["model"]["type"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
-        if kind != "BPE":
-            raise UserError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
-        return cls(spec, path=str(file.parent), chat_template=template, config=config)
+        spec, template, config, folder = read_files(path)
+        return cls(spec, path=folder, chat_template=template, config=config)
 
     # ---- text -> ids
 
@@ -122,6 +99,10 @@ class Tokenizer:
         """Whether every id stands for the same in both. Chat templates may differ."""
         return self._bytes == other._bytes and self.control == other.control
 
+    def continues(self, other: Tokenizer) -> bool:
+        """Whether every id of `other` stands for the same here. There may be more."""
+        return other._bytes.items() <= self._bytes.items() and other.control.items() <= self.control.items()
+
     # ---- tokens by name
 
     @property
@@ -143,9 +124,8 @@ class Tokenizer:
         and those that its own files name."""
         names = {*TEXT_ENDS, *TURN_ENDS, self.special("eos_token")}
         more = self.config.get("eos_token_id") or []
-        return frozenset(self.control[name] for name in names if name in self.control).union(
-            more if isinstance(more, list) else [more]
-        )
+        numbers = [number for number in (more if isinstance(more, list) else [more]) if isinstance(number, int)]
+        return frozenset(self.control[name] for name in names if name in self.control).union(numbers)
 
     def special(self, role: str) -> str:
         """tokenizer_config.json's `bos_token`, `eos_token`, ... as text; empty if it names none."""
@@ -184,24 +164,64 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+def read_files(path: str | Path | None = None) -> tuple[dict, str | None, dict, str]:
+    """What `Tokenizer.load` reads -> (content of tokenizer.json, chat template, tokenizer_config.json, directory).
+
+    A tokenizer.model comes as the content that a tokenizer.json would have.
+    """
+    file = SHIPPED if path is None else Path(path)
+    if file.is_dir() or file.suffix != ".json":
+        file = file / "tokenizer.json"
+    config, template = _read_config(file.parent)
+    model = file.with_name("tokenizer.model")
+    if not file.is_file() and model.is_file():
+        spec = read_sentencepiece(model, config)
+        if is_chatglm(config):
+            template = template or CHATGLM_TEMPLATE
+            ends = [token["id"] for token in spec["added_tokens"] if token["content"] in CHATGLM_ENDS]
+            config |= dict(eos_token="</s>", eos_token_id=ends)
+        return spec, template, config, str(file.parent)
+    if not file.is_file():
+        raise UserError(
+            f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json "
+            "(scripts/download.py fetches one from a hub)"
+        )
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        kind = spec["model"]["type"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
+    if kind != "BPE":
+        raise UserError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
+    return spec, template, config, str(file.parent)
+
+
 def _read_config(directory: Path) -> tuple[dict, str | None]:
     """tokenizer_config.json, with generation_config.json's stop ids; and the chat template beside it or inside it."""
     config = _read_json(directory / "tokenizer_config.json")
     config["eos_token_id"] = _read_json(directory / "generation_config.json").get("eos_token_id")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones (Hermes, Command R): "default" is the one for chatting
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, (str, type(None))):
+        raise UserError(f"{directory / 'tokenizer_config.json'}: chat_template must be text, found {template!r:.40}")
     file = directory / "chat_template.jinja"
     if file.is_file():
+        if file.stat().st_size > 10_000_000:
+            raise UserError(f"{file}: {file.stat().st_size:,} bytes, too much for a chat template")
         template = file.read_text(encoding="utf-8")  # universal newlines: the same template on Windows
     return config, template
 
 
 def _read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected an object, found {str(values):.40}")
+    return values
 
 
 def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dataset.read.text import TextFile
 from dataset.tokens import cache, encode, order
 from dataset.tokens import token_cache as tc
 from dataset.tokens.order import repeated, weighted
+from dataset.tokens.stream import Stream, piece
 from tests.helpers.datasets import pretrain, sft
 from tests.helpers.rows import chat, jsonl
 from tests.helpers.tokenizers import ByteTokenizer, text
@@ -575,3 +577,10 @@ def test_more_files_train_than_the_system_lets_a_process_have_open_at_first(tmp_
         jsonl(tmp_path / f"chat-{i}.jsonl", chat("q", f"{i}"))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.stdout.split()[1:] == ["12"], done.stderr
+
+
+def test_a_stream_has_the_dtype_of_its_tokens():
+    """<|endoftext|> is between the documents; in a wider dtype it would double the memory of each row."""
+    tokens = SimpleNamespace(tokens=np.array([5, 6], np.uint16))
+    read = Stream([tokens], [piece(0, 0, 2)], end=0).read(0, 3)
+    assert (read.tolist(), read.dtype) == ([5, 6, 0], np.uint16)
