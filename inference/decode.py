@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.console import UserError
 from inference.cache import KVCache
-from inference.sampling import Sampling
+from inference.sampling import Said, Sampling
 from model.transformer import CausalLM
 
 PREFILL_POSITIONS = 1024  # prompt positions computed at once: bounds the memory that a long prompt needs
@@ -77,19 +77,17 @@ def decode(
     if sampling.temperature > 0:
         generator = torch.Generator(device)
         generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-        # A chat's prompt holds an end token for each turn. Penalised for it, the model would not stop in time.
-        seen[:, [token for token in stop if token < seen.shape[1]]] = False
+    said = [Said(sampling, prompt, stop) for prompt in prompts] if Said.needed(sampling) else []
 
     tokens, documents = pad_left([prompt[cache.length :] for prompt in prompts], device)
     logits = prefill(model, tokens, documents, cache)
     ended = [False] * len(prompts)
     for remaining in range(max_new_tokens, 0, -1):
-        drawn = sampling.draw(logits, seen, generator)  # (B,)
+        if said:
+            logits = logits.float()
+            for row, one in zip(logits, said):
+                one.adjust(row)
+        drawn = sampling.draw(logits, generator)  # (B,)
         ids = drawn.tolist()
         ended = [done or token in stop for done, token in zip(ended, ids)]
         if all(ended):
@@ -97,8 +95,8 @@ def decode(
         yield [None if done else token for done, token in zip(ended, ids)]
         if remaining == 1:
             return
-        if seen is not None:
-            seen.scatter_(1, drawn[:, None], True)
+        for one, token in zip(said, ids):
+            one.add(token)
         logits = model(drawn[:, None], cache=cache).logits[:, -1]
 
 
