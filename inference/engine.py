@@ -165,12 +165,13 @@ class Engine:
 
     def fail(self, error: BaseException) -> list[Sequence]:
         """Ends all sequences with this error -> those sequences."""
-        everyone = [*self.running, *self.reading, *self.waiting]
+        everyone = [*self.running, *self.reading]
+        while self.waiting:
+            everyone.append(self.waiting.popleft())
+        self.running, self.reading = [], []
         for sequence in everyone:
             sequence.error = error
             self._finish(sequence, "error")
-        self.running, self.reading = [], []
-        self.waiting.clear()
         return everyone
 
     # ---- who is where
