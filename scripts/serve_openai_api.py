@@ -122,9 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise UserError(f"the server needs {error.name}; pip install fastapi uvicorn") from None
     from inference.sampling import Sampling
-    from serve.app import Limits, build_app
+    from serve.app import build_app
     from serve.guard import PatientProtocol, Rules, guarded
     from serve.models import load_table
+    from serve.server import Limits
 
     listener = socket.create_server((config.host, config.port), family=family(config.host), backlog=2048)
     names = config.weight

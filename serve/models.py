@@ -76,6 +76,9 @@ def load_table(
     weights, adapters  each `NAME=WHAT` or WHAT; WHAT is a name in the folders, a file or a directory
     stated             hidden_size, use_moe, ...: choose among weights of one name, and must agree with them
     """
+    names = [named(entry)[0] for entry in (*weights, *adapters)]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two models are called {double!r}; give one of them another name: OTHER={double}")
     pick = dict(hidden_size=stated.get("hidden_size"), moe=stated.get("use_moe"))
     bases: list[Base] = []
     plan: list[tuple[str, Base, str | None, int]] = []  # (name, base, adapter, created)
@@ -118,8 +121,6 @@ def load_table(
     table: dict[str, Served] = {}
     remarks = [remark] if remark else []
     for name, base, adapter, created in plan:
-        if name in table:
-            raise UserError(f"two models are called {name!r}; name one of them: OTHER_NAME={name}")
         engine = Engine(base.model, rows, max_seq_len, base.switch(adapter))
         table[name] = Served(name, engine, base.tokenizer, base.name if adapter else None, created)
         on = f", the adapter on {base.checkpoint.path}" if adapter else f": {base.checkpoint.path}"

@@ -13,9 +13,10 @@ from torch import nn
 from inference.engine import Engine
 from inference.sampling import Sampling
 from inference.slots import Reading
-from serve.app import Limits, build_app
+from serve.app import build_app
 from serve.guard import PatientProtocol, Rules, guarded
 from serve.models import Served
+from serve.server import Limits
 from tests.helpers.models import TOKENIZER
 
 GREEDY = Sampling(temperature=0)
