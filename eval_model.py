@@ -91,6 +91,7 @@ class EvalConfig(Options):
     temperature: float = option(0.85, "0 always takes the likeliest token", within="[0, inf)")
     top_p: float = option(0.85, "draw from the likeliest tokens with this total probability", within="(0, 1]")
     top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, inf)")
+    min_p: float = option(0.0, "drop tokens below this share of the likeliest one's probability", within="[0, 1)")
     repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
     seed: int | None = option(None, "makes answers repeatable", within="[0, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
@@ -378,7 +379,8 @@ def main(argv: list[str] | None = None) -> None:
 
     stages = [entry.get("stage") for entry in checkpoint.lineage]
     completes = config.model_mode == 0 or config.model_mode is None and stages[-1:] == ["pretrain"]
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed)
+    settings = (config.temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed, config.min_p)
+    sampling = Sampling(*settings)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
     talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens, **said)
     if config.prompt:

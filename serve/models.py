@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from common.console import UserError
 from inference.engine import Engine
 from model.adapter import AdapterFile, find_base, load_adapter
@@ -36,10 +38,10 @@ class Served:
 class Base:
     """Weights that one model or several adapters compute with."""
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer):
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device):
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.hash = checkpoint.hash
-        self.model: CausalLM = checkpoint.build()
+        self.model: CausalLM = checkpoint.build(dtype, device=device)
         checkpoint.release()
         self.active: str | None = None
         self.name: str | None = None  # under which it is served without an adapter
@@ -80,6 +82,8 @@ def load_table(
     if double := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two models are called {double!r}; give one of them another name: OTHER={double}")
     pick = dict(hidden_size=stated.get("hidden_size"), moe=stated.get("use_moe"))
+    where = pick_device(device)
+    kind, remark = pick_dtype(dtype, where)
     bases: list[Base] = []
     plan: list[tuple[str, Base, str | None, int]] = []  # (name, base, adapter, created)
 
@@ -88,7 +92,7 @@ def load_table(
             if same_weights(base.hash, checkpoint.hash):
                 return base
         check_stated(checkpoint, **stated)
-        bases.append(Base(checkpoint, find_tokenizer(checkpoint, tokenizer_path)))
+        bases.append(Base(checkpoint, find_tokenizer(checkpoint, tokenizer_path), kind, where))
         return bases[-1]
 
     for entry in weights:
@@ -114,8 +118,6 @@ def load_table(
         base.add(adapter, name)
         plan.append((name, base, name, int(path.stat().st_mtime)))
 
-    where = pick_device(device)
-    kind, remark = pick_dtype(dtype, where)
     for base in bases:
         base.model = prepare_for_inference(base.model, kind).to(where)
     table: dict[str, Served] = {}
