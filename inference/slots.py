@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,12 +38,12 @@ class Slots:
     def __init__(
         self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
-        if torch.device(device).type == "cpu":
-            dtype = torch.float32
         shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
         # zeros: columns behind the end of a row are read with weight 0, and 0 times NaN would be NaN
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        if torch.device(device).type == "cpu":  # numpy's are pages that the system provides when they are written
+            self.keys, self.values = (torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(2))
+        else:
+            self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.slots = [Slot(row) for row in range(rows)]
 
     @property

@@ -175,7 +175,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = Field(None, max_length=256)
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(None, max_length=MESSAGES)
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=MESSAGES)
     tools: list[dict[str, Any]] | None = Field(None, max_length=TOOLS)
     add_generation_prompt: bool = True
 

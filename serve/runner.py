@@ -44,9 +44,10 @@ class Runner:
         self.thread.join()
 
     def submit(self, engine: Engine, requests: list[Request]) -> tuple[list[Sequence], asyncio.Event]:
-        """-> the sequences, and the event that is set whenever one of them has got on. Busy if the queue is full."""
+        """-> the sequences, and the event that is set whenever one of them has got on. Busy if the queue is full; an
+        engine with nothing to do takes a request of any number of choices."""
         free = engine.rows - len(engine.running) - len(engine.reading)
-        if len(engine.waiting) + len(requests) - free > self.max_waiting:
+        if engine.busy and len(engine.waiting) + len(requests) - free > self.max_waiting:
             raise Busy
         event, sequences = asyncio.Event(), []
         try:

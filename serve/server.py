@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -151,8 +152,10 @@ async def opened(stream: AsyncIterator[bytes]) -> Response:
             async for chunk in stream:
                 yield chunk
         except Exception as error:  # the status is sent already
-            refused = error if isinstance(error, Refused) else failure()
-            yield event(refused.body)
+            if not isinstance(error, Refused):
+                traceback.print_exception(error)
+                error = failure()
+            yield event(error.body)
         finally:
             await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] (it is a generator)
 

@@ -31,7 +31,7 @@ def running(*models: Served, limits: Limits = Limits(), defaults: Sampling = GRE
     """Yields `url` (without a path), `app` and `port`."""
     app = build_app({one.name: one for one in models}, limits, defaults)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    settings = uvicorn.Config(guarded(app, rules), http=PatientProtocol, ws="none", log_level="critical")
+    settings = uvicorn.Config(guarded(app, rules), http=PatientProtocol, ws="none", log_level="error")
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

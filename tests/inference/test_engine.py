@@ -1,6 +1,7 @@
 """What a request says does not depend on who else is served, when it came, or what was read before."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,17 @@ def test_one_can_be_followed_while_others_run(model):
         break
     engine.step()
     assert abandoned.finish_reason == "cancelled" and len(abandoned.tokens) == 1 and not other.finish_reason
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_room_that_nobody_uses_costs_no_memory(model):
+    """torch.zeros writes every page: 16 slots of 8,192 tokens of `small` would take 1 GB before the first request."""
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    before = resident()
+    engine = Engine(model, rows=64, capacity=32768)
+    serve(engine, [Request([1, 2, 3], GREEDY, 4)])
+    room = engine.slots.keys.nbytes + engine.slots.values.nbytes
+    assert room > 500e6 and resident() - before < room / 10
 
 
 def test_what_cannot_be_served_is_refused(model):

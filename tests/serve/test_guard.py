@@ -280,7 +280,7 @@ BYTES = [
 
 
 def check_answer(answer: httpx.Response) -> None:
-    assert answer.status_code < 500, answer.text
+    assert answer.status_code < 500, f"{answer.text} to {answer.request.url.path} {answer.request.content[:2000]!r}"
     if answer.status_code != 200:
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"]
