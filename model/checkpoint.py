@@ -15,7 +15,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,10 +26,13 @@ from torch import Tensor
 
 from common.console import UserError
 from common.files import atomic_file
+from common.hubs import is_id
 from model.config import ModelConfig
+from model.hub import find_model
 from model.interop.hf import load_hf
 from model.interop.hf_files import weight_files
-from model.interop.minimind import config_from_state
+from model.interop.minimind import config_beside, config_from_state
+from model.interop.single import read_single
 from model.loading import load_model
 from model.tensor_files import StoredTensors, open_pickled
 from model.transformer import CausalLM
@@ -113,12 +115,21 @@ def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage:
 def write_plain(path: Path, values: dict, **tensors: dict[str, Tensor]) -> Path:
     """Plain values, tensors and their hashes -> a .pth file, whole or not at all."""
     content = values | tensors | dict(sha256={name: hash_of(state) for name, state in tensors.items()})
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # its writer hides what the system said: that the disk is full
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    with atomic_file(path) as temporary:
+        torch_save(content, temporary)
     return path
+
+
+def torch_save(content: dict, path: Path) -> None:
+    """torch.save, with the error that the system gave (a full disk), which torch's writer hides."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        found = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(found, OSError):
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from None
 
 
 def load_weights(path: Path | str) -> Checkpoint:
@@ -129,6 +140,9 @@ def load_weights(path: Path | str) -> Checkpoint:
             config, state = load_hf(path)
             return Checkpoint(path, state, config, {"path": str(path)} if (path / "tokenizer.json").is_file() else {})
         path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside{_adapter_in(path)}")
+    if path.suffix == ".safetensors":
+        values, state = read_single(path)
+        return Checkpoint(path, state, ModelConfig.from_dict(values["config"]), values["tokenizer"], values["lineage"])
     content = read_plain(path)
     if content.get("format") == FORMAT:
         config = ModelConfig.from_dict(content["config"])
@@ -138,7 +152,7 @@ def load_weights(path: Path | str) -> Checkpoint:
             raise UserError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
         names = ", ".join(map(str, list(content)[:4]))
         raise UserError(f"{path}: not weights of a language model (it begins with {names})")
-    return Checkpoint(path, content, config_from_state(content))
+    return Checkpoint(path, content, config_beside(path) or config_from_state(content))
 
 
 def _adapter_in(folder: Path) -> str:
@@ -183,7 +197,8 @@ def newest(paths, otherwise: str) -> Path:
 
 
 def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = None, moe: bool | None = None) -> Path:
-    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one.
+    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one. OWNER/NAME, where
+    there is no such path, is a model on a hub, which is fetched if there is no copy of it yet.
 
     A directory of that name in the current one comes first if it holds weights. If it does not, it comes last, as a
     file of that name does: whoever reads it will say what is wrong with it.
@@ -191,13 +206,10 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     here, is_path = Path(weight), Path(weight).name != weight or weight.endswith(".pth")
     if here.exists() and (is_path or _holds_weights(here)):
         return here
+    if is_id(weight):
+        return find_model(weight)
     if is_path:
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weight) and not weight.endswith(".pth")
-        raise UserError(
-            f"{weight}: no such file or directory"
-            + _adapter_in(Path(weight).parent)
-            + ("; if it is a name on a hub: nothing is downloaded yet, give the directory of a copy" if hub else "")
-        )
+        raise UserError(f"{weight}: no such file or directory{_adapter_in(here.parent)}")
     for folder in map(Path, folders):
         found = []
         for path in folder.glob(f"{glob.escape(weight)}_*.pth"):
