@@ -14,7 +14,7 @@ from common.console import UserError
 from serve.answer import CALL, Answer, join
 from serve.choices import Choice, chat_logprobs
 from serve.requests import ChatRequest, refusal
-from serve.server import FINGERPRINT, Json, Server, event, failure, opened, whole
+from serve.server import FINGERPRINT, Json, Server, check_length, event, failure, opened, whole
 from tokenizer.chat import encode_chat
 
 
@@ -22,6 +22,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     served = server.find(body.model)
     try:
         messages, tools = body.conversation()
+        check_length(served, (text for m in messages for text in m.values() if isinstance(text, str)), "messages")
         call = body.forced_call()
         thinking = body.thinking if call is None or body.thinking is None else False  # a call is not a thought
         encoded = await asyncio.to_thread(

@@ -15,7 +15,7 @@ from serve.answer import Answer, join
 from serve.choices import Choice, text_logprobs
 from serve.models import Served
 from serve.requests import CompletionRequest, Refused
-from serve.server import FINGERPRINT, Json, Server, event, failure, opened, whole
+from serve.server import FINGERPRINT, Json, Server, check_length, event, failure, opened, whole
 
 
 async def complete(server: Server, body: CompletionRequest, request: Request) -> Response:
@@ -72,6 +72,7 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
 def _prompt_ids(served: Served, prompt: str | list[int]) -> tuple[list[int], int]:
     """(ids, how many of them the client did not write). A text follows the end of another, as in pretraining."""
     if isinstance(prompt, str):
+        check_length(served, [prompt], "prompt")
         try:
             return [served.tokenizer.end_of_text, *served.tokenizer.encode(prompt)], 1
         except UserError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,12 +71,7 @@ class Server:
         """asked: the number of new tokens that the client wants; None: it does not say."""
         room = served.engine.capacity - len(ids)
         if room < (1 if asked != 0 else 0):
-            raise Refused(
-                f"This model's maximum context length is {served.engine.capacity} tokens, and the prompt has "
-                f"{len(ids)}. Please shorten it.",
-                "messages" if isinstance(body, ChatRequest) else "prompt",
-                "context_length_exceeded",
-            )
+            raise too_long(served, f"{len(ids)}", "messages" if isinstance(body, ChatRequest) else "prompt")
         new = min(room, self.limits.max_new_tokens if asked is None else asked)
         sampling = body.sampling(self.defaults, choice)
         return EngineRequest(ids, sampling, new, served.tokenizer.stop_ids, **more)
@@ -127,6 +122,20 @@ async def whole(request: Request, choices: Choices) -> dict[int, list[dict]] | N
     if choices.failed is not None:
         raise failure()
     return deltas
+
+
+def too_long(served: Served, found: str, param: str) -> Refused:
+    limit = served.engine.capacity
+    what = f"This model's maximum context length is {limit} tokens, and the prompt has {found}. Please shorten it."
+    return Refused(what, param, "context_length_exceeded")
+
+
+def check_length(served: Served, texts: Iterable[str], param: str) -> None:
+    """Refuses what cannot fit, however it is tokenised, before time is spent on tokenising it."""
+    characters = sum(len(text) for text in texts)
+    least = characters // int(served.tokenizer.token_bytes.max())  # a character is at least a byte
+    if least > served.engine.capacity:
+        raise too_long(served, f"more than {least}", param)
 
 
 def overloaded() -> Refused:

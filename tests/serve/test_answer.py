@@ -2,10 +2,12 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from serve.answer import Answer, Scanner, join, token_text
+from serve.choices import Choice
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.tokenizers import without_tags
 
@@ -66,6 +68,13 @@ def test_a_stop_word_ends_the_answer():
     assert shown == "one\ntwo EN\nthree " and not answer.stopped  # the E may begin a word
     rest = [delta for token in tokenizer.encode("ND four") for delta in answer.push(token)]
     assert answer.stopped and not rest and not answer.end()
+
+
+def test_a_choice_that_is_stopped_is_not_written_for_while_the_others_go_on():
+    sequence = SimpleNamespace(tokens=tokenizer.encode("one two three"), finish_reason=None, cancelled=False)
+    sequence.cancel = lambda: setattr(sequence, "cancelled", True)
+    choice = Choice(0, sequence, Answer(tokenizer, stop=["two"]), tokenizer)
+    assert join(choice.advance())["content"] == "one " and choice.finish_reason == "stop" and sequence.cancelled
 
 
 def test_thoughts_have_a_field_of_their_own():

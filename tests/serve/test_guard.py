@@ -1,6 +1,7 @@
 """Who may ask, how much, and for how long; and that a client who leaves, lingers or lies costs the others nothing."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -346,6 +347,6 @@ def test_a_hundred_leave_and_two_hundred_ask_at_once(model):
         assert {answer.status_code for answer in answers} <= {200, 429}
         assert all(a.json()["choices"][0]["message"] == alone for a in answers if a.status_code == 200)
         until(lambda: not engine.busy and not server.state.runner.events)
-        assert threading.active_count() <= threads + 1
+        assert threading.active_count() <= threads + (os.cpu_count() or 1) + 4  # asyncio's pool, which tokenises
         for connection in idle:
             connection.close()

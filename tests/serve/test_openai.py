@@ -319,6 +319,10 @@ def test_tokens_there_and_back(server):
         ({"response_format": {"type": "json_object"}}, "only text is supported"),
         ({"stop": ["x"] * 17}, "stop: at most 16"),
         ({"messages": [{"role": "user", "content": "long " * 600}]}, "maximum context length is 512 tokens"),
+        (
+            {"messages": [{"role": "user", "content": "long " * 90_000}]},
+            "and the prompt has more than",
+        ),  # not tokenised
     ],
 )
 def test_mistakes_are_told_in_openais_form(client, changes, complaint):
