@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from operator import mul
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from common.console import UserError
 from dataset.batches.packing import pack
 from dataset.tokens.examples import TokenDataset
 from dataset.tokens.order import shuffled
+from model.attention import Segments, find_segments
 
 IGNORED = -100  # a target that is not trained on
 SELECTED_MULTIPLE = 128
@@ -50,11 +52,14 @@ class Batch:
     examples: tuple[int, ...]
     # (B, T, ...) what the data set knows of each target (TokenDataset.extras), 0 in the filling
     extras: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
+    segments: Segments | None = field(default=None, kw_only=True)  # where the documents begin and end
+    whole_rows: bool = field(default=False, kw_only=True)  # each row is one document, so no mask is needed
 
-    def context(self) -> dict[str, torch.Tensor | None]:
+    def context(self) -> dict[str, Any]:
         """The model's keyword arguments: what it needs besides the tokens."""
-        names = ("targets", "documents", "positions", "selected")
-        return {name: getattr(self, name) for name in names}
+        names = ("targets", "positions", "selected")
+        packed = {} if self.whole_rows else dict(documents=self.documents, segments=self.segments)
+        return {name: getattr(self, name) for name in names} | packed
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch on the device. For CUDA through pinned memory, so that copying overlaps with computing."""
@@ -65,6 +70,8 @@ class Batch:
         def move(value):
             if isinstance(value, dict):
                 return {name: move(own) for name, own in value.items()}
+            if isinstance(value, Segments):
+                return Segments(*map(move, value))
             if isinstance(value, torch.Tensor):
                 value = (value.pin_memory() if cuda else value).to(device, non_blocking=cuda)
             return value
@@ -206,15 +213,18 @@ class Loader:
         if not self.packing:
             documents, positions = self._documents_of_stream(tokens, documents)
         trained_tokens = int((targets != IGNORED).sum())
+        numbers = torch.from_numpy(documents)
         return Batch(
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
-            documents=torch.from_numpy(documents),
+            documents=numbers,
             positions=torch.from_numpy(positions),
             selected=select(targets) if self.packing else None,
             trained_tokens=trained_tokens,
             examples=tuple(example for row in rows for example in row),
             extras={name: torch.from_numpy(values) for name, values in extras.items()},
+            segments=find_segments(numbers),
+            whole_rows=bool((documents == documents[:, :1]).all()),
         )
 
     def _documents_of_stream(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -118,18 +118,20 @@ class PairLoader(Loader):
                 begin, pair = here.stop, pair + 1
             positions[r, begin:] = np.arange(length - begin)
         examples = tuple(example for row in rows for example in row)
+        numbers, seen = torch.from_numpy(documents), torch.from_numpy(prefixes)
         reference = self.dataset.reference
         if reference is not None:
             reference = torch.from_numpy(reference[self.dataset.order[list(examples)]].reshape(-1, 2))
         return PairBatch(
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
-            documents=torch.from_numpy(documents),
+            documents=numbers,
             positions=torch.from_numpy(positions),
             selected=select(targets),
             trained_tokens=int((targets != IGNORED).sum()),
             examples=examples,
-            prefixes=torch.from_numpy(prefixes),
+            prefixes=seen,
+            segments=find_segments(numbers, seen),
             answers=torch.from_numpy(answers),
             reference=reference,
         )
