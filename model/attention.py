@@ -16,8 +16,9 @@ window. A query sees itself and what stands before it in its own document, with 
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor
 
 BLOCKS = 4  # of queries: skips 3/8 of the products; more blocks are smaller and slower (measured at T = 512)
 SHORT = 32  # positions: room is made for one document in so many
+VARLEN: Callable[..., Any] | None = None  # torch's kernel, once `load_varlen` has found it
 
 
 class Segments(NamedTuple):
@@ -38,6 +40,10 @@ class Segments(NamedTuple):
     queries: Tensor  # (N + 1,) int32
     keys: Tensor  # (N + 1,) int32
     gather: Tensor | None = None  # (M,) int64, the position of each key, then filling; None: the positions in order
+
+    def to(self, device: torch.device) -> Segments:
+        gather = None if self.gather is None else self.gather.to(device)
+        return Segments(self.queries.to(device), self.keys.to(device), gather)
 
 
 class AttentionMask(NamedTuple):
@@ -111,12 +117,12 @@ def build_mask(
     if window is not None and window >= keys:
         window = None  # everything is near
     if kernel == "varlen":
-        if segments is None and documents is None:
+        load_varlen()
+        if documents is None:
             every = torch.arange(len(like) + 1, dtype=torch.int32, device=like.device) * queries
             segments = Segments(every, every)
         elif segments is None:
-            found = find_segments(documents.cpu(), None if prefixes is None else prefixes.cpu())
-            segments = Segments(*(None if part is None else part.to(like.device) for part in found))
+            segments = find_segments(documents.cpu(), None if prefixes is None else prefixes.cpu()).to(like.device)
         return AttentionMask(kernel, None, window, segments)
     if kernel == "sdpa" and documents is None and window is None and (past == 0 or queries == 1):
         return AttentionMask("sdpa")
@@ -156,27 +162,34 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Te
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
-    assert mask.segments is not None
+    assert mask.segments is not None and VARLEN is not None
     T, segments = q.shape[1], mask.segments
     shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q, k, v))  # (B * T, heads, D)
     if segments.gather is not None:
         # keys that belong to no segment get no gradient from the kernel, not even 0: `where` leaves them out
         place = torch.arange(len(segments.gather), device=k.device)
         used = (place < segments.keys[-1])[:, None, None]
-        k, v = (torch.where(used, t[segments.gather], 0) for t in (k, v))
+        k, v = (torch.where(used, t[segments.gather], t.new_zeros(())) for t in (k, v))
     near = (-1 if mask.reach is None else mask.reach - 1, 0)  # how many keys before and after a query it sees; -1: all
-    out = varlen_kernel()(q, k, v, segments.queries, segments.keys, T, T, window_size=near, enable_gqa=True)
+    out = VARLEN(q, k, v, segments.queries, segments.keys, T, T, window_size=near)
     return out.view(shape)
 
 
-@lru_cache(maxsize=1)
-def varlen_kernel():
-    """torch's flash attention over segments, or None where torch is too old for windows and groups (before 2.12)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+def load_varlen() -> bool:
+    """Finds torch's flash attention over segments -> whether there is one that knows windows (torch 2.11 and newer).
+    Not part of compiled code, and not done at the start: importing it takes seconds."""
+    global VARLEN
+    if VARLEN is None:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return False
+        options = inspect.signature(varlen_attn).parameters
+        if "enable_gqa" in options:  # since 2.12; before, the kernel takes fewer key heads without being asked
+            VARLEN = partial(varlen_attn, enable_gqa=True)
+        elif "window_size" in options:
+            VARLEN = varlen_attn
+    return VARLEN is not None
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

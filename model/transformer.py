@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import AttentionMask, Segments, build_mask, causal_attention, has_flash, varlen_kernel
+from model.attention import AttentionMask, Segments, build_mask, causal_attention, has_flash, load_varlen
 from model.config import ModelConfig
 from model.cost import LOGITS_AT_ONCE, idle_parameters
 from model.head import Loss, loss_in_chunks
@@ -191,7 +191,7 @@ class CausalLM(nn.Module):
         selected (K,) flat indices b*T+t of the positions the head is applied to; None: all. With targets, every target
             outside must be -100, and an index may be repeated only where the target is -100.
         prefixes (B, T) number of another document in the row that a position sees too: a prompt that answers share.
-        segments  where the documents begin and end, for kernels that need it; a loader knows it without asking the device.
+        segments  where the documents begin and end, as a loader knows it; without it, kernels may ask the device.
         criterion what to return instead of cross-entropy: (logits (n, V) fp32, targets (n,), which n of the positions
             they are) -> (n, ...) fp32, for some positions at a time and again in the backward pass. `loss` is then
             (B, T, ...).
@@ -239,15 +239,21 @@ class CausalLM(nn.Module):
             loss = torch.zeros(B * T, *loss.shape[1:], device=loss.device).index_add(0, selected, loss)
         return Output(None, loss.view(B, T, *loss.shape[1:]), aux_loss)
 
-    def _losses(self, x: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor, slice], Tensor] | None) -> Tensor:
+    def _losses(
+        self, x: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor, slice], Tensor] | None
+    ) -> Tensor:
         """x (N, d), targets (N,) -> (N,), or (N, ...) of the criterion."""
         words = self.config.vocab_size
         if criterion is None and len(x) * words <= 2 * LOGITS_AT_ONCE:
             return self.token_loss(x, targets)
         if criterion is None:
-            return self.lm_head(x, lambda logits, rows: self.cross_entropy(logits, targets[rows]), positions_at_once(words))
+            return self.lm_head(
+                x, lambda logits, rows: self.cross_entropy(logits, targets[rows]), positions_at_once(words)
+            )
         # a criterion may need several more tensors of the logits' size: another model's, distances between the two
-        return self.lm_head(x, lambda logits, rows: criterion(logits, targets[rows], rows), positions_at_once(4 * words))
+        return self.lm_head(
+            x, lambda logits, rows: criterion(logits, targets[rows], rows), positions_at_once(4 * words)
+        )
 
     def token_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """x (N, d), targets (N,) -> (N,) fp32. A function of its own, so that it can be compiled."""
@@ -262,7 +268,7 @@ class CausalLM(nn.Module):
         """masked: a query does not see all that stands before it."""
         if self.attention_kernel:
             return self.attention_kernel
-        if masked and varlen_kernel() and has_flash(x.device, x.dtype, self.config.head_dim):
+        if masked and has_flash(x.device, x.dtype, self.config.head_dim) and load_varlen():
             return "varlen"
         # on CPUs in bf16 sdpa is faster where it needs neither gradients nor a mask, and half as fast with either
         slow = torch.is_grad_enabled() or masked

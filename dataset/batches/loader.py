@@ -19,7 +19,7 @@ B = rows of a batch, T = max_seq_len, N = rows of a rank's step, K = selected po
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from operator import mul
@@ -66,17 +66,23 @@ class Batch:
         if torch.device(device).type == "cpu":
             return self
         cuda = torch.device(device).type == "cuda"
+        return (self.pinned() if cuda else self)._map(lambda tensor: tensor.to(device, non_blocking=cuda))
 
-        def move(value):
+    def pinned(self) -> Batch:
+        """This batch in page-locked memory, from which a GPU reads by itself."""
+        return self._map(lambda tensor: tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """This batch with each of its tensors changed."""
+
+        def changed(value):
             if isinstance(value, dict):
-                return {name: move(own) for name, own in value.items()}
+                return {name: changed(own) for name, own in value.items()}
             if isinstance(value, Segments):
-                return Segments(*map(move, value))
-            if isinstance(value, torch.Tensor):
-                value = (value.pin_memory() if cuda else value).to(device, non_blocking=cuda)
-            return value
+                return Segments(*map(changed, value))
+            return change(value) if isinstance(value, torch.Tensor) else value
 
-        return replace(self, **{own.name: move(getattr(self, own.name)) for own in fields(self)})
+        return replace(self, **{own.name: changed(getattr(self, own.name)) for own in fields(self)})
 
 
 class Loader:
@@ -87,6 +93,7 @@ class Loader:
     accumulation_steps  batches of a step; with batch_size and world it tells the examples of a step
     rank, world         which process this is, of how many
     shuffle             False: in the data set's order, for validation
+    pin_memory          `prefetch` makes batches ready for a copy to a GPU that nothing waits for
     """
 
     ROWS_PER_EXAMPLE = 1  # length of the longest example, in multiples of max_seq_len
@@ -103,12 +110,13 @@ class Loader:
         world: int = 1,
         seed: int = 42,
         shuffle: bool = True,
+        pin_memory: bool = False,
     ):
         if len(dataset) == 0 or int(dataset.lengths.max()) > self.ROWS_PER_EXAMPLE * max_seq_len + 1:
             raise UserError(f"rows of {max_seq_len} do not hold this data set: {dataset.summary}")
         self.dataset, self.packing, self.max_seq_len = dataset, packing, max_seq_len
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.pin_memory = seed, shuffle, pin_memory
         self.examples_per_step = batch_size * accumulation_steps * world
         self.steps_per_epoch = -(-len(dataset) // self.examples_per_step)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -161,7 +169,7 @@ class Loader:
         try:
             waiting = deque()
             for step in range(start, stop):
-                waiting.append((step, pool.submit(self.batches, step)))
+                waiting.append((step, pool.submit(self._ready, step)))
                 if len(waiting) > AHEAD:
                     ready, future = waiting.popleft()
                     yield ready, future.result()
@@ -170,10 +178,26 @@ class Loader:
         finally:  # also when the consumer leaves early
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def _ready(self, step: int) -> list[Batch]:
+        batches = self.batches(step)
+        return [batch.pinned() for batch in batches] if self.pin_memory else batches
+
+    def _some_steps(self) -> Sequence[int]:
+        """All steps of an epoch, or 64 of them, evenly spread."""
+        steps = self.steps_per_epoch
+        return range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
+
+    def count_shapes(self) -> int:
+        """How many shapes (rows, length) its batches have, as far as some steps show."""
+        shapes = set()
+        for step in self._some_steps():
+            sizes = batch_sizes(len(self.rows(step)) // self.world, self.batch_size)
+            shapes.update((size, self.row_length(step)) for size in sizes)
+        return len(shapes)
+
     def describe(self) -> str:
         """Examples -> rows -> steps of an epoch, for people. Of more than 64 steps, 64 are counted."""
-        steps = self.steps_per_epoch
-        asked = range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
+        steps, asked = self.steps_per_epoch, self._some_steps()
         examples = np.concatenate([self.examples(step) for step in asked])
         counts = [sum(map(bool, self.rows(step))) for step in asked]
         lengths = [self.row_length(step) for step in asked]

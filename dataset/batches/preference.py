@@ -30,6 +30,7 @@ import torch
 from dataset.batches.loader import IGNORED, Batch, Loader, select
 from dataset.batches.packing import pair_row_length
 from dataset.tokens.examples import EntryDataset
+from model.attention import find_segments
 from tokenizer.text import Tokenizer
 
 Answer = tuple[np.ndarray, np.ndarray]  # ids; which of them are trained on, bool

@@ -8,6 +8,7 @@ from dataset.batches.preference import PairLoader, PreferenceDataset
 from dataset.read.formats import canonical
 from tests.helpers.models import TOKENIZER, answer_logp, small_model
 from tests.helpers.rows import jsonl, says, user, write_dpo
+from tests.helpers.varlen import varlen_attn
 from tokenizer.chat import encode_chat
 from trainer.losses.preference import read_answers
 
@@ -115,9 +116,10 @@ def loader_of(ds, batch_size, accumulation_steps, **rank):
     return PairLoader(ds, packing=True, **sizes, **rank)
 
 
-@pytest.mark.parametrize("kernel", ("sdpa", "blocked"))
-def test_shared_prompts_change_nothing(kernel, tmp_path):
+@pytest.mark.parametrize("kernel", ("sdpa", "varlen", "blocked"))
+def test_shared_prompts_change_nothing(kernel, tmp_path, monkeypatch):
     """Each answer's log-probability and its gradient, against the plain way: one sequence a row, prompt and all."""
+    monkeypatch.setattr("model.attention.VARLEN", varlen_attn)
     ds = PreferenceDataset(write_dpo(tmp_path / "dpo.jsonl"), TOKENIZER, max_seq_len=48)
     batches = loader_of(ds, 8, 1).batches(0)
     assert any(int(batch.documents.max()) > 3 for batch in batches), "several pairs in a row, or nothing is tested"

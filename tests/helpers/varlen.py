@@ -3,10 +3,10 @@
 import torch
 
 
-def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
     """q (N, H, D), k and v (M, K, D). In each segment query i stands at key i + keys - queries, and sees the keys up to
     there, no more than window_size[0] of them before it (-1: all)."""
-    assert enable_gqa and window_size[1] == 0
+    assert window_size[1] == 0
     k, v = (_Unused.apply(t, int(cu_seq_k[-1])) for t in (k, v))
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]

@@ -29,7 +29,7 @@ LENGTHS = (5, 1, 9, 8)  # of the documents packed into a row of 23
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     """The kernel of `varlen` runs on CUDA only; everything around it is ours."""
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: varlen_attn)
+    monkeypatch.setattr(attention, "VARLEN", varlen_attn)
 
 
 def build(kernel: str, **changes) -> CausalLM:
@@ -121,9 +121,7 @@ def test_kernels_give_the_same_gradients(changes):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for others in gradients[1:]:
         for name, expected in gradients[0].items():
-            torch.testing.assert_close(
-                others[name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(others[name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_head_only_where_it_is_needed():
@@ -306,7 +304,7 @@ def test_which_kernel_is_taken(monkeypatch):
     monkeypatch.setattr("model.transformer.has_flash", lambda device, dtype, _: dtype == torch.float16)
     assert model._kernel(x, masked=True) == "varlen" and model._kernel(x, masked=False) == "sdpa"
     assert model._kernel(x.float(), masked=True) == "sdpa"
-    monkeypatch.setattr("model.transformer.varlen_kernel", lambda: None)
+    monkeypatch.setattr("model.transformer.load_varlen", lambda: False)
     assert model._kernel(x, masked=True) == "sdpa"
     monkeypatch.setattr(attention, "_capability", lambda _: (7, 5))
     assert not has_flash(cuda, torch.float16, 64)
