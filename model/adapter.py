@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,12 @@ def save_adapter(
     base: dict[str, Any],
     tokenizer: dict[str, Any],
     lineage: list[dict[str, Any]],
+    write: Callable = write_plain,
 ) -> Path:
     values = dict(settings=settings.to_dict(), base=base, config=model.config.to_dict(), tokenizer=tokenizer)
     values = json.loads(json.dumps(values | dict(lineage=lineage)))  # plain values only, as in weights files
-    return write_plain(Path(path), dict(format=FORMAT, **values), lora=lora_state(model))
+    write(Path(path), dict(format=FORMAT, **values), lora=lora_state(model))
+    return Path(path)
 
 
 def load_adapter(path: Path | str) -> AdapterFile:

@@ -27,6 +27,7 @@ import torch
 
 from common.console import UserError
 from trainer.loop.interrupts import memory_advice
+from trainer.loop.periodic import count_saves
 from trainer.run.logger import peak_memory
 from trainer.run.meter import Meter, wait_for
 
@@ -187,6 +188,7 @@ def measure(engine, rows: int) -> dict[str, float]:
     result["validation"] = validation_seconds(engine)
     start = time.perf_counter()
     engine.save()
+    engine.writer.wait()
     result["save"] = time.perf_counter() - start
     engine.logger.close()
     memory = backend.all_reduce_max(torch.tensor(peak_memory(), device=backend.device)).item()
@@ -208,7 +210,7 @@ def validation_seconds(engine, most: int = 8) -> float:
 def report(engine, rows: int, measured: dict[str, float]) -> None:
     """Prints the plan. measured: the result of `measure`."""
     c, say, total = engine.config, engine.logger.print, engine.total
-    saves = -(-total // c.save_interval) if c.save_interval else 1
+    saves = count_saves(c, total, measured["step"])
     validations = -(-total // c.val_interval) if c.val_interval else saves
     steps = measured["first"] + measured["step"] * max(total - min(WARM_UP, measured["steps"] - 1), 0)
     aside = saves * measured["save"] + validations * measured["validation"]
