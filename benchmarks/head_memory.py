@@ -1,8 +1,8 @@
 """Peak memory of a training step with a large vocabulary: the head in chunks against all logits at once.
 
-    python benchmarks/head_memory.py                                       # 4 x 2,048 tokens, 151,936 words: about 30 GB
-    python benchmarks/head_memory.py --vocab_size 32768 --length 1024      # about 3 GB
-    python benchmarks/head_memory.py --device cuda
+    python benchmarks/head_memory.py                           # 4 x 2,048 tokens, 151,936 words: about 15 GB
+    python benchmarks/head_memory.py --rows 1 --length 960     # about 2 GB
+    python benchmarks/head_memory.py --device cuda --dtype bfloat16
 
 The body is tiny (two layers, 128 wide), so that the head is what is measured. Each side runs in a process of its own,
 with the same weights and tokens: two steps of AdamW, every position trained. Losses and gradients are compared.
