@@ -15,6 +15,7 @@ from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, check_stated, open_weights
 from model.config import MIXTURE, PRESETS, ModelConfig, architecture_options
+from model.precision import pick_device, pick_dtype
 from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.text import Tokenizer
@@ -27,6 +28,7 @@ WELL_KNOWN = {
     "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
     "reason": ("r1_mix_1024", "reason"),
 }
+SHOWN = 5  # files of --data_path that are listed; a data set can have thousands
 SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/datasets/gongjy/minimind_dataset"
 
 
@@ -40,7 +42,9 @@ class Data(NamedTuple):
 def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool, str]:
     """(files, whether built in, a line that says why these): what was typed, a well-known file, else the tiny world."""
     if config.data_path:
-        return config.data_path, False, f"data: {', '.join(config.data_path)}"
+        named = ", ".join(config.data_path[:SHOWN])
+        more = f" and {n - SHOWN:,} more" if (n := len(config.data_path)) > SHOWN else ""
+        return config.data_path, False, f"data: {named}{more}"
     for name in WELL_KNOWN.get(kind, (kind,)):
         path = ROOT / "dataset" / f"{name}.jsonl"
         if path.is_file():
@@ -162,7 +166,13 @@ def open_model(
             f"--teacher {config.teacher}: its tokenizer ({required.path}, {required.vocab_size:,} ids) is not that of "
             f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
         )
-    return parent, parent.build(), tokenizer, origin
+    return parent, build_parent(config, parent), tokenizer, origin
+
+
+def build_parent(config: StageConfig, parent: Checkpoint) -> CausalLM:
+    """The model to train, on its device. What an adapter leaves frozen is kept in the compute dtype."""
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    return parent.build(pick_dtype(config.dtype, device)[0] if config.trains_adapter else None, device=device)
 
 
 def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer, str]:

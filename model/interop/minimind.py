@@ -7,6 +7,7 @@ Two generations differ: MiniMind2 (2025: shared experts, its own variant of YaRN
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def config_from_minimind(values: dict) -> ModelConfig:
     )
 
 
-def config_from_state(state: dict[str, Tensor]) -> ModelConfig:
+def config_from_state(state: Mapping[str, Tensor]) -> ModelConfig:
     """The architecture as far as tensor shapes tell it; where they do not, MiniMind's constants.
 
     The one thing that cannot be read off a file without q_norm is the number of heads.
@@ -84,7 +85,7 @@ def config_from_state(state: dict[str, Tensor]) -> ModelConfig:
     )
 
 
-def lora_from_minimind(content: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
+def lora_from_minimind(content: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
     """(settings, tensors) of a LoRA file: `<layer>.lora.A.weight` and `.B.weight`, whose product is added unscaled.
     None for another kind of file. Files written under DDP or torch.compile carry a prefix."""
     pattern = re.compile(r"(?:module\.|_orig_mod\.)*(.+)\.lora\.([AB])\.weight")

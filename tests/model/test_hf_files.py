@@ -22,7 +22,7 @@ def export(folder, seed=0, **changes):
     model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_hf(folder, Checkpoint(folder, state, model.config), folder, stop_ids={2})
-    return load_weights(folder).state
+    return dict(load_weights(folder).state)
 
 
 def write(path, tensors):
@@ -64,7 +64,9 @@ def test_without_an_index(tmp_path):
         (tmp_path / name).unlink()
     for name in ("consolidated.safetensors", "consolidated-00001-of-00001.safetensors", "adapter_model.safetensors"):
         write(tmp_path / name, wrong)
-    with pytest.raises(ValueError, match="no .*safetensors beside config.json, only adapter_model.safetensors"):
+    with pytest.raises(
+        ValueError, match="no .*safetensors or .*bin beside config.json, only adapter_model.safetensors"
+    ):
         load_weights(tmp_path)
     write(tmp_path / "weights.safetensors", state)
     assert_same(load_weights(tmp_path).state, state)
