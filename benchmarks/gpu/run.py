@@ -113,7 +113,7 @@ def run_parts(args, waiting: list[str], results: Results, left: Callable[[], flo
         timer.cancel()
         if kind == "BEGIN":
             current = rest.strip()
-            timer = end_within(PARTS[current].limit)
+            timer = end_within(args.part_limit or PARTS[current].limit)
         else:
             name, _, result = rest.partition(" ")
             results.add(name, json.loads(result))
@@ -132,6 +132,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer parts and rounds")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that the script works")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--part_limit", type=float, help="seconds of each part (default: its own limit)")
     parser.add_argument("--limit", type=float, help="seconds in all (default: 470, with --quick 115)")
     parser.add_argument(
         "--parts", default="", help=f"some of tests, {', '.join(PARTS)}, compiled (the tests that compile)"
