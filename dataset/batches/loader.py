@@ -9,7 +9,7 @@ An epoch is a seeded permutation, so a step's examples are a slice of it. Two wa
     packing=False   an example is a row (pretraining): batch_size x accumulation_steps x world rows a step
     packing=True    the same number of *examples* a step, packed best-fit into as few rows as hold them. A rank's rows
                     form batches of batch_size, the remaining ones batches of powers of two (5 rows = 4 + 1), so that
-                    only a few shapes occur and compiled code is reused
+                    compiled code is reused; after `limit_shapes` one batch, with blank rows up to a size that is usual
 The ranks take rows in turn. Which examples a step holds depends only on the product batch_size x accumulation_steps x
 world.
 
@@ -19,7 +19,7 @@ B = rows of a batch, T = max_seq_len, N = rows of a rank's step, K = selected po
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from operator import mul
@@ -36,6 +36,7 @@ from model.attention import Segments, find_segments
 
 IGNORED = -100  # a target that is not trained on
 SELECTED_MULTIPLE = 128
+FEW_SHAPES = 4  # of batches, in a run whose code is compiled for each
 AHEAD = 2  # steps prepared while the device works on one
 
 
@@ -97,6 +98,7 @@ class Loader:
     """
 
     ROWS_PER_EXAMPLE = 1  # length of the longest example, in multiples of max_seq_len
+    sizes: list[int] = []  # rows of a step's last batch, after `limit_shapes`
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class Loader:
         if self.packing:
             lengths = (self.dataset.lengths[examples] - 1).tolist()
             rows = [[examples[i] for i in row] for row in pack(lengths, self.row_length(step))]
-            share = -(-len(rows) // self.world)
+            share = sum(self._batch_sizes(-(-len(rows) // self.world)))
         else:
             rows = [[example] for example in examples]
             share = -(-len(rows) // self.world)
@@ -158,7 +160,7 @@ class Loader:
             for example in row:
                 self.dataset.will_read(example)  # all of them first: a disk reads several at once faster
         batches, begin = [], 0
-        for size in batch_sizes(len(rows), self.batch_size):
+        for size in self._batch_sizes(len(rows)):
             batches.append(self._batch(rows[begin : begin + size], length))
             begin += size
         return batches
@@ -191,9 +193,24 @@ class Loader:
         """How many shapes (rows, length) its batches have, as far as some steps show."""
         shapes = set()
         for step in self._some_steps():
-            sizes = batch_sizes(len(self.rows(step)) // self.world, self.batch_size)
+            sizes = self._batch_sizes(len(self.rows(step)) // self.world)
             shapes.update((size, self.row_length(step)) for size in sizes)
         return len(shapes)
+
+    def limit_shapes(self, most: int = FEW_SHAPES) -> None:
+        """From now on batches have at most so many shapes, as far as some steps show, for compiled code: the rows of a
+        step's last batch are filled up to one of a few numbers. Blank rows cost time and change no result."""
+        if self.packing:
+            shares = [len(self.rows(step)) // self.world for step in self._some_steps()]
+            full = max(shares) > self.batch_size
+            self.sizes = spread({(n - 1) % self.batch_size + 1 for n in shares}, most - full)
+
+    def _batch_sizes(self, rows: int) -> list[int]:
+        """The rows of each batch of a rank's step; together at least `rows`."""
+        full, rest = divmod(rows, self.batch_size)
+        if not self.sizes or not rest:
+            return batch_sizes(rows, self.batch_size)
+        return [self.batch_size] * full + [min((n for n in self.sizes if n >= rest), default=self.batch_size)]
 
     def describe(self) -> str:
         """Examples -> rows -> steps of an epoch, for people. Of more than 64 steps, 64 are counted."""
@@ -267,6 +284,14 @@ def batch_sizes(rows: int, most: int) -> list[int]:
     """As many full batches of `most` rows as there are, then powers of two: 21 rows, at most 8 each: [8, 8, 4, 1]."""
     full, rest = divmod(rows, most)
     return [most] * full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+
+
+def spread(numbers: Iterable[int], most: int) -> list[int]:
+    """All of them in order, or `most` of them from the least to the greatest: {1, 2, 3, 7, 9}, 3 -> [1, 3, 9]"""
+    ordered = sorted(numbers)
+    if len(ordered) <= most:
+        return ordered
+    return [ordered[i * (len(ordered) - 1) // (most - 1)] if most > 1 else ordered[-1] for i in range(most)]
 
 
 def select(targets: np.ndarray) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.console import UserError
 from common.files import keep_previous, relative_to_root
-from dataset.batches.loader import Batch, Loader
+from dataset.batches.loader import FEW_SHAPES, Batch, Loader
 from model.checkpoint import weights_name, write_plain
 from model.precision import lower_frozen, pick_dtype
 from trainer.inputs import check_start
@@ -88,9 +88,10 @@ class Engine:
             self.logger.print,
         )
         announce(self, notice)
-        shapes = self.loader.count_shapes()
+        shapes = min(self.loader.count_shapes(), FEW_SHAPES)
         self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing, shapes)
         if self.compiled:
+            self.loader.limit_shapes()
             self.logger.print("compiling the blocks: the first step takes longer")
         self.wrapped = backend.wrap(self.model, self.optimizers)
         if found:

@@ -113,6 +113,8 @@ def set_rows(engine, rows: int) -> None:
     times = c.batch_size // rows * c.accumulation_steps
     engine.config = dataclasses.replace(c, batch_size=rows, accumulation_steps=times)
     engine.loader = engine._loader(engine.job.data.train, times, shuffle=True)
+    if engine.compiled:
+        engine.loader.limit_shapes()
     engine.val_loader = engine._loader(engine.job.data.val, 1, shuffle=False) if engine.val_loader else None
     engine.config = c
 
