@@ -228,6 +228,8 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, StoredTensors]:
     directory = Path(directory)
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise UserError(f"config.json: holds a {type(values).__name__}, not the settings of a model")
         config = (config_from_minimind if values.get("model_type") == "minimind" else config_from_hf)(values)
     except json.JSONDecodeError as error:
         raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.console import UserError
 from model.checkpoint import Checkpoint, load_weights
 from model.config import ModelConfig
 from model.export import save_hf
@@ -123,3 +124,11 @@ def test_a_head_of_its_own_counts_more_than_tie_word_embeddings(tmp_path):
     tied = CausalLM(ModelConfig(**SHAPE))
     with pytest.raises(RuntimeError, match="lm_head.weight differs from model.embed_tokens.weight"):
         tied.load_state_dict(state)
+
+
+@pytest.mark.parametrize("content", ("[1]", '"llama"', "null"))
+def test_a_config_that_is_no_dictionary_is_an_error_in_one_line(content, tmp_path):
+    export(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json: holds a (list|str|NoneType), not the settings of a model"):
+        load_weights(tmp_path)

@@ -4,6 +4,8 @@ The stages' accumulation tests compare one split with another. A balancing loss 
 something else that splits as well, passes them.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,3 +51,7 @@ def test_of_pairs():
     assert loss - metrics["loss"] == pytest.approx(2 * 10 + 1 * 100)
     # SimPO compares means: log-probability -1 a token, times beta, of three pairs
     assert metrics["reward_chosen"] == metrics["reward_rejected"] == 3 * 2.0 * -1
+    # log p_ref(y) - log p(y) = -3 - -1 for both answers: the mean over the answers, summed over three pairs
+    pairs = replace(pairs, reference=torch.full((3, 2), -3.0))
+    _, metrics = Preference("sigmoid", label_smoothing=0.0)(model, pairs)
+    assert metrics["kl"] == 3 * -2
