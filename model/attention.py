@@ -124,8 +124,9 @@ def build_mask(
         elif segments is None:
             segments = find_segments(documents.cpu(), None if prefixes is None else prefixes.cpu()).to(like.device)
         return AttentionMask(kernel, None, window, segments)
-    if kernel == "sdpa" and documents is None and window is None and (past == 0 or queries == 1):
-        return AttentionMask("sdpa")
+    if kernel == "sdpa" and documents is None and window is None:
+        if queries == 1 or past == 0 and is_causal_works(like.device):
+            return AttentionMask("sdpa")
     # is_causal aligns to the top left, which is wrong once there are more keys than queries: spell the mask out
     key = torch.arange(keys, device=like.device)
     mask = key <= key[past:, None]  # (T, S)
@@ -190,6 +191,12 @@ def load_varlen() -> bool:
         elif "window_size" in options:
             VARLEN = varlen_attn
     return VARLEN is not None
+
+
+def is_causal_works(device: torch.device) -> bool:
+    """Whether sdpa may be told `is_causal` there. On Apple's GPUs, in half precision, queries then see later keys
+    (https://github.com/pytorch/pytorch/issues/195910)."""
+    return device.type != "mps"
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

@@ -182,6 +182,20 @@ def test_a_token_is_felt_as_far_as_the_windows_reach():
     assert moved.nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9, 10]
 
 
+def test_where_is_causal_leaks_the_mask_is_spelled_out(monkeypatch):
+    """Apple's GPUs in half precision: nothing warns, and the model learns from what it should predict."""
+    model, tokens = build("sdpa"), torch.randint(61, (1, 9))
+    expected = model(tokens).logits
+    monkeypatch.setattr(attention, "is_causal_works", lambda device: device.type == "cuda")
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    note = lambda *heads, is_causal, attn_mask, **more: (
+        seen.append((is_causal, attn_mask is None)) or sdpa(*heads, is_causal=is_causal, attn_mask=attn_mask, **more)
+    )
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    torch.testing.assert_close(model(tokens).logits, expected)
+    assert set(seen) == {(False, False)}
+
+
 def test_a_mask_is_built_once_for_each_window(monkeypatch):
     built = []
     counted = lambda *arguments: built.append(arguments[-2]) or build_mask(*arguments)
