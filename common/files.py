@@ -62,15 +62,44 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            mode = temporary.stat().st_mode & 0o666
-            for inside in sorted(temporary.rglob("*"), reverse=True):  # what is in a folder before the folder
-                flush_folder(inside) if inside.is_dir() else _flush(inside, mode)
-            flush_folder(temporary)
+            _flush_tree(temporary)
             os.rename(temporary, path)
             flush_folder(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextmanager
+def staged(path: Path | str) -> Iterator[Path]:
+    """Yields `path`'s name in a hidden folder beside it; at the end of the block, everything in that folder moves to
+    where `path` is, and replaces what has its name there.
+
+    For results that are read again before they count, and may be a folder, or several files. If the block or the system
+    fails, nothing has changed. An old folder is moved away first: a kill just then leaves neither.
+    """
+    path = Path(path)
+    with _system_errors(path):
+        _make_folder(path.parent)
+        sweep(path.parent, path.name)
+        temporary = temporary_name(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            yield temporary / path.name
+            _flush_tree(temporary)
+            for inside in sorted(temporary.iterdir(), key=lambda inside: inside.name == path.name):  # `path` last
+                target = path.parent / inside.name
+                if target.is_dir():  # no system call replaces a folder that is not empty
+                    os.rename(target, temporary / f"{inside.name}.old")
+                os.replace(inside, target)
+            flush_folder(path.parent)
+        except OSError as error:
+            if str(error.filename).startswith(str(temporary)):  # a name that nobody knows
+                error.filename = str(path)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -229,6 +258,14 @@ def _another_runs(process: int) -> bool:
     except OSError:
         pass
     return process != os.getpid()
+
+
+def _flush_tree(folder: Path) -> None:
+    """Flushes a folder and all that is in it."""
+    mode = folder.stat().st_mode & 0o666
+    for inside in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        flush_folder(inside) if inside.is_dir() else _flush(inside, mode)
+    flush_folder(folder)
 
 
 def _flush(file: Path, mode: int) -> None:

@@ -30,7 +30,8 @@ from common.files import atomic_file
 from model.config import ModelConfig
 from model.interop.hf import load_hf
 from model.interop.hf_files import weight_files
-from model.interop.minimind import config_from_state
+from model.interop.minimind import config_beside, config_from_state
+from model.interop.single import read_single
 from model.loading import load_model
 from model.tensor_files import StoredTensors, open_pickled
 from model.transformer import CausalLM
@@ -117,12 +118,21 @@ def save_weights(
 def write_plain(path: Path, values: dict, **tensors: dict[str, Tensor]) -> Path:
     """Plain values, tensors and their hashes -> a .pth file, whole or not at all."""
     content = values | tensors | dict(sha256={name: hash_of(state) for name, state in tensors.items()})
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # its writer hides what the system said: that the disk is full
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    with atomic_file(path) as temporary:
+        torch_save(content, temporary)
     return path
+
+
+def torch_save(content: dict, path: Path) -> None:
+    """torch.save, with the error that the system gave (a full disk), which torch's writer hides."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        found = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(found, OSError):
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from None
 
 
 def load_weights(path: Path | str) -> Checkpoint:
@@ -133,6 +143,9 @@ def load_weights(path: Path | str) -> Checkpoint:
             config, state = load_hf(path)
             return Checkpoint(path, state, config, {"path": str(path)} if (path / "tokenizer.json").is_file() else {})
         path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside{_adapter_in(path)}")
+    if path.suffix == ".safetensors":
+        values, state = read_single(path)
+        return Checkpoint(path, state, ModelConfig.from_dict(values["config"]), values["tokenizer"], values["lineage"])
     content = read_plain(path)
     if content.get("format") == FORMAT:
         config = ModelConfig.from_dict(content["config"])
@@ -142,7 +155,7 @@ def load_weights(path: Path | str) -> Checkpoint:
             raise UserError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
         names = ", ".join(map(str, list(content)[:4]))
         raise UserError(f"{path}: not weights of a language model (it begins with {names})")
-    return Checkpoint(path, content, config_from_state(content))
+    return Checkpoint(path, content, config_beside(path) or config_from_state(content))
 
 
 def _adapter_in(folder: Path) -> str:

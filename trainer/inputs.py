@@ -16,6 +16,7 @@ from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, check_stated, open_weights
 from model.config import MIXTURE, PRESETS, ModelConfig, architecture_options
 from model.precision import pick_device, pick_dtype
+from model.resize import add_tokens
 from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.text import Tokenizer
@@ -166,7 +167,12 @@ def open_model(
             f"--teacher {config.teacher}: its tokenizer ({required.path}, {required.vocab_size:,} ids) is not that of "
             f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
         )
-    return parent, build_parent(config, parent), tokenizer, origin
+    model = build_parent(config, parent)
+    if config.resize_vocab and tokenizer.vocab_size > model.config.vocab_size:
+        add_tokens(model, tokenizer.vocab_size)
+        added = model.config.vocab_size - parent.config.vocab_size
+        origin += f"\n      with {added:,} more tokens, whose rows begin at the mean of the others (--resize_vocab)"
+    return parent, model, tokenizer, origin
 
 
 def build_parent(config: StageConfig, parent: Checkpoint) -> CausalLM:
@@ -181,7 +187,16 @@ def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer
     if wanted == config.save_weight and Path(config.save_dir).resolve() != (ROOT / "out").resolve():
         folders.reverse()  # the one in save_dir is what this very command wrote the last time
     stated = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
-    parent, tokenizer = open_weights(wanted, *folders, tokenizer_path=config.tokenizer_path, **stated)
+    path = None if config.resize_vocab else config.tokenizer_path  # of a smaller one, which the new one continues
+    parent, tokenizer = open_weights(wanted, *folders, tokenizer_path=path, **stated)
+    if config.resize_vocab:
+        larger = Tokenizer.load(config.tokenizer_path)
+        if not larger.continues(tokenizer):
+            raise UserError(
+                f"--resize_vocab: {larger.path} does not continue {tokenizer.path}, the tokenizer of {parent.path}: "
+                "ids that the weights know would stand for other text; only add tokens, after the last id"
+            )
+        tokenizer = larger
     if config.preset:
         check_stated(parent, **{k: v for k, v in PRESETS[config.preset].items() if stated.get(k) is None})
     stages = " -> ".join(entry["stage"] for entry in parent.lineage)

@@ -110,6 +110,9 @@ class StageConfig(LoRAOptions):
         aliases=("model_path", "model_name_or_path", "base_model_path", "base_model"),
     )
     tokenizer_path: str | None = option(None, "directory with a tokenizer.json (default: the weights' own)", path=True)
+    resize_vocab: bool = option(
+        False, "add rows to the weights' embedding for the tokens that --tokenizer_path has beyond their own"
+    )
     preset: str | None = option(None, "size of the model", choices=tuple(PRESETS))
     hidden_size: int | None = option(None, "width; after pretraining it only picks among weights", within="[1, inf)")
     num_hidden_layers: int | None = option(None, "depth; as hidden_size", within="[1, inf)")
@@ -247,6 +250,10 @@ class StageConfig(LoRAOptions):
     def problems(self) -> list[str]:
         found = super().problems()
         found += [] if found else launch.problems(self)
+        if self.resize_vocab and not self.tokenizer_path:
+            found.append("--resize_vocab: for which tokenizer? --tokenizer_path names the larger one")
+        if self.resize_vocab and self.trains_adapter:
+            found.append("--resize_vocab: an adapter leaves the embedding as it is, so new tokens would learn nothing")
         if self.output_dir and self.output_dir != self.save_dir:
             found.append("--save_dir and --output_dir: both say where results go; give one of them")
         if self.val_path and self.val_fraction:
