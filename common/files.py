@@ -38,9 +38,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
             with open(temporary, "wb"):
                 mode = os.stat(temporary).st_mode
             yield temporary
-            _flush(temporary, mode)
-            os.replace(temporary, path)
-            flush_folder(path.parent)
+            put_in_place(temporary, path, mode)
         finally:
             with suppress(OSError):  # renamed already; or the disk is gone, and the first error is the one to report
                 temporary.unlink()
@@ -62,12 +60,25 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            _flush_tree(temporary)
-            os.rename(temporary, path)
-            flush_folder(path.parent)
+            put_in_place(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def put_in_place(written: Path, path: Path, mode: int | None = None) -> None:
+    """Gives a finished file or folder its name, with all of it on the disk first. A file that has the name is replaced;
+    a folder that has it is an OSError.
+
+    `atomic_file` and `atomic_folder` end with it. Called directly, it is for what takes several runs of a program to
+    write, as a download may. mode: the file's permissions; None: those that it has.
+    """
+    if written.is_dir():
+        _flush_tree(written)
+    else:
+        _flush(written, written.stat().st_mode if mode is None else mode)
+    os.replace(written, path)
+    flush_folder(path.parent)
 
 
 @contextmanager

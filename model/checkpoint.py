@@ -15,7 +15,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +26,9 @@ from torch import Tensor
 
 from common.console import UserError
 from common.files import atomic_file
+from common.hubs import is_id
 from model.config import ModelConfig
+from model.hub import find_model
 from model.interop.hf import load_hf
 from model.interop.hf_files import weight_files
 from model.interop.minimind import config_beside, config_from_state
@@ -200,7 +201,8 @@ def newest(paths, otherwise: str) -> Path:
 
 
 def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = None, moe: bool | None = None) -> Path:
-    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one.
+    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one. OWNER/NAME, where
+    there is no such path, is a model on a hub, which is fetched if there is no copy of it yet.
 
     A directory of that name in the current one comes first if it holds weights. If it does not, it comes last, as a
     file of that name does: whoever reads it will say what is wrong with it.
@@ -208,13 +210,10 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     here, is_path = Path(weight), Path(weight).name != weight or weight.endswith(".pth")
     if here.exists() and (is_path or _holds_weights(here)):
         return here
+    if is_id(weight):
+        return find_model(weight)
     if is_path:
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weight) and not weight.endswith(".pth")
-        raise UserError(
-            f"{weight}: no such file or directory"
-            + _adapter_in(Path(weight).parent)
-            + ("; if it is a name on a hub: nothing is downloaded yet, give the directory of a copy" if hub else "")
-        )
+        raise UserError(f"{weight}: no such file or directory{_adapter_in(here.parent)}")
     for folder in map(Path, folders):
         found = []
         for path in folder.glob(f"{glob.escape(weight)}_*.pth"):

@@ -184,8 +184,8 @@ def read_files(path: str | Path | None = None) -> tuple[dict, str | None, dict, 
         return spec, template, config, str(file.parent)
     if not file.is_file():
         raise UserError(
-            f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json, since "
-            "nothing is downloaded from a hub yet"
+            f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json "
+            "(scripts/download.py fetches one from a hub)"
         )
     try:
         spec = json.loads(file.read_text(encoding="utf-8"))

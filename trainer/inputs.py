@@ -10,6 +10,7 @@ import numpy as np
 
 from common.console import UserError, check_writable
 from common.files import ROOT
+from dataset.read.hub import KNOWN, find_data
 from dataset.read.mapping import read_mapping
 from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
@@ -30,7 +31,6 @@ WELL_KNOWN = {
     "reason": ("r1_mix_1024", "reason"),
 }
 SHOWN = 5  # files of --data_path that are listed; a data set can have thousands
-SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/datasets/gongjy/minimind_dataset"
 
 
 class Data(NamedTuple):
@@ -43,20 +43,23 @@ class Data(NamedTuple):
 def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool, str]:
     """(files, whether built in, a line that says why these): what was typed, a well-known file, else the tiny world."""
     if config.data_path:
-        named = ", ".join(config.data_path[:SHOWN])
-        more = f" and {n - SHOWN:,} more" if (n := len(config.data_path)) > SHOWN else ""
-        return config.data_path, False, f"data: {named}{more}"
-    for name in WELL_KNOWN.get(kind, (kind,)):
+        paths = tuple(map(find_data, config.data_path))
+        more = f" and {n - SHOWN:,} more" if (n := len(paths)) > SHOWN else ""
+        return paths, False, f"data: {', '.join(paths[:SHOWN])}{more}"
+    names = WELL_KNOWN.get(kind, (kind,))
+    for name in names:
         path = ROOT / "dataset" / f"{name}.jsonl"
         if path.is_file():
             return (str(path),), False, f"data: {path} (--data_path names another)"
+    real = f"python scripts/download.py {names[0]}" if names[0] in KNOWN else ""
     if kind not in tiny_world.FILES:
-        raise UserError(f"--data_path is needed: there is no dataset/{kind}.jsonl, and the tiny world has no {kind}")
+        fetched = f"; {real} fetches it" if real else ""
+        raise UserError(
+            f"--data_path is needed: there is no dataset/{kind}.jsonl, and the tiny world has no {kind}{fetched}"
+        )
     path = tiny_world.generate(ROOT / "out" / "tiny_world", files=(kind,))[kind]
-    note = (
-        f"data: the built-in tiny world ({path}), enough to see everything work. Real data: {SOURCE}, put into dataset/"
-    )
-    return (str(path),), True, note
+    note = f"data: the built-in tiny world ({path}), enough to see everything work"
+    return (str(path),), True, f"{note}. Real data: {real}" if real else note
 
 
 def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **options) -> Data:
@@ -78,8 +81,9 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
     notes, val = [note, f"      {train.summary}", *warn_of_lost_rows(train, config.max_seq_len)], None
     notes += random_reads(train.stored_bytes)
     if config.val_path:
-        val = dataset(config.val_path, tokenizer, **options)
-        notes.append(f"validation: {', '.join(config.val_path)}: {val.summary}")
+        paths = tuple(map(find_data, config.val_path))
+        val = dataset(paths, tokenizer, **options)
+        notes.append(f"validation: {', '.join(paths)}: {val.summary}")
     elif config.val_fraction:
         train, val = train.split(config.val_fraction, config.seed)
         notes.append(f"validation: {val.summary}")

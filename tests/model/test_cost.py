@@ -86,6 +86,6 @@ def test_bytes_by_hand():
     shape = ModelConfig(**TINY)
     assert batch_bytes(shape, 3, 100, width=2) == 300 * (64 * 2 + 10 * 2 * 4)
     many = LOGITS_AT_ONCE // 4  # 10 logits each are more than twice as many as exist at once
-    assert batch_bytes(shape, 1, many, width=2) == many * 64 * 2 + LOGITS_AT_ONCE * 2 * 4
+    assert batch_bytes(shape, 1, many, width=2) == many * 64 * 2 + 2 * LOGITS_AT_ONCE * 2 * 4
     assert cache_bytes(shape, rows=3, length=100, width=2) == 3 * 100 * 8 * 2
     assert state_bytes(trained=10, frozen=5, moments=2) == 45 * 4

@@ -29,6 +29,7 @@ from model.precision import lower_frozen, pick_dtype
 from trainer.inputs import check_start
 from trainer.loop.backend import Backend
 from trainer.loop.compiling import compile_model
+from trainer.loop.health import HealthCheck
 from trainer.loop.interrupts import catch_signals, explained
 from trainer.loop.job import Job
 from trainer.loop.opening import announce
@@ -64,6 +65,7 @@ class Engine:
         self.save_dir = Path(config.save_dir)
         self.folder = self.save_dir / job.output.folder
         check_start(config, self.model, job.parent, job.output.writes(self.folder / self.name, config))
+        self.health = HealthCheck(config.health_prompts, job.data.train.kind, job.tokenizer, backend.main)
         states = self.save_dir / "resume" / Path(self.name).stem
         found = self._find(states)
         self.resumed = found is not None
@@ -276,16 +278,17 @@ class Engine:
         return path
 
     def validate(self) -> dict[str, float]:
-        """Means over the validation data, if there is any; keeps the weights whose loss is the best so far."""
+        """Means over the validation data, if there is any; keeps the weights whose loss is the best so far. And the
+        health of what the model says, if there are prompts for it."""
         if self.val_loader is None:
-            return {}
+            return self.health(self.model)
         token_bytes = self.job.tokenizer.token_bytes
         means = validate(self.model, self.val_loader, self.job.objective, self.backend, token_bytes)
         if means["val_loss"] < self.best:
             self.best = means["val_loss"]
             with self.backend.full_weights():
                 self._write(self.folder / "best" / self.name)
-        return means
+        return means | self.health(self.model)
 
     # ---- what a run leaves ----
 
