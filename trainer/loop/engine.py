@@ -24,7 +24,7 @@ from torch import Tensor
 from common.console import UserError
 from common.files import keep_previous, relative_to_root
 from dataset.batches.loader import FEW_SHAPES, Batch, Loader
-from model.checkpoint import weights_name, write_plain
+from model.checkpoint import weights_name
 from model.precision import lower_frozen, pick_dtype
 from trainer.inputs import check_start
 from trainer.loop.backend import Backend
@@ -317,12 +317,7 @@ class Engine:
                 self.logger.print(line)
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
             tokenizer = dict(path=relative_to_root(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
-            self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage, write=self._write_later)
-
-    def _write_later(self, path: Path, values: dict, **tensors: dict[str, Tensor]) -> None:
-        """As `write_plain`, by the writer."""
-        kept = {name: self.writer.keep(content) for name, content in tensors.items()}
-        self.writer.write(partial(write_plain, path, values, **kept))
+            self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage, write=self.writer.write_plain)
 
     def _wait(self) -> None:
         """Until rank 0 has written everything."""

@@ -15,9 +15,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from model.checkpoint import write_plain
 
 
 class Writer:
@@ -39,6 +43,11 @@ class Writer:
         while len(self.pending) > 1:
             self.pending.popleft().result()
         self.pending.append(self.pool.submit(work))
+
+    def write_plain(self, path: Path, values: dict, **tensors: dict[str, Tensor]) -> None:
+        """As the function in model/checkpoint.py, of the tensors as they are now."""
+        kept = {name: self.keep(content) for name, content in tensors.items()}
+        self.write(partial(write_plain, path, values, **kept))
 
     def check(self) -> None:
         """Raises the error of a job that has failed."""
