@@ -12,6 +12,7 @@ the bits they were packed to while it was trained, if they were.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,12 @@ def save_adapter(
     base: dict[str, Any],
     tokenizer: dict[str, Any],
     lineage: list[dict[str, Any]],
+    write: Callable = write_plain,
 ) -> Path:
     values = dict(settings=settings.to_dict(), base=base, config=model.config.to_dict(), tokenizer=tokenizer)
     values = json.loads(json.dumps(values | dict(lineage=lineage)))  # plain values only, as in weights files
-    return write_plain(Path(path), dict(format=FORMAT, **values), lora=lora_state(model))
+    write(Path(path), dict(format=FORMAT, **values), lora=lora_state(model))
+    return Path(path)
 
 
 def load_adapter(path: Path | str) -> AdapterFile:
