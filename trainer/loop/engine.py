@@ -11,6 +11,7 @@ for an accelerator.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
@@ -331,12 +332,15 @@ class Engine:
             stage=self.job.stage,
             data=self.job.data.train.fingerprint,
             rows=len(self.job.data.train),
+            files=self.job.data.train.files,
             parent=parent.hash if parent else None,
+            parent_path=relative_to_root(str(parent.path)) if parent else None,
+            processes=self.backend.world,
             steps=self.step,
             tokens=self.tokens,
             seed=self.config.seed,
             losses=self.losses,
-            command=" ".join(sys.argv),
+            command=shlex.join(sys.argv),
         )
 
     def _identity(self) -> dict:
