@@ -109,7 +109,7 @@ def unpacked(packed: dict[str, Any]) -> Tensor:
 
 
 def _experts(contender: Contender, seen: Trace) -> list[dict[str, Any]]:
-    """Of each layer with experts: who was chosen for each token, and how often each expert was. Empty: a dense model."""
+    """Of each layer with experts: who was chosen for each token, and how often each was. Empty: a dense model."""
     found = []
     for layer, probabilities in seen.routing.items():
         k = contender.model.config.num_experts_per_tok
