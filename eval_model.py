@@ -5,13 +5,13 @@
     python eval_model.py --weight out/reason_512.pth < prompts.txt # a prompt a line
     python eval_model.py --lora_name lora_medical                  # with an adapter, on the weights it belongs to
     python eval_model.py --benchmark tiny_world                    # the built-in exam: 600 questions, seconds on a CPU
+    python eval_model.py --eval_data val.jsonl --metrics ppl,bleu  # on a file of yours, with error bars
 
 Answers go to standard output, everything else to standard error.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -56,7 +56,6 @@ class EvalConfig(Options):
     }
     missing: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("base_model", "finetuned_model"), "comparing two models side by side is"),
-        "metrics": "BLEU, ROUGE and the like are",
     }
 
     model_mode: int | None = option(
@@ -79,16 +78,31 @@ class EvalConfig(Options):
     use_moe: bool | None = option(None, "as hidden_size")
     tokenizer_path: str | None = option(None, "directory of the tokenizer (default: the weights know)", path=True)
     prompt: str = option("", "answer this and exit")
-    prompts_file: str | None = option(
-        None, 'answer a prompt a line, or the "prompt" of each line of a .jsonl', path=True
+    prompts_file: str | None = option(None, "answer these: .txt with one a line, .jsonl or .json", path=True)
+    eval_data: tuple[str, ...] = option(
+        (), "measure the model on these files", path=True, aliases=("test_data", "test_file", "eval_file")
     )
+    metrics: tuple[str, ...] = option(
+        (), "ppl, bpb, bleu, rouge, exact, f1, number, choice, letter, ... (default: what the files allow)"
+    )
+    data_limit: int = option(0, "use only the first N rows of each file", aliases=("max_samples",), within="[0, inf)")
+    window: int = option(512, "tokens of a document that are read together", within="[2, inf)")
+    against: str | None = option(None, "an earlier --json: print the change, with error bars", path=True)
     benchmark: str | None = option(None, "score the model on an exam", choices=("tiny_world",))
     question_seed: int = option(0, "another one draws other exam questions", within="[0, inf)")
-    json: str | None = option(None, "write the benchmark's figures and replies to this file", path=True)
+    json: str | None = option(None, "write figures and answers to this file", path=True, aliases=("output_file",))
+    png: str | None = option(None, "draw the figures of --eval_data into this file", path=True)
     system: str = option("", "system prompt")
     enable_thinking: bool | None = option(None, "let the model think first, or keep it from it")
-    max_new_tokens: int = option(1024, "longest answer", aliases=("max_length", "max_seq_len"), within="[1, inf)")
-    temperature: float = option(0.85, "0 always takes the likeliest token", within="[0, inf)")
+    max_new_tokens: int | None = option(
+        None,
+        "longest answer (default: 1024; of --eval_data 256)",
+        aliases=("max_length", "max_seq_len"),
+        within="[1, inf)",
+    )
+    temperature: float | None = option(
+        None, "0 always takes the likeliest token (default: 0.85; of --eval_data 0)", within="[0, inf)"
+    )
     top_p: float = option(0.85, "draw from the likeliest tokens with this total probability", within="(0, 1]")
     top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, inf)")
     repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
@@ -103,7 +117,7 @@ class EvalConfig(Options):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        tasks = [f"--{name}" for name in ("prompt", "prompts_file", "benchmark") if getattr(self, name)]
+        tasks = [f"--{name}" for name in ("prompt", "prompts_file", "benchmark", "eval_data") if getattr(self, name)]
         if len(tasks) > 1:
             found.append(f"{' and '.join(tasks)}: each is a task of its own; give one of them")
         if self.lora_name and self.lora_path:
@@ -113,10 +127,15 @@ class EvalConfig(Options):
         if self.model_mode == 0 and (self.system or self.enable_thinking is not None):
             what = "system" if self.system else "enable_thinking"
             found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")
-        if (self.prompts_file or "").endswith(".json"):
-            found.append(f'--prompts_file {self.prompts_file}: a prompt a line, or a .jsonl of rows with "prompt"')
-        if self.benchmark is None and (self.json or self.question_seed):
-            found.append(f"--{'json' if self.json else 'question_seed'}: only --benchmark takes it")
+        if self.metrics:
+            from evaluation.metrics import chosen
+
+            chosen(self.metrics)
+        idle = [] if self.eval_data else ["metrics", "png", "against", "data_limit"]
+        idle += [] if self.benchmark else ["question_seed"]
+        idle += [] if self.eval_data or self.benchmark else ["json"]
+        takes = {"json": "--eval_data or --benchmark takes", "question_seed": "only --benchmark takes"}
+        found += [f"--{name}: {takes.get(name, 'only --eval_data takes')} it" for name in idle if getattr(self, name)]
         return found
 
 
@@ -305,25 +324,12 @@ def typed() -> Iterator[str]:
 # ---- without a terminal
 
 
-def read_prompts(file: Iterable[str], name: str) -> Iterator[str]:
-    number = 0
+def read_lines(file: Iterable[str]) -> Iterator[str]:
+    """The prompts on standard input."""
     try:
-        for number, line in enumerate(file, 1):
-            if line := line.strip():
-                yield _prompt_of(line, f"{name}:{number}") if name.endswith(".jsonl") else line
+        yield from filter(None, map(str.strip, file))
     except UnicodeDecodeError:
-        after = f" after line {number}" if number else ""
-        raise UserError(f"{name}: not UTF-8{after}; save it as UTF-8") from None
-
-
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f'{where}: expected {{"prompt": "..."}}, found {line:.60}')
-    return row["prompt"]
+        raise UserError("standard input: not UTF-8; save it as UTF-8") from None
 
 
 def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> None:
@@ -342,19 +348,6 @@ def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> No
 # ---- main
 
 
-def measure(model: CausalLM, tokenizer: Tokenizer, checkpoint: Checkpoint, config: EvalConfig, screen: Screen) -> None:
-    from evaluation.benchmark import run_benchmark
-
-    result = run_benchmark(model, tokenizer, config.question_seed)
-    screen.write(f"{result['table']}\n{result['score']:.1%} of all questions, answered in {result['seconds']} s\n")
-    if config.json:
-        from common.files import atomic_file
-
-        with atomic_file(Path(config.json)) as temporary:
-            content = {"weights": str(checkpoint.path), "lineage": checkpoint.lineage, **result}
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> None:
     config = parse(EvalConfig, argv, description=__doc__)
     interactive = sys.stdin is not None and sys.stdin.isatty()
@@ -363,21 +356,25 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(**{"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"})
     screen, prompts = Screen(sys.stdout, sys.stderr), None
     if config.prompts_file:  # read before the model is loaded, so that a mistake in it shows at once
-        with open(config.prompts_file, encoding="utf-8-sig") as file:
-            prompts = list(read_prompts(file, config.prompts_file))
+        from dataset.read.questions import read_questions
+
+        prompts = [question.asked for question in read_questions(config.prompts_file)]
     elif not interactive:
-        prompts = read_prompts(sys.stdin or (), "standard input")
+        prompts = read_lines(sys.stdin or ())
     model, tokenizer, checkpoint = load(config, screen)
-    if config.benchmark:
-        return measure(model, tokenizer, checkpoint, config, screen)
+    stages = [entry.get("stage") for entry in checkpoint.lineage]
+    completes = config.model_mode == 0 or config.model_mode is None and stages[-1:] == ["pretrain"]
+    if config.benchmark or config.eval_data:
+        from evaluation.run import evaluate
+
+        return evaluate(model, tokenizer, checkpoint, config, completes, screen.write)
     from inference.sampling import Sampling
     from inference.session import Session
 
-    stages = [entry.get("stage") for entry in checkpoint.lineage]
-    completes = config.model_mode == 0 or config.model_mode is None and stages[-1:] == ["pretrain"]
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed)
+    temperature = 0.85 if config.temperature is None else config.temperature
+    sampling = Sampling(temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
-    talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens, **said)
+    talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens or 1024, **said)
     if config.prompt:
         show(talk, config.prompt, screen)
         screen.write("\n")

@@ -14,22 +14,18 @@ import time
 from functools import cache
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from common.files import ROOT
 from dataset.tiny_world import exam
 from dataset.tiny_world.exam import Scores
 from dataset.tiny_world.files import generate as generate_world
 from dataset.tiny_world.world import LATER
-from inference.decode import generate
-from inference.sampling import Sampling
+from evaluation.likelihood import log_likelihoods
+from inference.answers import answers
 from model.transformer import CausalLM
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
 
 WORLD = ROOT / "out/tiny_world"  # the folder that the training stages use too
-ROWS = 64  # questions answered at once
 LONGEST = 64  # tokens; no right answer is nearly as long
 
 
@@ -43,22 +39,22 @@ def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0)
     others = exam.draw_questions(question_seed=question_seed, kinds=LATER)
     replies = answer(model, tokenizer, [question.prompt for question in questions + others])
     seconds = round(time.perf_counter() - start, 2)
-    answers = [dict(vars(q), reply=reply, right=exam.grade(q, reply)) for q, reply in zip(questions + others, replies)]
+    graded = [dict(vars(q), reply=reply, right=exam.grade(q, reply)) for q, reply in zip(questions + others, replies)]
     columns = {
         "model": exam.scores(questions, replies[: len(questions)]),
         **baselines(question_seed),
     }
-    later = {kind: _share(row["right"] for row in answers if row["kind"] == kind) for kind in LATER}
+    later = {kind: _share(row["right"] for row in graded if row["kind"] == kind) for kind in LATER}
     after = ", ".join(f"{kind} {share:.1%}" for kind, share in later.items())
     return {
         "benchmark": "tiny_world",
         "question_seed": question_seed,
-        "score": _share(row["right"] for row in answers[: len(questions)]),
+        "score": _share(row["right"] for row in graded[: len(questions)]),
         "scores": {who: {" ".join(group): share for group, share in of.items()} for who, of in columns.items()},
         "later": later,
         "seconds": seconds,
         "table": f"{exam.table(questions, columns)}\nand what later stages teach: {after}",
-        "answers": answers,
+        "answers": graded,
     }
 
 
@@ -76,37 +72,13 @@ def _share(right) -> float:
 
 
 def answer(model: CausalLM, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
-    ask = lambda prompt: encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True).ids
-    ids, replies = [ask(prompt) for prompt in prompts], [""] * len(prompts)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # a batch is padded to its longest prompt
-    options = dict(max_new_tokens=LONGEST, stop=tokenizer.stop_ids)
-    with tqdm(total=len(ids), desc="exam", unit=" questions", leave=False, disable=None) as bar:
-        for batch in (order[i : i + ROWS] for i in range(0, len(order), ROWS)):
-            said = generate(model, [ids[i] for i in batch], Sampling(temperature=0), **options)
-            for i, reply in zip(batch, said):
-                replies[i] = without_thoughts(tokenizer, reply)
-            bar.update(len(batch))
-    return replies
+    questions = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [said.text for said in answers(model, tokenizer, questions, max_new_tokens=LONGEST, progress="exam")]
 
 
-def without_thoughts(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The answer in a reply: the text after its last </think>, without control tokens."""
-    closes = tokenizer.control.get("</think>")
-    after = next((i + 1 for i in reversed(range(len(ids))) if ids[i] == closes), 0)
-    return tokenizer.decode(ids[after:], skip_control=True).strip()
-
-
-@torch.no_grad()
 def preference_accuracy(model: CausalLM, tokenizer: Tokenizer, pairs: Path) -> float:
     """Share of the pairs of a file whose chosen answer the model finds likelier than the rejected one."""
-    right = []
-    for line in pairs.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        likelihood = {}
-        for side in ("chosen", "rejected"):
-            encoded = encode_chat(tokenizer, row[side])
-            ids = torch.tensor([encoded.ids])  # (1, T)
-            targets = ids.masked_fill(~torch.tensor([encoded.trained]), -100)
-            likelihood[side] = -model(ids[:, :-1], targets=targets[:, 1:]).loss.sum().item()
-        right.append(likelihood["chosen"] > likelihood["rejected"])
-    return _share(right)
+    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    sides = [encode_chat(tokenizer, row[side]) for side in ("chosen", "rejected") for row in rows]
+    likelihood = [logp.sum() for logp in log_likelihoods(model, sides)]
+    return _share(chosen > rejected for chosen, rejected in zip(likelihood[: len(rows)], likelihood[len(rows) :]))

@@ -54,6 +54,11 @@ class KVCache:
         self.documents = torch.cat((before, documents), dim=1)
         return count_positions(self.documents), self.documents
 
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (n,) stay, in this order."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.documents = None if self.documents is None else self.documents[rows]
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, T, K, D) of the newest positions -> those of all positions (B, S, K, D)."""
         past = self.length - k.shape[1]

@@ -87,18 +87,27 @@ def decode(
 
     tokens, documents = pad_left([prompt[cache.length :] for prompt in prompts], device)
     logits = prefill(model, tokens, documents, cache)
+    computed = list(range(len(prompts)))  # the rows that are computed; some of them may have ended
     ended = [False] * len(prompts)
     for remaining in range(max_new_tokens, 0, -1):
-        drawn = sampling.draw(logits, seen, generator)  # (B,)
-        ids = drawn.tolist()
-        ended = [done or token in stop for done, token in zip(ended, ids)]
+        drawn = sampling.draw(logits, seen, generator)  # (n,) of the n rows computed
+        ids: list[int | None] = [None] * len(prompts)
+        for row, token in zip(computed, drawn.tolist()):
+            ended[row] = ended[row] or token in stop
+            ids[row] = None if ended[row] else token
         if all(ended):
             return
-        yield [None if done else token for done, token in zip(ended, ids)]
+        yield ids
         if remaining == 1:
             return
         if seen is not None:
             seen.scatter_(1, drawn[:, None], True)
+        going = [n for n, row in enumerate(computed) if not ended[row]]
+        # copying the cache costs about as much as a step. With random draws, a row's numbers depend on its place
+        if generator is None and len(going) <= len(computed) // 2:
+            computed, kept = [computed[n] for n in going], torch.tensor(going, device=device)
+            cache.keep(kept)
+            drawn, seen = drawn[kept], None if seen is None else seen[kept]
         logits = model(drawn[:, None], cache=cache).logits[:, -1]
 
 

@@ -79,6 +79,23 @@ def test_a_stop_token_ends_its_row_only(model):
     assert ended == [cut(free[0]), cut(free[1])] and len(ended[0]) <= 4
 
 
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_rows_that_have_ended_are_not_computed_any_more(model, penalty):
+    """A batch goes on until its longest answer ends. Rows that said a word had cost as much as that one until then."""
+    greedy = Sampling(temperature=0, repetition_penalty=penalty)
+    prompts = [[n, n + 1, n + 2][: 1 + n % 3] for n in range(5, 13)]
+    alone = [generate(model, [prompt], greedy, max_new_tokens=16)[0] for prompt in prompts]
+    stop = {reply[1] for reply in alone[:6]} - set(alone[6])  # ends most rows soon, and one never
+    cut = lambda row: row[: next((i for i, t in enumerate(row) if t in stop), len(row))]
+    sizes, forward = [], model.forward
+    model.forward = lambda tokens, **options: sizes.append(len(tokens)) or forward(tokens, **options)
+    together = generate(model, prompts, greedy, max_new_tokens=16, stop=stop)
+    if penalty == 1:  # a stop token is never penalised, so with a penalty the texts are others
+        assert together == [cut(row) for row in alone]
+    assert together == [generate(model, [p], greedy, max_new_tokens=16, stop=stop)[0] for p in prompts]
+    assert sizes[0] == 8 and sizes[len(together[6]) - 1] <= 4
+
+
 def test_the_repetition_penalty_leaves_end_tokens_alone(model):
     """Every turn of a chat ends with one, so the prompt is full of them: penalised, the model did not stop."""
     prompts = torch.cartesian_prod(torch.arange(97), torch.arange(97))

@@ -1,0 +1,153 @@
+"""Multiple choice by likelihood: which of the options does the model find likeliest after the question?
+
+    questions = read_choices("college_physics_val.csv")      # C-Eval, CMMLU, MMLU (CSV); MMLU, ARC (JSONL)
+    rows = score(model, tokenizer, questions)                # {"choice": (n, 2), "choice_norm": ..., "letter": ...}
+
+Three ways to choose, each usual somewhere: `choice` by the log-likelihood of the option's text; `choice_norm` by the
+same per byte, so that long options are not at a disadvantage (lm-evaluation-harness's acc and acc_norm); `letter` by
+that of A, B, C or D after a prompt that lists the options (C-Eval's, CMMLU's and MMLU's own way). No examples are shown
+before a question. A model that chats gets the question as a user's turn, and the end of its answer counts too; other
+models continue a text.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.console import UserError
+from dataset.read.jsonl import require_file
+from dataset.read.parse import decode
+from dataset.read.questions import read_rows
+from evaluation.likelihood import log_likelihoods
+from inference.answers import prompt_ids
+from inference.health import language
+from model.transformer import CausalLM
+from tokenizer.chat import Encoded, encode_chat
+from tokenizer.text import Tokenizer
+
+LETTERS = "ABCDEFGHIJ"
+WORDS = {"zh": ("问题：{}\n", "答案："), "en": ("Question: {}\n", "Answer:")}
+WAYS = ("choice", "choice_norm", "letter")
+
+
+@dataclass(frozen=True)
+class Choice:
+    where: str  # file:line
+    question: str
+    options: tuple[str, ...]
+    right: int  # the number of the right one
+
+    @property
+    def listed(self) -> str:
+        """The question with its options below, a letter before each."""
+        return "\n".join([self.question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, self.options))])
+
+
+def read_choices(path: str | Path, limit: int = 0) -> list[Choice]:
+    """UserError with file:line for a row that is not multiple choice, or that has no right answer."""
+    path, found = require_file(path), []
+    rows = _csv_rows(path) if path.suffix.lower() in (".csv", ".tsv") else read_rows(path)
+    for where, row in rows:
+        choice = as_choice(row, where) if isinstance(row, dict) else None
+        if choice is None:
+            raise UserError(f"{where}: no multiple choice: expected a question, its options and the right one")
+        found.append(choice)
+        if len(found) == limit:
+            break
+    if not found:
+        raise UserError(f"{path}: there is no question in it")
+    return found
+
+
+def as_choice(row: dict, where: str) -> Choice | None:
+    """The row as multiple choice, or None if it is something else."""
+    low = {str(key).strip().lower(): value for key, value in row.items()}
+    question = low.get("question", low.get("query"))
+    options = low.get("choices", low.get("options"))
+    labels: Sequence[str] = LETTERS
+    if isinstance(question, dict):  # ARC's own files
+        question, options = question.get("stem"), question.get("choices", options)
+    if isinstance(options, dict):  # ARC as on the hub: {"text": [...], "label": [...]}
+        labels, options = options.get("label", LETTERS), options.get("text")
+    if options is None and {"a", "b"} <= low.keys():
+        options = [low[letter.lower()] for letter in LETTERS if low.get(letter.lower()) not in (None, "")]
+    if isinstance(options, list) and options and all(isinstance(option, dict) for option in options):
+        labels, options = [option.get("label") for option in options], [option.get("text") for option in options]
+    if not isinstance(question, str) or not isinstance(options, (list, tuple)):
+        return None
+    given = next((low[key] for key in ("answerkey", "answer", "gold", "label", "target") if key in low), None)
+    right = _number(given, list(labels)[: len(options)], options)
+    if right is None:
+        hint = "; C-Eval and ARC give the answers of their validation files" if given in (None, "") else ""
+        raise UserError(f"{where}: the right option is {given!r}, and the options are {len(options)}{hint}")
+    return Choice(where, question.strip(), tuple(str(option).strip() for option in options), right)
+
+
+def _number(given: object, labels: list, options: Sequence) -> int | None:
+    """Which option is meant: a label, A to J, a number from 0, or the option itself."""
+    text = str(given).strip()
+    for names in ([str(label).strip() for label in labels], LETTERS[: len(options)]):
+        if text and text.upper() in names:
+            return names.index(text.upper())
+    if text.isdigit() and int(text) < len(options):
+        return int(text)
+    texts = [str(option).strip() for option in options]
+    return texts.index(text) if text in texts else None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """MMLU's files have no line of names: question, A, B, C, D, answer."""
+    text = decode(path.read_bytes()).removeprefix("\ufeff")
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    names: list[str] = []
+    for row in lines:
+        where = f"{path}:{lines.line_num}"
+        if not any(cell.strip() for cell in row):
+            continue
+        if not names and "question" in [cell.strip().lower() for cell in row]:
+            names = [cell.strip() for cell in row]
+            continue
+        names = names or ["question", *LETTERS[: len(row) - 2], "answer"]
+        if len(row) != len(names):
+            raise UserError(f"{where}: {len(row)} columns, where the first line has {len(names)}")
+        yield where, dict(zip(names, row))
+
+
+def score(
+    model: CausalLM, tokenizer: Tokenizer, questions: Sequence[Choice], *, chats: bool = True
+) -> dict[str, np.ndarray]:
+    """{way: (n, 2)}: whether the way finds the right option, and 1, for each question. chats: with a chat template."""
+    encode = _chat_row if chats else _text_row
+    rows = [encode(tokenizer, q, q.question, option) for q in questions for option in q.options]
+    rows += [encode(tokenizer, q, q.listed, letter) for q in questions for letter in LETTERS[: len(q.options)]]
+    sums = np.array([logp.sum(dtype=np.float64) for logp in log_likelihoods(model, rows, progress="options")])
+    texts, letters = np.split(sums, 2)
+    found = {way: np.ones((len(questions), 2)) for way in WAYS}
+    begin = 0
+    for n, q in enumerate(questions):
+        own = slice(begin, begin + len(q.options))
+        sizes = np.array([max(len(option.encode()), 1) for option in q.options])
+        begin = own.stop
+        for way, scores in zip(WAYS, (texts[own], texts[own] / sizes, letters[own])):
+            found[way][n, 0] = float(scores.argmax() == q.right)
+    return found
+
+
+def _chat_row(tokenizer: Tokenizer, choice: Choice, question: str, option: str) -> Encoded:
+    return encode_chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": option}])
+
+
+def _text_row(tokenizer: Tokenizer, choice: Choice, question: str, option: str) -> Encoded:
+    """The option is what comes after the ids of the prompt, as in lm-evaluation-harness."""
+    chinese = language(choice.question) == "zh"
+    asks, answers = WORDS["zh" if chinese else "en"]
+    before = asks.format(question) + answers
+    ids = prompt_ids(tokenizer, before + ("" if chinese else " ") + option)
+    known = min(len(prompt_ids(tokenizer, before)), len(ids) - 1)
+    return Encoded(ids, [i >= known for i in range(len(ids))])

@@ -1,0 +1,198 @@
+"""The metrics: what each counts of a row, and how the sum of these counts becomes its value.
+
+    rows, remark = METRICS["bleu"].count(replies, references)     # (n, k), one row for each reply
+    value = METRICS["bleu"].value(rows.sum(0))
+    low, high = bootstrap(METRICS["bleu"].value, rows)            # evaluation/statistics.py
+
+A metric of answers counts (replies, references), with a list of references for each reply. The rows of the others come
+from evaluation/likelihood.py and evaluation/choice.py. A new metric is a line of METRICS.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+
+from common.console import UserError
+from inference.health import HAN
+
+Counts = tuple[np.ndarray, str]  # (n, k) fp64; a remark: how it was counted
+References = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    title: str
+    of: str  # "likelihood", "answers", "choice" or "pairs": what has to be computed for it
+    value: Callable[[np.ndarray], float]  # the sum of rows (k,) -> the metric; nan if it cannot be said
+    count: Callable[[Sequence[str], References], Counts] | None = None
+    form: str = "{:.1%}"  # how it is printed
+    better: int = 1  # 1: more is better; -1: less is
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The metrics that these names ask for, each once. UserError for one that is not known."""
+    found = []
+    for name in names:
+        word = re.sub("[-_ ]", "", name.lower())
+        match = {known.lower().replace("_", ""): known for known in [*GROUPS, *METRICS]}.get(word)
+        if match is None and word in ("human", "humanevaluation"):
+            raise UserError("--metrics human: people vote in the report of scripts/compare_models.py")
+        if match is None:
+            raise UserError(f"--metrics {name}: choose from {', '.join([*METRICS, 'rouge'])}")
+        found += GROUPS.get(match, (match,))
+    return list(dict.fromkeys(found))
+
+
+# ---- values
+
+
+def ratio(sums: np.ndarray) -> float:
+    """(sum of scores, rows that count) -> their mean."""
+    return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+
+def perplexity(sums: np.ndarray) -> float:
+    """(nats, tokens, bytes) -> e to the mean loss of a token. Only models of one tokenizer can be compared by it."""
+    return float(np.exp(sums[0] / sums[1])) if sums[1] else math.nan
+
+
+def bits_per_byte(sums: np.ndarray) -> float:
+    """(nats, tokens, bytes) -> bits per byte of UTF-8, as in arXiv:2101.00027, section 3.1: the same for any
+    tokenizer."""
+    return float(sums[0] / math.log(2) / sums[2]) if sums[2] else math.nan
+
+
+def bleu(sums: np.ndarray) -> float:
+    from sacrebleu.metrics import BLEU
+
+    counts = [int(count) for count in sums]
+    if not counts[9]:
+        return math.nan
+    return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score
+
+
+# ---- counts of answers
+
+
+def count_bleu(replies: Sequence[str], references: References) -> Counts:
+    """sacrebleu's counts: matches and n-grams for n = 1..4, length of the reply and of the reference."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise UserError("--metrics bleu: needs a package, pip install sacrebleu") from None
+    texts = [text for own in references for text in own]
+    chinese = sum(bool(re.search(f"[{HAN}]", text)) for text in texts)
+    tokenize = "zh" if chinese * 10 >= len(texts) else "13a"
+    scorer = BLEU(tokenize=tokenize, effective_order=True)  # for the counts of a sentence it makes no difference
+    rows = np.zeros((len(replies), 10))
+    for row, reply, own in zip(rows, replies, references):
+        found = scorer.sentence_score(reply, list(own))
+        row[:] = [*found.counts, *found.totals, found.sys_len, found.ref_len]
+    return rows, f"sacrebleu, tokenize={tokenize}"
+
+
+class _RougeWords:
+    """rouge_score's own words, and each Chinese character as a word; rouge_score alone drops all of them."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(f"[a-z0-9]+|[{HAN}]", text.lower())
+
+
+def count_rouge(kind: str) -> Callable[[Sequence[str], References], Counts]:
+    def count(replies: Sequence[str], references: References) -> Counts:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError:
+            raise UserError("--metrics rouge: needs a package, pip install rouge-score") from None
+        scorer = RougeScorer([kind], tokenizer=_RougeWords())
+        best = [scorer.score_multi(list(own), reply)[kind].fmeasure for reply, own in zip(replies, references)]
+        return _scores(best), "rouge_score, F-measure, Chinese by characters"
+
+    return count
+
+
+def count_exact(replies: Sequence[str], references: References) -> Counts:
+    scores = [max(same_answer(reply, reference) for reference in own) for reply, own in zip(replies, references)]
+    return _scores(scores), "case, punctuation and articles aside"
+
+
+def count_f1(replies: Sequence[str], references: References) -> Counts:
+    scores = [max(overlap(reply, reference) for reference in own) for reply, own in zip(replies, references)]
+    return _scores(scores), "of words, Chinese by characters"
+
+
+def count_number(replies: Sequence[str], references: References) -> Counts:
+    """GSM8K's: whether the last number, or the one after ####, is that of the reference."""
+    rows = np.zeros((len(replies), 2))
+    for row, reply, own in zip(rows, replies, references):
+        wanted = {number for reference in own if (number := last_number(reference)) is not None}
+        row[:] = last_number(reply) in wanted, bool(wanted)
+    without = int((rows[:, 1] == 0).sum())
+    return rows, "the last number" + (f"; {without:,} references have none and do not count" if without else "")
+
+
+def _scores(scores: Sequence[float]) -> np.ndarray:
+    return np.stack((np.array(scores, np.float64), np.ones(len(scores))), axis=1)
+
+
+# ---- texts
+
+
+TOKEN = re.compile(rf"(?<!\w)-?\d+(?:[.,]\d+)*|[{HAN}]|[^\W_{HAN}]+")
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?|(?<![\w.])-?\.\d+|\d[\d,]*(?:\.\d+)?")
+
+
+def tokens(text: str) -> list[str]:
+    """Words in lower case and half width without articles, as SQuAD's evaluation script compares them; numbers stay
+    whole, and each Chinese character is a word."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    found = [word.replace(",", "") if word[-1].isdigit() else word for word in TOKEN.findall(text)]
+    return [word for word in found if word not in ("a", "an", "the")]
+
+
+def same_answer(reply: str, reference: str) -> bool:
+    ours, theirs = tokens(reply), tokens(reference)
+    return ours == theirs if ours or theirs else reply.strip() == reference.strip()
+
+
+def overlap(reply: str, reference: str) -> float:
+    """F1 of the words of two texts, counted with their repetitions (SQuAD, arXiv:1606.05250, section 6.1)."""
+    ours, theirs = tokens(reply), tokens(reference)
+    if not ours or not theirs:
+        return float(same_answer(reply, reference))
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def last_number(text: str) -> Decimal | None:
+    """The number after the last ####, if there is one, or the last number of the text."""
+    text = unicodedata.normalize("NFKC", text)
+    marked = NUMBER.findall(text.rpartition("####")[2]) if "####" in text else []
+    found = marked[:1] or NUMBER.findall(text)[-1:]
+    return Decimal(found[0].replace(",", "")) if found else None
+
+
+METRICS = {
+    "ppl": Metric("perplexity", "likelihood", perplexity, form="{:.3f}", better=-1),
+    "bpb": Metric("bits per byte", "likelihood", bits_per_byte, form="{:.4f}", better=-1),
+    "bleu": Metric("BLEU", "answers", bleu, count_bleu, form="{:.2f}"),
+    "rouge1": Metric("ROUGE-1", "answers", ratio, count_rouge("rouge1")),
+    "rouge2": Metric("ROUGE-2", "answers", ratio, count_rouge("rouge2")),
+    "rougeL": Metric("ROUGE-L", "answers", ratio, count_rouge("rougeL")),
+    "exact": Metric("exact answers", "answers", ratio, count_exact),
+    "f1": Metric("F1 of words", "answers", ratio, count_f1),
+    "number": Metric("right numbers", "answers", ratio, count_number),
+    "choice": Metric("likeliest option right", "choice", ratio),
+    "choice_norm": Metric("likeliest option right, per byte", "choice", ratio),
+    "letter": Metric("likeliest letter right", "choice", ratio),
+    "preference": Metric("chosen likelier than rejected", "pairs", ratio),
+}
+GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "perplexity": ("ppl",), "accuracy": ("exact",)}

@@ -1,0 +1,178 @@
+"""What was measured, for people and programs: a table, JSON, a picture, and the difference to an earlier model.
+
+print(table(results))
+write_json(Path("results.json"), results, weights="out/full_sft_512.pth", tokenizer=tokenizer.hash)
+print(against(results, read_json("before.json"), tokenizer.hash))
+draw(Path("results.png"), results)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.console import UserError
+from common.files import atomic_file
+from evaluation.measure import Figure, Measured, figure
+from evaluation.metrics import METRICS
+from evaluation.statistics import paired_difference
+from inference.health import MEANING
+
+COUNTS = ("answers", "no_room")  # figures of health that are no shares
+
+
+def require_figures(results: Sequence[Measured], asked: Sequence[str]) -> None:
+    """UserError if none of the metrics that were asked for could be computed, with the reason."""
+    if asked and not any(found.counts for found in results):
+        reasons = dict.fromkeys(f"{Path(found.path).name}: {line}" for found in results for line in found.notes)
+        raise UserError(f"--metrics {','.join(asked)}: nothing to compute; {'; '.join(reasons)}")
+
+
+# ---- a table
+
+
+def table(results: Sequence[Measured]) -> str:
+    """A line for each metric of each file, with its 95 % interval; of several files, a line for all of them too."""
+    lines = [("file", "metric", "value", "95 % interval", "rows", "how")]
+    for found in results:
+        for name in found.counts:
+            lines.append((Path(found.path).name, *_line(name, found.figure(name)), found.how[name]))
+    for name, counts in _of_all(results).items():
+        lines.append(("all files", *_line(name, figure(name, counts)), ""))
+    text = _aligned(lines)
+    for found in results:
+        if found.health:
+            text += f"\n\nhealth of {found.health['answers']:,} answers to {Path(found.path).name}\n"
+            text += _aligned([health_line(name, value) for name, value in found.health.items() if name != "answers"])
+        text += "".join(f"\nnote: {Path(found.path).name}: {line}" for line in found.notes)
+    return text
+
+
+def _line(name: str, own: Figure) -> tuple[str, str, str, str]:
+    form = METRICS[name].form
+    spread = f"{form.format(own.low)} .. {form.format(own.high)}" if own.low is not None else "-"
+    value = "-" if math.isnan(own.value) else form.format(own.value)
+    return METRICS[name].title, value, spread, f"{own.rows:,}"
+
+
+def health_line(name: str, value: float) -> tuple[str, str, str]:
+    shown = f"{value:.0f}" if name in COUNTS else f"{value:.2f}" if name == "length_ratio" else f"{value:.1%}"
+    return f"  {name}", shown, MEANING[name]
+
+
+def _of_all(results: Sequence[Measured]) -> dict[str, np.ndarray]:
+    """Metrics that several files have -> their counts together: every row counts the same, in whatever file it is."""
+    names = dict.fromkeys(name for found in results for name in found.counts)
+    own = {name: [found.counts[name] for found in results if name in found.counts] for name in names}
+    return {name: np.concatenate(counts) for name, counts in own.items() if len(counts) > 1}
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+# ---- JSON, and what two of them say about two models
+
+
+def write_json(path: Path, results: Sequence[Measured], **facts: object) -> None:
+    """facts: about the model, such as its weights' path. `against` reads it back."""
+    files = [
+        dict(
+            path=found.path,
+            holds=found.kind,
+            rows=found.rows,
+            metrics={name: dict(_finite(found.figure(name)), how=found.how[name]) for name in found.counts},
+            health=found.health,
+            notes=found.notes,
+            answers=found.answers,
+            counts={name: dict(zip(found.labels[name], found.counts[name].tolist())) for name in found.counts},
+        )
+        for found in results
+    ]
+    everything = {name: _finite(figure(name, counts)) for name, counts in _of_all(results).items()}
+    with atomic_file(path) as temporary:
+        content = {**facts, "files": files, "all_files": everything}
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _finite(own: Figure) -> dict[str, float | int | None]:
+    """JSON has no nan."""
+    return {key: None if value is None or value != value else value for key, value in own._asdict().items()}
+
+
+def read_json(path: str | Path) -> dict:
+    """An earlier result, as `write_json` wrote it."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        [[file["path"], file["counts"]] for file in content["files"]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a result that --eval_data --json wrote") from None
+    return content
+
+
+def against(results: Sequence[Measured], earlier: dict, tokenizer: str) -> str:
+    """The differences to an earlier result, on the rows that both have, with paired error bars. tokenizer: its hash."""
+    before = {Path(file["path"]).name: file["counts"] for file in earlier["files"]}
+    lines, notes = [("file", "metric", "change", "95 % interval", "rows")], []
+    for found in results:
+        file = Path(found.path).name
+        for name, counts in found.counts.items():
+            others = before.get(file, {}).get(name, {})
+            shared = [n for n, label in enumerate(found.labels[name]) if label in others]
+            if not shared:
+                continue
+            if name == "ppl" and earlier.get("tokenizer") != tokenizer:
+                notes.append("perplexity is not compared: the tokenizers differ; bits per byte can be")
+                continue
+            theirs = np.array([others[found.labels[name][n]] for n in shared])
+            delta, spread = paired_difference(METRICS[name].value, theirs, counts[shared])
+            form = METRICS[name].form.replace("{:", "{:+")
+            between = " .. ".join(map(form.format, spread)) if spread else "-"
+            lines.append((file, METRICS[name].title, form.format(delta), between, f"{len(shared):,}"))
+    if len(lines) == 1 and not notes:
+        return "nothing to compare: the earlier result has none of these rows"
+    return _aligned(lines) + "".join(f"\nnote: {line}" for line in dict.fromkeys(notes))
+
+
+# ---- a picture
+
+
+def draw(path: Path, results: Sequence[Measured], title: str) -> None:
+    """Every metric of every file with its error bar: shares on the left, bits per byte on the right."""
+    from matplotlib.figure import Figure as Picture  # not pyplot: no window system, no global state
+
+    shares, bits = [], []
+    for found in results:
+        for name in found.counts:
+            own, label = found.figure(name), f"{METRICS[name].title} · {Path(found.path).name}"
+            if name == "bleu":
+                own = Figure(*(part and part / 100 for part in own[:3]), own.rows)
+            if name == "bpb":
+                bits.append((label, own))
+            elif name != "ppl" and own.value == own.value:
+                shares.append((label, own))
+        for name in ("ended", "rep_4", "wrong_language"):
+            if name in found.health:
+                shares.append((f"{name} · {Path(found.path).name}", Figure(found.health[name], None, None, 0)))
+    panels = [(rows, unit) for rows, unit in ((shares, "share (BLEU / 100)"), (bits, "bits per byte")) if rows]
+    size = (6.4 * max(len(panels), 1), 1.4 + 0.32 * max((len(rows) for rows, _ in panels), default=1))
+    picture = Picture(figsize=size, dpi=120, layout="constrained")
+    picture.suptitle(title, fontsize=10)
+    axes = picture.subplots(1, max(len(panels), 1), squeeze=False)
+    for (rows, unit), axis in zip(panels, axes[0]):
+        for y, (_, own) in enumerate(rows):
+            axis.plot(own.value, y, "o", color="#1f5f99" if own.rows else "#8a8a8a")
+            if own.low is not None:
+                axis.plot([own.low, own.high], [y, y], color="#1f5f99", linewidth=2)
+        axis.set(xlabel=unit, xlim=(0, None) if unit == "bits per byte" else (0, 1))
+        axis.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axis.invert_yaxis()
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    with atomic_file(path) as temporary:
+        picture.savefig(temporary, format="png")

@@ -1,0 +1,121 @@
+"""Likelihoods of many packed rows are those of each row alone, and perplexity is transformers' on the same weights."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.console import UserError
+from dataset.batches.loader import Loader
+from dataset.tokens.examples import SFTDataset
+from evaluation import likelihood
+from evaluation.likelihood import log_likelihoods, totals, windows
+from evaluation.metrics import METRICS
+from model.checkpoint import Checkpoint
+from model.export import save_hf
+from tests.helpers.models import TOKENIZER, small_model
+from tests.helpers.rows import write_sft
+from tokenizer.chat import Encoded, encode_chat
+
+
+def chat(*turns):
+    roles = ("user", "assistant")
+    return encode_chat(TOKENIZER, [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)])
+
+
+ROWS = [
+    *(chat("hi " * n, "你好 there " * (n * 7 % 5 + 1)) for n in range(1, 12)),
+    chat("one", "two", "three", "four " * 90),
+    *windows(TOKENIZER, "once upon a time " * 300),
+    Encoded([1, 2, 3], [True, False, False]),  # nothing to score: the first id is never predicted
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(std=0.2, num_attention_heads=4, num_key_value_heads=2).eval()
+
+
+def alone(model, row):
+    ids = torch.tensor([row.ids])
+    with torch.no_grad():
+        logp = model(ids[:, :-1]).logits.float().log_softmax(-1)[0].gather(1, ids[0, 1:, None])[:, 0]
+    return logp[torch.tensor(row.trained[1:])].numpy()
+
+
+@pytest.mark.parametrize("at_once", [512, 3])
+def test_a_row_among_others_has_the_likelihood_that_it_has_alone(model, monkeypatch, at_once):
+    monkeypatch.setattr(likelihood, "AT_ONCE", at_once)
+    monkeypatch.setattr(likelihood, "LOGITS", 6400 * 7)  # the head is computed in parts, and they are put together
+    for row, found in zip(ROWS, log_likelihoods(model, ROWS), strict=True):
+        np.testing.assert_allclose(found, alone(model, row), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_of_experts_too():
+    model = small_model(std=0.2, num_experts=4).eval()
+    for row, found in zip(ROWS[:5], log_likelihoods(model, ROWS[:5])):
+        np.testing.assert_allclose(found, alone(model, row), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_longer_than_the_model_are_refused():
+    with pytest.raises(UserError, match="a row of 66 tokens exceeds the model's 64 positions"):
+        log_likelihoods(small_model(max_position_embeddings=64), [Encoded(list(range(66)), [True] * 66)])
+
+
+def test_each_token_of_a_document_is_a_target_once():
+    """E t1 .. t9 E in windows of 4 targets; each window opens with the last target of the one before."""
+    ids = TOKENIZER.encode("one two three four five")
+    E = TOKENIZER.end_of_text
+    parts = windows(TOKENIZER, "one two three four five", length=4)
+    assert [target for part in parts for target in part.ids[1:]] == [*ids, E]
+    assert parts[0].ids[0] == E and parts[1].ids[0] == parts[0].ids[-1]
+    assert all(len(part.ids) <= 5 for part in parts)
+
+
+def test_perplexity_and_bits_per_byte_by_hand():
+    """Two tokens with probabilities 1/2 and 1/8, of a text of 4 bytes: 4 bits. Perplexity 4, 1 bit per byte."""
+    a, b = TOKENIZER.encode("ab"), TOKENIZER.encode("er")
+    assert len(a) == len(b) == 1
+    row = Encoded([TOKENIZER.im_start, *a, *b], [False, True, True])
+    sums = totals(TOKENIZER, [row], [np.log([1 / 2, 1 / 8])])
+    np.testing.assert_allclose(sums, [[math.log(16), 2, 4]])
+    assert METRICS["ppl"].value(sums.sum(0)) == pytest.approx(4)
+    assert METRICS["bpb"].value(sums.sum(0)) == pytest.approx(1)
+    end = Encoded([*a, TOKENIZER.im_end], [False, True])  # a control token has a loss, and is no text
+    assert totals(TOKENIZER, [end], [np.log([0.5])])[0].tolist() == [math.log(2), 1, 0]
+
+
+def test_the_same_as_the_validation_of_training(model, tmp_path):
+    """val_loss and val_bpb of a run and the figures here are about the same thing."""
+    from trainer.loop.backend import Backend
+    from trainer.loop.validation import validate
+    from trainer.losses.next_token import NextToken
+
+    write_sft(tmp_path / "sft.jsonl", 20)
+    data = SFTDataset(tmp_path / "sft.jsonl", TOKENIZER, max_seq_len=256)
+    options = dict(batch_size=4, accumulation_steps=1, max_seq_len=256, shuffle=False)
+    loader = Loader(data, packing=True, **options)
+    there = validate(model, loader, NextToken(), Backend(torch.device("cpu")), TOKENIZER.token_bytes)
+    model.eval()
+    rows = [Encoded(data.tokens(i).tolist(), data.trained(i).tolist()) for i in range(len(data))]
+    sums = totals(TOKENIZER, rows, log_likelihoods(model, rows)).sum(0)
+    assert math.log(METRICS["ppl"].value(sums)) == pytest.approx(there["val_loss"], rel=1e-5)
+    assert METRICS["bpb"].value(sums) == pytest.approx(there["val_bpb"], rel=1e-5)
+
+
+def test_perplexity_equals_transformers(tmp_path, model):
+    """The weights are exported, and transformers computes the mean loss of the same targets from its own logits."""
+    transformers = pytest.importorskip("transformers")
+    checkpoint = Checkpoint(tmp_path / "w.pth", model.state_dict(), model.config, {}, [])
+    save_hf(tmp_path / "hf", checkpoint, TOKENIZER.path, TOKENIZER.stop_ids)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    nats = count = 0.0
+    for row in ROWS[:-1]:
+        ids = torch.tensor([row.ids])
+        labels = ids.masked_fill(~torch.tensor([row.trained]), -100)
+        n = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            nats, count = nats + float(theirs(ids, labels=labels).loss) * n, count + n
+    ours = METRICS["ppl"].value(totals(TOKENIZER, ROWS, log_likelihoods(model, ROWS)).sum(0))
+    assert ours == pytest.approx(math.exp(nats / count), rel=1e-5)
