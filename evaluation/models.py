@@ -18,12 +18,13 @@ from pathlib import Path
 from common.console import UserError, note
 from common.files import ROOT
 from evaluation.lineage import History, history_of
+from evaluation.measure import with_system
+from inference.answers import prompt_ids
 from model.adapter import AdapterFile, find_base, open_model_file
 from model.checkpoint import Checkpoint, find_tokenizer, find_weights, same_weights
 from model.lora import activate, adapted
 from model.precision import pick_device, pick_dtype, prepare_for_inference
 from model.transformer import CausalLM
-from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
 
 
@@ -49,13 +50,12 @@ class Contender:
         """Whether it continues a text instead of answering: it was pretrained and nothing else."""
         return [stage.get("stage") for stage in self.history.stages][-1:] == ["pretrain"]
 
-    def encode(self, prompt: str, system: str = "") -> list[int]:
-        """The ids that the answer to `prompt` continues."""
+    def encode(self, prompt: str | list[dict], system: str = "", tools: list[dict] | None = None) -> list[int]:
+        """The ids that the answer to a message, or to a conversation, continues."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if self.completes:
-            return [self.tokenizer.end_of_text, *self.tokenizer.encode(prompt)]
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": prompt})
-        return encode_chat(self.tokenizer, messages, add_generation_prompt=True).ids
+            return prompt_ids(self.tokenizer, messages[-1]["content"])
+        return prompt_ids(self.tokenizer, with_system(messages, system), tools)
 
     def facts(self) -> dict:
         """Size and shape, as plain values."""
@@ -125,6 +125,14 @@ def open_models(
         activate(model, None)
         prepare_for_inference(model, precision).to(on)
     return contenders
+
+
+def base_of(weight: str, save_dir: str | Path) -> str:
+    """The path of the weights that an adapter was trained on. UserError if `weight` is no adapter."""
+    file = open_model_file(locate(weight, save_dir))
+    if isinstance(file, Checkpoint):
+        raise UserError(f"{file.path}: are weights, not an adapter; say with --base_model what to compare them with")
+    return str(find_base(file, None, save_dir, ROOT / "out").path)
 
 
 def _open_base(

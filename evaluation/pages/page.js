@@ -18,7 +18,7 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-const percent = (p) => (p >= 0.9995 ? '100%' : p >= 0.1 ? `${(100 * p).toFixed(0)}%` : p >= 0.001 ? `${(100 * p).toFixed(1)}%` : '<0.1%');
+const percent = (p) => (p === 0 ? '0%' : p >= 0.9995 ? '100%' : p >= 0.1 ? `${(100 * p).toFixed(0)}%` : p >= 0.001 ? `${(100 * p).toFixed(1)}%` : '<0.1%');
 const count = (n) => Number(n).toLocaleString('en-US');
 const number = (x, digits = 3) => (x === null || x === undefined ? '–' : String(Number(Number(x).toPrecision(digits))));
 const bytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(0)} kB`);

@@ -24,7 +24,7 @@ class Browser:
     def __enter__(self):
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        self._home = tempfile.TemporaryDirectory()
+        self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its processes end a little later
 
         def connect():  # the numbers that Chromium expects
             kept_in, kept_out = os.dup(theirs_in), os.dup(theirs_out)  # neither is 3 or 4 by chance
@@ -98,7 +98,7 @@ class Browser:
             pass
 
     def evaluate(self, expression: str):
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
