@@ -1,7 +1,7 @@
 """Several models answer the same questions: what each says, how surprised the others are by it, and what differs.
 
     result = compare(open_models(["full_sft", "rlhf"], "out"), read_questions("configs/test_questions.json"))
-    write_page("comparison.html", "compare", "full_sft and rlhf", result)
+    print(write_report("comparison.html", result))
 
 The result is plain values: the JSON of scripts/compare_models.py, and the data of its page. The first model is the one
 that the others are compared with; every difference has a paired 95 % interval (evaluation/statistics.py).
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from common.console import note
+from common.files import atomic_file
 from dataset.read.jsonl import require_file
 from dataset.read.questions import Question
 from evaluation.likelihood import log_likelihoods
@@ -28,6 +29,7 @@ from evaluation.lineage import facts as facts_of_stage
 from evaluation.measure import OF_KIND, PACKAGES, Measured, Settings, answer_questions, kind_of, measure
 from evaluation.metrics import METRICS, ratio
 from evaluation.models import Contender
+from evaluation.page import write_page
 from evaluation.statistics import bootstrap, paired_difference
 from inference.answers import Answer
 from inference.health import health, language, repetition, words
@@ -101,6 +103,15 @@ def compare(
         held_out=_held_out(contenders, eval_data, settings),
         votes=[],
     )
+
+
+def write_report(output: str | Path, result: dict[str, Any]) -> Path:
+    """Writes the result as .json and, to look at, as .html -> the path of the page. output: either of the two."""
+    output = Path(output)
+    with atomic_file(output.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    title = " and ".join(model["name"] for model in result["models"])
+    return write_page(output.with_suffix(".html"), "compare", title, result)
 
 
 def _settings_of(contender: Contender, settings: Settings) -> Settings:

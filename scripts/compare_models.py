@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from common.console import UserError, note, run, say
-from common.files import ROOT, atomic_file
+from common.files import ROOT
 from common.options import Options, option, parse
 
 QUESTIONS = ROOT / "configs/test_questions.json"
@@ -109,7 +109,7 @@ def main():
 
         return converse(contenders, sampling_of(config), config.max_new_tokens, config.system)
 
-    from evaluation.compare import compare
+    from evaluation.compare import compare, write_report
     from evaluation.measure import Settings
 
     settings = Settings(max_new_tokens=config.max_new_tokens, sampling=sampling_of(config), system=config.system)
@@ -117,23 +117,13 @@ def main():
     called = "-".join(contender.name.replace("/", "_") for contender in contenders)
     output = Path(config.output or Path(config.save_dir) / "compare" / f"{called}.json")
     say(summary(result))
-    say(f"\nreport: {write(output, result)}; open it in a browser")
+    say(f"\nreport: {write_report(output, result)}; open it in a browser")
 
 
 def sampling_of(config: CompareConfig):
     from inference.sampling import Sampling
 
     return Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed)
-
-
-def write(output: Path, result: dict[str, Any]) -> Path:
-    """The report as .json and .html -> the path of the page."""
-    from evaluation.page import write_page
-
-    with atomic_file(output.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
-    title = " and ".join(model["name"] for model in result["models"])
-    return write_page(output.with_suffix(".html"), "compare", title, result)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -153,7 +143,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def count_votes(config: CompareConfig) -> None:
-    from evaluation.compare import FORMAT
+    from evaluation.compare import FORMAT, write_report
     from evaluation.votes import as_text, read_votes, tally
 
     path = Path(config.output or "").with_suffix(".json")
@@ -166,7 +156,7 @@ def count_votes(config: CompareConfig) -> None:
     votes = [vote for file in config.votes for vote in read_votes(file, result)]
     result["votes"] = tally(votes, len(result["models"]))
     say(as_text(result["votes"], [model["name"] for model in result["models"]]))
-    note(f"report: {write(path, result)}")
+    note(f"report: {write_report(path, result)}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,9 @@ function answersPanel() {
 
 // ---- figures
 
+const TITLES = {exact: '答案完全正确', f1: '词的 F1', number: '数字正确', bpb: '每字节比特', ppl: '困惑度', preference: '更偏向好的回答', choice: '选项正确', choice_norm: '选项正确（按字节）', letter: '字母正确', ended: '自己结束', rep_4: '重复（rep-4）', wrong_language: '语言与提问不同', words: '回答的词数'};
+const titled = (row) => T(row.title, TITLES[row.name] ?? row.title) + (row.better < 0 ? T(' (less is better)', '（越小越好）') : '');
+
 const shown = (row, value) => (value === null || value === undefined ? '–' : row.form === 'share' ? `${(100 * value).toFixed(1)}%` : number(value, 4));
 const signed = (row, value) => (value === null || value === undefined ? '–' : `${value > 0 ? '+' : ''}${row.form === 'share' ? (100 * value).toFixed(1) : number(value, 3)}`);
 
@@ -88,7 +91,7 @@ function figures(rows) {
     const value = shown(row, row.values[m].value);
     return m === first ? [value] : [value, signed(row, row.changes[m].value), interval(row, row.changes[m])];
   });
-  return table(head, rows.map((row) => [row.title + (row.better < 0 ? T(' (less is better)', '（越小越好）') : ''), count(row.rows), ...cells(row)]), numbers);
+  return table(head, rows.map((row) => [titled(row), count(row.rows), ...cells(row)]), numbers);
 }
 
 function figuresPanel() {
