@@ -63,8 +63,9 @@ def compare(
     models: list[dict[str, Any]] = []
     for contender in contenders:
         own = _settings_of(contender, settings)
-        began = time.perf_counter()
         with contender.active() as model:
+            answer_questions(model, contender.tokenizer, questions[:4], replace(own, max_new_tokens=4))  # to warm up
+            began = time.perf_counter()
             said.append(answer_questions(model, contender.tokenizer, questions, own))
         seconds = time.perf_counter() - began
         tokens = sum(len(answer.ids) for answer in said[-1])

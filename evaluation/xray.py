@@ -68,7 +68,7 @@ def xray(contender: Contender, prompt: str, *, system: str = "", max_new_tokens:
 def _likeliest(logits: Tensor, count: int) -> list[list[list[float]]]:
     """logits (T, V) -> for each position [[id, probability], ...], the likeliest first."""
     top = logits.softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
-    values = [[round(p, 4) for p in row] for row in top.values.tolist()]
+    values = [[float(f"{p:.3g}") for p in row] for row in top.values.tolist()]
     return [[list(pair) for pair in zip(*row)] for row in zip(top.indices.tolist(), values)]
 
 
@@ -145,7 +145,7 @@ def _lora(contender: Contender, ids: list[int], seen: Trace) -> dict[str, Any]:
 
 
 def _texts(tokenizer: Tokenizer, figures: dict[str, Any]) -> dict[str, str]:
-    """The text of every id that occurs, bytes that are no character by themselves in hexadecimal."""
+    """The text of every id that occurs."""
     used = set(figures["ids"])
     tops = [figures["next"]["top"], *figures["lens"]]
     if figures["lora"]:
@@ -155,11 +155,9 @@ def _texts(tokenizer: Tokenizer, figures: dict[str, Any]) -> dict[str, str]:
 
 
 def text_of(tokenizer: Tokenizer, id: int) -> str:
+    r"""Bytes that are no whole character are written as \xe5."""
     (raw,) = tokenizer.bytes_of([id])
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return f"‹{raw.hex(' ')}›"
+    return raw.decode("utf-8", errors="backslashreplace")
 
 
 def _rounded(values: Tensor) -> list:

@@ -169,7 +169,6 @@ function verdict({a, b, wins_a, wins_b, ties, p}) {
     wins_a + wins_b ? el('span', {class: p < 0.05 ? '' : 'dim'}, T(` Sign test: p = ${number(p, 2)}.`, ` 符号检验 p = ${number(p, 2)}。`)) : null);
 }
 
-let votePanel = null;
 let paintVotes = () => {};
 
 function vote(choice) {
@@ -192,7 +191,8 @@ function votesPanel() {
   if (names.length < 2) return null;
   const box = el('div', {});
   paintVotes = () => {
-    const button = (label, act, style = '') => el('button', {class: style, on: {click: act}}, label);
+    const button = (label, act) => el('button', {on: {click: act}}, label);
+    document.body.classList.toggle('voting', voting !== null); // what would tell who said what is hidden
     if (!voting) {
       const earlier = restore();
       box.replaceChildren(...(data.votes.length ? data.votes.map(verdict) : []), el('div', {class: 'row'},
@@ -215,10 +215,11 @@ function votesPanel() {
         el('span', {class: 'dim small', 'aria-live': 'polite'}, `${voting.at} / ${voting.items.length}`)));
   };
   paintVotes();
-  votePanel = panel(T('Which is better? Vote blind', '哪个更好？盲评'), [T(
+  const votes = panel(T('Which is better? Vote blind', '哪个更好？盲评'), [T(
     'You see two answers without names, in random places. Keys: ', '两个回答不写名字、左右随机。按键：'), el('kbd', {}, '1'), ' ', el('kbd', {}, '2'), ' ', el('kbd', {}, '='), T(
     ', Backspace takes the last vote back. The votes stay in this page until you save them.', '，退格撤销。保存之前，票只在这个页面里。')], box);
-  return votePanel;
+  votes.classList.add('votes');
+  return votes;
 }
 
 document.addEventListener('keydown', (event) => {
