@@ -155,11 +155,14 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     tokenizer = find_tokenizer(checkpoint, config.tokenizer_path)
     device = pick_device(config.device)
     dtype, remark = pick_dtype(config.dtype, device)
-    model = checkpoint.build()
+    if adapter and config.merge_lora:
+        model = checkpoint.build()  # merged in fp32, before the weights are rounded to the compute dtype
+    else:
+        model = checkpoint.build(dtype, device=device)
     if adapter:
         model = adapter.apply(model)
         if config.merge_lora:
-            merge(model)  # in fp32, before the weights are rounded to the compute dtype
+            merge(model)
         merged = ", merged" if config.merge_lora else ""
         screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage

@@ -110,7 +110,7 @@ def explain(error: BaseException) -> str:
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
     return where + {
-        errno.ENOSPC: "the disk is full; free some space, then continue with --from_resume auto",
+        errno.ENOSPC: "the disk is full; free some space and start again, a training with --from_resume auto",
         errno.ENOENT: "no such file or directory",
         errno.EACCES: "permission denied; choose another place or change its owner",
         errno.EROFS: "the file system is read-only; choose another place",

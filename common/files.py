@@ -38,9 +38,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
             with open(temporary, "wb"):
                 mode = os.stat(temporary).st_mode
             yield temporary
-            _flush(temporary, mode)
-            os.replace(temporary, path)
-            flush_folder(path.parent)
+            put_in_place(temporary, path, mode)
         finally:
             with suppress(OSError):  # renamed already; or the disk is gone, and the first error is the one to report
                 temporary.unlink()
@@ -62,15 +60,57 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            mode = temporary.stat().st_mode & 0o666
-            for inside in sorted(temporary.rglob("*"), reverse=True):  # what is in a folder before the folder
-                flush_folder(inside) if inside.is_dir() else _flush(inside, mode)
-            flush_folder(temporary)
-            os.rename(temporary, path)
-            flush_folder(path.parent)
+            put_in_place(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def put_in_place(written: Path, path: Path, mode: int | None = None) -> None:
+    """Gives a finished file or folder its name, with all of it on the disk first. A file that has the name is replaced;
+    a folder that has it is an OSError.
+
+    `atomic_file` and `atomic_folder` end with it. Called directly, it is for what takes several runs of a program to
+    write, as a download may. mode: the file's permissions; None: those that it has.
+    """
+    if written.is_dir():
+        _flush_tree(written)
+    else:
+        _flush(written, written.stat().st_mode if mode is None else mode)
+    os.replace(written, path)
+    flush_folder(path.parent)
+
+
+@contextmanager
+def staged(path: Path | str) -> Iterator[Path]:
+    """Yields `path`'s name in a hidden folder beside it; at the end of the block, everything in that folder moves to
+    where `path` is, and replaces what has its name there.
+
+    For results that are read again before they count, and may be a folder, or several files. If the block or the system
+    fails, nothing has changed. An old folder is moved away first: a kill just then leaves neither.
+    """
+    path = Path(path)
+    with _system_errors(path):
+        _make_folder(path.parent)
+        sweep(path.parent, path.name)
+        temporary = temporary_name(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            yield temporary / path.name
+            _flush_tree(temporary)
+            for inside in sorted(temporary.iterdir(), key=lambda inside: inside.name == path.name):  # `path` last
+                target = path.parent / inside.name
+                if target.is_dir():  # no system call replaces a folder that is not empty
+                    os.rename(target, temporary / f"{inside.name}.old")
+                os.replace(inside, target)
+            flush_folder(path.parent)
+        except OSError as error:
+            if str(error.filename).startswith(str(temporary)):  # a name that nobody knows
+                error.filename = str(path)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -229,6 +269,14 @@ def _another_runs(process: int) -> bool:
     except OSError:
         pass
     return process != os.getpid()
+
+
+def _flush_tree(folder: Path) -> None:
+    """Flushes a folder and all that is in it."""
+    mode = folder.stat().st_mode & 0o666
+    for inside in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        flush_folder(inside) if inside.is_dir() else _flush(inside, mode)
+    flush_folder(folder)
 
 
 def _flush(file: Path, mode: int) -> None:

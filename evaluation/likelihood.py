@@ -11,8 +11,9 @@ neighbours, and a position costs what it costs in a forward pass of training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from model.transformer import CausalLM
 from tokenizer.chat import Encoded
 from tokenizer.text import Tokenizer
 
+Criterion = Callable[[nn.Module, Tensor, Tensor], Tensor]
 WINDOW = 512  # positions of a packed row, unless an example is longer
 ROWS = 8  # packed rows of a forward pass
 AT_ONCE = 512  # examples that are packed together
@@ -45,10 +47,13 @@ def windows(tokenizer: Tokenizer, text: str, length: int = WINDOW) -> list[Encod
 
 
 @torch.inference_mode()
-def log_likelihoods(model: CausalLM, rows: Sequence[Encoded], *, progress: str = "") -> list[np.ndarray]:
+def log_likelihoods(
+    model: CausalLM, rows: Sequence[Encoded], *, progress: str = "", criterion: Criterion | None = None
+) -> list[np.ndarray]:
     """The natural logarithm of the probability of each trained id of each row, fp32, in the order of the row.
 
     The first id of a row is never predicted. The model has to be in evaluation mode. progress: what a bar says.
+    criterion: another loss than cross-entropy, as in the model's forward; it is returned with the opposite sign.
     UserError if a row has more targets than the model has positions.
     """
     found = [np.empty(0, np.float32)] * len(rows)
@@ -59,13 +64,13 @@ def log_likelihoods(model: CausalLM, rows: Sequence[Encoded], *, progress: str =
     with closing(Progress(progress or "likelihoods", len(some), " rows")) as bar:
         for begin in range(0, len(some), AT_ONCE):  # those alike in length: a row is as long as the longest of them
             numbers = some[begin : begin + AT_ONCE]
-            for example, logp in _packed(model, [rows[i] for i in numbers]):
+            for example, logp in _packed(model, [rows[i] for i in numbers], criterion or cross_entropy):
                 found[numbers[example]] = logp
             bar.advance(len(numbers))
     return found
 
 
-def _packed(model: CausalLM, examples: list[Encoded]) -> Iterator[tuple[int, np.ndarray]]:
+def _packed(model: CausalLM, examples: list[Encoded], criterion: Criterion) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the example, log-probabilities of its trained ids)"""
     data = _InMemory(examples)
     length = max(WINDOW, int(data.lengths.max()) - 1)
@@ -78,21 +83,24 @@ def _packed(model: CausalLM, examples: list[Encoded]) -> Iterator[tuple[int, np.
         max_seq_len=length,
         shuffle=False,
     )
-    device = model.model.embed_tokens.weight.device
+    device, in_parts = model.model.embed_tokens.weight.device, partial(_in_parts, criterion)
     for batch in loader.batches(0):
         there = batch.to(device)
-        loss = model(there.tokens, **there.context(), criterion=_token_loss).loss.cpu()  # (B, T)
+        loss = model(there.tokens, **there.context(), criterion=in_parts).loss.cpu()  # (B, T)
         logp = -loss[batch.targets != IGNORED]
         counts = [sum(examples[i].trained[1:]) for i in batch.examples]
         yield from zip(batch.examples, np.split(logp.numpy(), np.cumsum(counts)[:-1]))
 
 
-def _token_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """x (N, d), targets (N,) -> (N,) fp32 cross-entropy. In parts, because logits of a large vocabulary are large."""
+def cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """x (N, d), targets (N,) -> (N,) fp32"""
+    return F.cross_entropy(head(x).float(), targets, ignore_index=IGNORED, reduction="none")
+
+
+def _in_parts(criterion: Criterion, head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """The criterion of a part of the positions at a time, because logits of a large vocabulary are large."""
     size = max(1, LOGITS // head.weight.shape[0])
-    parts = zip(x.split(size), targets.split(size))
-    losses = [F.cross_entropy(head(own).float(), t, ignore_index=IGNORED, reduction="none") for own, t in parts]
-    return torch.cat(losses)
+    return torch.cat([criterion(head, own, t) for own, t in zip(x.split(size), targets.split(size))])
 
 
 def totals(tokenizer: Tokenizer, rows: Sequence[Encoded], logp: Sequence[np.ndarray]) -> np.ndarray:

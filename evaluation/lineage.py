@@ -4,7 +4,8 @@
     print(as_text(history))
     for part in check(history): print(part.status, part.what, part.path)
 
-`trainer/loop/engine.py` records an entry for every stage (`_lineage`). Files written by older versions lack the paths
+Training records an entry for every stage: `Job.origin` in trainer/loop/job.py, and `_lineage` in engine.py beside it.
+Files written by older versions lack the paths
 of the data and of the parents; what is missing is called "not recorded".
 """
 
@@ -40,7 +41,7 @@ class History:
     path: str
     hash: str  # of the weights; of an adapter, of the weights it belongs to
     tokenizer: dict
-    stages: list[dict] = field(default_factory=list)  # oldest first, as `Engine._lineage` writes them
+    stages: list[dict] = field(default_factory=list)  # oldest first
     base: str = ""  # of an adapter: the path of its weights
     places: tuple[str, ...] = ()  # folders in which parents are looked for
 

@@ -211,8 +211,8 @@ def _likelihoods(
 ) -> None:
     """Of the answers in the file, as in training: every assistant's turn counts."""
     known = [q for q in questions if q.answer]
-    pairs = [q for q in known if q.rejected]
-    chats = [(q.conversation, q.tools) for q in known] + [(q.rejected or [], q.tools) for q in pairs]
+    pairs = [n for n, q in enumerate(known) if q.rejected] if "preference" in names else []
+    chats = [(q.conversation, q.tools) for q in known] + [(known[n].rejected or [], known[n].tools) for n in pairs]
     encoded = encode_chats(tokenizer, chats)
     limit = model.config.max_position_embeddings
     fits = [isinstance(row, Encoded) and any(row.trained[1:]) and len(row.ids) <= limit + 1 for row in encoded]
@@ -230,13 +230,10 @@ def _likelihoods(
             found.add(name, sums[kept], wheres, "answers of the file" + _of_tokenizer(name, tokenizer))
         else:
             found.notes.append(f"{name}: no row of {found.path} has an answer")
-    if "preference" in names and pairs:
-        place = {q.where: n for n, q in enumerate(known)}
-        chosen = [place[q.where] for q in pairs]
-        both = [(c, r) for c, r in zip(chosen, range(len(known), len(encoded))) if fits[c] and fits[r]]
-        likelier = np.array([[sums[c, 0] < sums[r, 0], 1.0] for c, r in both])
-        if both:
-            found.add("preference", likelier, [known[c].where for c, _ in both])
+    both = [(n, rejected) for rejected, n in enumerate(pairs, len(known)) if fits[n] and fits[rejected]]
+    if both:
+        likelier = np.array([[sums[chosen, 0] < sums[rejected, 0], 1.0] for chosen, rejected in both])
+        found.add("preference", likelier, [known[n].where for n, _ in both])
 
 
 def answer_questions(
@@ -299,4 +296,5 @@ def _measure_choices(
     counts = score(model, tokenizer, questions, chats=settings.chats)
     chance = sum(1 / len(q.options) for q in questions) / len(questions)
     for name in names:
-        found.add(name, counts[name], [q.where for q in questions], f"guessing: {chance:.1%}")
+        found.add(name, counts[name], [q.where for q in questions])
+    found.notes.append(f"guessing would find {chance:.1%} of the right options")

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from common.console import UserError, note
 from common.files import ROOT
 from evaluation.lineage import History, history_of
@@ -113,7 +115,9 @@ def open_models(
     contenders: list[Contender] = []
     for file, name in zip(files, _names(weights, paths)):
         history = history_of(file, save_dir, ROOT / "out")
-        base, model, tokenizer = _open_base(file, named, opened, (save_dir, ROOT / "out"), tokenizer_path)
+        base, model, tokenizer = _open_base(
+            file, named, opened, (save_dir, ROOT / "out"), tokenizer_path, precision, on
+        )
         adapter, size = None, _bytes(base.path)
         if isinstance(file, AdapterFile):
             adapter, size = f"adapter{len(contenders)}", size + _bytes(file.path)
@@ -141,6 +145,8 @@ def _open_base(
     opened: list[tuple[Checkpoint, CausalLM, Tokenizer]],
     folders: tuple[str | Path, ...],
     tokenizer_path: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Checkpoint, CausalLM, Tokenizer]:
     """The weights that `file` is, or is put on, as a model that may be in `opened` already."""
     if isinstance(file, Checkpoint):
@@ -155,7 +161,7 @@ def _open_base(
     else:
         base = find_base(file, None if file.knows_base or named is None else Path(named.path), *folders)
         base.tokenizer = base.tokenizer or file.tokenizer  # a base of MiniMind's does not tell
-    entry = base, base.build(), find_tokenizer(base, tokenizer_path)
+    entry = base, base.build(dtype, device=device), find_tokenizer(base, tokenizer_path)
     base.release()
     opened.append(entry)
     return entry

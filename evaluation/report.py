@@ -36,13 +36,13 @@ def require_figures(results: Sequence[Measured], asked: Sequence[str]) -> None:
 
 
 def table(results: Sequence[Measured]) -> str:
-    """A line for each metric of each file, with its 95 % interval; of several files, a line for all of them too."""
+    """A line for each metric of each file, with its 95 % interval; and one for all files that it was counted in."""
     lines = [("file", "metric", "value", "95 % interval", "rows", "how")]
     for found in results:
         for name in found.counts:
             lines.append((Path(found.path).name, *_line(name, found.figure(name)), found.how[name]))
     for name, counts in _of_all(results).items():
-        lines.append(("all files", *_line(name, figure(name, counts)), ""))
+        lines.append(("together", *_line(name, figure(name, counts)), ""))
     text = _aligned(lines)
     for found in results:
         if found.health:
@@ -65,10 +65,13 @@ def health_line(name: str, value: float) -> tuple[str, str, str]:
 
 
 def _of_all(results: Sequence[Measured]) -> dict[str, np.ndarray]:
-    """Metrics that several files have -> their counts together: every row counts the same, in whatever file it is."""
-    names = dict.fromkeys(name for found in results for name in found.counts)
-    own = {name: [found.counts[name] for found in results if name in found.counts] for name in names}
-    return {name: np.concatenate(counts) for name, counts in own.items() if len(counts) > 1}
+    """Metrics that several files have, counted in one way -> their counts together: a row is a row in any file."""
+    together: dict[tuple[str, str], list[np.ndarray]] = {}
+    for found in results:
+        for name, counts in found.counts.items():
+            together.setdefault((name, found.how[name]), []).append(counts)
+    alike = {key: counts for key, counts in sorted(together.items(), key=lambda item: len(item[1])) if len(counts) > 1}
+    return {name: np.concatenate(alike[name, how]) for name, how in alike}
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -96,7 +99,7 @@ def write_json(path: Path, results: Sequence[Measured], **facts: object) -> None
     ]
     everything = {name: _finite(figure(name, counts)) for name, counts in _of_all(results).items()}
     with atomic_file(path) as temporary:
-        content = {**facts, "files": files, "all_files": everything}
+        content = {**facts, "files": files, "together": everything}
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
@@ -143,36 +146,39 @@ def against(results: Sequence[Measured], earlier: dict, tokenizer: str) -> str:
 
 
 def draw(path: Path, results: Sequence[Measured], title: str) -> None:
-    """Every metric of every file with its error bar: shares on the left, bits per byte on the right."""
+    """A panel for each file: its shares with their error bars; perplexity and bits per byte above them."""
     from matplotlib.figure import Figure as Picture  # not pyplot: no window system, no global state
 
-    shares, bits = [], []
-    for found in results:
-        for name in found.counts:
-            own, label = found.figure(name), f"{METRICS[name].title} · {Path(found.path).name}"
-            if name == "bleu":
-                own = Figure(*(part and part / 100 for part in own[:3]), own.rows)
-            if name == "bpb":
-                bits.append((label, own))
-            elif name != "ppl" and own.value == own.value:
-                shares.append((label, own))
-        for name in ("ended", "rep_4", "wrong_language"):
-            if name in found.health:
-                shares.append((f"{name} · {Path(found.path).name}", Figure(found.health[name], None, None, 0)))
-    panels = [(rows, unit) for rows, unit in ((shares, "share (BLEU / 100)"), (bits, "bits per byte")) if rows]
-    size = (6.4 * max(len(panels), 1), 1.4 + 0.32 * max((len(rows) for rows, _ in panels), default=1))
-    picture = Picture(figsize=size, dpi=120, layout="constrained")
-    picture.suptitle(title, fontsize=10)
-    axes = picture.subplots(1, max(len(panels), 1), squeeze=False)
-    for (rows, unit), axis in zip(panels, axes[0]):
+    panels = [_shares(found) for found in results]
+    heights = [len(rows) + 2.5 if rows else 1.5 for rows in panels]
+    picture = Picture(figsize=(8, 0.5 + 0.27 * sum(heights)), dpi=120, layout="constrained")
+    picture.suptitle(title, fontsize=11)
+    axes = picture.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for found, rows, axis in zip(results, panels, axes):
         for y, (_, own) in enumerate(rows):
-            axis.plot(own.value, y, "o", color="#1f5f99" if own.rows else "#8a8a8a")
+            axis.plot(own.value, y, "o", color="#1f5f99" if own.rows else "#8a8a8a", clip_on=False)
             if own.low is not None:
                 axis.plot([own.low, own.high], [y, y], color="#1f5f99", linewidth=2)
-        axis.set(xlabel=unit, xlim=(0, None) if unit == "bits per byte" else (0, 1))
-        axis.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axis.invert_yaxis()
+        likelihood = [" ".join(_line(name, found.figure(name))[:2]) for name in ("ppl", "bpb") if name in found.counts]
+        axis.set_title(" · ".join([Path(found.path).name, *likelihood]), fontsize=9, loc="left")
+        axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+        axis.set(xlim=(0, 1), ylim=(max(len(rows), 1) - 0.5, -0.5))
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_axis_on() if rows else axis.set_axis_off()
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_file(path) as temporary:
         picture.savefig(temporary, format="png")
+
+
+def _shares(found: Measured) -> list[tuple[str, Figure]]:
+    """What lies between 0 and 1, with its name; BLEU as a hundredth of itself."""
+    rows = []
+    for name in found.counts:
+        own = found.figure(name)
+        if name == "bleu":
+            own = Figure(*(part and part / 100 for part in own[:3]), own.rows)
+        if METRICS[name].of != "likelihood" and own.value == own.value:
+            rows.append((METRICS[name].title + " / 100" * (name == "bleu"), own))
+    sick = ("ended", "rep_4", "wrong_language", "tags_closed")
+    return rows + [(name, Figure(found.health[name], None, None, 0)) for name in sick if name in found.health]

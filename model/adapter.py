@@ -105,7 +105,7 @@ def load_adapter(path: Path | str) -> AdapterFile:
     if content.get("format") == FORMAT:
         settings, config = LoRASettings.from_dict(content["settings"]), ModelConfig.from_dict(content["config"])
         return AdapterFile(
-            path, settings, content["lora"], content["base"], config, content["tokenizer"], content["lineage"]
+            path, settings, dict(content["lora"]), content["base"], config, content["tokenizer"], content["lineage"]
         )
     if found := lora_from_minimind(content):
         targets = tuple(dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in found[1]))

@@ -2,11 +2,12 @@
 
     save_weights("out/pretrain_192.pth", model, tokenizer={"path": ..., "hash": ...}, lineage=[...])
     checkpoint, tokenizer = open_weights("pretrain", "out")
-    model = checkpoint.build()
+    model = checkpoint.build()                              # fp32, to be trained
+    model = checkpoint.build(torch.bfloat16, bits=4)        # frozen, packed while it is read
 
 One dictionary of tensors and plain values, nothing else: {"format", "model", "config", "tokenizer", "lineage",
 "sha256"}. It is read with torch's restricted unpickler, so a file can hold numbers but no code. Also read: MiniMind's
-bare state dicts, and directories in Hugging Face's layout.
+bare state dicts, and directories in Hugging Face's layout. Tensors stay in their files until a model is built.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import pickle
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.console import UserError
 from common.files import atomic_file
+from common.hubs import is_id
 from model.config import ModelConfig
+from model.hub import find_model
 from model.interop.hf import load_hf
-from model.interop.minimind import config_from_state
+from model.interop.hf_files import weight_files
+from model.interop.minimind import config_beside, config_from_state
+from model.interop.single import read_single
+from model.loading import load_model
+from model.tensor_files import StoredTensors, open_pickled
 from model.transformer import CausalLM
 from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
@@ -47,7 +54,7 @@ WITHOUT_EFFECT = ("max_position_embeddings", "router_aux_loss_coef")  # settings
 @dataclass
 class Checkpoint:
     path: Path
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]  # in the files still, and read by each access
     config: ModelConfig
     tokenizer: dict = field(default_factory=dict)  # {"path", "hash"}; empty where the file does not tell
     lineage: list[dict] = field(default_factory=list)  # one entry for each stage the weights went through
@@ -61,36 +68,29 @@ class Checkpoint:
         return f"{hash_of(self.state)}.{config[:16]}"
 
     def release(self) -> None:
-        """Keeps what is known of the weights, their hash too, and lets go of the tensors."""
+        """Keeps what is known of the weights, their hash too; from now on nothing is read from their files."""
         self.hash  # noqa: B018 (computed while there is something to compute it from)
         self.state = {}
 
-    def build(self) -> CausalLM:
-        """The model with these weights, fp32, on the CPU."""
-        model = CausalLM(self.config)
-        load_state(model, self.state, self.path)
-        return model
-
-
-def load_state(model: CausalLM, state: dict[str, Tensor], source: Path | str) -> None:
-    """Strictly: a missing, unknown or misshapen tensor is an error that says which."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise UserError(f"{source}: these weights do not fit the architecture: {problems}") from None
+    def build(
+        self, dtype: torch.dtype | None = None, bits: int | None = None, device: torch.device | str = "cpu"
+    ) -> CausalLM:
+        """The model with these weights, see `load_model`: fp32, or with a dtype or bits a frozen one."""
+        return load_model(self.config, self.state, self.path, dtype=dtype, bits=bits, device=device)
 
 
 def weights_name(name: str, config: ModelConfig) -> str:
     return f"{name}_{config.hidden_size}{'_moe' if config.num_experts else ''}.pth"
 
 
-def hash_of(state: dict[str, Tensor]) -> str:
+def hash_of(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of names and numbers: the same for the same weights in whatever file."""
+    stored = state if isinstance(state, StoredTensors) else StoredTensors(state)
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(stored):
         digest.update(name.encode())
-        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+        for piece in stored.pieces(name):
+            digest.update(piece.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -115,12 +115,21 @@ def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage:
 def write_plain(path: Path, values: dict, **tensors: dict[str, Tensor]) -> Path:
     """Plain values, tensors and their hashes -> a .pth file, whole or not at all."""
     content = values | tensors | dict(sha256={name: hash_of(state) for name, state in tensors.items()})
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # its writer hides what the system said: that the disk is full
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    with atomic_file(path) as temporary:
+        torch_save(content, temporary)
     return path
+
+
+def torch_save(content: dict, path: Path) -> None:
+    """torch.save, with the error that the system gave (a full disk), which torch's writer hides."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        found = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(found, OSError):
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from None
 
 
 def load_weights(path: Path | str) -> Checkpoint:
@@ -131,6 +140,9 @@ def load_weights(path: Path | str) -> Checkpoint:
             config, state = load_hf(path)
             return Checkpoint(path, state, config, {"path": str(path)} if (path / "tokenizer.json").is_file() else {})
         path = newest(path.glob("*.pth"), f"{path}: neither a config.json nor a .pth file inside{_adapter_in(path)}")
+    if path.suffix == ".safetensors":
+        values, state = read_single(path)
+        return Checkpoint(path, state, ModelConfig.from_dict(values["config"]), values["tokenizer"], values["lineage"])
     content = read_plain(path)
     if content.get("format") == FORMAT:
         config = ModelConfig.from_dict(content["config"])
@@ -140,7 +152,7 @@ def load_weights(path: Path | str) -> Checkpoint:
             raise UserError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
         names = ", ".join(map(str, list(content)[:4]))
         raise UserError(f"{path}: not weights of a language model (it begins with {names})")
-    return Checkpoint(path, content, config_from_state(content))
+    return Checkpoint(path, content, config_beside(path) or config_from_state(content))
 
 
 def _adapter_in(folder: Path) -> str:
@@ -149,29 +161,17 @@ def _adapter_in(folder: Path) -> str:
     return f"; {found[0]} is an adapter, which eval_model.py takes as --lora_path" if found else ""
 
 
-def read_plain(path: Path) -> dict:
-    """The dictionary in a .pth file, read without running any code that may be in it."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"it holds code ({code[1]}), which was not run" if code else "it is damaged, or a pickle of another kind"
-        )
-        raise UserError(f"{path}: refused: {reason}; weights are tensors and plain values only") from None
-    except Exception as error:  # broken bytes make the reader fail in many ways
-        reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise UserError(f"{path}: truncated or not a weights file ({reason})") from None
-    if not isinstance(content, dict) or not content:
+def read_plain(path: Path) -> Mapping[str, Any]:
+    """The dictionary in a .pth file, read without running any code that may be in it. See `open_pickled`."""
+    content = open_pickled(path)
+    if not isinstance(content, (dict, StoredTensors)) or not content:
         raise UserError(f"{path}: not a weights file (it holds a {type(content).__name__})")
     if not _is_intact(content):
         raise UserError(f"{path}: damaged: its numbers are not the ones that were saved; take another copy")
     return content
 
 
-def _is_intact(content: dict) -> bool:
+def _is_intact(content: Mapping[str, Any]) -> bool:
     """Whether the tensors have the hashes that stand beside them; torch's reader notices no bit that has changed."""
     try:
         return all(hash_of(content[name]) == known for name, known in content.get("sha256", {}).items())
@@ -197,7 +197,8 @@ def newest(paths, otherwise: str) -> Path:
 
 
 def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = None, moe: bool | None = None) -> Path:
-    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one.
+    """A path stays itself; a bare name is the newest `<name>_*.pth` in the first folder that has one. OWNER/NAME, where
+    there is no such path, is a model on a hub, which is fetched if there is no copy of it yet.
 
     A directory of that name in the current one comes first if it holds weights. If it does not, it comes last, as a
     file of that name does: whoever reads it will say what is wrong with it.
@@ -205,13 +206,10 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     here, is_path = Path(weight), Path(weight).name != weight or weight.endswith(".pth")
     if here.exists() and (is_path or _holds_weights(here)):
         return here
+    if is_id(weight):
+        return find_model(weight)
     if is_path:
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", weight) and not weight.endswith(".pth")
-        raise UserError(
-            f"{weight}: no such file or directory"
-            + _adapter_in(Path(weight).parent)
-            + ("; if it is a name on a hub: nothing is downloaded yet, give the directory of a copy" if hub else "")
-        )
+        raise UserError(f"{weight}: no such file or directory{_adapter_in(here.parent)}")
     for folder in map(Path, folders):
         found = []
         for path in folder.glob(f"{glob.escape(weight)}_*.pth"):
@@ -235,8 +233,8 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
 
 def _holds_weights(folder: Path) -> bool:
     """Whether a folder holds a model: ours, MiniMind's or in Hugging Face's layout."""
-    hf = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-    return hf or any(folder.glob("*.pth"))
+    hf = (folder / "config.json").is_file() and weight_files(folder)
+    return bool(hf) or any(folder.glob("*.pth"))
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None = None) -> Tokenizer:

@@ -78,16 +78,54 @@ def state_bytes(trained: int, frozen: int, moments: int) -> int:
     return 4 * (trained * (2 + moments) + frozen)
 
 
-def row_bytes(config: ModelConfig, length: int, width: int) -> int:
+def row_bytes(config: ModelConfig, length: int, width: int, checkpointed: bool = False) -> int:
     """Activations that one row of `length` keeps for the backward pass, an estimate. width: bytes of a number.
 
     Per position and layer: eight vectors of the hidden size (norms, queries, attention, residuals), keys and values,
     and three vectors of the feed-forward (gate, up, their product). Then the logits and their gradient in fp32.
+    checkpointed: of each layer only the input, and all of the one that is computed again, with its gradients.
     """
     kept = 8 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim + 3 * _active_width(config)
-    return length * (config.num_hidden_layers * kept * width + 2 * 4 * config.vocab_size)
+    whole, inputs = (2, config.num_hidden_layers) if checkpointed else (config.num_hidden_layers, 0)
+    return length * ((whole * kept + inputs * config.hidden_size) * width + 2 * 4 * config.vocab_size)
 
 
 def cache_bytes(config: ModelConfig, rows: int, length: int, width: int) -> int:
     """Keys and values of `rows` texts of `length` positions. width: bytes of a number."""
     return 2 * config.num_hidden_layers * rows * length * config.num_key_value_heads * config.head_dim * width
+
+
+def training_bytes(
+    config: ModelConfig, length: int, rows: int = 1, *, bits: int = 32, lora_rank: int = 0, width: int = 2
+) -> int:
+    """What training takes at its peak, an estimate: on one device, by AdamW, with activation checkpointing.
+
+    bits       of the weights: 32, all of them trained; fewer, frozen beside an adapter: 16, or those of the blocks'
+               matrices packed into 8 or 4 (model/quant.py), and the others in 16
+    lora_rank  of the adapter beside all matrices of the blocks; 0: all weights are trained
+    width      bytes of a number that is computed with
+
+    A weight that is kept in another format than it is used in is converted for as long as its block is computed. Beside
+    each matrix's output the block that is computed again then has the adapter's, and the sum of both.
+    """
+    d, per_layer = config.hidden_size, _layer_matrices(config)
+    in_blocks = config.num_hidden_layers * sum(out * inside for out, inside in per_layer)
+    packed = {4: 4 + 8 / 64 + 32 / (64 * 256), 8: 8 + 32 / d}.get(bits, 8 * width) / 8  # bytes a weight
+    converted = 0 if bits == 8 * width else width * sum(out * inside for out, inside in per_layer)
+    rows_bytes = rows * row_bytes(config, length, width, checkpointed=True)
+    if not lora_rank:
+        weights = state_bytes(count_parameters(config), 0, moments=2)
+        converted += width * config.vocab_size * d if width < 4 else 0
+    else:
+        adapter = lora_rank * config.num_hidden_layers * sum(out + inside for out, inside in per_layer)
+        others = count_parameters(config) - in_blocks
+        weights = packed * in_blocks + width * others + state_bytes(adapter, 0, moments=2)
+        rows_bytes += rows * length * width * 2 * sum(out for out, _ in per_layer)
+    return int(weights + converted) + rows_bytes
+
+
+def _layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """(out, in) of the matrices of one layer; experts are not among them."""
+    d, I = config.hidden_size, config.intermediate_size
+    heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return [(heads, d), (groups, d), (groups, d), (d, heads), (I, d), (I, d), (d, I)]

@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,10 +68,11 @@ class Adapter(nn.Module):
     def __init__(self, layer: nn.Linear, settings: LoRASettings):
         super().__init__()
         self.scale, self.dropout = settings.scale, settings.dropout
-        device = layer.weight.device
-        self.A = nn.Parameter(torch.empty(settings.rank, layer.in_features, dtype=torch.float32, device=device))
+        A = torch.empty(settings.rank, layer.in_features, dtype=torch.float32)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as peft does; the same on all devices
+        device = next(chain(layer.parameters(), layer.buffers())).device  # a packed weight is no parameter
+        self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(layer.out_features, settings.rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in)), as peft does
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y (N, out) + scale B A x of x (N, in), in place: the sum is part of the last matrix product."""

@@ -155,11 +155,18 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        freq, self.rope_temperature = inverse_frequencies(config)
-        self.register_buffer("rope_frequencies", freq, persistent=False)
-        self.register_buffer("local_rope_frequencies", local_frequencies(config), persistent=False)
+        self.reset_rope()
         self.register_load_state_dict_pre_hook(_retie)
         initialise(self)
+
+    def reset_rope(self) -> None:
+        """Computes the buffers, which no file holds: they follow from the config."""
+        with torch.device("cpu"):  # not on `meta`, where a number cannot depend on another
+            freq, self.rope_temperature = inverse_frequencies(self.config)
+            local = local_frequencies(self.config)
+        here = torch.get_default_device()
+        self.register_buffer("rope_frequencies", freq.to(here), persistent=False)
+        self.register_buffer("local_rope_frequencies", None if local is None else local.to(here), persistent=False)
 
     def forward(
         self,
@@ -237,6 +244,8 @@ class CausalLM(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         """Tied weights count once. active: only the experts that one token passes through."""
         total = sum(p.numel() for p in self.parameters())
+        packed = (m for m in self.modules() if isinstance(m, Linear) and "weight" not in m._parameters)
+        total += sum(m.in_features * m.out_features for m in packed)  # model/quant.py keeps these in buffers
         return total - idle_parameters(self.config) if active else total
 
 

@@ -5,7 +5,8 @@ Has the flags and the Chinese output of the "MiniMind2-Small LoRA" script, for p
     python scripts/lora_quickstart.py --task_data medical.jsonl --identity_data me.jsonl --lora_name my_chatbot_lora
 
 It runs scripts/prepare_data.py and trainer/train_lora.py, which have more flags. The base model is --from_weight, by
-default the newest out/full_sft_*.pth. Nothing is downloaded yet, with or without --skip_download.
+default the newest out/full_sft_*.pth. Where there is none, MiniMind2-PyTorch is fetched from ModelScope into models/,
+as the original did; --skip_download keeps it from that. The quick test fetches nothing.
 """
 
 import sys
@@ -22,9 +23,11 @@ import subprocess
 import time
 from dataclasses import dataclass, replace
 
-from common.console import run, say
+from common.console import UserError, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
+
+MINIMIND = "MiniMind2-PyTorch"  # in the table of model/hub.py
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class QuickstartConfig(Options):
     wandb_project: str = option("minimind_medical_chatbot", "the project in Weights & Biases")
     device: str = option("auto", "auto, cpu, cuda, ...")
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
-    skip_download: bool = option(False, "accepted without effect: nothing is downloaded yet")
+    skip_download: bool = option(False, "do not fetch MiniMind2-PyTorch where there is no full_sft")
     skip_merge: bool = option(False, "use merged_data as it is, without merging")
 
 
@@ -85,8 +88,8 @@ def main():
     from tokenizer.find import tokenizer_of
 
     begin = time.perf_counter()
-    base = find_weights(config.from_weight, config.out_dir, ROOT / "out")
-    say(f"✅ 模型: {base}" + ("" if config.skip_download else "（自动下载尚未实现，用本地的模型）"))
+    base = find_base(config)
+    say(f"✅ 模型: {base}")
     if not config.skip_merge:
         merge(config)
     folder = train(config, base)
@@ -99,6 +102,25 @@ def main():
     if Path(config.out_dir) != ROOT / "out":
         talk += ["--save_dir", config.out_dir]
     say(f"💬 试一试: {shlex.join(talk)}")
+
+
+def find_base(config: QuickstartConfig) -> Path:
+    """The weights to start from. MiniMind2-PyTorch stands in for the default ones where there are none."""
+    from model import hub
+    from model.checkpoint import find_weights
+
+    try:
+        return find_weights(config.from_weight, config.out_dir, ROOT / "out")
+    except UserError:
+        there = (hub.MODELS / MINIMIND).exists()
+        if config.from_weight != type(config).from_weight or config.skip_download and not there:
+            raise
+    if not there:
+        print(f"🔄 开始下载{MINIMIND}模型...", flush=True)
+    folder = hub.fetch_model(MINIMIND, source="modelscope")
+    if not there:
+        say(f"✅ 模型下载成功: {folder}")
+    return folder / "full_sft_512.pth"
 
 
 def merge(config: QuickstartConfig) -> None:

@@ -7,7 +7,8 @@
     python scripts/prepare_data.py --data_path mine.jsonl --data_mapping columns.yaml --max_seq_len 1024
 
 --ratio R repeats the identity rows until there are R task rows for each of them. Without it every row is written once.
-docs/data.md shows the layouts.
+docs/data.md shows the layouts. A name in place of a file is that of a data set (`scripts/download.py` lists some): its
+file in dataset/, fetched if it is not there.
 """
 
 import sys
@@ -16,10 +17,12 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import os
 from dataclasses import dataclass
 
 from common.console import UserError, run, say
 from common.files import ROOT
+from common.hubs import is_id
 from common.options import Options, option, parse
 
 
@@ -29,7 +32,7 @@ class PrepareConfig(Options):
 
     data_path: tuple[str, ...] = option(
         (),
-        "files to convert and join: .jsonl or .json arrays in any layout",
+        "files to convert and join: .jsonl or .json arrays in any layout, or names of data sets on a hub",
         path=True,
         aliases=("task_data", "data_file", "train_path", "dataset_name"),
     )
@@ -58,24 +61,23 @@ class PrepareConfig(Options):
         aliases=("max_length", "cutoff_len"),
     )
     tokenizer_path: str | None = option(
-        None, "for tokenising: directory with a tokenizer.json", path=True, aliases=("tokenizer_name",)
+        None,
+        "for tokenising: directory with a tokenizer.json, or a model's name on a hub",
+        path=True,
+        aliases=("tokenizer_name",),
     )
     seed: int = option(42, "seed of the validation part", within="[0, inf)")
     cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
 
     def problems(self) -> list[str]:
         alone = [f"--ratio {self.ratio:g}: of what? --identity_data is missing"]
-        hub = [
-            f"--data_path {path}: no such file; nothing is downloaded from a hub yet, give a file that is here"
-            for path in self.data_path
-            if not Path(path).suffix and not Path(path).exists()
-        ]
-        return super().problems() + hub + (alone if self.ratio and not self.identity_data else [])
+        return super().problems() + (alone if self.ratio and not self.identity_data else [])
 
 
 def main():
     config = parse(PrepareConfig, description=__doc__)
 
+    from dataset.read.hub import find_data
     from dataset.read.mapping import read_mapping
     from dataset.read.mix import prepare
 
@@ -89,10 +91,10 @@ def main():
     if config.max_seq_len:  # loaded first, so that nothing is written if it cannot be loaded
         from tokenizer.text import Tokenizer
 
-        tokenizer = Tokenizer.load(config.tokenizer_path)
+        tokenizer = Tokenizer.load(tokenizer_folder(config.tokenizer_path))
     report = prepare(
-        config.data_path,
-        config.identity_data,
+        [find_data(path) for path in config.data_path],
+        [find_data(path) for path in config.identity_data],
         target=target,
         val_target=val_target,
         ratio=config.ratio,
@@ -127,6 +129,14 @@ def main():
         )
     if config.max_seq_len:
         tokenise(target, report.kind, tokenizer, config)
+
+
+def tokenizer_folder(path: str | None) -> str | Path | None:
+    """The folder of the tokenizer; that of a model on a hub, where OWNER/NAME was typed and there is no such path."""
+    from model.hub import find_model
+
+    name = os.path.relpath(path).replace(os.sep, "/") if path else ""  # options make paths absolute
+    return find_model(name) if is_id(name) and not Path(path).exists() else path
 
 
 def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:

@@ -8,6 +8,7 @@ import pytest
 from common.files import ROOT
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test fetches anything; those of fetching have a hub of their own
 
 
 @pytest.fixture(scope="session")

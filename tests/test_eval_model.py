@@ -390,7 +390,7 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
     "flags, complaint",
     (
         (["--lora_path", "nothere"], "nothere: no such file or directory"),
-        (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; if it is a name on a hub"),
+        (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; as a model on a hub: HF_H"),
         (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
         (
             ["--weight", "rlhf"],

@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from common.files import ROOT
+from tests.helpers.hub import Hub
 from tests.helpers.rows import write_pretrain, write_sft
 
 IN_GIT = shutil.which("git") and (ROOT / ".git").exists()
@@ -56,7 +57,7 @@ def made_small(command: str) -> list[str]:
             words[words.index("small")] = "nano"
         elif "train_pretrain" in command:
             words += ["--preset", "nano"]
-    elif "eval_model" in command and "--benchmark" not in command:
+    elif ("eval_model" in command and "--benchmark" not in command) or "compare_models" in command:
         words += ["--max_new_tokens", "8"]
     return words
 
@@ -65,16 +66,21 @@ def test_commands_run(clone):
     """In their order, since each works on what the ones before have left. They run in the clone, with its files."""
     wanted = [made_small(command) for command in commands("README.md")]
     (clone / "commands.json").write_text(json.dumps(wanted), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "tests/helpers/commands_run.py", "commands.json"],
-        cwd=clone,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        # torchrun takes a free port, beside other tests that use its usual one
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PET_STANDALONE": "1"},
-        timeout=1200,
-    )
+    # torchrun takes a free port, beside other tests that use its usual one
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PET_STANDALONE": "1"}
+    with Hub() as hub:  # MiniMind's data, as far as this command is concerned
+        files = {"pretrain_hq.jsonl": "my.jsonl", "sft_mini_512.jsonl": "chats.jsonl"}
+        files = {name: (clone / ours).read_bytes() for name, ours in files.items()}
+        hub.add("jingyaogong/minimind_dataset", files, "dataset")
+        done = subprocess.run(
+            [sys.executable, "tests/helpers/commands_run.py", "commands.json"],
+            cwd=clone,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env=environment | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"},
+            timeout=1200,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == len(wanted) >= 20
 

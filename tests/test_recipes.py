@@ -60,8 +60,14 @@ def test_a_recipe_runs_as_its_first_line_says(path, world, tmp_path, monkeypatch
         train = command(ROOT / "configs/training_config.yaml")
         here = ["--train_path", world / "chats.jsonl", "--output_dir", tmp_path, *SMALL]
         assert run_script(*train, "--model_name_or_path", world / "pretrain_32.pth", *here)[0] == 0
-        status, out, err = run_script(script, *words, "--lora_path", tmp_path / "lora_model", "--max_length", 4)
-        assert status == 0 and "你好" in out and "on its base" in err, err
+        here = ["--lora_path", tmp_path / "lora_model", "--eval_data", world / "chats.jsonl", "--max_length", 4]
+        figures = tmp_path / "results.json"
+        here += ["--data_limit", 8, "--json", figures, "--png", tmp_path / "results.png"]
+        status, out, err = run_script(script, *words, *here)
+        assert status == 0 and "BLEU" in out and "ROUGE-L" in out and "on its base" in err, err
+        (found,) = json.loads(figures.read_text(encoding="utf-8"))["files"]
+        assert set(found["metrics"]) == {"ppl", "bleu", "rouge1", "rouge2", "rougeL"}
+        assert (tmp_path / "results.png").stat().st_size > 5000
         return
     data = world / DATA.get(Path(script).stem, "chats.jsonl")
     given = dict(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))

@@ -1,4 +1,4 @@
-"""Chat templates of other tokenizers. They run in Jinja's sandbox, and what they print is read back as segments.
+"""Chat templates of other tokenizers. They run in a sandbox (sandbox.py), and what they print is read back as segments.
 
     tokenizer = Tokenizer.load("path/to/Qwen3-0.6B")     # its chat_template is not ours, so
     encode_chat(tokenizer, messages)                     # calls this file
@@ -19,10 +19,8 @@ If a template prints no such header, the trained part begins at the first letter
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
-from datetime import datetime
 from itertools import pairwise
 
 from common.console import UserError
@@ -41,21 +39,13 @@ class ForeignTemplate:
 
     def __init__(self, tokenizer: Tokenizer):
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        from tokenizer.sandbox import Bounded
 
         assert tokenizer.chat_template is not None
-
-        def refuse(reason: str):
-            raise jinja2.TemplateError(reason)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        self.environment = Bounded()
         try:
-            self.template = environment.from_string(tokenizer.chat_template)
+            self.template = self.environment.from_string(tokenizer.chat_template)
         except jinja2.TemplateError as error:
             raise UserError(f"{tokenizer.path}: chat template: {error}") from None
         self.path = tokenizer.path
@@ -71,7 +61,7 @@ class ForeignTemplate:
         if enable_thinking is not None:
             given |= {"enable_thinking": enable_thinking, "open_thinking": enable_thinking}  # Qwen's name, MiniMind's
         try:
-            return self.template.render(given)
+            return self.environment.render_bounded(self.template, given)
         except Exception as error:  # a template is a program and may fail in any way
             raise UserError(f"{self.path}: the chat template refuses this conversation: {error}") from None
 

@@ -62,31 +62,8 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path | None = None) -> Tokenizer:
         """From a directory with a tokenizer.json or a tokenizer.model, or from the former; None: the shipped one."""
-        file = SHIPPED if path is None else Path(path)
-        if file.is_dir() or file.suffix != ".json":
-            file = file / "tokenizer.json"
-        config, template = _read_config(file.parent)
-        model = file.with_name("tokenizer.model")
-        if not file.is_file() and model.is_file():
-            spec = read_sentencepiece(model, config)
-            if is_chatglm(config):
-                template = template or CHATGLM_TEMPLATE
-                ends = [token["id"] for token in spec["added_tokens"] if token["content"] in CHATGLM_ENDS]
-                config |= dict(eos_token="</s>", eos_token_id=ends)
-            return cls(spec, path=str(file.parent), chat_template=template, config=config)
-        if not file.is_file():
-            raise UserError(
-                f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json, since "
-                "nothing is downloaded from a hub yet"
-            )
-        try:
-            spec = json.loads(file.read_text(encoding="utf-8"))
-            kind = spec["model"]["type"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
-        if kind != "BPE":
-            raise UserError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
-        return cls(spec, path=str(file.parent), chat_template=template, config=config)
+        spec, template, config, folder = read_files(path)
+        return cls(spec, path=folder, chat_template=template, config=config)
 
     # ---- text -> ids
 
@@ -121,6 +98,10 @@ class Tokenizer:
     def same_ids(self, other: Tokenizer) -> bool:
         """Whether every id stands for the same in both. Chat templates may differ."""
         return self._bytes == other._bytes and self.control == other.control
+
+    def continues(self, other: Tokenizer) -> bool:
+        """Whether every id of `other` stands for the same here. There may be more."""
+        return other._bytes.items() <= self._bytes.items() and other.control.items() <= self.control.items()
 
     # ---- tokens by name
 
@@ -184,6 +165,38 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+def read_files(path: str | Path | None = None) -> tuple[dict, str | None, dict, str]:
+    """What `Tokenizer.load` reads -> (content of tokenizer.json, chat template, tokenizer_config.json, directory).
+
+    A tokenizer.model comes as the content that a tokenizer.json would have.
+    """
+    file = SHIPPED if path is None else Path(path)
+    if file.is_dir() or file.suffix != ".json":
+        file = file / "tokenizer.json"
+    config, template = _read_config(file.parent)
+    model = file.with_name("tokenizer.model")
+    if not file.is_file() and model.is_file():
+        spec = read_sentencepiece(model, config)
+        if is_chatglm(config):
+            template = template or CHATGLM_TEMPLATE
+            ends = [token["id"] for token in spec["added_tokens"] if token["content"] in CHATGLM_ENDS]
+            config |= dict(eos_token="</s>", eos_token_id=ends)
+        return spec, template, config, str(file.parent)
+    if not file.is_file():
+        raise UserError(
+            f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json "
+            "(scripts/download.py fetches one from a hub)"
+        )
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        kind = spec["model"]["type"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
+    if kind != "BPE":
+        raise UserError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
+    return spec, template, config, str(file.parent)
+
+
 def _read_config(directory: Path) -> tuple[dict, str | None]:
     """tokenizer_config.json, with generation_config.json's stop ids; and the chat template beside it or inside it."""
     config = _read_json(directory / "tokenizer_config.json")
@@ -193,6 +206,8 @@ def _read_config(directory: Path) -> tuple[dict, str | None]:
         template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
     file = directory / "chat_template.jinja"
     if file.is_file():
+        if file.stat().st_size > 10_000_000:
+            raise UserError(f"{file}: {file.stat().st_size:,} bytes, too much for a chat template")
         template = file.read_text(encoding="utf-8")  # universal newlines: the same template on Windows
     return config, template
 

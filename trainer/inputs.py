@@ -8,11 +8,14 @@ from typing import NamedTuple
 
 from common.console import UserError, check_writable
 from common.files import ROOT
+from dataset.read.hub import KNOWN, find_data
 from dataset.read.mapping import read_mapping
 from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, check_stated, open_weights
 from model.config import MIXTURE, PRESETS, ModelConfig, architecture_options
+from model.precision import pick_device, pick_dtype
+from model.resize import add_tokens
 from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.text import Tokenizer
@@ -25,7 +28,7 @@ WELL_KNOWN = {
     "sft": ("sft_mini_512", "sft_512", "sft_1024", "sft_2048", "sft"),
     "reason": ("r1_mix_1024", "reason"),
 }
-SOURCE = "huggingface.co/datasets/jingyaogong/minimind_dataset or modelscope.cn/datasets/gongjy/minimind_dataset"
+SHOWN = 5  # files of --data_path that are listed; a data set can have thousands
 
 
 class Data(NamedTuple):
@@ -38,18 +41,23 @@ class Data(NamedTuple):
 def choose_files(config: StageConfig, kind: str) -> tuple[tuple[str, ...], bool, str]:
     """(files, whether built in, a line that says why these): what was typed, a well-known file, else the tiny world."""
     if config.data_path:
-        return config.data_path, False, f"data: {', '.join(config.data_path)}"
-    for name in WELL_KNOWN.get(kind, (kind,)):
+        paths = tuple(map(find_data, config.data_path))
+        more = f" and {n - SHOWN:,} more" if (n := len(paths)) > SHOWN else ""
+        return paths, False, f"data: {', '.join(paths[:SHOWN])}{more}"
+    names = WELL_KNOWN.get(kind, (kind,))
+    for name in names:
         path = ROOT / "dataset" / f"{name}.jsonl"
         if path.is_file():
             return (str(path),), False, f"data: {path} (--data_path names another)"
+    real = f"python scripts/download.py {names[0]}" if names[0] in KNOWN else ""
     if kind not in tiny_world.FILES:
-        raise UserError(f"--data_path is needed: there is no dataset/{kind}.jsonl, and the tiny world has no {kind}")
+        fetched = f"; {real} fetches it" if real else ""
+        raise UserError(
+            f"--data_path is needed: there is no dataset/{kind}.jsonl, and the tiny world has no {kind}{fetched}"
+        )
     path = tiny_world.generate(ROOT / "out" / "tiny_world", files=(kind,))[kind]
-    note = (
-        f"data: the built-in tiny world ({path}), enough to see everything work. Real data: {SOURCE}, put into dataset/"
-    )
-    return (str(path),), True, note
+    note = f"data: the built-in tiny world ({path}), enough to see everything work"
+    return (str(path),), True, f"{note}. Real data: {real}" if real else note
 
 
 def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **options) -> Data:
@@ -71,8 +79,9 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
     notes, val = [note, f"      {train.summary}", *warn_of_lost_rows(train, config.max_seq_len)], None
     notes += random_reads(train.stored_bytes)
     if config.val_path:
-        val = dataset(config.val_path, tokenizer, **options)
-        notes.append(f"validation: {', '.join(config.val_path)}: {val.summary}")
+        paths = tuple(map(find_data, config.val_path))
+        val = dataset(paths, tokenizer, **options)
+        notes.append(f"validation: {', '.join(paths)}: {val.summary}")
     elif config.val_fraction:
         train, val = train.split(config.val_fraction, config.seed)
         notes.append(f"validation: {val.summary}")
@@ -157,7 +166,18 @@ def open_model(
             f"--teacher {config.teacher}: its tokenizer ({required.path}, {required.vocab_size:,} ids) is not that of "
             f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
         )
-    return parent, parent.build(), tokenizer, origin
+    model = build_parent(config, parent)
+    if config.resize_vocab and tokenizer.vocab_size > model.config.vocab_size:
+        add_tokens(model, tokenizer.vocab_size)
+        added = model.config.vocab_size - parent.config.vocab_size
+        origin += f"\n      with {added:,} more tokens, whose rows begin at the mean of the others (--resize_vocab)"
+    return parent, model, tokenizer, origin
+
+
+def build_parent(config: StageConfig, parent: Checkpoint) -> CausalLM:
+    """The model to train, on its device. What an adapter leaves frozen is kept in the compute dtype."""
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    return parent.build(pick_dtype(config.dtype, device)[0] if config.trains_adapter else None, device=device)
 
 
 def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer, str]:
@@ -166,7 +186,16 @@ def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer
     if wanted == config.save_weight and Path(config.save_dir).resolve() != (ROOT / "out").resolve():
         folders.reverse()  # the one in save_dir is what this very command wrote the last time
     stated = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
-    parent, tokenizer = open_weights(wanted, *folders, tokenizer_path=config.tokenizer_path, **stated)
+    path = None if config.resize_vocab else config.tokenizer_path  # of a smaller one, which the new one continues
+    parent, tokenizer = open_weights(wanted, *folders, tokenizer_path=path, **stated)
+    if config.resize_vocab:
+        larger = Tokenizer.load(config.tokenizer_path)
+        if not larger.continues(tokenizer):
+            raise UserError(
+                f"--resize_vocab: {larger.path} does not continue {tokenizer.path}, the tokenizer of {parent.path}: "
+                "ids that the weights know would stand for other text; only add tokens, after the last id"
+            )
+        tokenizer = larger
     if config.preset:
         check_stated(parent, **{k: v for k, v in PRESETS[config.preset].items() if stated.get(k) is None})
     stages = " -> ".join(entry["stage"] for entry in parent.lineage)

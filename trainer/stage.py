@@ -110,6 +110,9 @@ class StageConfig(LoRAOptions):
         aliases=("model_path", "model_name_or_path", "base_model_path", "base_model"),
     )
     tokenizer_path: str | None = option(None, "directory with a tokenizer.json (default: the weights' own)", path=True)
+    resize_vocab: bool = option(
+        False, "add rows to the weights' embedding for the tokens that --tokenizer_path has beyond their own"
+    )
     preset: str | None = option(None, "size of the model", choices=tuple(PRESETS))
     hidden_size: int | None = option(None, "width; after pretraining it only picks among weights", within="[1, inf)")
     num_hidden_layers: int | None = option(None, "depth; as hidden_size", within="[1, inf)")
@@ -184,6 +187,9 @@ class StageConfig(LoRAOptions):
     val_interval: int = option(
         0, "validate every N steps (0: at every save)", within="[0, inf)", aliases=("eval_steps",)
     )
+    health_prompts: str | None = option(
+        None, "prompts to answer at each validation, for figures that a loss hides (any layout)", path=True
+    )
     log_interval: int = option(10, "log every N steps", aliases=("logging_steps",), within="[1, inf)")
     use_wandb: bool = option(False, "log to Weights & Biases as well (WANDB_MODE=offline: on this disk)")
     use_swanlab: bool = option(False, "log to SwanLab as well")
@@ -235,6 +241,14 @@ class StageConfig(LoRAOptions):
     def problems(self) -> list[str]:
         found = super().problems()
         found += [] if found else launch.problems(self)
+        if self.resize_vocab and not self.tokenizer_path:
+            found.append("--resize_vocab: for which tokenizer? --tokenizer_path names the larger one")
+        if self.resize_vocab and self.trains_adapter:
+            found.append("--resize_vocab: an adapter leaves the embedding as it is, so new tokens would learn nothing")
+        if self.health_prompts and self.zero_stage == 3:
+            found.append(
+                "--health_prompts: with --zero_stage 3 no process has the whole model; use stage 2 or leave it"
+            )
         if self.output_dir and self.output_dir != self.save_dir:
             found.append("--save_dir and --output_dir: both say where results go; give one of them")
         if self.val_path and self.val_fraction:

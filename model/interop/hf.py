@@ -1,4 +1,4 @@
-"""Hugging Face's directories: `config.json` and `*.safetensors`. Most names of tensors are ours.
+"""Hugging Face's directories: `config.json` and files of weights. Most names of tensors are ours.
 
     config, state = load_hf("path/to/Qwen3-0.6B")
 
@@ -10,7 +10,9 @@ RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5. Tens
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,9 @@ from torch import Tensor
 from common.console import UserError
 from model.config import LAYER_TYPES, ModelConfig
 from model.interop import chatglm
-from model.interop.hf_files import read_tensors
+from model.interop.hf_files import open_tensors
 from model.interop.minimind import config_from_minimind
+from model.tensor_files import Place, StoredTensors
 from model.transformer import equal_weights
 
 # setting of ours -> its name in config.json; what is missing here is translated by hand below
@@ -220,47 +223,53 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     return found | dict(rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling})
 
 
-def load_hf(directory: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """(architecture, state dict) of a directory written by `save_pretrained`."""
+def load_hf(directory: str | Path) -> tuple[ModelConfig, StoredTensors]:
+    """(architecture, tensors, still in their files) of a directory written by `save_pretrained`."""
     directory = Path(directory)
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise UserError(f"config.json: holds a {type(values).__name__}, not the settings of a model")
         config = (config_from_minimind if values.get("model_type") == "minimind" else config_from_hf)(values)
     except json.JSONDecodeError as error:
         raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    state = our_tensors(config, values["model_type"], read_tensors(directory))
-    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-    if head is not None and embedding is not None and not equal_weights(head, embedding):
-        # as transformers 5 does: a head that was trained on its own counts more than the flag
-        config = replace(config, tie_word_embeddings=False)
+    state = our_tensors(config, values["model_type"], open_tensors(directory))
+    if config.tie_word_embeddings and "lm_head.weight" in state and "model.embed_tokens.weight" in state:
+        if not equal_weights(state["lm_head.weight"], state["model.embed_tokens.weight"]):
+            # as transformers 5 does: a head that was trained on its own counts more than the flag
+            config = replace(config, tie_word_embeddings=False)
     return config, state
 
 
-def our_tensors(config: ModelConfig, model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A family's tensors under our names, each with memory of its own."""
+def our_tensors(config: ModelConfig, model_type: str, state: StoredTensors) -> StoredTensors:
+    """A family's tensors under our names. Nothing is read."""
     fused = chatglm.FUSED if model_type == "chatglm" else {}
     if model_type in FAMILIES:
         fused = FAMILIES[model_type].fused
-    found: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    found: dict[str, Place | Tensor] = {}
+    for name, tensor in state.places.items():
         ours = chatglm.our_name(name) if model_type == "chatglm" else name
         # frequencies of RoPE, a buffer in Llama 2's directories, follow from config.json
         if ours is not None and not ours.endswith("rotary_emb.inv_freq"):
             found |= split_fused(config, fused, ours, tensor)
-    return found
+    return StoredTensors(found)
 
 
-def split_fused(config: ModelConfig, fused: dict[str, tuple[str, ...]], name: str, tensor: Tensor) -> dict[str, Tensor]:
+def split_fused(
+    config: ModelConfig, fused: dict[str, tuple[str, ...]], name: str, tensor: Place | Tensor
+) -> dict[str, Place | Tensor]:
     """One tensor of a file -> {our name: tensor}. A fused layer's weight or bias is cut into rows."""
     for theirs, ours in fused.items():
         before, found, after = name.partition(f".{theirs}.")
         if found:
             sizes = [_rows(config, layer) for layer in ours]
-            if sum(sizes) != len(tensor):
-                raise UserError(f"{name}: has {len(tensor)} rows, but config.json says {' + '.join(map(str, sizes))}")
-            pieces = [piece.clone() for piece in tensor.split(sizes)] if len(ours) > 1 else [tensor]
+            if sum(sizes) != tensor.shape[0]:
+                rows = " + ".join(map(str, sizes))
+                raise UserError(f"{name}: has {tensor.shape[0]} rows, but config.json says {rows}")
+            ends = list(accumulate(sizes))
+            pieces = [tensor[end - size : end] for size, end in zip(sizes, ends)]
             return {f"{before}.{layer}.{after}": piece for layer, piece in zip(ours, pieces)}
     return {name: tensor}
 
@@ -279,7 +288,7 @@ def _rows(config: ModelConfig, layer: str) -> int:
     )[layer.rpartition(".")[2]]
 
 
-def hf_tensors(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under the names of the family that `config_to_hf` writes."""
     found = dict(state)
     for theirs, ours in FAMILIES[config_to_hf(config)["model_type"]].fused.items():

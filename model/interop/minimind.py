@@ -6,10 +6,14 @@ Two generations differ: MiniMind2 (2025: shared experts, its own variant of YaRN
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
+from common.console import UserError
 from model.config import ModelConfig
 
 HEADS = 8  # MiniMind2's files do not tell; it never used another number
@@ -48,7 +52,43 @@ def config_from_minimind(values: dict) -> ModelConfig:
     )
 
 
-def config_from_state(state: dict[str, Tensor]) -> ModelConfig:
+def config_to_minimind(config: ModelConfig) -> dict:
+    """The inverse of `config_from_minimind`: of the generation whose code computes the same. UserError: neither does,
+    and why."""
+    names = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+        "max_position_embeddings rms_norm_eps rope_theta num_experts_per_tok norm_topk_prob"
+    ).split()
+    values = {name: getattr(config, name) for name in names}
+    values |= dict(model_type="minimind", hidden_act="silu", use_moe=config.num_experts > 0)
+    values |= dict(inference_rope_scaling=config.rope_scaling is not None)
+    if config.qk_norm:  # MiniMind 3
+        more = ("head_dim", "tie_word_embeddings", "num_experts", "moe_intermediate_size", "router_aux_loss_coef")
+        values |= {name: getattr(config, name) for name in more}
+    else:
+        values |= dict(n_routed_experts=config.num_experts, n_shared_experts=config.num_shared_experts)
+        values |= dict(scoring_func="softmax", aux_loss_alpha=config.router_aux_loss_coef)
+    ours, theirs = config.to_dict(), config_from_minimind(values).to_dict()
+    if not config.num_experts:  # settings of experts that there are not
+        theirs |= {
+            name: ours[name] for name in ours if name.endswith(("per_tok", "topk_prob", "moe_intermediate_size"))
+        }
+    if wrong := [f"{k} {theirs.get(k)} (it is {ours.get(k)})" for k in ours | theirs if ours.get(k) != theirs.get(k)]:
+        raise UserError(f"MiniMind's code does not compute this model; it would need {', '.join(wrong)}")
+    return values
+
+
+def config_beside(weights: Path) -> ModelConfig | None:
+    """From `<name>.json` or `config.json` beside a file of tensors; None: neither is there, or is MiniMind's."""
+    for file in (weights.with_suffix(".json"), weights.with_name("config.json")):
+        try:
+            return config_from_minimind(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return None
+
+
+def config_from_state(state: Mapping[str, Tensor]) -> ModelConfig:
     """The architecture as far as tensor shapes tell it; where they do not, MiniMind's constants.
 
     The one thing that cannot be read off a file without q_norm is the number of heads.
@@ -84,7 +124,18 @@ def config_from_state(state: dict[str, Tensor]) -> ModelConfig:
     )
 
 
-def lora_from_minimind(content: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
+def lora_to_minimind(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The inverse of `lora_from_minimind`. MiniMind's code adds B A unscaled, to square layers and to all of them."""
+    found = {}
+    for name, tensor in state.items():
+        layer, matrix = name.rsplit(".", 1)
+        if matrix == "A" and tensor.shape[1] != state[f"{layer}.B"].shape[0]:
+            raise UserError(f"MiniMind's LoRA is on square layers only (q_proj and o_proj); {layer} is not one")
+        found[f"{layer}.lora.{matrix}.weight"] = tensor * scale if matrix == "B" else tensor
+    return found
+
+
+def lora_from_minimind(content: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]] | None:
     """(settings, tensors) of a LoRA file: `<layer>.lora.A.weight` and `.B.weight`, whose product is added unscaled.
     None for another kind of file. Files written under DDP or torch.compile carry a prefix."""
     pattern = re.compile(r"(?:module\.|_orig_mod\.)*(.+)\.lora\.([AB])\.weight")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dataset.read.text import TextFile
 from dataset.tokens import cache, encode, order
 from dataset.tokens import token_cache as tc
 from dataset.tokens.order import repeated, weighted
+from dataset.tokens.stream import Stream, piece
 from tests.helpers.datasets import pretrain, sft
 from tests.helpers.rows import chat, jsonl
 from tests.helpers.tokenizers import ByteTokenizer, text
@@ -232,11 +234,12 @@ def test_the_shares_that_may_be_left_out_are_options(tmp_path):
 
 
 def test_a_conversation_of_which_only_the_first_token_is_trained_on_teaches_nothing(monkeypatch):
-    """The first token is never predicted. (A foreign template may mark it.)"""
-    chats = [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True])]
+    """The first token is never predicted, nor is it counted. (A foreign template may mark it.)"""
+    chats = [Encoded([5, 6], [True, False]), Encoded([5, 6], [False, True]), Encoded([5, 6], [True, True])]
     monkeypatch.setattr(encode, "encode_chats", lambda *_: chats)
-    block = encode.encode_conversations([(1, {"messages": []}), (2, {"messages": []})], ByteTokenizer())
-    assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2], [5, 6])
+    block = encode.encode_conversations([(n, {"messages": []}) for n in (1, 2, 3)], ByteTokenizer())
+    assert (block.empty, block.lines.tolist(), block.tokens.tolist()) == ([1], [2, 3], [5, 6, 5, 6])
+    assert (block.trained_tokens, block.columns["counts"].tolist()) == (2, [1, 1])
 
 
 def test_empty_texts_are_left_out_and_a_file_of_them_is_refused(tmp_path):
@@ -574,3 +577,10 @@ def test_more_files_train_than_the_system_lets_a_process_have_open_at_first(tmp_
         jsonl(tmp_path / f"chat-{i}.jsonl", chat("q", f"{i}"))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.stdout.split()[1:] == ["12"], done.stderr
+
+
+def test_a_stream_has_the_dtype_of_its_tokens():
+    """<|endoftext|> is between the documents; in a wider dtype it would double the memory of each row."""
+    tokens = SimpleNamespace(tokens=np.array([5, 6], np.uint16))
+    read = Stream([tokens], [piece(0, 0, 2)], end=0).read(0, 3)
+    assert (read.tolist(), read.dtype) == ([5, 6, 0], np.uint16)

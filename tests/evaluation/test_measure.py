@@ -116,7 +116,10 @@ def test_pairs(model, tmp_path):
 
 def test_multiple_choice(model, tmp_path):
     found = measure(model, TOKENIZER, jsonl(tmp_path / "mmlu.jsonl", *CHOICES), (), SHORT)
-    assert list(found.counts) == ["choice", "choice_norm", "letter"] and found.how["letter"] == "guessing: 25.0%"
+    assert (
+        list(found.counts) == ["choice", "choice_norm", "letter"]
+        and "guessing would find 25.0% of the right options" in found.notes
+    )
     assert found.figure("choice").value == 0.25  # the four rows differ in the right answer only
 
 
@@ -179,9 +182,9 @@ def test_its_flags_are_only_for_it(say):
 
 
 def test_the_program_prints_and_writes(say, tmp_path, model):
-    files = [jsonl(tmp_path / "a.jsonl", *CHATS), jsonl(tmp_path / "b.jsonl", *TEXTS)]
+    files = [jsonl(tmp_path / f"{name}.jsonl", *rows) for name, rows in (("a", CHATS), ("c", CHATS[:3]), ("b", TEXTS))]
     status, printed, _ = say("--eval_data", *files, "--metrics", "Perplexity,bpb,f1", "--json", tmp_path / "r.json")
-    assert status == 0 and "health of 5 answers to a.jsonl" in printed and "all files  bits per byte" in printed
+    assert status == 0 and "health of 5 answers to a.jsonl" in printed and "together  bits per byte" in printed, printed
     assert "note: b.jsonl: f1: not for documents" in printed
     content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert content["tokenizer"] == TOKENIZER.hash and content["lineage"][-1]["stage"] == "full_sft"
@@ -190,7 +193,7 @@ def test_the_program_prints_and_writes(say, tmp_path, model):
     assert content["files"][0]["metrics"]["ppl"]["value"] == pytest.approx(own.value, rel=1e-6)
     assert content["files"][0]["metrics"]["ppl"]["low"] == pytest.approx(own.low, rel=1e-6)
     assert content["files"][0]["counts"]["ppl"].keys() == {"1", "2", "3", "4", "5"}
-    assert content["all_files"]["ppl"]["rows"] == 8
+    assert content["together"]["ppl"]["rows"] == 8  # the two files of chats; documents are counted in another way
 
     status, printed, _ = say("--eval_data", files[0], "--metrics", "ppl", "--against", tmp_path / "r.json")
     assert status == 0 and "a.jsonl  perplexity  +0.000  +0.000 .. +0.000  5" in " ".join(printed.split("\n")), printed

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.console import UserError
 from model.checkpoint import Checkpoint, load_weights
 from model.config import ModelConfig
 from model.export import save_hf
@@ -22,7 +23,7 @@ def export(folder, seed=0, **changes):
     model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_hf(folder, Checkpoint(folder, state, model.config), folder, stop_ids={2})
-    return load_weights(folder).state
+    return dict(load_weights(folder).state)
 
 
 def write(path, tensors):
@@ -64,7 +65,9 @@ def test_without_an_index(tmp_path):
         (tmp_path / name).unlink()
     for name in ("consolidated.safetensors", "consolidated-00001-of-00001.safetensors", "adapter_model.safetensors"):
         write(tmp_path / name, wrong)
-    with pytest.raises(ValueError, match="no .*safetensors beside config.json, only adapter_model.safetensors"):
+    with pytest.raises(
+        ValueError, match="no .*safetensors or .*bin beside config.json, only adapter_model.safetensors"
+    ):
         load_weights(tmp_path)
     write(tmp_path / "weights.safetensors", state)
     assert_same(load_weights(tmp_path).state, state)
@@ -121,3 +124,11 @@ def test_a_head_of_its_own_counts_more_than_tie_word_embeddings(tmp_path):
     tied = CausalLM(ModelConfig(**SHAPE))
     with pytest.raises(RuntimeError, match="lm_head.weight differs from model.embed_tokens.weight"):
         tied.load_state_dict(state)
+
+
+@pytest.mark.parametrize("content", ("[1]", '"llama"', "null"))
+def test_a_config_that_is_no_dictionary_is_an_error_in_one_line(content, tmp_path):
+    export(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json: holds a (list|str|NoneType), not the settings of a model"):
+        load_weights(tmp_path)

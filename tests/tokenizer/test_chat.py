@@ -6,6 +6,7 @@ import json
 import random
 import re
 from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.rows import said
 from tests.helpers.strategies import ARGUMENTS, CALLS, PLAIN
+from tokenizer import chat
 from tokenizer.chat import TEMPLATE, encode_chat, encode_chats, show_labels
 from tokenizer.text import SHIPPED, Tokenizer
 
@@ -335,3 +337,13 @@ def test_show_labels(tokenizer):
 
 def test_the_template_is_the_shipped_file(tokenizer):
     assert tokenizer.chat_template == TEMPLATE == (SHIPPED / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def test_a_token_is_trained_on_if_one_of_its_characters_is():
+    """abcdefgh in the tokens ab, c, de, f, gh. cd and fg are trained on. A text of no characters adds nothing."""
+    pieces = [("ab", False), ("cd", True), ("e", False), ("", True), ("fg", True), ("h", False)]
+    text, spans = chat._join(iter(pieces))
+    assert (text, spans) == ("abcdefgh", [(2, 4), (5, 7)])
+    tokens = SimpleNamespace(ids=range(5), offsets=[(0, 2), (2, 3), (3, 5), (5, 6), (6, 8)])
+    assert chat._overlap(tokens, spans, len(text)) == [False, True, True, True, True]
+    assert chat._overlap(tokens, [(2, 3), (5, 6)], len(text)) == [False, True, False, True, False]

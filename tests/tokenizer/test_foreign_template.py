@@ -3,17 +3,15 @@
 The templates are small ones in the manner of four families; each has a trait that breaks a simpler method of labelling.
 """
 
-import json
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.rows import said
 from tests.helpers.strategies import CALLS, PLAIN
+from tests.helpers.templates import build, spoken
 from tokenizer.chat import encode_chat
 from tokenizer.messages import split_reasoning
-from tokenizer.text import SHIPPED, Tokenizer
 
 # Qwen3: reasoning in earlier turns is dropped, the last turn always has a think block, contents lose newlines
 QWEN = """
@@ -74,21 +72,6 @@ FAMILIES = {
 }
 
 
-def build(directory, template: str, end: str, names: list[str]) -> Tokenizer:
-    """The shipped vocabulary with another family's control tokens after it."""
-    spec = json.loads((SHIPPED / "tokenizer.json").read_text(encoding="utf-8"))
-    spec["model"]["vocab"] = {token: i - 16 for token, i in spec["model"]["vocab"].items() if i >= 16}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    spec["added_tokens"] = [
-        {"id": 6384 + n, "content": name, **flags, "special": "think" not in name} for n, name in enumerate(names)
-    ]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": names[0]}
-    config["chat_template"] = template
-    (directory / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return Tokenizer.load(directory)
-
-
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     built = {}
@@ -102,18 +85,6 @@ def family(tmp_path_factory):
         return built[name]
 
     return get
-
-
-def spoken(tokenizer, encoded) -> list[str]:
-    """What is trained on, one text for each uninterrupted stretch."""
-    stretches, ids = [], []
-    for i, trained in [*zip(*encoded), (0, False)]:
-        if trained:
-            ids.append(i)
-        elif ids:
-            stretches.append(tokenizer.decode(ids))
-            ids = []
-    return stretches
 
 
 # ---- labels

@@ -167,3 +167,53 @@ def test_a_damaged_file_is_refused(trained, tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(damaged)
         with pytest.raises(UserError, match=r"tokenizer\.model: "):
             Tokenizer.load(tmp_path)
+
+
+# ---- exported
+
+
+def test_transformers_reads_an_exported_copy(trained, tmp_path):
+    """Its own class is code beside the weights; as a tokenizer.json, transformers needs none."""
+    from transformers import AutoTokenizer
+
+    from model.export import copy_tokenizer
+
+    folder, _ = trained()
+    ours = Tokenizer.load(folder)
+    copy_tokenizer(tmp_path, folder)
+    again = Tokenizer.load(tmp_path)
+    assert again.same_ids(ours) and again.hash == ours.hash and not (tmp_path / "tokenizer.model").exists()
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[:6]:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    chat = [said("system", "the tool"), said("user", " hello\nworld "), said("assistant", "你好"), said("user", "x")]
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids == encode_chat(ours, chat, add_generation_prompt=True).ids
+
+
+@pytest.mark.parametrize("kind, options", [("plain", {}), ("bare", dict(add_dummy_prefix=False))])
+def test_llama_cpp_tokenises_the_same(trained, tmp_path, kind, options):
+    pytest.importorskip("gguf")
+    from model.config import ModelConfig
+    from model.interop.gguf import write_gguf
+    from tests.helpers.llama_cpp import LlamaCpp
+    from tests.helpers.models import random_model
+
+    folder, _ = trained(kind, **options)
+    tokenizer = Tokenizer.load(folder)
+    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model = random_model(ModelConfig(vocab_size=tokenizer.vocab_size, **shape, tie_word_embeddings=False), 0.1)
+    write_gguf(tmp_path / "a.gguf", model.config, model.state_dict(), tokenizer, dtype="float32")
+    llama = LlamaCpp(tmp_path / "a.gguf")
+    for text in [*TEXTS[:6], TEXTS[7], TEXTS[8]]:
+        assert llama.tokenize(text) == tokenizer.encode(text), text
+
+
+def test_normalising_that_llama_cpp_does_not_do_is_refused(trained, tmp_path):
+    pytest.importorskip("gguf")
+    from model.config import ModelConfig
+    from model.interop.gguf import write_gguf
+
+    folder, _ = trained("nmt", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    with pytest.raises(UserError, match="llama.cpp would cut text in another way"):
+        write_gguf(tmp_path / "a.gguf", ModelConfig(vocab_size=359), {}, Tokenizer.load(folder), dtype="float32")

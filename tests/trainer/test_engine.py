@@ -169,8 +169,15 @@ def test_resuming_another_model_is_refused(tmp_path):
     write_pretrain(tmp_path / "data.jsonl")
     flags = [f"--data_path={tmp_path / 'data.jsonl'}", "--max_steps=2", f"--save_dir={tmp_path}"]
     run_stage("pretrain", *flags)
-    with pytest.raises(ValueError, match="seed was 42, is 7"):
-        run_stage("pretrain", *flags, "--from_resume=auto", "--seed=7")
+    for changed, said in {
+        "--seed=7": "seed was 42, is 7",
+        "--optimizer=muon": 'optimizer was "adamw", is "muon"',
+        "--val_fraction=0.3": "val_fraction was 0.0, is 0.3",
+        "--data_limit=3": "data_limit was 0, is 3",
+        "--max_seq_len=20": "max_seq_len was 32, is 20",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            run_stage("pretrain", *flags, "--from_resume=auto", changed)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

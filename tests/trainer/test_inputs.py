@@ -5,7 +5,7 @@ from dataset.tokens.examples import SFTDataset
 from tests.helpers.models import TOKENIZER
 from tests.helpers.rows import chat, jsonl
 from trainer import inputs
-from trainer.inputs import open_data
+from trainer.inputs import choose_files, open_data
 from trainer.train_full_sft import SFTConfig
 
 
@@ -33,3 +33,10 @@ def test_data_larger_than_memory_belongs_on_an_ssd(monkeypatch):
     assert inputs.random_reads(4_096_000_000) == []
     [note] = inputs.random_reads(8_000_000_000)
     assert "8.0 GB of tokens do not fit into 4.1 GB of memory" in note and "--cache_dir" in note
+
+
+def test_a_data_set_of_2000_files_is_named_in_a_line(tmp_path):
+    names = [str(tmp_path / f"part_{i}.jsonl") for i in range(2000)]
+    files, _, note = choose_files(parse(SFTConfig, ["--data_path", *names]), "sft")
+    assert files == tuple(names)
+    assert note == "data: " + ", ".join(names[:5]) + " and 1,995 more"

@@ -10,6 +10,7 @@ from model.checkpoint import load_weights
 from model.config import ModelConfig
 from model.interop.hf import config_to_hf, hf_tensors
 from model.transformer import CausalLM
+from tests.helpers.chatglm import write_chatglm3
 from tests.helpers.rows import write_sft
 from tests.helpers.runs import run_stage
 from tokenizer.text import Tokenizer
@@ -74,36 +75,7 @@ def test_a_family_is_trained_and_written_in_its_own_layout(family, tmp_path):
 
 def test_chatglm3_is_trained_with_its_sentencepiece_tokenizer(tmp_path):
     """In its own layout: fused tensors under its own names, tokenizer.model, no template in the directory."""
-    package = pytest.importorskip("sentencepiece")
-    from safetensors.torch import save_file
-
-    folder = tmp_path / "base"
-    folder.mkdir()
-    (tmp_path / "text").write_text("hello world, how are you today\n" * 50, encoding="utf-8")
-    options = dict(model_type="bpe", byte_fallback=True, vocab_size=290, minloglevel=2)
-    package.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(folder / "tokenizer"), hard_vocab_limit=True, **options
-    )
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}', encoding="utf-8")
-    values = dict(model_type="chatglm", padded_vocab_size=300, hidden_size=16, num_layers=1, num_attention_heads=2)
-    values |= dict(multi_query_attention=True, multi_query_group_num=1, kv_channels=8, ffn_hidden_size=24)
-    values |= dict(seq_length=64, layernorm_epsilon=1e-5, add_qkv_bias=True, rmsnorm=True, post_layer_norm=True)
-    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    layer = "encoder.layers.0"
-    shapes = {
-        "embedding.word_embeddings.weight": (300, 16),
-        f"{layer}.input_layernorm.weight": (16,),
-        f"{layer}.self_attention.query_key_value.weight": (32, 16),
-        f"{layer}.self_attention.query_key_value.bias": (32,),
-        f"{layer}.self_attention.dense.weight": (16, 16),
-        f"{layer}.post_attention_layernorm.weight": (16,),
-        f"{layer}.mlp.dense_h_to_4h.weight": (48, 16),
-        f"{layer}.mlp.dense_4h_to_h.weight": (16, 24),
-        "encoder.final_layernorm.weight": (16,),
-        "output_layer.weight": (300, 16),
-    }
-    state = {f"transformer.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
-    save_file(state, folder / "model.safetensors")
+    folder = write_chatglm3(tmp_path / "base")
     data, out = write_sft(tmp_path / "sft.jsonl", rows=8), tmp_path / "out"
     flags = [f"--data_path={data}", f"--from_weight={folder}", f"--output_dir={out}", "--max_steps=1"]
     run_stage("lora", *flags, "--lora_targets=query_key_value", "--max_seq_len=64")

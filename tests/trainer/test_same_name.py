@@ -179,3 +179,14 @@ def test_rows_longer_than_the_model_is_made_for_are_refused(pretrain, capsys):
         pretrain("--max_steps=1", "--max_position_embeddings=16")
     pretrain("--max_steps=2", "--warmup_steps=100")
     assert "warning: --warmup_steps 100 is not over in 2 steps: the rate stays below 0.01" in capsys.readouterr().out
+
+
+def test_going_on_from_an_older_state_keeps_what_came_after_it(pretrain, tmp_path, capsys):
+    """The weights are those of step 4, and going on from step 2 replaces them."""
+    pretrain("--max_steps=4", "--save_interval=2")
+    later = state_of(tmp_path / "pretrain_32.pth")
+    [state] = tmp_path.glob("resume/pretrain_32/*/step_00000002")
+    capsys.readouterr()
+    pretrain("--max_steps=3", f"--from_resume={state}")
+    assert "is replaced" in capsys.readouterr().out
+    assert same(state_of(tmp_path / "pretrain_32.previous.pth"), later)

@@ -11,9 +11,7 @@ for an accelerator.
 
 from __future__ import annotations
 
-import shlex
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -30,6 +28,7 @@ from model.precision import lower_frozen, pick_dtype
 from trainer.inputs import check_start
 from trainer.loop.backend import Backend
 from trainer.loop.compiling import compile_model
+from trainer.loop.health import HealthCheck
 from trainer.loop.interrupts import catch_signals, explained
 from trainer.loop.job import Job
 from trainer.loop.optim import build_optimizers, learning_rate
@@ -62,6 +61,7 @@ class Engine:
         self.save_dir = Path(config.save_dir)
         self.folder = self.save_dir / job.output.folder
         check_start(config, self.model, job.parent, job.output.writes(self.folder / self.name, config))
+        self.health = HealthCheck(config.health_prompts, job.data.train.kind, job.tokenizer, backend.main)
         states = self.save_dir / "resume" / Path(self.name).stem
         found = self._find(states)
         self.resumed = found is not None
@@ -283,16 +283,17 @@ class Engine:
         return path
 
     def validate(self) -> dict[str, float]:
-        """Means over the validation data, if there is any; keeps the weights whose loss is the best so far."""
+        """Means over the validation data, if there is any; keeps the weights whose loss is the best so far. And the
+        health of what the model says, if there are prompts for it."""
         if self.val_loader is None:
-            return {}
+            return self.health(self.model)
         token_bytes = self.job.tokenizer.token_bytes
         means = validate(self.model, self.val_loader, self.job.objective, self.backend, token_bytes)
         if means["val_loss"] < self.best:
             self.best = means["val_loss"]
             with self.backend.full_weights():
                 self._write(self.folder / "best" / self.name)
-        return means
+        return means | self.health(self.model)
 
     # ---- what a run leaves ----
 
@@ -327,20 +328,12 @@ class Engine:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _lineage(self) -> dict:
-        parent = self.job.parent
         return dict(
-            stage=self.job.stage,
-            data=self.job.data.train.fingerprint,
-            rows=len(self.job.data.train),
-            files=self.job.data.train.files,
-            parent=parent.hash if parent else None,
-            parent_path=relative_to_root(str(parent.path)) if parent else None,
-            processes=self.backend.world,
+            **self.job.origin(),
             steps=self.step,
             tokens=self.tokens,
-            seed=self.config.seed,
             losses=self.losses,
-            command=shlex.join(sys.argv),
+            processes=self.backend.world,
         )
 
     def _identity(self) -> dict:

@@ -67,7 +67,7 @@ class Teacher:
     """The frozen teacher, in its compute dtype. Its head is called separately, so that logits are made in chunks."""
 
     def __init__(self, weights: Checkpoint, dtype: torch.dtype, device: torch.device):
-        self.model = prepare_for_inference(weights.build(), dtype).to(device)
+        self.model = prepare_for_inference(weights.build(dtype, device=device), dtype)
         self.hash, self.about = weights.hash, f"{weights.path}, {self.model.num_parameters():,} parameters"
         self.head, self.model.lm_head = self.model.lm_head, nn.Identity()
 

@@ -42,6 +42,11 @@ FORMATS = {
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.0%}",
     "memory_gib": "{:.1f} GiB",
+    "health_ended": "ended {:.0%}",
+    "health_rep_4": "rep-4 {:.0%}",
+    "health_wrong_language": "wrong language {:.0%}",
+    **dict.fromkeys(("health_empty", "health_distinct_1", "health_distinct_2", "health_tags_closed"), ""),
+    **dict.fromkeys(("health_length_ratio", "health_no_room"), ""),
     "tokens": "",
     "seconds": "",
 }
