@@ -75,6 +75,10 @@ class EvalConfig(Options):
     lora_name: str | None = option(None, "an adapter in lora/ there, on the weights it was trained on")
     lora_path: str | None = option(None, "an adapter's file, or peft's directory", path=True)
     merge_lora: bool = option(False, "add the adapter to the weights first: faster")
+    load_in_4bit: bool | None = option(
+        None, "keep the weights in 4 bits (default: if the adapter was trained beside such)", aliases=("use_4bit",)
+    )
+    load_in_8bit: bool | None = option(None, "the same in 8 bits", aliases=("use_8bit",))
     save_dir: str = option(str(ROOT / "out"), "where names are looked up", aliases=("out_dir",), path=True)
     hidden_size: int | None = option(None, "only picks among weights, which know their architecture", within="[1, inf)")
     num_hidden_layers: int | None = option(None, "as hidden_size", within="[1, inf)")
@@ -127,6 +131,8 @@ class EvalConfig(Options):
             found.append("--lora_name and --lora_path: both name an adapter; give one of them")
         if self.merge_lora and not (self.lora_name or self.lora_path):
             found.append("--merge_lora: needs --lora_name or --lora_path")
+        if self.load_in_4bit and self.load_in_8bit:
+            found.append("--load_in_4bit and --load_in_8bit: weights are kept in one of them; give one")
         if self.model_mode == 0 and (self.system or self.enable_thinking is not None):
             what = "system" if self.system else "enable_thinking"
             found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")
@@ -149,25 +155,28 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     from model.checkpoint import check_stated, find_tokenizer
     from model.lora import merge
     from model.precision import pick_device, pick_dtype, prepare_for_inference
+    from model.quant import choose_bits
 
     checkpoint, adapter = find_checkpoint(config)
     check_stated(checkpoint, **{k: getattr(config, k) for k in ("hidden_size", "num_hidden_layers", "use_moe")})
     tokenizer = find_tokenizer(checkpoint, config.tokenizer_path)
     device = pick_device(config.device)
     dtype, remark = pick_dtype(config.dtype, device)
-    if adapter and config.merge_lora:
+    bits = choose_bits(config.load_in_4bit, config.load_in_8bit, adapter.bits if adapter else None)
+    if adapter and config.merge_lora and not bits:
         model = checkpoint.build()  # merged in fp32, before the weights are rounded to the compute dtype
     else:
-        model = checkpoint.build(dtype, device=device)
+        model = checkpoint.build(dtype, bits, device)
     if adapter:
         model = adapter.apply(model)
         if config.merge_lora:
             merge(model)
         merged = ", merged" if config.merge_lora else ""
-        screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}")
+        kept = f" in {bits} bits" + (", as it was trained" if bits == adapter.bits else "") if bits else ""
+        screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}{kept}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage
     model = prepare_for_inference(model, dtype).to(device)
-    screen.note("\n".join(filter(None, (describe(checkpoint, model), remark))))
+    screen.note("\n".join(filter(None, (checkpoint.describe(model), remark))))
     return model, tokenizer, checkpoint
 
 
@@ -188,16 +197,6 @@ def find_checkpoint(config: EvalConfig) -> tuple[Checkpoint, AdapterFile | None]
     base = find_base(adapter, named, *folders)
     base.tokenizer = base.tokenizer or adapter.tokenizer  # a base of MiniMind's does not tell
     return base, adapter
-
-
-def describe(checkpoint: Checkpoint, model: CausalLM) -> str:
-    shape, weight = checkpoint.config, model.model.embed_tokens.weight
-    stages = " -> ".join(entry.get("stage", "?") for entry in checkpoint.lineage) or "of unknown training"
-    experts = f", {shape.num_experts} experts" if shape.num_experts else ""
-    return (
-        f"{checkpoint.path}: {model.num_parameters() / 1e6:.1f}M parameters ({shape.num_hidden_layers} layers of "
-        f"{shape.hidden_size}{experts}); {stages}; {str(weight.dtype).removeprefix('torch.')} on {weight.device}"
-    )
 
 
 # ---- a conversation

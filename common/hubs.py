@@ -93,12 +93,26 @@ def default_source() -> str:
     return SOURCES[os.environ.get("USE_MODELSCOPE_HUB", "").lower() in YES]
 
 
+def typed_name(path: str | Path) -> str:
+    """What was typed, of a path that the options have made absolute."""
+    path, here = Path(path), Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
+
+
+def check_id(id: str) -> None:
+    owner, _, name = id.partition("/")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", id) or {owner, name} & {".", ".."}:
+        raise UserError(f"{id}: no name on a hub, which is OWNER/NAME, as in Qwen/Qwen2-0.5B")
+
+
 def is_id(name: str) -> bool:
-    """Whether this may be a name on a hub, OWNER/NAME, and no path: nothing here is called OWNER."""
-    owner, _, rest = name.partition("/")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or {owner, rest} & {".", ".."} or rest.endswith(ENDINGS):
+    """Whether this may be a name on a hub and no path: nothing here is called OWNER."""
+    try:
+        check_id(name)
+    except UserError:
         return False
-    return owner not in OUR_FOLDERS and not Path(owner).exists()
+    owner = name.partition("/")[0]
+    return owner not in OUR_FOLDERS and not name.endswith(ENDINGS) and not Path(owner).exists()
 
 
 def pick(repository: Repository, patterns: Sequence[str]) -> list[RemoteFile]:
@@ -117,6 +131,7 @@ def list_files(id: str, kind: str, *, source: str | None = None, revision: str |
     source    of SOURCES; None: `default_source`
     revision  a branch, tag or commit; None: the main branch
     """
+    check_id(id)
     source = source or default_source()
     if offline():
         raise UserError(f"{id}: HF_HUB_OFFLINE forbids to fetch it")

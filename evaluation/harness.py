@@ -37,6 +37,8 @@ def open_for_harness(
     weight: str, lora_path: str | None, tokenizer_path: str | None, device: str, dtype: str
 ) -> tuple[CausalLM, Tokenizer]:
     """weight: a name in out/, a file or a directory; with lora_path, the adapter's base, or "" for the one it knows."""
+    if not (weight or lora_path):
+        raise UserError("--model_args weight=...: name the weights, such as full_sft or a file")
     adapter = load_adapter(lora_path) if lora_path else None
     file = find_weights(weight, ROOT / "out") if weight else None
     checkpoint = find_base(adapter, file, ROOT / "out") if adapter else load_weights(file)

@@ -5,7 +5,8 @@
     model = adapter.apply(base.build())
 
 `<save_dir>/lora/<name>_<hidden>[_moe].pth` holds {"format", "lora", "settings", "base", "config", "tokenizer",
-"lineage", "sha256"}, tensors and plain values. `base` has the path and the hash of the weights it belongs to.
+"lineage", "sha256"}, tensors and plain values. `base` has the path and the hash of the weights it belongs to, and
+the bits they were packed to while it was trained, if they were.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ class AdapterFile:
     path: Path
     settings: LoRASettings
     state: dict[str, Tensor]  # {"<layer>.A": (r, in), "<layer>.B": (out, r)}
-    base: dict[str, str | None] = field(
-        default_factory=lambda: dict(path=None, hash=None)
-    )  # of the weights; None: unknown
+    # of the weights, None: unknown; and "bits" if they were packed while it was trained
+    base: dict[str, Any] = field(default_factory=lambda: dict(path=None, hash=None))
     config: ModelConfig | None = None  # of the base
     tokenizer: dict[str, Any] = field(default_factory=dict)
     lineage: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def bits(self) -> int | None:
+        """4 or 8 if its base was packed, see model/quant.py; None: it was dense, or nobody knows."""
+        return self.base.get("bits")
 
     @property
     def knows_base(self) -> bool:
@@ -58,10 +63,10 @@ class AdapterFile:
                 raise UserError(f"{self.path}: {layer} has only one of its two matrices")
             if layer not in known:
                 raise UserError(f"{self.path}: belongs to another model: this one has no linear layer {layer}")
-            weight = known[layer].weight
-            if (B.shape[0], A.shape[1]) != weight.shape or A.shape[0] != B.shape[1]:
+            shape = known[layer].out_features, known[layer].in_features
+            if (B.shape[0], A.shape[1]) != shape or A.shape[0] != B.shape[1]:
                 raise UserError(
-                    f"{self.path}: belongs to another model: {layer} is {tuple(weight.shape)} here, and "
+                    f"{self.path}: belongs to another model: {layer} is {shape} here, and "
                     f"{(B.shape[0], A.shape[1])} there"
                 )
         add_lora(model, self.settings, name, layers)

@@ -34,6 +34,7 @@ from model.interop.hf_files import weight_files
 from model.interop.minimind import config_beside, config_from_state
 from model.interop.single import read_single
 from model.loading import load_model
+from model.quant import quantized
 from model.tensor_files import StoredTensors, open_pickled
 from model.transformer import CausalLM
 from tokenizer.find import tokenizer_of
@@ -77,6 +78,18 @@ class Checkpoint:
     ) -> CausalLM:
         """The model with these weights, see `load_model`: fp32, or with a dtype or bits a frozen one."""
         return load_model(self.config, self.state, self.path, dtype=dtype, bits=bits, device=device)
+
+    def describe(self, model: CausalLM) -> str:
+        """A line about the weights, and how `model`, which has them, keeps them."""
+        shape, weight = self.config, model.model.embed_tokens.weight
+        packed = [f"{layer.bits} bits and " for layer in quantized(model).values()][:1]
+        kept = "".join([*packed, str(weight.dtype).removeprefix("torch.")])
+        stages = " -> ".join(entry.get("stage", "?") for entry in self.lineage) or "of unknown training"
+        experts = f", {shape.num_experts} experts" if shape.num_experts else ""
+        return (
+            f"{self.path}: {model.num_parameters() / 1e6:.1f}M parameters ({shape.num_hidden_layers} layers of "
+            f"{shape.hidden_size}{experts}); {stages}; {kept} on {weight.device}"
+        )
 
 
 def weights_name(name: str, config: ModelConfig) -> str:

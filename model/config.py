@@ -12,6 +12,7 @@ is the mathematics. This file does not import torch, because `--help` reads it.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
@@ -40,6 +41,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base": dict(hidden_size=768, num_hidden_layers=16),
     "moe": dict(hidden_size=640, num_hidden_layers=8, **MIXTURE),
 }
+
+
+# annotation of a setting -> what its value may be
+KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "dict[str,": (dict, "a dictionary"),
+}
+COUNTED, MOST = ("num_hidden_layers", "num_experts", "num_shared_experts"), 10_000  # of these, one layer each is built
 
 
 def setting(
@@ -123,6 +134,9 @@ class ModelConfig:
     )
 
     def __post_init__(self):
+        if wrong := self._wrong_kinds():  # first: the lines below compute with them
+            raise UserError("this model cannot be built: " + "; ".join(wrong))
+
         def default(name: str, value: Any) -> None:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -135,8 +149,22 @@ class ModelConfig:
         if problems := self._problems():
             raise UserError("this model cannot be built: " + "; ".join(problems))
 
-    def _problems(self) -> list[str]:
+    def _wrong_kinds(self) -> list[str]:
+        """Values from a file may be anything."""
         found = []
+        for item in fields(self):
+            value, kind = getattr(self, item.name), str(item.type).partition(" ")[0]
+            if value is None and item.default is None or kind not in KINDS:
+                continue
+            wanted, words = KINDS[kind]
+            if not isinstance(value, wanted) or isinstance(value, bool) != (kind == "bool"):
+                found.append(f"{item.name} must be {words}, not {value!r:.40}")
+            elif kind == "float" and isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                found.append(f"{item.name} must be at least 0 and finite, not {value!r:.40}")
+        return found
+
+    def _problems(self) -> list[str]:
+        found = [f"{name} {getattr(self, name)} is too many" for name in COUNTED if getattr(self, name) > MOST]
         for item in fields(self):
             value, least = getattr(self, item.name), item.metadata["at_least"]
             if None not in (value, least) and value < least:
@@ -170,6 +198,12 @@ class ModelConfig:
             )
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("rope_type")
+            numbers = {
+                key: value for key, value in self.rope_scaling.items() if key != "rope_type" and value is not None
+            }
+            for key, value in numbers.items():
+                if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                    found.append(f"rope_scaling's {key} must be a positive number, not {value!r:.40}")
             if kind not in ROPE_SCALINGS:
                 found.append(f"rope_scaling kind {kind!r} is not one of {', '.join(ROPE_SCALINGS)}")
             elif missing := [key for key in ROPE_SCALINGS[kind] if key not in self.rope_scaling]:

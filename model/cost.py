@@ -74,8 +74,29 @@ def step_flops(config: ModelConfig, positions: int, length: int, heads: int | No
 
 
 def state_bytes(trained: int, frozen: int, moments: int) -> int:
-    """Weights, gradients and the optimiser's moments, all fp32: a frozen weight has neither gradient nor moments."""
-    return 4 * (trained * (2 + moments) + frozen)
+    """Of `trained` weights with their gradients and the optimiser's moments, all fp32, and `frozen` bytes of others,
+    which have neither: see `frozen_bytes`."""
+    return 4 * trained * (2 + moments) + frozen
+
+
+def frozen_bytes(config: ModelConfig, width: int, bits: int | None = None) -> int:
+    """Of a model that is not trained, its weights in `width` bytes each, or the matrices of its blocks in 4 or 8 bits
+    (model/quant.py). Then embedding, head, routers and routed experts keep their width. Norms and routers are fp32.
+
+    4 bits: 1/2 byte a weight, 1 for 64 weights, 4 for 64*256, and 4 a matrix. 8 bits: 1 byte a weight and 4 a row.
+    """
+    d, L, matrices = config.hidden_size, config.num_hidden_layers, _layer_matrices(config)
+    norms = d + L * ((4 if config.post_norms else 2) * d + (2 * config.head_dim if config.qk_norm else 0))
+    routers = L * d * (config.num_experts + bool(config.shared_expert_intermediate_size)) if config.num_experts else 0
+    packed = L * sum(rows * columns for rows, columns in matrices)
+    total = (count_parameters(config) - packed - norms - routers) * width + 4 * (norms + routers)
+    if bits is None:
+        return total + packed * width
+    for rows, columns in matrices:
+        blocks = -(-rows * columns // 64)
+        four = -(-rows * columns // 2) + blocks + 4 * -(-blocks // 256) + 4
+        total += L * (four if bits == 4 else rows * columns + 4 * rows)
+    return total
 
 
 def row_bytes(config: ModelConfig, length: int, width: int, checkpointed: bool = False) -> int:
@@ -109,8 +130,6 @@ def training_bytes(
     each matrix's output the block that is computed again then has the adapter's, and the sum of both.
     """
     d, per_layer = config.hidden_size, _layer_matrices(config)
-    in_blocks = config.num_hidden_layers * sum(out * inside for out, inside in per_layer)
-    packed = {4: 4 + 8 / 64 + 32 / (64 * 256), 8: 8 + 32 / d}.get(bits, 8 * width) / 8  # bytes a weight
     converted = 0 if bits == 8 * width else width * sum(out * inside for out, inside in per_layer)
     rows_bytes = rows * row_bytes(config, length, width, checkpointed=True)
     if not lora_rank:
@@ -118,14 +137,17 @@ def training_bytes(
         converted += width * config.vocab_size * d if width < 4 else 0
     else:
         adapter = lora_rank * config.num_hidden_layers * sum(out + inside for out, inside in per_layer)
-        others = count_parameters(config) - in_blocks
-        weights = packed * in_blocks + width * others + state_bytes(adapter, 0, moments=2)
+        weights = state_bytes(adapter, frozen_bytes(config, width, bits if bits < 16 else None), moments=2)
         rows_bytes += rows * length * width * 2 * sum(out for out, _ in per_layer)
-    return int(weights + converted) + rows_bytes
+    return weights + converted + rows_bytes
 
 
 def _layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """(out, in) of the matrices of one layer; experts are not among them."""
-    d, I = config.hidden_size, config.intermediate_size
+    """(out, in) of the matrices of one layer; routed experts are not among them."""
+    d, widths = config.hidden_size, [config.intermediate_size]
     heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return [(heads, d), (groups, d), (groups, d), (d, heads), (I, d), (I, d), (d, I)]
+    if config.num_experts:
+        widths = [config.moe_intermediate_size] * config.num_shared_experts
+        widths += [config.shared_expert_intermediate_size] if config.shared_expert_intermediate_size else []
+    feed_forward = [shape for I in widths for shape in ((I, d), (I, d), (d, I))]
+    return [(heads, d), (groups, d), (groups, d), (d, heads), *feed_forward]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from common.console import UserError
 from common.fetch import announce, download, unfinished
 from common.files import ROOT, put_in_place
-from common.hubs import RemoteFile, Repository, default_source, list_files, pick
+from common.hubs import RemoteFile, Repository, check_id, default_source, list_files, pick
 
 MODELS = ROOT / "models"
 ABOUT = ".fetched.json"  # in a fetched folder: what it is a copy of
@@ -74,31 +74,47 @@ def fetch_model(
     patterns  of the names of files, in place of all that belongs to a model
     """
     source, to = source or default_source(), to or MODELS
+    if name not in KNOWN:
+        check_id(name)
     target = to / name.rpartition("/")[2]
-    parts = KNOWN.get(name) or (Part({source: name}, tuple(patterns)),)
+    about = dict(name=name, revision=revision, patterns=list(patterns))
+    if target.exists():
+        _check_copy(target, about)
+        return target
+    repositories, chosen = [], []
+    for part in KNOWN.get(name) or (Part({source: name}, tuple(patterns)),):
+        repositories.append(list_files(part.ids[source], "model", source=source, revision=revision))
+        found = repositories[-1]
+        chosen.append(pick(found, part.patterns) if part.patterns else files_of_a_model(found))
     with unfinished(to, target.name) as partial:
-        if target.exists():
-            about = _about(target)
-            if about.get("name", name) != name or revision not in (None, about.get("revision")):
-                copied = f"a copy of {about['name']}" if about else "no download of ours"
-                at = f", revision {about['revision']}" if about.get("revision") else ""
-                raise UserError(f"{name}: {target} is {copied}{at}; remove it, or choose another folder with --to")
+        if target.exists():  # now, made by the process that this one has waited for
             return target
-        wanted, sources = {ABOUT}, []
-        for part in parts:
-            repository = list_files(part.ids[source], "model", source=source, revision=revision)
-            files = pick(repository, part.patterns) if part.patterns else files_of_a_model(repository)
+        for repository, files in zip(repositories, chosen):
             announce(repository, files, target)
             download(repository, files, partial)
-            wanted |= {file.name for file in files}
-            sources.append(dict(id=repository.id, source=source, commit=repository.revision))
+        wanted = {file.name for files in chosen for file in files}
         for path in partial.rglob("*"):  # left by a download of another revision, say
             if path.is_file() and path.relative_to(partial).as_posix() not in wanted:
                 path.unlink()
-        about = dict(name=name, revision=revision, sources=sources)
-        (partial / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        sources = [dict(id=one.id, source=one.source, commit=one.revision) for one in repositories]
+        (partial / ABOUT).write_text(json.dumps(about | dict(sources=sources)), encoding="utf-8")
         put_in_place(partial, target)
     return target
+
+
+def _check_copy(folder: Path, wanted: dict[str, Any]) -> None:
+    """UserError if a folder that is there was fetched as something else. One that was made by hand may be anything."""
+    about = _about(folder) or wanted | dict(revision=None, patterns=[])
+    different = wanted["name"] != about.get("name")
+    different |= wanted["revision"] not in (None, about.get("revision"))
+    different |= bool(wanted["patterns"]) and wanted["patterns"] != about.get("patterns")
+    if different:
+        at = f", revision {about['revision']}" if about.get("revision") else ""
+        at += f", only {' '.join(about['patterns'])}" if about.get("patterns") else ""
+        raise UserError(
+            f"{wanted['name']}: {folder} is there already, a copy of {about.get('name')}{at}; remove it, or choose "
+            "another folder with --to"
+        )
 
 
 def files_of_a_model(repository: Repository) -> list[RemoteFile]:

@@ -48,7 +48,8 @@ def load_model(
     if dtype or bits:
         model.requires_grad_(False)
         lower_frozen(model, dtype or torch.float32)
-    model.to_empty(device=device)
+    # as to_empty, which imports sympy for a second
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     model.reset_rope()
     model.to(device)
     if config.tie_word_embeddings:

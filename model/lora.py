@@ -10,6 +10,8 @@ know about it.
     y = W x + scale * B A dropout(x)       A (r, in) random, B (out, r) zero: at first y = W x
     scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732, eq. 6)
 
+Beside packed weights (model/quant.py) the same: `add_lora` after `quantize_model`.
+
 A layer and its weight keep their names; the matrices are `<layer>.adapters.<name>.A` and `.B`. They are fp32 and cast
 to the compute dtype, like all trained weights. Frozen weights can be stored in the compute dtype
 (`model.precision.lower_frozen`).
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.console import UserError
+from model.quant import QuantLinear
 from model.transformer import CausalLM, Linear
 
 GROUPS = {
@@ -96,14 +99,75 @@ class LoRALinear(Linear):
         self.unmerged: Tensor | None = None  # the weight as it was, while the active adapter is merged into it
         self.train(layer.training)
 
+    @property
+    def merged(self) -> bool:
+        return self.unmerged is not None
+
+    def merge_(self) -> None:
+        """Adds the active adapter to the weight, which is kept."""
+        assert self.active is not None
+        self.unmerged = self.weight.data
+        merged = self.weight.float() + self.adapter(self.active).product()
+        self.weight.data = merged.to(self.weight.dtype)
+
+    def unmerge_(self) -> None:
+        assert self.unmerged is not None
+        self.weight.data, self.unmerged = self.unmerged, None
+
+    def plain(self) -> Linear:
+        """The layer without adapters, with the weight it has now."""
+        with torch.device("meta"):
+            plain = Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.active is None or self.unmerged is not None:
+        if self.active is None or self.merged:
             return super().forward(x)
         flat = x.reshape(-1, self.in_features)
         return self.adapter(self.active).add_to(super().forward(flat), flat).view(*x.shape[:-1], -1)
 
     def adapter(self, name: str) -> Adapter:
         return self.adapters[name]  # pyright: ignore[reportReturnType] (a ModuleDict is not generic)
+
+
+class QuantLoRALinear(LoRALinear, QuantLinear):
+    """An adapter beside a packed weight: `LoRALinear.forward` calls `QuantLinear.forward` as its super's.
+
+    Merged, it has a dense weight in bf16, far finer than 4 or 8 bits; the packed one is kept beside it."""
+
+    def __init__(self, layer: QuantLinear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bits, self.kind = layer.bits, layer.kind
+        self._buffers.update(layer._buffers)
+        self.register_parameter("weight", None)
+        self.bias = layer.bias
+        self.adapters, self.active = nn.ModuleDict(), None
+        self.train(layer.training)
+
+    @property
+    def merged(self) -> bool:
+        return self.weight is not None
+
+    def merge_(self):
+        assert self.active is not None
+        dense = self.dequantize() + self.adapter(self.active).product()
+        self.weight = nn.Parameter(dense.to(torch.bfloat16), requires_grad=False)
+
+    def unmerge_(self):
+        self.register_parameter("weight", None)
+
+    def plain(self):
+        if self.merged:
+            return super().plain()
+        layer = QuantLinear(self.in_features, self.out_features, self.bits, device="meta")
+        layer._buffers.update(self._buffers)
+        layer.bias = self.bias
+        return layer
+
+    def forward(self, x):
+        return Linear.forward(self, x) if self.merged else super().forward(x)
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
@@ -141,7 +205,7 @@ def add_lora(
     for path in names:
         layer = known[path]
         if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer)
+            layer = QuantLoRALinear(layer) if isinstance(layer, QuantLinear) else LoRALinear(layer)
             model.set_submodule(path, layer)
         if name in layer.adapters:
             raise UserError(f"there is an adapter called {name!r} already")
@@ -160,7 +224,7 @@ def activate(model: nn.Module, name: str | None) -> None:
     if name is not None and not any(name in layer.adapters for layer in layers):
         known = sorted({known for layer in layers for known in layer.adapters})
         raise UserError(f"no adapter called {name!r}; there are {', '.join(known) or 'none'}")
-    if any(layer.unmerged is not None for layer in layers):
+    if any(layer.merged for layer in layers):
         raise UserError("an adapter is merged into the weights; unmerge it first")
     for layer in layers:
         layer.active = name if name is not None and name in layer.adapters else None
@@ -170,7 +234,7 @@ def activate(model: nn.Module, name: str | None) -> None:
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Computes without the adapter: the model as it was, as DPO's reference for instance."""
     layers = adapted(model).values()
-    if any(layer.unmerged is not None for layer in layers):
+    if any(layer.merged for layer in layers):
         raise UserError("an adapter is merged into the weights; unmerge it first")
     before = [layer.active for layer in layers]
     try:
@@ -186,26 +250,21 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module) -> None:
     """Adds the active adapter to the weights, so that it costs no time. A second call changes nothing."""
     for layer in adapted(model).values():
-        if layer.active is not None and layer.unmerged is None:
-            layer.unmerged = layer.weight.data
-            merged = layer.weight.float() + layer.adapter(layer.active).product()
-            layer.weight.data = merged.to(layer.weight.dtype)
+        if layer.active is not None and not layer.merged:
+            layer.merge_()
 
 
 def unmerge(model: nn.Module) -> None:
     """Puts the original weights back. They were kept: subtracting would leave rounding errors."""
     for layer in adapted(model).values():
-        if layer.unmerged is not None:
-            layer.weight.data, layer.unmerged = layer.unmerged, None
+        if layer.merged:
+            layer.unmerge_()
 
 
 def remove_lora(model: nn.Module) -> None:
     """Plain linear layers again, with the weights they have now (so merge first to keep what was learned)."""
     for path, layer in adapted(model).items():
-        with torch.device("meta"):
-            plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        plain.weight, plain.bias = layer.weight, layer.bias
-        model.set_submodule(path, plain.train(layer.training))
+        model.set_submodule(path, layer.plain().train(layer.training))
 
 
 # ---- what is frozen, and what is learned

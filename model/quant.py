@@ -39,6 +39,7 @@ from model.transformer import Linear
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
+CELLS = 32  # in an interval of length 1, see `_cells`
 PIECE = 1 << 19  # weights converted at once on a CPU: small enough to stay in its cache
 
 # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0 (QLoRA, appendix E)
@@ -71,7 +72,16 @@ def _pairs() -> Tensor:
     return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=-1).view(torch.float64).view(-1)
 
 
+def _cells() -> tuple[Tensor, Tensor]:
+    """[-1, 1] in 64 equal cells, so small that each holds one border between two NF4 codes at most -> (65,) each: the
+    code at the lower edge of a cell, and the border above that code."""
+    borders = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2
+    codes = torch.bucketize(torch.arange(2 * CELLS + 1, device="cpu") / CELLS - 1, borders)
+    return codes.to(torch.uint8), torch.cat([borders, torch.tensor([torch.inf], device="cpu")])[codes]
+
+
 DYNAMIC_CODE, NF4_PAIRS = _dynamic_code(), _pairs()
+CELL_CODES, CELL_BORDERS = _cells()
 
 
 class NF4(NamedTuple):
@@ -107,10 +117,9 @@ def quantize_nf4(weight: Tensor) -> NF4:
     n = weight.numel()
     blocks = _in_blocks(weight.detach(), BLOCK)
     scales = _largest(blocks)
-    code = _table(NF4_CODE, weight.device)
 
     def pack(blocks: Tensor, scales: Tensor) -> Tensor:
-        codes = _nearest(blocks, scales, code)  # (blocks, 64)
+        codes = _nearest_nf4(blocks, scales)  # (blocks, 64)
         return codes[:, ::2] << 4 | codes[:, 1::2]
 
     codes = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=weight.device)
@@ -175,18 +184,29 @@ def _largest(rows: Tensor) -> Tensor:
     """rows (N, m) -> (N, 1) fp32: the largest absolute value of each row."""
     low, high = rows.aminmax(dim=-1, keepdim=True)  # unlike abs(), this needs no second copy of the weight
     largest = torch.maximum(high, -low).float()
-    if not largest.is_meta and not largest.isfinite().all():
+    if not largest.isfinite().all():
         raise UserError("the weight holds NaN or infinity and cannot be quantised; is its file damaged?")
     return largest
 
 
 def _nearest(rows: Tensor, scales: Tensor, code: Tensor) -> Tensor:
-    """rows (N, m), scales (N, 1), code in ascending order -> (N, m) uint8: the index of the entry next to row / scale.
-
-    Multiplied by the inverse and kept from dividing by 0 exactly as bitsandbytes does: codes at the border between two
-    entries depend on it."""
+    """rows (N, m), scales (N, 1), code in ascending order -> (N, m) uint8: the entry next to row / scale."""
     borders = (code[:-1] + code[1:]) / 2
-    return torch.bucketize(rows.float() * (1 / scales.clamp(min=1e-38)), borders, out_int32=True).to(torch.uint8)
+    return torch.bucketize(_scaled(rows, scales), borders, out_int32=True).to(torch.uint8)
+
+
+def _nearest_nf4(rows: Tensor, scales: Tensor) -> Tensor:
+    """`_nearest` in NF4_CODE. Two look-ups and a comparison are five times as fast on a CPU as a search."""
+    x = _scaled(rows, scales).view(-1)
+    cell = ((x + 1) * CELLS).int()
+    border = _table(CELL_BORDERS, x.device).index_select(0, cell)
+    return (_table(CELL_CODES, x.device).index_select(0, cell) + (x > border)).view(rows.shape)
+
+
+def _scaled(rows: Tensor, scales: Tensor) -> Tensor:
+    """Multiplied by the inverse and kept from dividing by 0 exactly as bitsandbytes does: codes at the border between
+    two entries depend on it."""
+    return rows.float() * (1 / scales.clamp(min=1e-38))
 
 
 def _table(table: Tensor, device: torch.device) -> Tensor:
@@ -252,16 +272,26 @@ class QuantLinear(Linear):
             raise UserError(f"{bits} bits: weights can be kept in 4 or 8")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.kind: type[NF4 | Int8] = NF4 if bits == 4 else Int8
-        sizes = quantize(torch.empty(out_features, in_features, device="meta"), bits)
-        for name, like in sizes._asdict().items():
-            self.register_buffer(name, torch.empty(like.shape, dtype=like.dtype, device=device))
+        n = out_features * in_features
+        blocks = -(-n // BLOCK)
+        sizes: Sequence[tuple[tuple[int, ...], torch.dtype]] = (
+            (((n + 1) // 2,), torch.uint8),
+            ((blocks,), torch.uint8),
+            ((-(-blocks // SCALE_BLOCK),), torch.float32),
+            ((), torch.float32),
+        )
+        if bits == 8:
+            sizes = (((out_features, in_features), torch.int8), ((out_features,), torch.float32))
+        for name, (shape, dtype) in zip(self.kind._fields, sizes):
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device)) if bias else None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int) -> QuantLinear:
         """The same layer with its weight packed; the bias is shared. The dense weight is left alone."""
         layer = cls(linear.in_features, linear.out_features, bits, device="meta")
-        layer.quantize_(linear.weight)
+        if not linear.weight.is_meta:
+            layer.quantize_(linear.weight)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -322,6 +352,14 @@ def quantize_model(model: nn.Module, bits: int, skip: Sequence[str] = ("lm_head"
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     return names
+
+
+def choose_bits(four: bool | None, eight: bool | None, trained: int | None) -> int | None:
+    """What --load_in_4bit and --load_in_8bit mean (None: not said) for an adapter that was trained beside weights of
+    `trained` bits: another number if it is asked for, and no packing if its own is refused."""
+    asked = {4: four, 8: eight}
+    as_trained = trained if trained and asked[trained] is None else None
+    return next((bits for bits, wanted in asked.items() if wanted), as_trained)
 
 
 def quantized(model: nn.Module) -> dict[str, QuantLinear]:

@@ -129,12 +129,18 @@ class Block(nn.Module):
         return x + self.post_mlp_layernorm(y), aux_loss
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there it would change nothing, after importing torch's compiler for two seconds
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     """Embedding, blocks and final norm: everything but the head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -157,7 +163,8 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_rope()
         self.register_load_state_dict_pre_hook(_retie)
-        initialise(self)
+        if not self.lm_head.weight.is_meta:  # see Embedding
+            initialise(self)
 
     def reset_rope(self) -> None:
         """Computes the buffers, which no file holds: they follow from the config."""
@@ -244,7 +251,7 @@ class CausalLM(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         """Tied weights count once. active: only the experts that one token passes through."""
         total = sum(p.numel() for p in self.parameters())
-        packed = (m for m in self.modules() if isinstance(m, Linear) and "weight" not in m._parameters)
+        packed = (m for m in self.modules() if isinstance(m, Linear) and getattr(m, "weight", None) is None)
         total += sum(m.in_features * m.out_features for m in packed)  # model/quant.py keeps these in buffers
         return total - idle_parameters(self.config) if active else total
 

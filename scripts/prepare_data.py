@@ -17,12 +17,11 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import os
 from dataclasses import dataclass
 
 from common.console import UserError, run, say
 from common.files import ROOT
-from common.hubs import is_id
+from common.hubs import is_id, typed_name
 from common.options import Options, option, parse
 
 
@@ -135,8 +134,9 @@ def tokenizer_folder(path: str | None) -> str | Path | None:
     """The folder of the tokenizer; that of a model on a hub, where OWNER/NAME was typed and there is no such path."""
     from model.hub import find_model
 
-    name = os.path.relpath(path).replace(os.sep, "/") if path else ""  # options make paths absolute
-    return find_model(name) if is_id(name) and not Path(path).exists() else path
+    if path is None or Path(path).exists() or not is_id(typed_name(path)):
+        return path
+    return find_model(typed_name(path))
 
 
 def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from common.options import specs
 from model.adapter import load_adapter
 from model.checkpoint import load_weights
 from model.export import copy_tokenizer, save_hf
+from tests.helpers.chatglm import write_chatglm
 from tests.helpers.rows import write_dpo, write_pretrain, write_sft
 from tests.helpers.runs import run_script, run_stage
 from trainer.stage import StageConfig
@@ -103,12 +105,23 @@ def test_the_mu_xue_file_is_theirs_word_for_word(shared):
     assert (ROOT / "configs/mu_xue.yaml").read_text(encoding="utf-8").split("\n", 1)[1] == example
 
 
-def test_four_bits_are_understood_and_refused_by_name(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for words in (["--config", "configs/mu_xue.yaml"], ["--use_8bit"], ["--load-in-4bit"]):
-        status, _, err = run_script("trainer/train_lora.py", *words)
-        assert status == 2 and re.search(r"--load_in_[48]bit: training beside quantised weights is not built yet", err)
-        assert len(err.strip().splitlines()) == 1
+def test_the_mu_xue_file_trains_its_chatglm_in_four_bits(world, tmp_path, monkeypatch):
+    """The file as it is: its base and its data lie where it says, as a tiny ChatGLM and a few rows. `output_dir:
+    ../model` is beside the folder of the file."""
+    for folder in ("mine", "dataset/moemuu", "model"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_chatglm(tmp_path / "mine/THUDM/chatglm3-6b", padded_vocab_size=6400, seq_length=2048)
+    copy_tokenizer(tmp_path / "mine/THUDM/chatglm3-6b", ROOT / "tokenizer")
+    for name in ("train", "test"):
+        shutil.copy(world / "chats.jsonl", tmp_path / f"dataset/moemuu/{name}.jsonl")
+    shutil.copy(ROOT / "configs/mu_xue.yaml", tmp_path / "mine/config.yaml")
+    monkeypatch.chdir(tmp_path / "mine")
+    only = ["--device", "cpu", "--dtype", "float32", "--compile", "off", "--num_workers", 1, "--max_steps", 1]
+    status, out, err = run_script("trainer/train_lora.py", "--config", "config.yaml", *only)
+    assert status == 0 and "the weights in 4 bits" in out, err
+    assert load_adapter(tmp_path / "model").bits == 4
+    written = json.loads((tmp_path / "model/lora_model/adapter_config.json").read_text(encoding="utf-8"))
+    assert written["base_model_name_or_path"] == str(tmp_path / "mine/THUDM/chatglm3-6b")
 
 
 def test_a_lora_file_given_to_full_fine_tuning_trains_an_adapter(world, tmp_path, monkeypatch):
@@ -132,6 +145,7 @@ def test_a_directory_of_another_family_is_the_base(family, base, world, tmp_path
     copy_tokenizer(tmp_path / "base", ROOT / "tokenizer")
     words = command(ROOT / "configs/training_config.yaml")
     here = ["--train_path", world / "chats.jsonl", "--output_dir", tmp_path, "--model_name_or_path", tmp_path / "base"]
+    here += ["--use_8bit"] if family == "Llama" else ["--use_4bit", "true"]
     status, out, err = run_script(*words, *here, *SMALL)
     assert status == 0 and "done in" in out, err
     written = json.loads((tmp_path / "lora_model/adapter_config.json").read_text(encoding="utf-8"))
@@ -142,7 +156,7 @@ def test_the_quickstart_joins_trains_and_saves(world, tmp_path):
     """The flags of its table; 40 task rows at 8:1 make the 4 identity rows five. The base is as MiniMind writes it: it
     names no tokenizer. One row is broken."""
     base = tmp_path / "full_sft_32.pth"
-    torch.save(load_weights(world / "pretrain_32.pth").state, base)
+    torch.save(dict(load_weights(world / "pretrain_32.pth").state), base)
     (tmp_path / "task.jsonl").write_text(
         (world / "chats.jsonl").read_text(encoding="utf-8") + '{"conversations": [\n', encoding="utf-8"
     )

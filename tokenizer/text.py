@@ -124,9 +124,8 @@ class Tokenizer:
         and those that its own files name."""
         names = {*TEXT_ENDS, *TURN_ENDS, self.special("eos_token")}
         more = self.config.get("eos_token_id") or []
-        return frozenset(self.control[name] for name in names if name in self.control).union(
-            more if isinstance(more, list) else [more]
-        )
+        numbers = [number for number in (more if isinstance(more, list) else [more]) if isinstance(number, int)]
+        return frozenset(self.control[name] for name in names if name in self.control).union(numbers)
 
     def special(self, role: str) -> str:
         """tokenizer_config.json's `bos_token`, `eos_token`, ... as text; empty if it names none."""
@@ -203,7 +202,10 @@ def _read_config(directory: Path) -> tuple[dict, str | None]:
     config["eos_token_id"] = _read_json(directory / "generation_config.json").get("eos_token_id")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones (Hermes, Command R): "default" is the one for chatting
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, (str, type(None))):
+        raise UserError(f"{directory / 'tokenizer_config.json'}: chat_template must be text, found {template!r:.40}")
     file = directory / "chat_template.jinja"
     if file.is_file():
         if file.stat().st_size > 10_000_000:
@@ -214,9 +216,12 @@ def _read_config(directory: Path) -> tuple[dict, str | None]:
 
 def _read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected an object, found {str(values):.40}")
+    return values
 
 
 def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:

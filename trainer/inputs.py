@@ -175,9 +175,11 @@ def open_model(
 
 
 def build_parent(config: StageConfig, parent: Checkpoint) -> CausalLM:
-    """The model to train, on its device. What an adapter leaves frozen is kept in the compute dtype."""
+    """The model to train, on its device. What an adapter leaves frozen is kept in the compute dtype, or in 4 or 8
+    bits."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    return parent.build(pick_dtype(config.dtype, device)[0] if config.trains_adapter else None, device=device)
+    dtype = pick_dtype(config.dtype, device)[0] if config.trains_adapter else None
+    return parent.build(dtype, config.bits, device)
 
 
 def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer, str]:

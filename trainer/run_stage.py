@@ -22,6 +22,7 @@ from common.console import UserError
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, weights_name
 from model.lora import LoRASettings, add_lora, find_targets, freeze, linear_layers
+from model.quant import bytes_per_parameter
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, open_data, open_model
@@ -121,7 +122,8 @@ def add_adapter(config: StageConfig, model: CausalLM, parent: Checkpoint | None)
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora
     )
     known = linear_layers(model)
-    most = max(min(known[name].weight.shape) for name in find_targets(model, settings.targets))
+    targets = [known[name] for name in find_targets(model, settings.targets)]
+    most = max(min(layer.in_features, layer.out_features) for layer in targets)
     if settings.rank > most:  # B A has at most this rank, and a larger A and B hold more numbers than W
         raise UserError(
             f"--lora_rank {settings.rank}: the layers that it adapts have a rank of at most {most}; 8 to 64 is usual"
@@ -129,5 +131,8 @@ def add_adapter(config: StageConfig, model: CausalLM, parent: Checkpoint | None)
     freeze(model)
     layers = add_lora(model, settings)
     merged = weights_name(f"{config.save_weight}_merged", model.config) if config.merge_lora else ""
-    output = AdapterOnly(settings, parent, config.save_peft, merged)
-    return output, f"adapters beside {len(layers)} layers: {', '.join(config.lora_targets)}"
+    output = AdapterOnly(settings, parent, config.bits, config.save_peft, merged)
+    note = f"adapters beside {len(layers)} layers: {', '.join(config.lora_targets)}"
+    if config.bits:
+        note += f"; the weights in {config.bits} bits, {bytes_per_parameter(model):.2f} bytes each over the whole model"
+    return output, note

@@ -56,8 +56,10 @@ class LoRAOptions(Options):
     use_rslora: bool = option(False, "multiply by alpha / sqrt(rank) instead, for high ranks")
     save_peft: bool = option(False, "write the adapter as a directory for peft as well")
     merge_lora: bool = option(False, "write the full weights with the adapter in them as well: <name>_merged")
-    load_in_4bit: bool = option(False, "not built yet: train beside weights of 4 bits", aliases=("use_4bit",))
-    load_in_8bit: bool = option(False, "not built yet: the same with 8 bits", aliases=("use_8bit",))
+    load_in_4bit: bool = option(
+        False, "keep the frozen weights in 4 bits: a quarter of the memory of bf16", aliases=("use_4bit",)
+    )
+    load_in_8bit: bool = option(False, "the same in 8 bits: half the memory", aliases=("use_8bit",))
 
     def __post_init__(self):
         if self.use_lora and self.lora_rank is None:
@@ -66,6 +68,11 @@ class LoRAOptions(Options):
     @property
     def trains_adapter(self) -> bool:
         return bool(self.lora_rank) if self.use_lora is None else self.use_lora
+
+    @property
+    def bits(self) -> int | None:
+        """Of the frozen weights; None: they are dense."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -76,12 +83,13 @@ class LoRAOptions(Options):
             changed = [f"--{name}" for name in names if getattr(self, name) != getattr(LoRAOptions, name)]
             if changed:
                 found.append(f"{', '.join(changed)}: all weights are trained; for an adapter give --use_lora as well")
-        for name in ("load_in_4bit", "load_in_8bit"):
-            if getattr(self, name):
-                found.append(
-                    f"--{name}: training beside quantised weights is not built yet; leave it out, and see with --plan "
-                    "what fits (--batch_size, --activation_checkpointing)"
-                )
+        if self.load_in_4bit and self.load_in_8bit:
+            found.append("--load_in_4bit and --load_in_8bit: weights are kept in one of them; give one")
+        elif self.bits and not self.trains_adapter:
+            found.append(
+                f"--load_in_{self.bits}bit: weights of {self.bits} bits cannot be trained, only an adapter beside "
+                "them; add --use_lora, or leave it out"
+            )
         return found
 
 

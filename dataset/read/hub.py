@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from common.console import UserError
 from common.fetch import announce, download, unfinished
 from common.files import ROOT, atomic_file, put_in_place
-from common.hubs import RemoteFile, Repository, default_source, is_id, list_files, pick
+from common.hubs import RemoteFile, Repository, default_source, is_id, list_files, pick, typed_name
 from dataset.tokens.order import weighted
 
 FOLDER = ROOT / "dataset"
@@ -61,7 +60,7 @@ def find_data(spec: str) -> str:
     other path is itself: whoever reads it says whether it exists.
     """
     path, weight = weighted(spec)
-    name = os.path.relpath(path).replace(os.sep, "/")  # options make paths absolute
+    name = typed_name(path)
     if path.exists():
         return spec
     if not (known_name(name) or is_id(name)):
@@ -93,24 +92,23 @@ def fetch_data(
     """
     short, source, to = known_name(name), source or default_source(), to or FOLDER
     stem = short or name.replace("/", "--")
-    with unfinished(to, stem) as partial:
-        there = [path for suffix in SUFFIXES if (path := to / f"{stem}{suffix}").exists()]
-        if there and revision:
+    if there := [path for suffix in SUFFIXES if (path := to / f"{stem}{suffix}").exists()]:
+        if revision or patterns:
             raise UserError(f"{name}: {there[0]} is there already; remove it, or choose another folder with --to")
-        if there:
-            return there[0]
-        id = name
-        if short:
-            ids = KNOWN[short].ids
-            id, patterns = ids.get(source, ""), patterns or (KNOWN[short].file,)
-            if not id:
-                raise UserError(
-                    f"{name}: is not known to be on {source}; take --source {next(iter(ids))}, or give its id"
-                )
-        repository = list_files(id, "dataset", source=source, revision=revision)
-        files = pick(repository, patterns) if patterns else data_files(repository)
-        suffix = Path(files[0].name).suffix
-        target = to / f"{stem}{suffix if len(files) == 1 and suffix in SUFFIXES else '.jsonl'}"
+        return there[0]
+    id = name
+    if short:
+        ids = KNOWN[short].ids
+        if not (id := ids.get(source, "")):
+            raise UserError(f"{name}: is not known to be on {source}; take --source {next(iter(ids))}, or give its id")
+        patterns = patterns or (KNOWN[short].file,)
+    repository = list_files(id, "dataset", source=source, revision=revision)
+    files = pick(repository, patterns) if patterns else data_files(repository)
+    suffix = Path(files[0].name).suffix
+    target = to / f"{stem}{suffix if len(files) == 1 and suffix in SUFFIXES else '.jsonl'}"
+    with unfinished(to, stem) as partial:
+        if target.exists():  # now, made by the process that this one has waited for
+            return target
         announce(repository, files, target)
         download(repository, files, partial)
         paths = [partial / file.name for file in files]
@@ -151,11 +149,8 @@ def _rows(path: Path) -> Iterator[str]:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
             yield from map(dump, rows if isinstance(rows, list) else [rows])
         else:
-            with (
-                gzip.open(path, "rt", encoding="utf-8")
-                if path.suffix == ".gz"
-                else open(path, encoding="utf-8") as lines
-            ):
+            opened = gzip.open if path.suffix == ".gz" else open
+            with opened(path, "rt", encoding="utf-8") as lines:
                 yield from (line.strip() for line in lines if line.strip())
     except (OSError, EOFError, ValueError) as error:
         if isinstance(error, UserError) or isinstance(error, OSError) and error.errno:

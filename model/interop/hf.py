@@ -235,6 +235,8 @@ def load_hf(directory: str | Path) -> tuple[ModelConfig, StoredTensors]:
         raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{directory / 'config.json'}: a setting is missing or of another kind ({error})") from None
     state = our_tensors(config, values["model_type"], open_tensors(directory))
     if config.tie_word_embeddings and "lm_head.weight" in state and "model.embed_tokens.weight" in state:
         if not equal_weights(state["lm_head.weight"], state["model.embed_tokens.weight"]):

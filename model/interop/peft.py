@@ -73,7 +73,8 @@ def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
         rslora=bool(values.get("use_rslora")),
     )
     path = metadata.get("base_path") or values.get("base_model_name_or_path")
-    return settings, state, dict(path=path, hash=metadata.get("base_hash"))
+    bits = {"bits": int(metadata["base_bits"])} if "base_bits" in metadata else {}
+    return settings, state, dict(path=path, hash=metadata.get("base_hash"), **bits)
 
 
 def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: dict, layers: int) -> None:
@@ -101,7 +102,7 @@ def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: d
         layer, matrix = name.rsplit(".", 1)
         tensors[f"base_model.model.{layer}.lora_{matrix}.weight"] = tensor.contiguous()
     with atomic_file(directory / TENSORS) as temporary:
-        ours = dict(base_path=base["path"] or "", base_hash=base["hash"] or "")  # for `load_peft`
+        ours = {f"base_{key}": str(value or "") for key, value in base.items()}  # for `load_peft`
         save_file(tensors, temporary, metadata={"format": "pt", **ours})
     with atomic_file(directory / CONFIG) as temporary:
         temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")

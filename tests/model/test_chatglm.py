@@ -1,7 +1,6 @@
 """ChatGLM3's checkpoints against its published definition (THUDM/chatglm3-6b, modeling_chatglm.py), written again here
 one position and one head at a time."""
 
-import json
 import math
 
 import pytest
@@ -12,52 +11,8 @@ from common.console import UserError
 from model.checkpoint import load_weights
 from model.interop.hf import config_from_hf, config_to_hf, hf_tensors
 from model.lora import find_targets
-
-CONFIG = dict(
-    model_type="chatglm",
-    add_bias_linear=False,
-    add_qkv_bias=True,
-    apply_query_key_layer_scaling=True,
-    apply_residual_connection_post_layernorm=False,
-    ffn_hidden_size=40,
-    hidden_size=48,
-    kv_channels=8,
-    layernorm_epsilon=1e-5,
-    multi_query_attention=True,
-    multi_query_group_num=2,
-    num_attention_heads=4,
-    num_layers=2,
-    original_rope=True,
-    padded_vocab_size=61,
-    post_layer_norm=True,
-    rmsnorm=True,
-    seq_length=64,
-    tie_word_embeddings=False,
-)
-
-
-def random_state(values: dict) -> dict[str, torch.Tensor]:
-    d, H, D = values["hidden_size"], values["num_attention_heads"], values["kv_channels"]
-    qkv, width = (H + 2 * values["multi_query_group_num"]) * D, values["ffn_hidden_size"]
-    shapes = {
-        "embedding.word_embeddings.weight": (values["padded_vocab_size"], d),
-        "encoder.final_layernorm.weight": (d,),
-        "output_layer.weight": (values["padded_vocab_size"], d),
-        "rotary_pos_emb.inv_freq": (D // 4,),
-    }
-    for i in range(values["num_layers"]):
-        layer = {
-            "input_layernorm.weight": (d,),
-            "self_attention.query_key_value.weight": (qkv, d),
-            "self_attention.query_key_value.bias": (qkv,),
-            "self_attention.dense.weight": (d, H * D),
-            "post_attention_layernorm.weight": (d,),
-            "mlp.dense_h_to_4h.weight": (2 * width, d),
-            "mlp.dense_4h_to_h.weight": (d, width),
-        }
-        shapes |= {f"encoder.layers.{i}.{name}": shape for name, shape in layer.items()}
-    torch.manual_seed(0)
-    return {f"transformer.{name}": torch.randn(shape) * 0.3 + 0.1 for name, shape in shapes.items()}
+from model.quant import quantize_model
+from tests.helpers.chatglm import CONFIG, write_chatglm
 
 
 def reference(values: dict, state: dict[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
@@ -100,17 +55,10 @@ def reference(values: dict, state: dict[str, torch.Tensor], tokens: list[int]) -
     return norm(x, "transformer.encoder.final_layernorm") @ state["transformer.output_layer.weight"].T
 
 
-def write(folder, values: dict):
-    state = random_state(values)
-    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    save_file(state, folder / "model.safetensors")
-    return state
-
-
 @pytest.mark.parametrize("changes", ({}, dict(multi_query_group_num=1, rope_ratio=50), dict(multi_query_group_num=4)))
 def test_logits_equal_the_published_definition(tmp_path, changes):
     values = CONFIG | changes
-    state = write(tmp_path, values)
+    state = write_chatglm(tmp_path, **changes)
     tokens = [5, 60, 7, 7, 0, 33, 12, 1, 2, 40, 41]
     with torch.no_grad():
         logits = load_weights(tmp_path).build()(torch.tensor([tokens])).logits[0]
@@ -119,7 +67,7 @@ def test_logits_equal_the_published_definition(tmp_path, changes):
 
 def test_it_is_written_as_glm(tmp_path):
     transformers = pytest.importorskip("transformers")
-    write(tmp_path, CONFIG)
+    write_chatglm(tmp_path)
     checkpoint = load_weights(tmp_path)
     written = config_to_hf(checkpoint.config)
     assert written["model_type"] == "glm"
@@ -130,8 +78,17 @@ def test_it_is_written_as_glm(tmp_path):
         torch.testing.assert_close(checkpoint.build()(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_fused_layers_are_packed_one_by_one(tmp_path):
+    """Blocks of 64 weights do not run on from q into k, which lies behind it in query_key_value."""
+    write_chatglm(tmp_path)
+    model, tokens = load_weights(tmp_path).build(), torch.arange(20)[None]
+    quantize_model(model, 4)
+    with torch.no_grad():
+        assert torch.equal(load_weights(tmp_path).build(bits=4)(tokens).logits, model(tokens).logits)
+
+
 def test_lora_targets_have_its_names(tmp_path):
-    write(tmp_path, CONFIG)
+    write_chatglm(tmp_path)
     model = load_weights(tmp_path).build()
     found = find_targets(model, ("query_key_value", "dense_4h_to_h"))
     assert [name.rpartition(".")[2] for name in found] == ["q_proj", "k_proj", "v_proj", "down_proj"] * 2
@@ -163,7 +120,7 @@ def test_chatglm_1_and_broken_files_are_refused(tmp_path):
         config_from_hf(first)
     with pytest.raises(UserError, match="kv_channels missing"):
         config_from_hf({key: value for key, value in CONFIG.items() if key != "kv_channels"})
-    state = write(tmp_path, CONFIG)
+    state = write_chatglm(tmp_path)
     name = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
     save_file(state | {name: state[name][1:].clone()}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"layers\.1\..*: has 63 rows, but config.json says 32 \+ 16 \+ 16"):

@@ -47,6 +47,20 @@ def test_windows_of_layers():
         (dict(layer_types=("full_attention", "linear_attention")), "linear_attention is not one of full_attention"),
         (dict(layer_types=("sliding_attention",) * 2), "there is no sliding_window"),
         (dict(rope_local_theta=1e4), "rope_local_theta is for layers with a sliding_window"),
+        # from somebody's file: the first two were tracebacks, the third was built for hours
+        (dict(hidden_size="512"), "hidden_size must be a whole number, not '512'"),
+        (
+            dict(vocab_size=3.5, num_experts=True),
+            "vocab_size must be a whole number, not 3.5; num_experts must be a whole",
+        ),
+        (dict(num_hidden_layers=10**9), "num_hidden_layers 1000000000 is too many"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps must be at least 0 and finite, not nan"),
+        (dict(tie_word_embeddings=1), "tie_word_embeddings must be true or false, not 1"),
+        (dict(rope_scaling=[1]), "rope_scaling must be a dictionary"),
+        (
+            dict(rope_scaling=dict(rope_type="linear", factor=0)),
+            "rope_scaling's factor must be a positive number, not 0",
+        ),
     ],
 )
 def test_impossible_settings_are_named(changes, problem):

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from common.files import ROOT
 from model.config import MIXTURE, PRESETS, ModelConfig
-from model.cost import cache_bytes, count_parameters, row_bytes, state_bytes, step_flops
+from model.cost import cache_bytes, count_parameters, frozen_bytes, row_bytes, state_bytes, step_flops
+from model.precision import lower_frozen
+from model.quant import quantize_model
 from model.transformer import CausalLM
 
 # d 4, one head of 4, feed-forward 8, 10 words
@@ -86,4 +89,52 @@ def test_bytes_by_hand():
     shape = ModelConfig(**TINY)
     assert row_bytes(shape, 100, width=2) == 100 * (64 * 2 + 10 * 2 * 4)
     assert cache_bytes(shape, rows=3, length=100, width=2) == 3 * 100 * 8 * 2
-    assert state_bytes(trained=10, frozen=5, moments=2) == 45 * 4
+    assert state_bytes(trained=10, frozen=20, moments=2) == 45 * 4
+
+
+@pytest.mark.parametrize("bits", (None, 4, 8))
+@pytest.mark.parametrize("kind", range(4))
+def test_bytes_of_a_frozen_model_are_those_of_its_tensors(bits, kind):
+    """Whatever has biases, norms, routers or experts, and matrices that are no multiple of a block."""
+    shape = dict(vocab_size=101, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    shape |= (
+        dict(attention_bias=True, intermediate_size=43),
+        dict(qk_norm=True, post_norms=True, head_dim=10),
+        dict(num_experts=3, num_shared_experts=2, moe_intermediate_size=16, tie_word_embeddings=False),
+        dict(num_experts=3, shared_expert_intermediate_size=20, moe_intermediate_size=16),
+    )[kind]
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig(**shape))
+    model.requires_grad_(False)
+    if bits:
+        quantize_model(model, bits)
+    lower_frozen(model, torch.bfloat16)
+    found = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - model.rope_frequencies.nbytes
+    assert frozen_bytes(model.config, width=2, bits=bits) == found
+
+
+SIZES = {  # the published shapes: d, layers, heads, key/value heads, feed-forward, words, biases, tied
+    "Qwen2 0.5B": (896, 24, 14, 2, 4864, 151936, True, True),
+    "Qwen2 1.5B": (1536, 28, 12, 2, 8960, 151936, True, True),
+    "ChatGLM3 6B": (4096, 28, 32, 2, 13696, 65024, True, False),
+    "Llama 2 7B": (4096, 32, 32, 32, 11008, 32000, False, False),
+    "Qwen2.5 7B": (3584, 28, 28, 4, 18944, 152064, True, False),
+    "Qwen2.5 14B": (5120, 48, 40, 8, 13824, 152064, True, False),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_table_of_docs_lora_is_the_formulas(name):
+    d, layers, heads, kv, width, words, biases, tied = SIZES[name]
+    config = ModelConfig(
+        hidden_size=d,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        intermediate_size=width,
+        vocab_size=words,
+        attention_bias=biases,
+        tie_word_embeddings=tied,
+    )
+    cells = (f"{frozen_bytes(config, 2, bits) / 2**30:.2f} GiB" for bits in (None, 8, 4))
+    assert f"| {name} | {' | '.join(cells)} |" in (ROOT / "docs/lora.md").read_text(encoding="utf-8").splitlines()

@@ -248,6 +248,18 @@ def test_llama_cpp_tokenises_the_same(steps, tmp_path):
     assert llama.tokenize("<|im_start|>", special=True) == [1]
 
 
+@pytest.mark.soak
+def test_llama_cpp_tokenises_real_text_the_same(shared, tmp_path):
+    """4,000 rows of six files, in both languages."""
+    write(tmp_path / "a.gguf", tokenizer=TOKENIZER)
+    llama, count = LlamaCpp(tmp_path / "a.gguf"), 0
+    for path in sorted((shared / "data").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines()[:700]:
+            text, count = json.dumps(json.loads(line), ensure_ascii=False)[:2000], count + 1
+            assert llama.tokenize(text) == TOKENIZER.encode(text), text
+    assert count > 3000
+
+
 def test_llama_cpp_with_fewer_bits_is_near(tmp_path):
     model, _, _ = write(tmp_path / "a.gguf", "q8_0")
     ids = list(range(100, 160))

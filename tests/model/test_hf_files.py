@@ -132,3 +132,12 @@ def test_a_config_that_is_no_dictionary_is_an_error_in_one_line(content, tmp_pat
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="config.json: holds a (list|str|NoneType), not the settings of a model"):
         load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", ('{"model_type": ["llama"]}', '{"model_type": "llama", "rope_scaling": [1]}'))
+def test_a_config_of_another_kind_is_named(content, tmp_path):
+    """Each ended in a traceback."""
+    export(tmp_path)
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="config.json: a setting is missing or of another kind"):
+        load_weights(tmp_path)

@@ -102,6 +102,7 @@ def memory(what):
 
 torch.set_num_threads(1)
 load_weights(sys.argv[1] + "/small").build(torch.bfloat16, 4)  # brings the code into memory
+assert "sympy" not in sys.modules, "some operations on meta import torch's compiler: 2 to 5 seconds at each start"
 for dtype, bits in (torch.bfloat16, 4), (torch.bfloat16, 8), (torch.bfloat16, None), (torch.float32, None):
     ctypes.CDLL(None).malloc_trim(0)  # returns what is free to the system
     with open("/proc/self/clear_refs", "w") as file:

@@ -10,13 +10,26 @@ from torch import nn
 
 from common.console import UserError
 from model.config import ModelConfig
-from model.lora import Adapter, LoRALinear, LoRASettings, freeze
+from model.lora import (
+    Adapter,
+    LoRALinear,
+    LoRASettings,
+    QuantLoRALinear,
+    adapted,
+    add_lora,
+    freeze,
+    merge,
+    remove_lora,
+    unmerge,
+)
 from model.precision import lower_frozen
 from model.quant import (
     NF4,
     NF4_CODE,
     Int8,
     QuantLinear,
+    _nearest,
+    _nearest_nf4,
     bytes_per_parameter,
     dequantize_int8,
     dequantize_nf4,
@@ -87,6 +100,19 @@ def test_the_error_is_within_half_a_step(shape):
     packed = quantize_int8(weight)
     error = (dequantize_int8(packed, torch.float32) - weight).abs()
     assert (error <= packed.scales[:, None] / 127 * 0.5001).all()
+
+
+def test_the_table_of_cells_finds_the_nearest_code():
+    """At the borders between two codes, a few floats to either side, and at the edges of the cells."""
+    borders = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2
+    edges = torch.arange(-32, 33) / 32
+    x = [torch.cat([borders, edges, random(4000).clamp(-1, 1)])]
+    for towards in (-2.0, 2.0):
+        near = x[0]
+        for _ in range(3):
+            x.append(near := torch.nextafter(near, torch.tensor(towards)))
+    x = torch.cat(x)[None]
+    assert torch.equal(_nearest_nf4(x, torch.ones(1, 1)), _nearest(x, torch.ones(1, 1), NF4_CODE))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40])
@@ -299,18 +325,6 @@ def test_a_layer_on_meta_is_filled_by_a_dense_weight(bits):
         layer.quantize_(weight.T)
 
 
-class QuantLoRALinear(LoRALinear, QuantLinear):
-    """An adapter beside a packed weight: `LoRALinear.forward` calls `QuantLinear.forward` as its super's."""
-
-    def __init__(self, layer: QuantLinear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bits, self.kind = layer.bits, layer.kind
-        self._buffers.update(layer._buffers)
-        self.bias = layer.bias
-        self.adapters, self.active, self.unmerged = nn.ModuleDict(), None, None
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_adapter_learns_beside_a_packed_weight(bits):
     """The same output and gradients as beside the dequantised weight, to rounding: the bias is added at another
@@ -334,6 +348,41 @@ def test_an_adapter_learns_beside_a_packed_weight(bits):
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
     assert {name for name, _ in layers[0].named_parameters()} == {"bias", "adapters.default.A", "adapters.default.B"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merging_beside_packed_weights_dequantises_and_adds(bits):
+    """W' = dequantised W + scale B A, rounded to bf16 once. The packed weight stays, so unmerging gives its bits."""
+    model = tiny_model()
+    freeze(model)
+    quantize_model(model, bits)
+    add_lora(model, LoRASettings(rank=4))
+    for layer in adapted(model).values():
+        nn.init.normal_(layer.adapter("default").B, std=0.3)
+    layer = model.model.layers[1].mlp.down_proj
+    assert type(layer) is QuantLoRALinear
+    expected = (layer.dequantize() + layer.adapter("default").product()).bfloat16()
+    before, size = model(TOKENS).logits, model.num_parameters()
+    merge(model)
+    merge(model)  # twice is once
+    assert torch.equal(layer.weight, expected) and not torch.equal(layer.weight, layer.dequantize().bfloat16())
+    merged = model(TOKENS).logits
+    torch.testing.assert_close(merged, before, atol=0.1, rtol=0.05)
+    unmerge(model)
+    assert torch.equal(model(TOKENS).logits, before) and model.num_parameters() == size
+    merge(model)
+    remove_lora(model)
+    assert type(model.model.layers[1].mlp.down_proj) is Linear and not quantized(model)
+    assert torch.equal(model(TOKENS).logits, merged)
+
+    plain = tiny_model()
+    quantize_model(plain, bits)
+    again = tiny_model()
+    quantize_model(again, bits)
+    add_lora(again, LoRASettings(rank=4))
+    remove_lora(again)
+    assert type(again.model.layers[1].mlp.down_proj) is QuantLinear
+    assert torch.equal(again(TOKENS).logits, plain(TOKENS).logits)
 
 
 # ---- the model

@@ -192,6 +192,25 @@ def test_gguf_and_its_modelfile(source, tmp_path):
     assert llama.greedy(ids, 12) == expected[len(ids) :]
 
 
+@pytest.mark.parametrize("name", [f"minimind{g}_{kind}" for g in (2, 3) for kind in ("dense", "moe", "yarn")])
+def test_llama_cpp_gives_minimind_logits(name, shared, tmp_path):
+    """Their file, their logits, and in between llama.cpp instead of their code."""
+    from safetensors.torch import load_file
+
+    from tests.helpers.llama_cpp import LlamaCpp
+
+    theirs = shared / "fixtures" / f"{name}.pth"
+    _tokenizer(tmp_path / "tokenizer", 331)
+    words = ("--tokenizer_path", tmp_path / "tokenizer", "--dtype", "f32", "--no_verify")
+    convert(theirs, tmp_path / "a.gguf", "--to", "gguf", *words)
+    expected = load_file(theirs.with_name(f"{name}.logits.safetensors"))
+    ids, logits = expected["input_ids"][0], expected["logits"][0]
+    position, row = (30, 30) if len(logits) == len(ids) else (200, 4)  # the long file keeps every 50th position
+    log_p = logits[row].float().log_softmax(-1)
+    found = LlamaCpp(tmp_path / "a.gguf").next_token(ids[: position + 1].tolist())
+    assert max(abs(found[i] - log_p[i].item()) for i in found) < 1e-3
+
+
 # ---- adapters
 
 

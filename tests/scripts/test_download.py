@@ -88,14 +88,19 @@ def test_another_model_of_the_same_name_is_no_copy(hub, tmp_path):
     for owner in "ab":
         hub.add(f"{owner}/tiny", {"config.json": owner.encode(), "model.safetensors": WEIGHTS})
     models.fetch_model("a/tiny")
-    with pytest.raises(UserError, match="b/tiny: .* is a copy of a/tiny; remove it, or choose another folder"):
+    with pytest.raises(UserError, match="b/tiny: .* is there already, a copy of a/tiny; remove it, or choose"):
         find_weights("b/tiny")
-    with pytest.raises(UserError, match="is a copy of a/tiny; remove it"):
+    with pytest.raises(UserError, match="a copy of a/tiny; remove it"):
         models.fetch_model("a/tiny", revision="v1")
     assert models.fetch_model("b/tiny", to=tmp_path / "mine").joinpath("config.json").read_bytes() == b"b"
     assert models.fetch_model("a/tiny", revision="v1", to=tmp_path / "v1") == tmp_path / "v1/tiny"
-    with pytest.raises(UserError, match="is a copy of a/tiny, revision v1"):
+    with pytest.raises(UserError, match="a copy of a/tiny, revision v1"):
         models.fetch_model("a/tiny", revision="main", to=tmp_path / "v1")
+    with pytest.raises(UserError, match="a copy of a/tiny; remove it"):
+        models.fetch_model("a/tiny", patterns=["*.gguf"])
+    for name in ("a/..", "a/b/c", "../b"):
+        with pytest.raises(UserError, match="no name on a hub"):
+            models.fetch_model(name)
 
 
 def test_minimind_comes_with_its_tokenizer(hub, tmp_path):
@@ -155,6 +160,7 @@ def test_processes_of_one_training_fetch_once(hub):
 def test_a_mistyped_name_says_both_things_that_it_may_be(hub, monkeypatch):
     with pytest.raises(UserError, match=r"^Qwen/Qwen9: no such file or directory; as a model on a hub: there is noth"):
         find_weights("Qwen/Qwen9")
+    assert not models.MODELS.exists(), "nothing is left of the attempt"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub.asked.clear()
     for script, flag in (("eval_model.py", "--weight"), ("trainer/train_full_sft.py", "--model_name_or_path")):

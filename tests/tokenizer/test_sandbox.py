@@ -124,3 +124,18 @@ def test_a_long_conversation_is_no_endless_one():
     template = environment.from_string(source)
     environment.render_bounded(template, dict(messages=[said("user", "x" * 1000)] * 1000))
     assert 1000 < environment.steps < sandbox.STEPS / 40
+
+
+@pytest.mark.parametrize(
+    "name, content, named",
+    [
+        ("tokenizer_config.json", "[1]", "expected an object"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be text, found 3"),
+        ("generation_config.json", '"x"', "expected an object"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path, name, content, named):
+    tokenizer = build(tmp_path, "{{ 1 }}", "<|im_end|>", NAMES)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{name}: {named}"):
+        type(tokenizer).load(tmp_path)

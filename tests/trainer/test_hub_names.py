@@ -101,7 +101,7 @@ def test_mu_xues_file_word_for_word(home, tmp_path):
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     shutil.copy(ROOT / "configs/mu_xue.yaml", home / "config.yaml")
-    words = ["--config", "config.yaml", "--use_4bit", "false", *SMALL]
+    words = ["--config", "config.yaml", *SMALL]
     status, out, err = run_script("trainer/train_lora.py", *words)
     assert status == 0 and f"from: {tmp_path / 'models/chatglm3-6b'}" in out, err
     assert (tmp_path / "model/lora_model/adapter_config.json").is_file(), "output_dir: ../model"

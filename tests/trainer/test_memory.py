@@ -63,12 +63,14 @@ def test_bytes_of_a_training_by_hand():
     # an adapter of rank 2 beside seven matrices: 2 x (4 x 8 + 2 x 4 + 3 x 24 + ...) numbers, trained
     inner = 2 * (2 * (8 + 8) + 2 * (4 + 8) + 3 * (16 + 8))
     lora = row + 100 * 2 * 2 * (8 + 4 + 4 + 8 + 16 + 16 + 8)  # the adapters' outputs, and the sums
-    assert training_bytes(shape, 100, bits=16, lora_rank=2) == 680 * 2 + inner * 16 + lora
-    # 8 bits: a byte a weight and 4 for each row of 8; 104 weights stay in bf16
-    assert training_bytes(shape, 100, bits=8, lora_rank=2) == 576 * 1.5 + 104 * 2 + 576 * 2 + inner * 16 + lora
-    # 4 bits, and a byte for 64 weights, and 4 for 16,384
-    packed = int(576 * (4 + 0.125 + 32 / 16384) / 8 + 104 * 2 + inner * 16)
-    assert training_bytes(shape, 100, bits=4, lora_rank=2) == packed + 576 * 2 + lora
+    others = 80 * 2 + 24 * 4  # the embedding in bf16, norms in fp32
+    assert training_bytes(shape, 100, bits=16, lora_rank=2) == 576 * 2 + others + inner * 16 + lora
+    # 8 bits: a byte a weight and 4 for each row
+    packed = 576 + 4 * (8 + 4 + 4 + 8 + 16 + 16 + 8)
+    assert training_bytes(shape, 100, bits=8, lora_rank=2) == packed + others + 576 * 2 + inner * 16 + lora
+    # 4 bits, and a byte for 64 weights, 4 for 16,384, and 4 for a matrix: for q and o, k and v, and the feed-forward
+    packed = 2 * (32 + 1 + 4 + 4) + 2 * (16 + 1 + 4 + 4) + 3 * (64 + 2 + 4 + 4)
+    assert training_bytes(shape, 100, bits=4, lora_rank=2) == packed + others + 576 * 2 + inner * 16 + lora
     three = training_bytes(shape, 100, rows=3) - training_bytes(shape, 100)
     assert three == 2 * row
 

@@ -74,7 +74,7 @@ def explained(config: StageConfig, model: CausalLM, world: int):
 def memory_advice(config: StageConfig, model: CausalLM) -> str:
     """What needs how much memory, and the flags that train the same with less."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    frozen = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
     fixed = state_bytes(trained, frozen, moments=1 if config.optimizer == "muon" else 2)
     rows = config.batch_size
     moving = rows * row_bytes(model.config, config.max_seq_len, (model.compute_dtype or torch.float32).itemsize)

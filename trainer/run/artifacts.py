@@ -11,6 +11,8 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from common.files import keep_previous
 from model.adapter import find_base, load_adapter, save_adapter
 from model.checkpoint import Checkpoint, load_weights, save_weights
@@ -54,6 +56,7 @@ class AdapterOnly(Weights):
 
     settings: LoRASettings
     parent: InitVar[Checkpoint]
+    bits: int | None = None  # of the base while the adapter is trained; None: dense
     peft: bool = False  # also as a directory that peft reads
     merged: str = ""  # file of full weights to write as well
     base: dict = field(init=False)
@@ -62,7 +65,9 @@ class AdapterOnly(Weights):
 
     def __post_init__(self, parent):
         self.base = dict(path=str(Path(parent.path).resolve()), hash=parent.hash)
-        self.identity = dict(lora=self.settings.to_dict())
+        if self.bits:
+            self.base["bits"] = self.bits
+        self.identity = dict(lora=self.settings.to_dict(), bits=self.bits)
 
     def writes(self, path, config):
         return [*super().writes(path, config)[:2], *([Path(config.save_dir) / self.merged] if self.merged else [])]
@@ -75,8 +80,11 @@ class AdapterOnly(Weights):
         if self.peft or config.output_dir:
             folder = Path(config.output_dir) / "lora_model" if config.output_dir else path.with_suffix("")
             lines.append(f"also: {write_peft(folder, adapter, tokenizer.path)}, for peft")
-        if self.merged:  # merged into the stored base in fp32: for training it was rounded to the compute dtype
-            model = adapter.apply(find_base(adapter, None, config.save_dir).build())
+        if self.merged:
+            base = find_base(adapter, None, config.save_dir)
+            # into the stored base, in fp32: for training it was rounded to the compute dtype. An adapter that has
+            # learned beside packed weights belongs to those, rounding errors included
+            model = adapter.apply(base.build(torch.bfloat16, self.bits) if self.bits else base.build())
             merge(model)
             remove_lora(model)
             full = Path(config.save_dir) / self.merged

@@ -28,8 +28,8 @@ class Meter:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, measure_peak: bool):
         self.config: ModelConfig = model.config
-        weights = [(p.numel(), p.requires_grad) for p in model.parameters()]
-        self.trained = sum(n for n, trained in weights if trained) / max(sum(n for n, _ in weights), 1)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.trained = trained / max(model.num_parameters(), 1)
         width, ffn = self.config.hidden_size, self.config.intermediate_size
         shapes = [(1024, width, ffn), (1024, ffn, width), (1024, width, self.config.vocab_size)]
         self.peak = gemm_rate(shapes, dtype, device) if measure_peak else 0.0
