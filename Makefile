@@ -2,14 +2,14 @@
 # make chat     talks to it
 # make test     the quick tests        make soak   the long ones       make bench   the benchmarks       make lint
 #
-# make test WORKERS=4   in several processes; one needs about 2 GB of memory
+# make test WORKERS=4   in four processes instead of two; each needs about 2 GB of memory
 #
 # A machine without a GPU does not need the CUDA build of torch:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-WORKERS ?= 0
+WORKERS ?= 2
 ifeq ($(OS),Windows_NT)
 RUN = .venv/Scripts/python
 else

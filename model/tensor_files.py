@@ -131,10 +131,9 @@ def _fill(file: BinaryIO, numbers: Tensor) -> bool:
 
 
 def _is_finite(numbers: Tensor) -> bool:
-    """A sum, which is fast, is finite only if all its terms are. It may overflow: then one looks closer."""
-    if numbers.dtype.itemsize == 1:
-        numbers = numbers.float()
-    return bool(numbers.sum(dtype=torch.float32).isfinite() or numbers.isfinite().all())
+    """The extremes tell, NaN among them; isfinite() of each number is fifty times as slow."""
+    extremes = (numbers.float() if numbers.dtype.itemsize == 1 else numbers).aminmax()
+    return all(extreme.isfinite() for extreme in extremes)
 
 
 def _identity(file) -> tuple[int, ...]:

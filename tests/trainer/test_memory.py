@@ -112,4 +112,4 @@ def test_a_training_takes_what_the_formula_says(tmp_path):
         taken = measured(tmp_path, name, small.to_dict(), 8, *flags) - fixed
         foretold = training_bytes(small, 512, 8, width=4, **method)
         print(f"{name}: {taken / 1e6:.0f} MB, foretold {foretold / 1e6:.0f} MB")
-        assert 0.8 < taken / foretold < 1.25, f"{name}: {taken / 1e6:.0f} MB, foretold {foretold / 1e6:.0f} MB"
+        assert 0.75 < taken / foretold < 1.35, f"{name}: {taken / 1e6:.0f} MB, foretold {foretold / 1e6:.0f} MB"

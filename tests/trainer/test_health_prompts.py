@@ -13,6 +13,7 @@ from tests.helpers.models import TOKENIZER
 from tests.helpers.rows import jsonl, write_pretrain, write_sft
 from tests.helpers.runs import run_stage, torchrun, train_twice
 from trainer.loop.health import PROMPTS, TOKENS
+from trainer.run.resume import read_state
 from trainer.stage import StageConfig
 
 ASKED = [{"prompt": f"question {n}, 你好吗" * (1 + n % 3)} for n in range(PROMPTS + 4)]
@@ -58,11 +59,15 @@ def test_the_figures_are_those_of_the_model_at_that_step_and_the_weights_those_o
     assert {"health_ended", "health_empty"} <= found[8].keys()
 
 
-def test_a_stopped_run_with_it_continues_bit_for_bit(tmp_path, flags, stop_at):
+def test_a_stopped_run_with_it_continues_bit_for_bit_and_one_without_it_is_the_same(tmp_path, flags, stop_at):
     asked = f"--health_prompts={tmp_path / 'asked.jsonl'}"
     adapter = ("--use_lora", "--lora_dropout=0.5")  # which draws random numbers at every step
     whole, parts = train_twice("full_sft", tmp_path, stop_at, [3, 6], *flags, asked, *adapter)
     assert same(whole, parts)
+    run_stage("full_sft", *flags, *adapter, f"--save_dir={tmp_path / 'without'}")
+    (state,) = (tmp_path / "without").glob("resume/*/*/step_00000008")
+    tensors, _ = read_state(state)
+    assert same(whole, {**tensors["weights"], **tensors["optimizer"]})  # it has drawn no random number
 
 
 def test_pretraining_continues_the_prompts(tmp_path):
