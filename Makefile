@@ -1,5 +1,6 @@
 # make demo     trains a small model from nothing and shows what it learned (set-up included)
 # make chat     talks to it
+# make serve    serves it at http://127.0.0.1:8998/v1, for programs that speak OpenAI's API
 # make test     the quick tests        make soak   the long ones       make bench   the benchmarks       make lint
 #
 # make test WORKERS=4   in four processes instead of two; each needs about 2 GB of memory
@@ -16,12 +17,16 @@ else
 RUN = .venv/bin/python
 endif
 
-.PHONY: demo chat test soak bench lint
+.PHONY: demo chat serve test soak bench lint
 demo: .venv/ready
 	$(RUN) scripts/demo.py
 
 chat: .venv/ready
 	$(RUN) eval_model.py --model_mode 1
+
+serve: .venv/ready
+	$(RUN) -m pip install -q fastapi uvicorn
+	$(RUN) scripts/serve_openai_api.py
 
 # the tests' models are so small that more threads only wait for each other
 test: export OMP_NUM_THREADS = 1

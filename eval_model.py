@@ -112,6 +112,7 @@ class EvalConfig(Options):
     )
     top_p: float = option(0.85, "draw from the likeliest tokens with this total probability", within="(0, 1]")
     top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, inf)")
+    min_p: float = option(0.0, "drop tokens below this share of the likeliest one's probability", within="[0, 1)")
     repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
     seed: int | None = option(None, "makes answers repeatable", within="[0, inf)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
@@ -377,7 +378,8 @@ def main(argv: list[str] | None = None) -> None:
     from inference.session import Session
 
     temperature = 0.85 if config.temperature is None else config.temperature
-    sampling = Sampling(temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed)
+    settings = (temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed, config.min_p)
+    sampling = Sampling(*settings)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
     talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens or 1024, **said)
     if config.prompt:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
+from model.attention import AttentionMask, build_mask
 from model.config import ModelConfig
 from model.rope import count_positions
 
@@ -36,23 +37,27 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def extend(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Makes room for tokens (B, T) -> positions (B or 1, S) and documents (B, S) of all that is cached then.
+    def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        """Makes room for tokens (B, T) -> their positions (B or 1, T).
 
-        documents (B, T) None: the tokens continue the document that each row ends with; if all rows are one document,
-        the result is None as well.
+        documents (B, T) None: the tokens continue the document that each row ends with.
         """
         past, T = self.length, tokens.shape[1]
         if past + T > self.capacity:
             raise UserError(f"{past + T} tokens do not fit into a cache of {self.capacity}")
-        self.length = past + T
-        if documents is None:
-            if self.documents is None:
-                return torch.arange(past + T, device=tokens.device)[None], None
+        self.length, self.new = past + T, T
+        if documents is None and self.documents is not None:
             documents = self.documents[:, -1:].expand(-1, T)
-        before = self.documents[:, :past] if self.documents is not None else documents[:, :0]
-        self.documents = torch.cat((before, documents), dim=1)
-        return count_positions(self.documents), self.documents
+        if documents is None:
+            self.positions = torch.arange(past + T, device=tokens.device)[None]
+        else:
+            before = self.documents[:, :past] if self.documents is not None else documents[:, :0]
+            self.documents = torch.cat((before, documents), dim=1)
+            self.positions = count_positions(self.documents)
+        return self.positions[:, past:]
+
+    def mask(self, window: int | None) -> AttentionMask:
+        return build_mask(self.new, self.positions, self.documents, self.keys, "sdpa", None, window)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows (n,) stay, in this order."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.console import UserError
 from inference.cache import KVCache
-from inference.sampling import Sampling
+from inference.sampling import Said, Sampling
 from model.transformer import CausalLM
 
 PREFILL_POSITIONS = 1024  # prompt positions computed at once: bounds the memory that a long prompt needs
@@ -77,37 +77,35 @@ def decode(
     if sampling.temperature > 0:
         generator = torch.Generator(device)
         generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-        # A chat's prompt holds an end token for each turn. Penalised for it, the model would not stop in time.
-        seen[:, [token for token in stop if token < seen.shape[1]]] = False
+    said = [Said(sampling, prompt, stop) for prompt in prompts] if Said.needed(sampling) else []
 
     tokens, documents = pad_left([prompt[cache.length :] for prompt in prompts], device)
     logits = prefill(model, tokens, documents, cache)
     computed = list(range(len(prompts)))  # the rows that are computed; some of them may have ended
     ended = [False] * len(prompts)
     for remaining in range(max_new_tokens, 0, -1):
-        drawn = sampling.draw(logits, seen, generator)  # (n,) of the n rows computed
+        if said:
+            logits = logits.float()
+            for row, scores in zip(computed, logits):
+                said[row].adjust(scores)
+        drawn = sampling.draw(logits, generator)  # (n,) of the n rows computed
         ids: list[int | None] = [None] * len(prompts)
         for row, token in zip(computed, drawn.tolist()):
             ended[row] = ended[row] or token in stop
             ids[row] = None if ended[row] else token
+            if said:
+                said[row].add(token)
         if all(ended):
             return
         yield ids
         if remaining == 1:
             return
-        if seen is not None:
-            seen.scatter_(1, drawn[:, None], True)
         going = [n for n, row in enumerate(computed) if not ended[row]]
         # copying the cache costs about as much as a step. With random draws, a row's numbers depend on its place
         if generator is None and len(going) <= len(computed) // 2:
             computed, kept = [computed[n] for n in going], torch.tensor(going, device=device)
             cache.keep(kept)
-            drawn, seen = drawn[kept], None if seen is None else seen[kept]
+            drawn = drawn[kept]
         logits = model(drawn[:, None], cache=cache).logits[:, -1]
 
 

@@ -75,8 +75,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Te
     if mask.kernel == "blocked":
         return blocked_attention(q, k, v, mask).transpose(1, 2)
     H, T = q.shape[1:3]
-    causal = mask.tensor is None and T == k.shape[2] and T > 1
-    if q.device.type == "cuda" and T > 1:
+    if T == 1:  # the G queries of a group take the place of positions: the keys are read once, not G times
+        out = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k, v, mask.tensor)
+        return out.reshape(q.shape).transpose(1, 2)
+    causal = mask.tensor is None and T == k.shape[2]
+    if q.device.type == "cuda":
         # Only flash attention shares keys between queries there, and it takes no mask. The other kernels, given groups,
         # would store scores of (B, H, T, S) in fp32.
         k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))

@@ -31,8 +31,12 @@ from model.rope import apply_rope, count_positions, inverse_frequencies, local_f
 class Cache(Protocol):
     """What the model needs of a key/value cache (`inference.cache.KVCache`)."""
 
-    def extend(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Makes room for tokens (B, T) -> positions (B or 1, S) and documents (B, S) of all keys, these included."""
+    def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        """Makes room for tokens (B, T) -> their positions (B or 1, T)."""
+        ...
+
+    def mask(self, window: int | None) -> AttentionMask:
+        """Which of all keys the new tokens see in a layer with this window."""
         ...
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,22 +203,23 @@ class CausalLM(nn.Module):
         """
         B, T = tokens.shape
         if cache is not None:
-            positions, documents = cache.extend(tokens, documents)  # (B or 1, S) and (B, S)
+            positions = cache.extend(tokens, documents)
         elif positions is None and documents is not None:
             positions = count_positions(documents)
         elif positions is None:
             positions = torch.arange(T, device=tokens.device)[None]
-        S = positions.shape[1]
 
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
-        new = positions[:, S - T :]
-        rope = local_rope = rope_table(new, self.rope_frequencies, self.rope_temperature, x.dtype)
+        rope = local_rope = rope_table(positions, self.rope_frequencies, self.rope_temperature, x.dtype)
         if self.local_rope_frequencies is not None:
-            local_rope = rope_table(new, self.local_rope_frequencies, dtype=x.dtype)
+            local_rope = rope_table(positions, self.local_rope_frequencies, dtype=x.dtype)
         windows = self.config.windows
-        kernel = "sdpa" if cache is not None else self._kernel(x, documents is not None or any(windows))
-        masks = {window: build_mask(T, positions, documents, x, kernel, prefixes, window) for window in set(windows)}
+        if cache is not None:
+            masks = {window: cache.mask(window) for window in set(windows)}
+        else:
+            kernel = self._kernel(x, documents is not None or any(windows))
+            masks = {w: build_mask(T, positions, documents, x, kernel, prefixes, w) for w in set(windows)}
         aux_loss = torch.zeros(B, device=tokens.device)
         for block, window in zip(self.model.layers, windows):
             cos, sin = rope if window is None else local_rope

@@ -12,7 +12,7 @@ import pytest
 
 from common.files import ROOT
 
-FOLDERS = ("common", "model", "inference", "tokenizer", "dataset", "trainer", "evaluation", "scripts")
+FOLDERS = ("common", "model", "inference", "tokenizer", "dataset", "trainer", "evaluation", "serve", "scripts")
 PACKAGES = tuple(folder for folder in FOLDERS if (ROOT / folder).is_dir())
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))] + list(ROOT.glob("eval_*.py"))
 IDS = [path.relative_to(ROOT).as_posix() for path in FILES]
@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "inference": ("inference", "model", "tokenizer", "common"),
     "trainer": ("trainer", "inference", "dataset", "model", "tokenizer", "common"),
     "evaluation": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
-    "scripts": ("scripts", "evaluation", "inference", "dataset", "model", "tokenizer", "common"),
+    "serve": ("serve", "inference", "dataset", "model", "tokenizer", "common"),
+    "scripts": ("scripts", "serve", "evaluation", "inference", "dataset", "model", "tokenizer", "common"),
     "eval_model": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
 }
 NEVER = ("transformers", "peft", "trl", "accelerate", "datasets")  # opponents and oracles, for tests and benchmarks

@@ -42,6 +42,7 @@ def clone(tmp_path_factory):
             shutil.copy(ROOT / name, folder / name)
     write_pretrain(folder / "my.jsonl", rows=400)
     write_sft(folder / "chats.jsonl")
+    write_sft(folder / "val.jsonl", 8)
     (folder / "questions.txt").write_text("你好\nWho are you?\n", encoding="utf-8")
     return folder
 

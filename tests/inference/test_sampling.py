@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inference.sampling import Sampling
+from inference.sampling import Said, Sampling, SamplingRows, draw
 
 
 def test_sampling_draws_from_the_distribution_it_states():
@@ -14,7 +14,7 @@ def test_sampling_draws_from_the_distribution_it_states():
 
     def frequencies(**settings):
         rows = p.log().expand(20_000, 4)
-        drawn = Sampling(**{"temperature": 1.0, "top_p": 1.0, **settings}).draw(rows, None, generator)
+        drawn = Sampling(**{"temperature": 1.0, "top_p": 1.0, **settings}).draw(rows, generator)
         return torch.bincount(drawn, minlength=4) / 20_000
 
     close = dict(atol=0.015, rtol=0)
@@ -28,16 +28,49 @@ def test_sampling_draws_from_the_distribution_it_states():
 def test_top_p_stops_as_soon_as_it_is_reached():
     """p = (1/2, 1/4, 1/4) exactly: 1/2 is reached by the first token, so top_p 0.5 draws nothing else."""
     rows = torch.tensor([0.5, 0.25, 0.25]).log().expand(200, 3)
-    assert not Sampling(temperature=1.0, top_p=0.5).draw(rows, None, torch.Generator().manual_seed(0)).any()
+    assert not Sampling(temperature=1.0, top_p=0.5).draw(rows, torch.Generator().manual_seed(0)).any()
 
 
-def test_repetition_penalty_by_hand():
-    """Seen tokens: 2.0 / 2 = 1.0 falls behind 1.5; a negative score is multiplied: -1 * 2 = -2."""
-    logits = torch.tensor([[2.0, 1.5, -1.0, -1.5]])
-    seen = torch.tensor([[True, False, True, False]])
-    greedy = Sampling(temperature=0, repetition_penalty=2.0)
-    assert greedy.draw(logits, seen, None).tolist() == [1]
-    assert greedy.draw(torch.tensor([[-9.0, -9.0, -1.0, -1.5]]), seen, None).tolist() == [3]
+def test_penalties_and_bias_by_hand():
+    """Read: 0. Said: 0 once, 2 twice. Repetition 2 divides 2.0 and multiplies -1.0; presence and frequency take
+    0.5 + 0.25 from what was said once and 1.0 from what was said twice; a bias is added."""
+    sampling = Sampling(repetition_penalty=2, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={1: -100, 3: 1})
+    said = Said(sampling, [0], spared={4})
+    for token in (0, 2, 2, 4):
+        said.add(token)
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.5, 1.0])
+    said.adjust(logits)
+    expected = [2.0 / 2 - 0.75, 1.5 - 100, -1.0 * 2 - 1.0, -1.5 + 1, 1.0 - 0.75]  # 4 is spared from repetition alone
+    assert logits.tolist() == pytest.approx(expected)
+
+
+def test_rows_draw_by_their_own_settings():
+    """A row with each setting, side by side: p = (0.5, 0.3, 0.15, 0.05)."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    warm = dict(temperature=1.0, top_p=1.0)
+    rows = [
+        (Sampling(temperature=0), [1, 0, 0, 0]),
+        (Sampling(**warm), p.tolist()),
+        (Sampling(**warm, top_k=2), [0.625, 0.375, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.75), [0.625, 0.375, 0, 0]),
+        (Sampling(**warm, min_p=0.29), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),  # 0.29 of 0.5 is 0.145
+        (Sampling(**{**warm, "temperature": 0.5}), (p**2 / (p**2).sum()).tolist()),
+    ]
+    settings = SamplingRows.of([sampling for sampling, _ in rows])
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(len(rows), 4)
+    for _ in range(4000):
+        drawn = draw(p.log().expand(len(rows), 4), settings, torch.rand(len(rows), 4, generator=generator))
+        counts[torch.arange(len(rows)), drawn] += 1
+    torch.testing.assert_close(counts / 4000, torch.tensor([share for _, share in rows]), atol=0.03, rtol=0)
+
+
+def test_top_p_over_more_tokens_than_are_looked_at_first():
+    """600 equally likely tokens of 1,000: 0.9 of the probability needs 540 of them, more than LIKELIEST. Equal ones
+    are kept or dropped together, so all 600 stay, and none of the others."""
+    logits = torch.cat((torch.zeros(600), torch.full((400,), -5.0))).expand(50, 1000)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([Sampling(temperature=1.0, top_p=0.9).draw(logits, generator) for _ in range(40)])
+    assert 560 < drawn.unique().numel() and drawn.max() < 600
 
 
 def test_impossible_settings_are_refused_together():

@@ -1,0 +1,222 @@
+"""The engine against `transformers`, and the server against the engine: tokens per second and time to the first token.
+
+    python benchmarks/serving.py                             # `small` with random weights
+    python benchmarks/serving.py --weight full_sft --streams 16 --rounds 5
+    python benchmarks/serving.py --preset nano --new 16 --rounds 1        # to see that it runs
+
+Both sides have the same weights, prompts, greedy decoding, and end after exactly --new tokens. Rounds are interleaved.
+The server runs in this process, and its clients in another, so that these do not slow it down through Python's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.options import Options, option, parse
+
+VOCABULARY = 6400  # prompts are made of these ids
+
+
+@dataclass(frozen=True)
+class BenchConfig(Options):
+    """Options of this script"""
+
+    weight: str | None = option(None, "weights to measure; default: random ones of --preset")
+    preset: str = option("small", "the model's size without --weight", choices=("nano", "small", "base", "moe"))
+    prompt: int = option(64, "tokens of a prompt", within="[1, inf)")
+    new: int = option(128, "tokens of an answer", within="[2, inf)")
+    streams: int = option(16, "answers at the same time", within="[1, inf)")
+    rounds: int = option(3, "times each side is measured", within="[1, inf)")
+    clients: str | None = option(None, "used by this script itself: be the clients of this server")
+
+
+def build(config: BenchConfig):
+    import torch
+
+    from common.files import ROOT
+    from model.checkpoint import find_weights, load_weights
+    from model.config import ModelConfig
+    from model.precision import pick_device, pick_dtype, prepare_for_inference
+    from model.transformer import CausalLM
+
+    device = pick_device()
+    dtype, _ = pick_dtype("auto", device)
+    torch.manual_seed(0)
+    if config.weight:
+        model = load_weights(find_weights(config.weight, ROOT / "out")).build()
+    else:
+        model = CausalLM(ModelConfig.preset(config.preset))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
+    return prepare_for_inference(model, dtype).to(device)
+
+
+def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+    rng = random.Random(count)
+    return [[rng.randrange(16, vocab) for _ in range(length)] for _ in range(count)]
+
+
+def engine_seconds(engine, asked: list[list[int]], new: int) -> tuple[float, float]:
+    """-> (seconds, tokens per second from the first token on)"""
+    from inference.engine import Request
+    from inference.sampling import Sampling
+
+    begin = time.perf_counter()
+    sequences = [engine.submit(Request(prompt, Sampling(temperature=0), new)) for prompt in asked]
+    while engine.busy:
+        engine.step()
+    end = time.perf_counter()
+    first = max(sequence.first_token for sequence in sequences)
+    return end - begin, len(asked) * (new - 1) / max(end - first, 1e-9)
+
+
+def theirs(model, folder: Path):
+    """The same model in transformers."""
+    import transformers
+
+    from model.checkpoint import Checkpoint
+    from model.export import save_hf
+    from tokenizer.text import SHIPPED
+
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    save_hf(folder, Checkpoint(folder, state, model.config), SHIPPED, stop_ids={2})
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.compute_dtype).eval()
+
+
+def their_seconds(other, asked: list[list[int]], new: int) -> float:
+    import torch
+
+    ids = torch.tensor(asked)
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        other.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return time.perf_counter() - begin
+
+
+# ---- the server's clients, in a process of their own
+
+
+async def be_clients(url: str, asked: list[list[int]], new: int) -> None:
+    """Prints seconds for all, and the time to each first token, as JSON."""
+    import httpx
+
+    firsts: list[float] = []
+
+    async def one(client, prompt: list[int]) -> None:
+        begin = time.perf_counter()
+        body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True}
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            first = True
+            async for line in answer.aiter_lines():
+                if first and line.startswith("data: "):
+                    firsts.append(time.perf_counter() - begin)
+                    first = False
+
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+        begin = time.perf_counter()
+        await asyncio.gather(*(one(client, prompt) for prompt in asked))
+        print(json.dumps({"seconds": time.perf_counter() - begin, "first": sorted(firsts)}))
+
+
+def start_server(engine) -> str:
+    import uvicorn
+
+    from inference.sampling import Sampling
+    from serve.app import build_app
+    from serve.guard import PatientProtocol, Rules, guarded
+    from serve.models import Served
+    from serve.server import Limits
+    from tokenizer.text import Tokenizer
+
+    class Endless(Tokenizer):  # so that every answer has all its tokens
+        stop_ids = frozenset()
+
+    served = Served("model", engine, Endless.load(), None, 0)
+    app = guarded(build_app({"model": served}, Limits(max_waiting=1000), Sampling(temperature=0)), Rules())
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    server = uvicorn.Server(uvicorn.Config(app, http=PatientProtocol, ws="none", log_level="warning"))
+    threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
+    while not server.started:
+        time.sleep(0.05)
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def ask_server(config: BenchConfig, url: str, count: int) -> dict:
+    flags = ["--clients", url, "--streams", str(count), "--prompt", str(config.prompt), "--new", str(config.new)]
+    command = [sys.executable, str(Path(__file__).resolve()), *flags]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    config = parse(BenchConfig, description=__doc__)
+    if config.clients:
+        asked = prompts(config.streams, config.prompt, VOCABULARY)
+        return asyncio.run(be_clients(config.clients, asked, config.new))
+    import tempfile
+
+    from benchmarks.common import machine, spread
+    from inference.engine import Engine
+
+    model = build(config)
+    vocab = min(model.config.vocab_size, VOCABULARY)
+    rows = config.streams
+    capacity = max(1024, config.prompt + config.new)
+    figures: dict[str, list[float]] = {}
+    note = lambda name, value: figures.setdefault(name, []).append(value)
+    with tempfile.TemporaryDirectory() as folder:
+        other = theirs(model, Path(folder))
+        url = start_server(served := Engine(model, rows, capacity))
+        for turn in range(config.rounds + 1):
+            for count in (1, config.streams):
+                asked = prompts(count, config.prompt, vocab)
+                seconds, rate = engine_seconds(Engine(model, rows, capacity), asked, config.new)
+                other_seconds = their_seconds(other, asked, config.new)
+                if turn:  # the first round warms up
+                    note(f"{count:3} streams: engine, tokens/s in all", count * config.new / seconds)
+                    note(f"{count:3} streams: engine, tokens/s after the first", rate)
+                    note(f"{count:3} streams: transformers, tokens/s in all", count * config.new / other_seconds)
+                    note(f"{count:3} streams: engine / transformers", other_seconds / seconds)
+            for slot in served.slots.slots:  # the engine above has read nothing either
+                slot.ids.clear()
+            asked = prompts(config.streams, config.prompt, vocab)
+            alone, _ = engine_seconds(Engine(model, rows, capacity), asked, config.new)
+            found = ask_server(config, url, config.streams)
+            long = prompts(1, 512, vocab)
+            first, _ = engine_seconds(Engine(model, 1, 1024), long, 1)
+            other_first = their_seconds(other, long, 1)
+            for slot in served.slots.slots:
+                slot.ids.clear()
+            crowd = ask_server(config, url, 32)
+            if turn:
+                note(f"server with {config.streams} clients, time against the engine alone", found["seconds"] / alone)
+                note("first token of 512: engine, s", first)
+                note("first token of 512: engine / transformers", first / other_first)
+                note("32 clients: 95 % have their first token after, s", crowd["first"][int(0.95 * 32)])
+                note("32 clients: median first token, s", statistics.median(crowd["first"]))
+    print(f"{machine()}; {config.weight or config.preset}, {config.prompt} + {config.new} tokens")
+    for name, values in figures.items():
+        print(f"{name:58} {spread(values)}")
+
+
+if __name__ == "__main__":
+    main()

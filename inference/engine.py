@@ -1,0 +1,342 @@
+"""Many answers at once. A sequence enters when there is room, and leaves when it is done; the others go on.
+
+    engine = Engine(model, rows=16)
+    sequence = engine.submit(Request(prompt_ids, Sampling(), max_new_tokens=64, stop=tokenizer.stop_ids))
+    while not sequence.finish_reason:
+        engine.step()
+    print(tokenizer.decode(sequence.tokens))
+
+A step computes one more token of every running sequence. It also reads a part of the prompts that wait, so that a long
+prompt delays the others by the time of one part only. The result of a request does not depend on what else is computed:
+each has its own random numbers, and rows do not see each other. What differs is the rounding of the last bit, as it
+does between any two batch sizes.
+
+`submit` and `cancel` may be called from any thread, `step` from one thread only. A step that raises leaves the cache
+as it was; what is to become of the sequences is left to the caller (`fail`).
+
+Letters: B running sequences, T positions that are read, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.console import UserError
+from inference.sampling import Said, Sampling, SamplingRows, draw
+from inference.slots import Decoding, Reading, Slot, Slots, common_length
+from model.transformer import CausalLM
+
+READ_ALONE, READ_BESIDE = 512, 256  # positions of prompts that a step reads: if no sequence is running, and if some are
+WORTH_WAITING = 64  # tokens: a beginning that another prompt is just reading is not read a second time
+MOST_LOGITS = 2**24  # that are kept at a time where the log-probabilities of a prompt are asked for: 64 MB
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 1024  # 0: only read the prompt
+    stop: AbstractSet[int] = frozenset()  # tokens that end the answer
+    logprobs: int | None = None  # how many of the likeliest tokens to list with each token's log-probability
+    prompt_logprobs: bool = False  # the same for the prompt's tokens
+
+
+class LogProb(NamedTuple):
+    """Of the model itself: at temperature 1, before penalties and biases."""
+
+    value: float
+    likeliest: list[tuple[int, float]]  # (token, log-probability), falling
+
+
+class Sequence:
+    """A request and what has become of it. Other threads may read it at any time."""
+
+    def __init__(self, request: Request, generator: torch.Generator | None):
+        self.request, self.generator = request, generator
+        self.tokens: list[int] = []  # without the token that ended it
+        self.logprobs: list[LogProb] = []  # of tokens, and of `end` if there is one
+        self.prompt_logprobs: list[LogProb] = []  # of prompt[1:]
+        self.end: int | None = None  # the stop token that ended it
+        self.finish_reason: str | None = None  # None while it runs | stop | length | cancelled | error
+        self.error: BaseException | None = None
+        self.cached_tokens = 0  # of the prompt, that did not have to be read
+        self.submitted, self.first_token = time.perf_counter(), 0.0  # seconds
+        self.cancelled = False
+        self.slot: Slot | None = None
+        self.said = Said(request.sampling, request.prompt, request.stop) if Said.needed(request.sampling) else None
+
+    def cancel(self) -> None:
+        """It will get no further token than the one that is being computed."""
+        self.cancelled = True
+
+
+class Engine:
+    """One model, with one cache that is allocated once.
+
+    rows         sequences that run at the same time; more wait in a queue
+    capacity     tokens that prompt and answer of one sequence may have; None: the model's max_position_embeddings
+    before_step  called at the beginning of each step. Engines that share a model activate their adapter with it.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        rows: int = 16,
+        capacity: int | None = None,
+        before_step: Callable[[], None] = lambda: None,
+    ):
+        self.model, self.before_step = model, before_step
+        weight, limit = model.model.embed_tokens.weight, model.config.max_position_embeddings
+        self.device, self.rows = weight.device, rows
+        dtype = model.compute_dtype or weight.dtype
+        self.slots = Slots(model.config, rows, min(capacity or limit, limit), dtype, self.device)
+        self.waiting: deque[Sequence] = deque()
+        self.reading: list[Sequence] = []  # in the order they came
+        self.running: list[Sequence] = []  # running[i] is in row i
+        self.settings: SamplingRows | None = None  # of the rows that were drawn last
+        self.drawn: list[Sequence] = []
+        self.steps = 0
+        self.generator = torch.Generator(self.device)
+        self.generator.seed()
+
+    @property
+    def capacity(self) -> int:
+        return self.slots.capacity
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.reading or self.running)
+
+    def submit(self, request: Request) -> Sequence:
+        """Puts it into the queue. UserError if the prompt is empty, or does not fit with what is to be written."""
+        if not request.prompt:
+            raise UserError("generation needs at least one token to start from")
+        if len(request.prompt) + request.max_new_tokens > self.capacity:
+            raise UserError(
+                f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones exceed the model's "
+                f"{self.capacity} positions: shorten the conversation or ask for fewer (--max_new_tokens)"
+            )
+        if wrong := [token for token in request.sampling.logit_bias if not 0 <= token < self.model.config.vocab_size]:
+            raise UserError(f"logit_bias: {wrong[0]} is no token; there are {self.model.config.vocab_size}")
+        generator = None
+        if request.sampling.temperature > 0 and request.sampling.seed is not None:
+            generator = torch.Generator(self.device).manual_seed(request.sampling.seed)
+        sequence = Sequence(request, generator)
+        self.waiting.append(sequence)
+        return sequence
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Computes the next token of every running sequence -> the sequences that got a token or came to an end."""
+        self.steps += 1
+        self.before_step()
+        ended = self._drop_cancelled()
+        self._admit()
+        logits: list[Tensor] = []
+        drawing = list(self.running)
+        if self.running:
+            tokens = torch.tensor([[sequence.tokens[-1]] for sequence in self.running], device=self.device)
+            logits.append(self.model(tokens, cache=Decoding(self.slots, len(self.running))).logits[:, -1])
+        parts = self._parts()
+        if parts:
+            logits.append(self._read(parts))
+        # from here on nothing fails halfway: what was computed is entered
+        for sequence in self.running:
+            slot_of(sequence).ids.append(sequence.tokens[-1])
+        for sequence, part in parts:
+            slot_of(sequence).ids.extend(part)
+        for sequence in [sequence for sequence, _ in parts if _is_read(sequence)]:
+            self.reading.remove(sequence)
+            self.slots.move(slot_of(sequence), len(self.running))
+            self.running.append(sequence)
+            drawing.append(sequence)
+        if drawing:
+            self._draw(drawing, torch.cat(logits))
+        self._drop_finished()
+        return ended + drawing
+
+    def fail(self, error: BaseException) -> list[Sequence]:
+        """Ends all sequences with this error -> those sequences."""
+        everyone = [*self.running, *self.reading]
+        while self.waiting:
+            everyone.append(self.waiting.popleft())
+        self.running, self.reading = [], []
+        for sequence in everyone:
+            sequence.error = error
+            self._finish(sequence, "error")
+        return everyone
+
+    # ---- who is where
+
+    def _drop_cancelled(self) -> list[Sequence]:
+        dropped = [s for s in (*self.running, *self.reading, *self.waiting) if s.cancelled]
+        for sequence in dropped:
+            self._finish(sequence, "cancelled")
+            for group in (self.reading, self.waiting):
+                if sequence in group:
+                    group.remove(sequence)
+        self._drop_finished()
+        return dropped
+
+    def _drop_finished(self) -> None:
+        """The rows of those that ended are filled with the last ones, so that the running rows stay the first ones."""
+        for row in reversed(range(len(self.running))):
+            if self.running[row].finish_reason:
+                last = self.running.pop()
+                if row < len(self.running):
+                    self.slots.move(slot_of(last), row)
+                    self.running[row] = last
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        if sequence.slot:
+            sequence.slot.busy, sequence.slot.used = False, self.steps
+        sequence.finish_reason = reason
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) + len(self.reading) < self.rows:
+            prompt = self.waiting[0].request.prompt
+            for other in self.reading:  # wait for a beginning that is being read
+                shared = common_length(other.request.prompt, prompt, len(prompt) - 1)
+                if shared - len(slot_of(other).ids) >= WORTH_WAITING:
+                    return
+            sequence = self.waiting.popleft()
+            sequence.slot = self.slots.claim(prompt, self.steps)
+            if sequence.request.prompt_logprobs:
+                sequence.slot.ids.clear()  # the logits at all its positions are needed
+            sequence.cached_tokens = len(sequence.slot.ids)
+            self.reading.append(sequence)
+
+    # ---- reading prompts
+
+    def _parts(self) -> list[tuple[Sequence, list[int]]]:
+        """What is read in this step: (sequence, the tokens of its prompt)."""
+        room = READ_BESIDE if self.running else READ_ALONE
+        parts = []
+        for sequence in self.reading:
+            request, done = sequence.request, len(slot_of(sequence).ids)
+            if request.prompt_logprobs:
+                room = min(room, max(MOST_LOGITS // self.model.config.vocab_size, 1))
+            if room > 0:
+                parts.append((sequence, request.prompt[done : done + room]))
+                room -= len(parts[-1][1])
+        return parts
+
+    def _read(self, parts: list[tuple[Sequence, list[int]]]) -> Tensor:
+        """-> logits (B, V) after the last token of each prompt that is complete with this."""
+        tokens = torch.tensor([[token for _, part in parts for token in part]], device=self.device)  # (1, T)
+        cache = Reading(self.slots, [(slot_of(sequence), len(part)) for sequence, part in parts])
+        wanted, last, start = [], [], 0  # places in the row
+        for sequence, part in parts:
+            stop = start + len(part)
+            if sequence.request.prompt_logprobs:
+                wanted += range(start, stop)
+            elif _is_read(sequence, len(part)):
+                wanted.append(stop - 1)
+            if _is_read(sequence, len(part)):
+                last.append(len(wanted) - 1)
+            start = stop
+        logits = self.model(tokens, selected=torch.tensor(wanted, device=self.device).long(), cache=cache).logits
+        start = 0
+        for sequence, part in parts:
+            if sequence.request.prompt_logprobs:
+                done = len(slot_of(sequence).ids)
+                targets = sequence.request.prompt[done + 1 : done + 1 + len(part)]
+                rows = logits[start : start + len(targets)]
+                sequence.prompt_logprobs += _log_probs(rows, torch.tensor(targets), sequence.request.logprobs or 0)
+                start += len(part)
+            elif _is_read(sequence, len(part)):
+                start += 1
+        return logits[last]
+
+    # ---- drawing tokens
+
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Gives each sequence its next token. The one place in a step that waits for the device."""
+        if sequences != self.drawn:
+            self.settings = SamplingRows.of([s.request.sampling for s in sequences], self.device)
+            self.drawn = sequences
+        assert self.settings is not None
+        adjusted = logits.float()
+        if any(sequence.said for sequence in sequences):
+            adjusted = adjusted.clone()
+        noise = None
+        sampled = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
+        if sampled:
+            noise = torch.empty_like(adjusted)
+            if any(sequences[row].generator is None for row in sampled):
+                noise.uniform_(generator=self.generator)
+        for row, sequence in enumerate(sequences):
+            if sequence.said:
+                sequence.said.adjust(adjusted[row])
+            if noise is not None and sequence.generator is not None:
+                noise[row].uniform_(generator=sequence.generator)
+        drawn = draw(adjusted, self.settings, noise)
+        most = max((s.request.logprobs for s in sequences if s.request.logprobs is not None), default=None)
+        if most is None:
+            tokens, logprobs = drawn.tolist(), [None] * len(sequences)
+        else:
+            logprobs = _log_probs(logits, drawn, most)
+            tokens = drawn.tolist()
+        now = time.perf_counter()
+        for sequence, token, logprob in zip(sequences, tokens, logprobs):
+            self._enter(sequence, token, logprob, now)
+
+    def _enter(self, sequence: Sequence, token: int, logprob: LogProb | None, now: float) -> None:
+        request = sequence.request
+        if request.max_new_tokens == 0:
+            return self._finish(sequence, "length")
+        sequence.first_token = sequence.first_token or now
+        if request.logprobs is not None and logprob is not None:
+            sequence.logprobs.append(LogProb(logprob.value, logprob.likeliest[: request.logprobs]))
+        if token in request.stop:
+            sequence.end = token
+            return self._finish(sequence, "stop")
+        if sequence.said:
+            sequence.said.add(token)
+        sequence.tokens.append(token)
+        if len(sequence.tokens) == request.max_new_tokens:
+            self._finish(sequence, "length")
+
+
+def slot_of(sequence: Sequence) -> Slot:
+    assert sequence.slot is not None
+    return sequence.slot
+
+
+def _is_read(sequence: Sequence, more: int = 0) -> bool:
+    return len(slot_of(sequence).ids) + more >= len(sequence.request.prompt)
+
+
+def _log_probs(logits: Tensor, chosen: Tensor, most: int) -> list[LogProb]:
+    """logits (N, V), chosen (N,) -> for each row the log-probability of the chosen token, and the `most` likeliest."""
+    log_p = logits.float().log_softmax(-1)
+    values, ids = log_p.topk(most)
+    of_chosen = log_p.gather(-1, chosen.to(logits.device)[:, None])
+    return [
+        LogProb(value, list(zip(tokens, likeliest)))
+        for (value,), tokens, likeliest in zip(of_chosen.tolist(), ids.tolist(), values.tolist())
+    ]
+
+
+def follow(engine: Engine, sequence: Sequence) -> Iterator[int]:
+    """Runs the engine for this sequence and yields its tokens. May be abandoned at any time."""
+    seen = 0
+    try:
+        while True:
+            ended = sequence.finish_reason is not None
+            for token in sequence.tokens[seen:]:
+                seen += 1
+                yield token
+            if ended:
+                return
+            engine.step()
+    finally:
+        sequence.cancel()

@@ -1,0 +1,166 @@
+"""The keys and values of many sequences, of which each grows at its own pace: the memory of inference/engine.py.
+
+A slot is a row of one tensor that is allocated once, with room for the longest sequence. Sequences that write a token
+each step lie in the first rows, so that attention reads them where they are, as one view. Pages of a few tokens, as
+servers for large GPUs have them, waste less memory. But torch's attention does not read pages: they would be copied
+together in every layer at every step, which on a CPU takes as long as the rest of the step. What is never touched of a
+slot costs no memory on a CPU.
+
+A slot keeps what it holds when its sequence ends. The next one that begins with the same tokens starts from there.
+
+Letters: B rows, T new positions, S columns, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention import AttentionMask
+from model.config import ModelConfig
+
+
+@dataclass
+class Slot:
+    row: int
+    ids: list[int] = field(default_factory=list)  # the tokens whose keys and values it holds, in all layers
+    busy: bool = False
+    used: int = 0  # the step that used it last
+
+
+class Slots:
+    """`rows` slots with room for `capacity` tokens each; fp32 on CPUs, for the reason in inference/cache.py."""
+
+    def __init__(
+        self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ):
+        shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
+        # zeros: columns behind the end of a row are read with weight 0, and 0 times NaN would be NaN
+        if torch.device(device).type == "cpu":  # numpy's are pages that the system provides when they are written
+            self.keys, self.values = (torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(2))
+        else:
+            self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.slots = [Slot(row) for row in range(rows)]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def claim(self, prompt: Sequence[int], step: int) -> Slot:
+        """A free slot that holds as much of the prompt as any slot does. Never all of it: the logits after its last
+        token are needed. There must be a free one."""
+        shared = {slot.row: common_length(slot.ids, prompt, len(prompt) - 1) for slot in self.slots}
+        source = max(self.slots, key=lambda slot: (shared[slot.row], not slot.busy))
+        length = shared[source.row]
+        chosen = source
+        if source.busy or 2 * length < len(source.ids):  # more would be lost than is used: take another one
+            free = [slot for slot in self.slots if not slot.busy]
+            chosen = min(free, key=lambda slot: (slot is source, len(slot.ids) > 0, slot.used, slot.row))
+        if chosen is not source:
+            for stored in (self.keys, self.values):
+                stored[:, chosen.row, :length] = stored[:, source.row, :length]
+            chosen.ids = source.ids[:length]
+        del chosen.ids[length:]
+        chosen.busy, chosen.used = True, step
+        return chosen
+
+    def move(self, slot: Slot, row: int) -> None:
+        """Swaps the slot with the one in this row."""
+        other = self.slots[row]
+        if other is slot:
+            return
+        for stored in (self.keys, self.values):
+            here, there = (stored[:, s.row, : max(len(slot.ids), len(other.ids))] for s in (slot, other))
+            kept = here.clone()
+            here.copy_(there)
+            there.copy_(kept)
+        self.slots[slot.row], self.slots[row] = other, slot
+        other.row, slot.row = slot.row, row
+
+
+def common_length(a: Sequence[int], b: Sequence[int], most: int) -> int:
+    """How many tokens two sequences begin with in common, at most `most`."""
+    most, n = min(len(a), len(b), most), 0
+    while n < most and a[n : n + 64] == b[n : n + 64]:  # slices compare fast
+        n += 64
+    while n < most and a[n] == b[n]:
+        n += 1
+    return max(min(n, most), 0)
+
+
+class Decoding:
+    """The first B slots as the model's cache for one more token each (model.transformer.Cache)."""
+
+    def __init__(self, slots: Slots, rows: int):
+        self.slots, self.rows = slots, rows
+        self.lengths = [len(slot.ids) for slot in slots.slots[:rows]]
+        self.columns = max(self.lengths) + 1  # S
+
+    def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        self.ends = torch.tensor(self.lengths, device=tokens.device)[:, None]  # (B, 1): where the new token comes
+        self.index = torch.arange(self.rows, device=tokens.device)
+        return self.ends
+
+    def mask(self, window: int | None) -> AttentionMask:
+        column = torch.arange(self.columns, device=self.ends.device)
+        if window is not None and window < self.columns:
+            seen = (column <= self.ends) & (column > self.ends - window)
+        elif min(self.lengths) + 1 < self.columns:
+            seen = column <= self.ends
+        else:
+            return AttentionMask("sdpa")
+        return AttentionMask("sdpa", seen[:, None, None])  # (B, 1, 1, S)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for stored, new in ((self.slots.keys[layer], k), (self.slots.values[layer], v)):
+            stored[self.index, self.ends[:, 0]] = new[:, 0].to(stored.dtype)
+            found.append(stored[: self.rows, : self.columns])
+        return found[0], found[1]
+
+
+class Reading:
+    """Parts of several prompts in one row, as the model's cache: part i is read into slots[i], behind what is there.
+
+    The keys are, part after part, those that were there and the new ones.
+    """
+
+    def __init__(self, slots: Slots, parts: Sequence[tuple[Slot, int]]):
+        """parts: (slot, number of new tokens)."""
+        self.slots = slots
+        self.spans = [(slot.row, len(slot.ids), len(slot.ids) + new) for slot, new in parts]
+
+    def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        arange = lambda start, stop: torch.arange(start, stop, device=tokens.device)
+        self.queries = torch.cat([arange(start, stop) for _, start, stop in self.spans])  # (T,) positions
+        self.keys = torch.cat([arange(0, stop) for _, _, stop in self.spans])  # (S,)
+        number = lambda sizes: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(tokens.device)
+        self.query_part = number([stop - start for _, start, stop in self.spans])  # (T,)
+        self.key_part = number([stop for *_, stop in self.spans])  # (S,)
+        return self.queries[None]
+
+    def mask(self, window: int | None) -> AttentionMask:
+        _, start, stop = self.spans[0]
+        if len(self.spans) == 1 and start == 0 and (window is None or window >= stop):
+            return AttentionMask("sdpa")  # causal
+        distance = self.queries[:, None] - self.keys  # (T, S)
+        seen = (self.query_part[:, None] == self.key_part) & (distance >= 0)
+        if window is not None:
+            seen &= distance < window
+        return AttentionMask("sdpa", seen[None, None])  # (1, 1, T, S)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for stored, new in ((self.slots.keys[layer], k[0]), (self.slots.values[layer], v[0])):
+            pieces = new.split([stop - start for _, start, stop in self.spans])
+            for (row, start, stop), piece in zip(self.spans, pieces):
+                stored[row, start:stop] = piece
+            if all(start == 0 for _, start, _ in self.spans):
+                found.append(new[None])  # nothing to add: the new ones are all, and in the dtype of the queries
+            else:
+                found.append(torch.cat([stored[row, :stop] for row, _, stop in self.spans])[None])
+        return found[0], found[1]

@@ -1,0 +1,174 @@
+"""Serve models over HTTP with OpenAI's API: any client of it can talk to them.
+
+    python scripts/serve_openai_api.py                                    # the newest full_sft_*.pth in out/
+    python scripts/serve_openai_api.py --weight full_sft reason           # two; a request's `model` chooses
+    python scripts/serve_openai_api.py --lora_name lora_identity med=out/lora/lora_medical_512.pth
+    python scripts/serve_openai_api.py --host 0.0.0.0 --api_key KEY       # for other machines; a key is required
+
+    curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \\
+        -d '{"model": "full_sft", "messages": [{"role": "user", "content": "hello"}]}'
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+if not __package__:  # run as a file: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.console import UserError, note, run
+from common.files import ROOT
+from common.options import Options, option, parse
+
+MODES = ("pretrain", "full_sft", "rlhf", "reason")  # what --model_mode means, as in eval_model.py
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class ServeConfig(Options):
+    """Options of this script"""
+
+    needless: ClassVar[dict[str, str]] = {
+        "load_from": "a file says itself what it holds",
+        "load": "a file says itself what it holds",
+        "inference_rope_scaling": "the weights say whether their positions are stretched",
+    }
+
+    weight: tuple[str, ...] = option(
+        (),
+        "models, each [NAME=]WHAT: a name in save_dir or out/, a file or a directory (default: full_sft)",
+        aliases=("model_path", "model_name_or_path", "from_weight"),
+    )
+    model_mode: int | None = option(None, "without --weight: 0 pretrain, 1 full_sft, 2 rlhf, 3 reason", within="[0, 3]")
+    lora_name: tuple[str, ...] = option(
+        (), "adapters, each [NAME=]WHAT, on the weights they were trained on", aliases=("lora_path", "lora_weight")
+    )
+    save_dir: str = option("out", "where weights are looked for by name, then in out/", aliases=("out_dir",), path=True)
+    tokenizer_path: str | None = option(None, "where the tokenizer is, if it is not found", path=True)
+    hidden_size: int | None = option(None, "choose among weights of the same name")
+    num_hidden_layers: int | None = option(None, "must be that of the weights")
+    use_moe: bool | None = option(None, "choose among weights of the same name")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = option(
+        "auto",
+        "precision of the weights",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        aliases=("bf16=bfloat16|float32", "fp16=float16|float32", "torch_dtype"),
+    )
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all, which needs a key")
+    port: int = option(8998, "port to listen on; 0: a free one", within="[0, 65535]")
+    api_key: str | None = option(None, "what clients must send as their key (also: SPARROW_API_KEY)")
+    allowed_hosts: tuple[str, ...] = option((), "names besides localhost that clients may call this server by")
+    cors_origins: tuple[str, ...] = option((), "pages of other servers that may ask, as https://example.org; *: all")
+
+    max_num_seqs: int = option(16, "answers of a model made at the same time", within="[1, 1024]")
+    max_seq_len: int = option(
+        8192, "tokens of prompt and answer together", aliases=("max_model_len", "max_length"), within="[2, inf)"
+    )
+    max_new_tokens: int = option(1024, "longest answer where a request does not say", within="[1, inf)")
+    max_waiting: int = option(64, "requests of a model that may wait; one more gets status 429", within="[0, inf)")
+    request_seconds: float = option(300.0, "an answer that takes longer is ended as it is", within="(0, inf)")
+    max_body_mb: float = option(2.0, "largest request", within="(0, inf)")
+    drain_seconds: float = option(30.0, "time that running answers have when the server is stopped", within="[0, inf)")
+
+    temperature: float = option(0.85, "where a request does not say; 0 takes the likeliest token", within="[0, inf)")
+    top_p: float = option(0.85, "where a request does not say", within="(0, 1]")
+    top_k: int = option(0, "where a request does not say (0: all)", within="[0, inf)")
+    min_p: float = option(0.0, "where a request does not say (0: all)", within="[0, 1)")
+    repetition_penalty: float = option(1.0, "where a request does not say", within="(0, inf)")
+
+    @property
+    def key(self) -> str | None:
+        return self.api_key or os.environ.get("SPARROW_API_KEY") or None
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.weight and self.model_mode is not None:
+            found.append("--model_mode: chooses weights, as --weight does; give one of them")
+        if self.host not in LOOPBACK and not self.key:
+            found.append(
+                f"--host {self.host}: other machines could use this server; give a key with --api_key or "
+                "SPARROW_API_KEY, or leave the host out"
+            )
+        if self.key is not None and (not self.key.isascii() or not self.key.isprintable() or " " in self.key):
+            found.append("--api_key: must be printable ASCII without spaces, since it is sent in a header")
+        return found
+
+
+def hosts(config: ServeConfig) -> tuple[str, ...]:
+    """The names that a request's Host header may have; empty: any. A key keeps out what the name would: pages of other
+    servers do not know it."""
+    if config.host not in LOOPBACK and not config.allowed_hosts:
+        return ()
+    return (*LOOPBACK, config.host, *config.allowed_hosts)
+
+
+def family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(ServeConfig, argv, description=__doc__)
+    try:
+        import fastapi  # noqa: F401 (only whether it is there)
+        import uvicorn
+    except ImportError as error:
+        raise UserError(f"the server needs {error.name}; pip install fastapi uvicorn") from None
+    from inference.sampling import Sampling
+    from serve.app import build_app
+    from serve.guard import PatientProtocol, Rules, guarded
+    from serve.models import load_table
+    from serve.server import Limits
+
+    listener = socket.create_server((config.host, config.port), family=family(config.host), backlog=2048)
+    names = config.weight
+    if not names and (config.model_mode is not None or not config.lora_name):
+        names = (MODES[1 if config.model_mode is None else config.model_mode],)
+    table, remarks = load_table(
+        list(names),
+        [name for name in config.lora_name if name != "None"],  # MiniMind's way to say: no adapter
+        (Path(config.save_dir), ROOT / "out"),
+        rows=config.max_num_seqs,
+        max_seq_len=config.max_seq_len,
+        device=config.device,
+        dtype=config.dtype,
+        tokenizer_path=config.tokenizer_path,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        use_moe=config.use_moe,
+    )
+    for remark in remarks:
+        note(remark)
+    limits = Limits(config.max_new_tokens, config.max_waiting, config.request_seconds)
+    defaults = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty, min_p=config.min_p)
+    app = build_app(table, limits, defaults)
+    rules = Rules(
+        hosts(config),
+        config.cors_origins,
+        config.key,
+        int(config.max_body_mb * 2**20),
+        total_seconds=2 * config.request_seconds + 60,
+    )
+    settings = uvicorn.Config(
+        guarded(app, rules),
+        http=PatientProtocol,
+        ws="none",
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=int(config.drain_seconds),
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has drained
+    name = f"[{config.host}]" if ":" in config.host else config.host
+    note(f"serving {', '.join(table)} at http://{name}:{listener.getsockname()[1]}/v1; Ctrl-C stops")
+    uvicorn.Server(settings).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    run(main)

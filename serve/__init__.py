@@ -1,0 +1,1 @@
+"""An HTTP server that speaks OpenAI's API: who is served, what a request means, how an answer is written."""

@@ -1,0 +1,140 @@
+"""The table of what is served: names that a request may give as `model`, and what answers under them.
+
+Only what is in the table can be asked for, and a request never names a file. Adapters on one base share its weights.
+Each name has an engine of its own; engines take turns, step by step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.console import UserError
+from inference.engine import Engine
+from model.adapter import AdapterFile, find_base, load_adapter
+from model.checkpoint import Checkpoint, check_stated, find_tokenizer, find_weights, load_weights, same_weights
+from model.lora import activate
+from model.precision import pick_device, pick_dtype, prepare_for_inference
+from model.transformer import CausalLM
+from tokenizer.text import Tokenizer
+
+# what clients of MiniMind's server write; they mean the model that is served
+DEFAULTS = ("minimind", "minimind-local:latest", "model-identifier", "default")
+
+
+@dataclass(frozen=True)
+class Served:
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    base: str | None  # of an adapter: the name of the model it is on, if that is served too
+    created: int  # when its file was written, in seconds since 1970
+
+
+class Base:
+    """Weights that one model or several adapters compute with."""
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device):
+        self.checkpoint, self.tokenizer = checkpoint, tokenizer
+        self.hash = checkpoint.hash
+        self.model: CausalLM = checkpoint.build(dtype, device=device)
+        checkpoint.release()
+        self.active: str | None = None
+        self.name: str | None = None  # under which it is served without an adapter
+
+    def add(self, adapter: AdapterFile, name: str) -> None:
+        adapter.apply(self.model, name)
+        self.active = name
+
+    def switch(self, name: str | None) -> Callable[[], None]:
+        """What an engine calls before each step."""
+
+        def use() -> None:
+            if self.active != name:
+                activate(self.model, name)
+                self.active = name
+
+        return use
+
+
+def load_table(
+    weights: list[str],
+    adapters: list[str],
+    folders: tuple[Path, ...],
+    *,
+    rows: int,
+    max_seq_len: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer_path: str | None = None,
+    **stated,
+) -> tuple[dict[str, Served], list[str]]:
+    """-> (table, remarks to print).
+
+    weights, adapters  each `NAME=WHAT` or WHAT; WHAT is a name in the folders, a file or a directory
+    stated             hidden_size, use_moe, ...: choose among weights of one name, and must agree with them
+    """
+    names = [named(entry)[0] for entry in (*weights, *adapters)]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two models are called {double!r}; give one of them another name: OTHER={double}")
+    pick = dict(hidden_size=stated.get("hidden_size"), moe=stated.get("use_moe"))
+    where = pick_device(device)
+    kind, remark = pick_dtype(dtype, where)
+    bases: list[Base] = []
+    plan: list[tuple[str, Base, str | None, int]] = []  # (name, base, adapter, created)
+
+    def base_of(checkpoint: Checkpoint) -> Base:
+        for base in bases:
+            if same_weights(base.hash, checkpoint.hash):
+                return base
+        check_stated(checkpoint, **stated)
+        bases.append(Base(checkpoint, find_tokenizer(checkpoint, tokenizer_path), kind, where))
+        return bases[-1]
+
+    for entry in weights:
+        name, what = named(entry)
+        path = find_weights(what, *folders, **pick)
+        base = base_of(load_weights(path))
+        base.name = base.name or name
+        plan.append((name, base, None, int(path.stat().st_mtime)))
+    for entry in adapters:
+        name, what = named(entry)
+        places = [folder / "lora" for folder in folders] + [folder / what for folder in folders]
+        path = Path(what) if Path(what).exists() else find_weights(what, *places, **pick)
+        adapter = load_adapter(path)
+        known = [base for base in bases if same_weights(base.hash, adapter.base["hash"])]
+        if not known and not adapter.knows_base and len(bases) == 1:
+            known = bases  # MiniMind's and peft's adapters often do not say; shapes must fit
+        if known:
+            base = known[0]
+        else:
+            checkpoint = find_base(adapter, None, *folders)
+            checkpoint.tokenizer = checkpoint.tokenizer or adapter.tokenizer
+            base = base_of(checkpoint)
+        base.add(adapter, name)
+        plan.append((name, base, name, int(path.stat().st_mtime)))
+
+    for base in bases:
+        base.model = prepare_for_inference(base.model, kind).to(where)
+    table: dict[str, Served] = {}
+    remarks = [remark] if remark else []
+    for name, base, adapter, created in plan:
+        engine = Engine(base.model, rows, max_seq_len, base.switch(adapter))
+        table[name] = Served(name, engine, base.tokenizer, base.name if adapter else None, created)
+        on = f", the adapter on {base.checkpoint.path}" if adapter else f": {base.checkpoint.path}"
+        remarks.append(f"{name}{on}, {base.model.num_parameters() / 1e6:.1f}M parameters")
+    return table, remarks
+
+
+def named(entry: str) -> tuple[str, str]:
+    """`NAME=WHAT` -> (NAME, WHAT); a path alone is called like its file or folder, without its size."""
+    name, equals, what = entry.partition("=")
+    if equals and re.fullmatch(r"[\w.:-]+", name):
+        return name, what
+    path = Path(entry)
+    stem = path.stem if path.suffix == ".pth" else path.name
+    return re.sub(r"_\d+(_moe)?$", "", stem) or stem, entry

@@ -1,0 +1,172 @@
+"""What the paths of the API share: the table of models, an answer in the making, how a response is written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import traceback
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response, StreamingResponse
+
+from common.console import UserError
+from inference.engine import Request as EngineRequest
+from inference.sampling import Sampling
+from serve.answer import Answer
+from serve.choices import Choices, answering
+from serve.metrics import Metrics
+from serve.models import DEFAULTS, Served
+from serve.requests import ChatRequest, Common, Refused
+from serve.runner import Busy, Runner
+
+FINGERPRINT = "sparrow"
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_new_tokens: int = 1024  # where the request does not say
+    max_waiting: int = 64  # sequences in the queue of a model
+    request_seconds: float = 300.0  # an answer that takes longer is ended as it is
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+def to_json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def event(content: Any) -> bytes:
+    return b"data: " + to_json(content) + b"\n\n"
+
+
+class Server:
+    """What all paths need."""
+
+    def __init__(self, table: dict[str, Served], limits: Limits, defaults: Sampling):
+        self.table, self.limits, self.defaults = table, limits, defaults
+        self.runner = Runner((served.engine for served in table.values()), limits.max_waiting)
+        self.metrics = Metrics(table)
+
+    def find(self, name: str | None) -> Served:
+        first = next(iter(self.table.values()))
+        if name in self.table:
+            return self.table[name]
+        if name in (None, "", *DEFAULTS):
+            return first
+        known = ", ".join(self.table)
+        raise Refused(f"The model {name!r} does not exist; there are {known}", "model", "model_not_found", 404)
+
+    def request(
+        self, served: Served, body: Common, ids: list[int], choice: int, asked: int | None, **more
+    ) -> EngineRequest:
+        """asked: the number of new tokens that the client wants; None: it does not say."""
+        room = served.engine.capacity - len(ids)
+        if room < (1 if asked != 0 else 0):
+            raise too_long(served, f"{len(ids)}", "messages" if isinstance(body, ChatRequest) else "prompt")
+        new = min(room, self.limits.max_new_tokens if asked is None else asked)
+        sampling = body.sampling(self.defaults, choice)
+        return EngineRequest(ids, sampling, new, served.tokenizer.stop_ids, **more)
+
+    @asynccontextmanager
+    async def answering(self, served: Served, requests: list[EngineRequest], answers: list[Answer], one_call=False):
+        try:
+            work = answering(
+                self.runner,
+                served.engine,
+                requests,
+                answers,
+                served.tokenizer,
+                seconds=self.limits.request_seconds,
+                one_call=one_call,
+            )
+            async with work as choices:
+                yield choices
+                self.metrics.count(choices.choices)
+        except Busy:
+            raise overloaded() from None
+        except UserError as error:
+            raise Refused(str(error)) from None
+
+
+async def whole(request: Request, choices: Choices) -> dict[int, list[dict]] | None:
+    """All deltas of each choice; None if the client has gone."""
+    deltas: dict[int, list[dict]] = {choice.index: [] for choice in choices.choices}
+
+    async def collect() -> None:
+        async for choice, new in choices.follow():
+            deltas[choice.index] += new
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work()) for work in (collect, left)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            return None
+        tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if choices.failed is not None:
+        raise failure()
+    return deltas
+
+
+def too_long(served: Served, found: str, param: str) -> Refused:
+    limit = served.engine.capacity
+    what = f"This model's maximum context length is {limit} tokens, and the prompt has {found}. Please shorten it."
+    return Refused(what, param, "context_length_exceeded")
+
+
+def check_length(served: Served, texts: Iterable[str], param: str) -> None:
+    """Refuses what cannot fit, however it is tokenised, before time is spent on tokenising it."""
+    characters = sum(len(text) for text in texts)
+    least = characters // int(served.tokenizer.token_bytes.max())  # a character is at least a byte
+    if least > served.engine.capacity:
+        raise too_long(served, f"more than {least}", param)
+
+
+def overloaded() -> Refused:
+    why, code, kind = (
+        "The server has more requests than it can take; try later",
+        "rate_limit_exceeded",
+        "rate_limit_error",
+    )
+    return Refused(why, code=code, status=429, kind=kind, headers={"Retry-After": "2"})
+
+
+def failure() -> Refused:
+    return Refused("The model failed on this request; the server's log says why", None, None, 500, "server_error")
+
+
+async def opened(stream: AsyncIterator[bytes]) -> Response:
+    """A streaming response. What is wrong with the request shows before the stream begins, as an error of its own."""
+    first = await anext(stream)
+
+    async def everything() -> AsyncIterator[bytes]:
+        try:
+            yield first
+            async for chunk in stream:
+                yield chunk
+        except Exception as error:  # the status is sent already
+            if not isinstance(error, Refused):
+                traceback.print_exception(error)
+                error = failure()
+            yield event(error.body)
+        finally:
+            await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] (it is a generator)
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(everything(), media_type="text/event-stream", headers=headers)

@@ -1,0 +1,262 @@
+"""What a request says does not depend on who else is served, when it came, or what was read before."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference import engine as engine_file
+from inference.decode import generate
+from inference.engine import Engine, Request, follow
+from inference.sampling import Sampling
+from model.config import ModelConfig
+from tests.helpers.models import random_model
+
+SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+KINDS = {
+    "dense": {},
+    "moe": dict(num_experts=4),
+    "window": dict(
+        sliding_window=6,
+        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        rope_local_theta=20.0,
+        rotary_fraction=0.5,
+    ),
+}
+GREEDY = Sampling(temperature=0)
+
+
+def model_of(kind: str = "dense"):
+    return random_model(ModelConfig(**SHAPE, **KINDS[kind]), std=0.2, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+def serve(engine: Engine, requests: list[Request], arrivals: random.Random | None = None):
+    """Runs the requests to their end, submitted at once or, with `arrivals`, a few at a time."""
+    waiting, sequences = list(requests), []
+    while waiting or engine.busy:
+        for _ in range(arrivals.randint(0, 2) if arrivals else len(waiting)):
+            if waiting:
+                sequences.append(engine.submit(waiting.pop(0)))
+        engine.step()
+    return sequences
+
+
+def some_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Of 1 to 50 tokens; every third begins like an earlier one."""
+    rng, prompts = random.Random(seed), []
+    for n in range(count):
+        begin = rng.choice(prompts)[: rng.randint(1, 40)] if n % 3 == 2 else []
+        prompts.append(begin + [rng.randrange(97) for _ in range(rng.randint(1, 30))])
+    return prompts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_answers_are_those_of_one_at_a_time(kind, monkeypatch):
+    """18 requests of different lengths come and go through 4 rows; prompts are read in parts of 7 tokens."""
+    monkeypatch.setattr(engine_file, "READ_ALONE", 7)
+    monkeypatch.setattr(engine_file, "READ_BESIDE", 7)
+    model, rng = model_of(kind), random.Random(3)
+    prompts = some_prompts(18)
+    lengths = [rng.randint(1, 25) for _ in prompts]
+    engine = Engine(model, rows=4, capacity=100)
+    stop = frozenset({5})
+    requests = [Request(p, GREEDY, n, stop) for p, n in zip(prompts, lengths)]
+    for sequence in serve(engine, requests, rng):
+        request = sequence.request
+        alone = generate(model, [request.prompt], GREEDY, max_new_tokens=request.max_new_tokens, stop=stop)
+        assert [sequence.tokens] == alone
+        short = len(sequence.tokens) < request.max_new_tokens
+        assert (sequence.finish_reason, sequence.end) == (("stop", 5) if short else ("length", None))
+    assert not engine.busy and not any(slot.busy for slot in engine.slots.slots)
+
+
+def test_a_seed_says_the_same_in_any_company(model):
+    """With every setting of sampling, alone and among others that have their own."""
+    settings = [
+        Sampling(1.3, 1.0, seed=1),
+        Sampling(1.0, 0.9, top_k=20, seed=2),
+        Sampling(0.8, 1.0, min_p=0.05, presence_penalty=0.5, frequency_penalty=0.3, seed=3),
+        Sampling(1.5, 0.95, repetition_penalty=1.3, logit_bias={7: 3.0, 8: -100}, seed=4),
+        Sampling(1.0, 1.0),
+        GREEDY,
+    ]
+    requests = [Request(prompt, sampling, 12) for prompt, sampling in zip(some_prompts(6, seed=5), settings)]
+    together = serve(Engine(model, rows=6, capacity=100), requests, random.Random(1))
+    for sequence, sampling in zip(together, settings):
+        if sampling.seed is not None:
+            (alone,) = serve(Engine(model, rows=1, capacity=100), [sequence.request])
+            assert alone.tokens == sequence.tokens
+    assert 8 not in together[3].tokens
+    other = Request(requests[0].prompt, Sampling(1.3, 1.0, seed=9), 12)
+    assert serve(Engine(model, rows=1, capacity=100), [other])[0].tokens != together[0].tokens
+
+
+def test_a_beginning_that_was_read_is_not_read_again(model):
+    """A long system prompt before eight questions that come at once: it is read once, the questions each."""
+    read = []
+
+    def count(module, args, output):
+        read.append(args[0].numel())
+
+    system = [random.Random(0).randrange(97) for _ in range(300)]
+    prompts = [system + [n, n + 1, n + 2] for n in range(8)]
+    hook = model.model.embed_tokens.register_forward_hook(count)
+    engine = Engine(model, rows=8, capacity=400)
+    sequences = serve(engine, [Request(prompt, GREEDY, 1) for prompt in prompts])
+    hook.remove()
+    assert sum(read) == 303 + 7 * 3 and [s.cached_tokens for s in sequences] == [0] + [300] * 7
+    for sequence in sequences:
+        assert [sequence.tokens] == generate(model, [sequence.request.prompt], GREEDY, max_new_tokens=1)
+
+
+def test_the_next_turn_reads_only_what_is_new(model):
+    """Also after another conversation was served, and after one that shares a part has taken a row for itself."""
+    engine = Engine(model, rows=2, capacity=200)
+    first = some_prompts(1)[0] * 3
+    (answer,) = serve(engine, [Request(first, GREEDY, 10)])
+    serve(engine, [Request([90, 91, 92] * 5, GREEDY, 10)])
+    serve(engine, [Request(first[:10] + [1, 2, 3], GREEDY, 10)])  # shares little: must not cost the first its row
+    longer = first + answer.tokens + [11, 12]
+    (next_turn,) = serve(engine, [Request(longer, GREEDY, 10)])
+    assert next_turn.cached_tokens == len(first) + 9  # the tenth token was drawn, and never computed
+    assert [next_turn.tokens] == generate(model, [longer], GREEDY, max_new_tokens=10)
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(model):
+    engine = Engine(model, rows=2, capacity=2000)
+    running = engine.submit(Request([1, 2, 3], GREEDY, 100))
+    engine.step()
+    long = engine.submit(Request([random.Random(1).randrange(97) for _ in range(1500)], GREEDY, 2))
+    steps = 0
+    while not long.tokens:
+        before = len(running.tokens)
+        engine.step()
+        steps += 1
+        assert len(running.tokens) == before + 1
+    assert steps == -(-1500 // engine_file.READ_BESIDE)
+
+
+def test_log_probabilities_are_the_models_own(model):
+    """Of the prompt's tokens, the answer's and the one that ends it; before temperature and penalties. The reference
+    is one pass over all of it."""
+    prompt = some_prompts(1, seed=2)[0]
+    strange = Sampling(2.0, 1.0, repetition_penalty=1.5, seed=1)
+    free = serve(Engine(model, rows=1, capacity=100), [Request(prompt, strange, 10)])[0]
+    stop = frozenset({free.tokens[6]} - set(free.tokens[:6])) or frozenset({free.tokens[0]})
+    asked = Request(prompt, strange, 10, stop, logprobs=3, prompt_logprobs=True)
+    plain = Request(prompt[:5], GREEDY, 4)  # a neighbour that asks for none
+    engine = Engine(model, rows=2, capacity=100)
+    serve(engine, [Request(prompt, GREEDY, 2)])  # what is cached of the prompt must not be left out
+    sequence, neighbour = serve(engine, [asked, plain])
+    text = prompt + sequence.tokens + [sequence.end]
+    with torch.no_grad():
+        reference = model(torch.tensor([text])).logits[0].log_softmax(-1)
+    given = sequence.prompt_logprobs + sequence.logprobs
+    assert len(given) == len(text) - 1 and not neighbour.logprobs
+    for place, (value, likeliest) in enumerate(given):
+        assert value == pytest.approx(float(reference[place, text[place + 1]]), abs=1e-4)
+        best = reference[place].topk(3)
+        assert [token for token, _ in likeliest] == best.indices.tolist()
+        assert [p for _, p in likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_reading_only(model):
+    request = Request([1, 2, 3, 4], GREEDY, 0, logprobs=0, prompt_logprobs=True)
+    (sequence,) = serve(Engine(model, rows=1, capacity=4), [request])
+    assert (sequence.tokens, sequence.finish_reason, len(sequence.prompt_logprobs)) == ([], "length", 3)
+
+
+def test_who_leaves_gets_no_further_token_and_disturbs_nobody(model):
+    engine = Engine(model, rows=3, capacity=200)
+    prompts = some_prompts(5, seed=8)
+    sequences = [engine.submit(Request(prompt, GREEDY, 30)) for prompt in prompts]  # two of them have to wait
+    for _ in range(6):
+        engine.step()
+    written = len(sequences[0].tokens)
+    sequences[0].cancel()
+    sequences[4].cancel()
+    while engine.busy:
+        engine.step()
+    assert len(sequences[0].tokens) == written and sequences[4].tokens == []
+    assert [s.finish_reason for s in sequences] == ["cancelled", "length", "length", "length", "cancelled"]
+    for n in (1, 2, 3):
+        assert [sequences[n].tokens] == generate(model, [prompts[n]], GREEDY, max_new_tokens=30)
+    assert not any(slot.busy for slot in engine.slots.slots)
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_after_a_step_that_failed_the_cache_is_right(model, monkeypatch, call):
+    """The failure comes in the second layer, when the first has already stored its keys."""
+    engine, calls = Engine(model, rows=2, capacity=100), []
+    prompts = some_prompts(2, seed=4)
+    second = model.model.layers[1]
+
+    def fails(*args, original=second.forward):
+        calls.append(1)
+        if len(calls) == call:
+            raise MemoryError("no room")
+        return original(*args)
+
+    monkeypatch.setattr(second, "forward", fails)
+    sequences = [engine.submit(Request(prompt, GREEDY, 8)) for prompt in prompts]
+    with pytest.raises(MemoryError):
+        while engine.busy:
+            engine.step()
+    assert engine.fail(MemoryError("no room")) == sequences and not engine.busy
+    assert all(s.finish_reason == "error" and isinstance(s.error, MemoryError) for s in sequences)
+    for sequence in serve(engine, [Request(prompt, GREEDY, 8) for prompt in prompts]):
+        assert [sequence.tokens] == generate(model, [sequence.request.prompt], GREEDY, max_new_tokens=8)
+
+
+def test_one_can_be_followed_while_others_run(model):
+    engine = Engine(model, rows=2, capacity=100)
+    other = engine.submit(Request([4, 5], GREEDY, 40))
+    request = Request([1, 2, 3], GREEDY, 6)
+    assert [list(follow(engine, engine.submit(request)))] == generate(model, [[1, 2, 3]], GREEDY, max_new_tokens=6)
+    for token in follow(engine, abandoned := engine.submit(request)):
+        assert token == abandoned.tokens[0]
+        break
+    engine.step()
+    assert abandoned.finish_reason == "cancelled" and len(abandoned.tokens) == 1 and not other.finish_reason
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_room_that_nobody_uses_costs_no_memory(model):
+    """torch.zeros writes every page: 16 slots of 8,192 tokens of `small` would take 1 GB before the first request."""
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    before = resident()
+    engine = Engine(model, rows=64, capacity=32768)
+    serve(engine, [Request([1, 2, 3], GREEDY, 4)])
+    room = engine.slots.keys.nbytes + engine.slots.values.nbytes
+    assert room > 500e6 and resident() - before < room / 10
+
+
+def test_what_cannot_be_served_is_refused(model):
+    engine = Engine(model, rows=1, capacity=10)
+    for request, complaint in [
+        (Request([], GREEDY, 1), "at least one token"),
+        (Request([1] * 8, GREEDY, 3), "8 tokens and 3 new ones exceed the model's 10 positions"),
+        (Request([1], Sampling(logit_bias={97: 1.0}), 1), "logit_bias: 97 is no token"),
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            engine.submit(request)
+    assert not engine.busy
+
+
+def test_in_bf16_only_near_ties_may_differ():
+    """Rounding depends on the number of rows. Where the two best are more than 1e-2 apart, the choice does not."""
+    model = model_of().bfloat16()
+    requests = [Request(prompt, GREEDY, 12, logprobs=2) for prompt in some_prompts(6, seed=6)]
+    together = serve(Engine(model, rows=6, capacity=100), requests, random.Random(2))
+    for sequence in together:
+        (alone,) = serve(Engine(model, rows=1, capacity=100), [sequence.request])
+        for one, many, (_, best) in zip(alone.tokens, sequence.tokens, alone.logprobs):
+            if one != many:
+                assert best[0][1] - best[1][1] < 1e-2
+                break

@@ -1,0 +1,146 @@
+"""The server as it is started: what is served under which name, who may reach it, and how it stops."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import httpx
+import pytest
+import torch
+
+from inference.decode import generate
+from inference.sampling import Sampling
+from model.adapter import save_adapter
+from model.checkpoint import load_weights, save_weights
+from model.lora import LoRASettings, activate, add_lora
+from scripts import serve_openai_api
+from serve.models import load_table, named
+from tests.helpers.models import TOKENIZER as tokenizer
+from tests.helpers.models import small_model
+
+KNOWN = dict(path="tokenizer", hash=tokenizer.hash)
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A base, another model, and two adapters on the base."""
+    folder = tmp_path_factory.mktemp("out")
+    model = small_model(std=0.2).eval()
+    save_weights(folder / "full_sft_32.pth", model, tokenizer=KNOWN, lineage=[])
+    save_weights(folder / "reason_32.pth", small_model(std=0.1), tokenizer=KNOWN, lineage=[])
+    base = dict(path=str(folder / "full_sft_32.pth"), hash=load_weights(folder / "full_sft_32.pth").hash)
+    for seed, name in enumerate(("lora_one", "lora_two")):
+        adapted, settings = small_model(std=0.2), LoRASettings(rank=2)
+        add_lora(adapted, settings)
+        torch.manual_seed(seed)
+        for parameter in adapted.parameters():
+            if parameter.shape[-1] == 2:  # B, which begins at 0
+                torch.nn.init.normal_(parameter, std=0.3)
+        save_adapter(folder / f"lora/{name}_32.pth", adapted, settings, base=base, tokenizer=KNOWN, lineage=[])
+    return folder
+
+
+def finish(engine, sequence):
+    while not sequence.finish_reason:
+        engine.step()
+    return sequence.tokens
+
+
+def test_names_and_places():
+    entries = {
+        "full_sft": ("full_sft", "full_sft"),
+        "out/full_sft_512.pth": ("full_sft", "out/full_sft_512.pth"),
+        "out/full_sft_640_moe.pth": ("full_sft", "out/full_sft_640_moe.pth"),
+        "best=out/full_sft_512.pth": ("best", "out/full_sft_512.pth"),
+        "models/Qwen3-0.6B": ("Qwen3-0.6B", "models/Qwen3-0.6B"),
+        "/a=b/c.pth": ("c", "/a=b/c.pth"),
+    }
+    assert {entry: named(entry) for entry in entries} == entries
+
+
+def test_adapters_share_their_base_and_do_not_mix(out):
+    """Requests to a base and its two adapters at the same time: each gets what it alone would get."""
+    from inference.engine import Request
+
+    table, remarks = load_table(
+        ["full_sft", "other=reason"], ["lora_one", "second=lora_two"], (out,), rows=2, max_seq_len=128, dtype="float32"
+    )
+    assert list(table) == ["full_sft", "other", "lora_one", "second"] and len(remarks) == 4
+    models = {name: one.engine.model for name, one in table.items()}
+    assert models["full_sft"] is models["lora_one"] is models["second"] is not models["other"]
+    assert [one.base for one in table.values()] == [None, None, "full_sft", "full_sft"]
+    prompt = tokenizer.encode("hello, who are you?")
+    request = Request(prompt, GREEDY, 10)
+    sequences = {name: one.engine.submit(request) for name, one in table.items()}
+    while any(one.engine.busy for one in table.values()):
+        for one in table.values():
+            one.engine.step()
+    answers = {name: sequence.tokens for name, sequence in sequences.items()}
+    assert len({tuple(tokens) for tokens in answers.values()}) == 4
+    for name, active in (("full_sft", None), ("lora_one", "lora_one"), ("second", "second")):
+        activate(models[name], active)
+        assert generate(models[name], [prompt], GREEDY, max_new_tokens=10) == [answers[name]]
+
+
+def test_an_adapter_alone_is_on_its_own_base(out):
+    table, _ = load_table([], ["lora_one"], (out,), rows=1, max_seq_len=64)
+    assert list(table) == ["lora_one"] and table["lora_one"].base is None
+    with pytest.raises(ValueError, match="two models are called 'lora_one'"):
+        load_table([], ["lora_one", str(out / "lora/lora_one_32.pth")], (out,), rows=1, max_seq_len=64)
+
+
+def refused(capsys, *argv) -> str:
+    with pytest.raises(SystemExit):
+        serve_openai_api.main(list(argv))
+    return capsys.readouterr().err
+
+
+def test_other_machines_need_a_key(capsys, monkeypatch):
+    monkeypatch.delenv("SPARROW_API_KEY", raising=False)
+    assert "--host 0.0.0.0: other machines could use this server; give a key" in refused(capsys, "--host", "0.0.0.0")
+    assert "--host ::" in refused(capsys, "--host", "::")
+    assert "printable ASCII" in refused(capsys, "--api_key", "sch\u00f6n")
+    config = serve_openai_api.ServeConfig(host="0.0.0.0", api_key="k")
+    assert not config.problems() and serve_openai_api.hosts(config) == ()
+    assert "localhost" in serve_openai_api.hosts(serve_openai_api.ServeConfig(allowed_hosts=("box.lan",)))
+
+
+def test_help_does_not_wait_for_torch(root):
+    start = "from scripts.serve_openai_api import main\ntry: main(['--help'])"
+    script = f"import sys; {start}\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout.endswith("False\n") and "--drain_seconds" in done.stdout
+
+
+def test_when_it_is_stopped_answers_are_finished(root, out):
+    """MiniMind's flags; SIGTERM in mid-answer: the stream comes to its end, nothing new is taken, status 0."""
+    flags = f"--weight full_sft --lora_weight None --load_from model --port 0 --device cpu --save_dir {out}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "scripts/serve_openai_api.py", *flags.split(), "--temperature", "0"]
+    read = dict(stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    process = subprocess.Popen(command, cwd=root, env=environment, **read)
+    watchdog = threading.Timer(90, process.kill)
+    watchdog.start()
+    try:
+        lines = []
+        while not lines or "serving" not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        url = lines[-1].split(" at ")[1].split(";")[0]
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 400}
+        with httpx.stream("POST", url + "/chat/completions", json=body, timeout=60) as answer:
+            stream = answer.iter_lines()
+            first = next(stream)
+            process.send_signal(signal.SIGTERM)
+            rest = list(stream)
+        assert first.startswith("data: ") and list(filter(None, rest))[-1] == "data: [DONE]"
+        assert process.wait(30) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/models")
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.stderr.close()

@@ -1,0 +1,358 @@
+"""The official client against a real server: whatever it can ask is answered in the types it expects."""
+
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+import torch
+
+from inference.decode import generate
+from inference.sampling import Sampling
+from tests.helpers.models import TOKENIZER as tokenizer
+from tests.helpers.models import small_model
+from tests.helpers.servers import GREEDY, Parrot, running, served
+from tokenizer.chat import encode_chat
+
+HELLO = [{"role": "user", "content": "你好, how are you?"}]
+WEATHER = {
+    "type": "function",
+    "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(std=0.2, num_attention_heads=4, num_key_value_heads=2).eval()
+
+
+@pytest.fixture(scope="module")
+def parrot(model):
+    return Parrot(model.config)
+
+
+@pytest.fixture(scope="module")
+def server(model, parrot):
+    with running(served(model), served(parrot, "parrot", rows=1)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+
+
+def expected(model, messages, n=12):
+    ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
+    (reply,) = generate(model, [ids], GREEDY, max_new_tokens=n, stop=tokenizer.stop_ids)
+    return ids, reply, tokenizer.decode(reply, skip_control=True)
+
+
+def say(parrot, *pieces):
+    parrot.script = []
+    for piece in pieces:
+        parrot.script += [tokenizer.control[piece]] if piece in tokenizer.control else tokenizer.encode(piece)
+
+
+# ---- chat
+
+
+def test_a_chat_streamed_or_not(client, model):
+    ids, reply, text = expected(model, HELLO)
+    whole = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=12)
+    assert whole.choices[0].message.content == text and whole.choices[0].message.role == "assistant"
+    assert whole.choices[0].finish_reason == ("stop" if len(reply) < 12 else "length")
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), len(reply))
+    assert whole.object == "chat.completion" and whole.id.startswith("chatcmpl-") and whole.model == "tiny"
+
+    asked = dict(model="tiny", messages=HELLO, max_completion_tokens=12, stream=True)
+    chunks = list(client.chat.completions.create(**asked, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == text
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == len(ids) - 1  # the second time it is known
+    assert len({chunk.id for chunk in chunks}) == 1 and all(c.object == "chat.completion.chunk" for c in chunks)
+
+
+def test_the_stream_ends_as_the_protocol_says(server):
+    body = {"messages": HELLO, "max_tokens": 3, "stream": True}
+    answer = httpx.post(server.url + "/v1/chat/completions", json=body)
+    lines = answer.text.split("\n\n")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: ") for line in lines[:-1])
+
+
+def test_many_choices_with_a_seed(client):
+    asked = dict(model="tiny", messages=HELLO, max_tokens=10, n=3, seed=7, temperature=1.5, top_p=1)
+    first, again = (client.chat.completions.create(**asked) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) == 3
+    streamed = {0: "", 1: "", 2: ""}
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert [streamed[i] for i in range(3)] == texts
+
+
+def test_stop_words_and_penalties_are_obeyed(client, model):
+    _, _, text = expected(model, HELLO, 40)
+    word = text[8:11]
+    for stream in (False, True):
+        answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=40, stop=[word], stream=stream)
+        if stream:
+            chunks = list(answer)
+            said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            said, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert said == text[: text.index(word)] and reason == "stop"
+    banned = {str(token): -100 for token in expected(model, HELLO)[1]}
+    extra = dict(repetition_penalty=1.2, top_k=5, min_p=0.01)
+    answer = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=12, logit_bias=banned, presence_penalty=1, extra_body=extra
+    )
+    assert answer.choices[0].message.content != text
+
+
+def test_log_probabilities_of_a_chat(client, model):
+    ids, reply, text = expected(model, HELLO)
+    asked = dict(model="tiny", messages=HELLO, max_tokens=12, logprobs=True, top_logprobs=2)
+    content = client.chat.completions.create(**asked).choices[0].logprobs.content
+    with torch.no_grad():
+        reference = model(torch.tensor([ids + reply])).logits[0].log_softmax(-1)
+    assert b"".join(bytes(one.bytes) for one in content).decode("utf-8", "replace") == text
+    for place, (one, token) in enumerate(zip(content, reply), len(ids) - 1):
+        assert one.logprob == pytest.approx(float(reference[place, token]), abs=1e-3) and len(one.top_logprobs) == 2
+        assert one.top_logprobs[0].logprob == one.logprob  # greedy: the likeliest
+    streamed = []
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        if chunk.choices[0].logprobs:
+            streamed += chunk.choices[0].logprobs.content
+    assert [one.token for one in streamed] == [one.token for one in content]
+
+
+def test_the_asynchronous_client_and_many_at_once(server, model):
+    questions = [[{"role": "user", "content": f"question {n} " * (n + 1)}] for n in range(9)]
+
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as client:
+
+            async def one(messages):
+                stream = await client.chat.completions.create(
+                    model="tiny", messages=messages, max_tokens=12, stream=True
+                )
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            return await asyncio.gather(*map(one, questions))
+
+    assert asyncio.run(ask()) == [expected(model, question)[2] for question in questions]
+
+
+# ---- thoughts and tools
+
+
+def test_thoughts_and_the_ways_to_ask_for_them(client, parrot):
+    say(parrot, "\nhm\n", "</think>", "\n\nyes")
+    for extra in (
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"enable_thinking": True},
+        {"chat_template_kwargs": {"open_thinking": True}, "reasoning_effort": "medium"},  # MiniMind's client
+    ):
+        asked = dict(model="parrot", messages=HELLO, extra_body=extra)
+        message = client.chat.completions.create(**asked).choices[0].message
+        assert (message.reasoning_content, message.content) == ("hm", "yes")
+        deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
+        assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "hm"
+        assert "".join(delta.content or "" for delta in deltas) == "yes"
+
+
+def test_a_tool_is_called_and_its_result_sent_back(client, parrot):
+    call = '\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
+    say(parrot, "<tool_call>", call, "</tool_call>")
+    asked = dict(model="parrot", messages=HELLO, tools=[WEATHER])
+    answer = client.chat.completions.create(**asked)
+    (tool,) = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
+    assert (tool.function.name, json.loads(tool.function.arguments)) == ("get_weather", {"city": "Paris"})
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    (streamed,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert streamed.function.name == "get_weather" and streamed.function.arguments == tool.function.arguments
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+    say(parrot, "Sunny.")
+    result = {"role": "tool", "tool_call_id": tool.id, "content": "sunny"}
+    history = [*HELLO, answer.choices[0].message.model_dump(exclude_none=True), result]
+    assert client.chat.completions.create(model="parrot", messages=history).choices[0].message.content == "Sunny."
+    canonical = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "get_weather", "arguments": {"city": "Paris"}}],
+    }
+    ids = encode_chat(
+        tokenizer, [*HELLO, canonical, {"role": "tool", "content": "sunny"}], add_generation_prompt=True
+    ).ids
+    assert client.chat.completions.create(model="parrot", messages=history).usage.prompt_tokens == len(ids)
+
+
+def test_a_demanded_tool_is_called(client, parrot):
+    say(parrot, ' {"city": "Rome"}}\n', "</tool_call>")
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    asked = dict(model="parrot", messages=HELLO, tools=[WEATHER])
+    (tool,) = client.chat.completions.create(**asked, tool_choice=choice).choices[0].message.tool_calls
+    assert json.loads(tool.function.arguments) == {"city": "Rome"}
+    say(parrot, ' "get_weather", "arguments": {}}\n', "</tool_call>", "<tool_call>", "more", "</tool_call>")
+    answer = client.chat.completions.create(**asked, tool_choice="required", parallel_tool_calls=False)
+    assert [tool.function.name for tool in answer.choices[0].message.tool_calls] == ["get_weather"]
+    with pytest.raises(openai.BadRequestError, match="name a function among the tools"):
+        client.chat.completions.create(**asked, tool_choice={"type": "function", "function": {"name": "other"}})
+
+
+# ---- completions
+
+
+def test_a_text_is_continued(client, model):
+    ids = [tokenizer.end_of_text, *tokenizer.encode("Once upon")]
+    (reply,) = generate(model, [ids], GREEDY, max_new_tokens=9, stop=tokenizer.stop_ids)
+    text = tokenizer.decode(reply, skip_control=True)
+    answer = client.completions.create(model="tiny", prompt="Once upon", max_tokens=9)
+    assert answer.choices[0].text == text and answer.object == "text_completion"
+    both = client.completions.create(model="tiny", prompt=["Once upon", ids], max_tokens=9, echo=True)
+    assert [c.text for c in both.choices] == ["Once upon" + text] * 2 and [c.index for c in both.choices] == [0, 1]
+    stream = client.completions.create(model="tiny", prompt="Once upon", max_tokens=9, stream=True, echo=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "Once upon" + text
+
+
+def test_the_likelihood_of_a_text_as_lm_evaluation_harness_asks_for_it(client, model):
+    """It sends token ids of context and continuation, echo and logprobs, for one new token; and then reads
+    token_logprobs[len(context):-1], and whether each is the greatest of top_logprobs."""
+    context, rest = tokenizer.encode("The capital of"), tokenizer.encode(" France is Paris")
+    rows = [context + rest, context + generate(model, [context], GREEDY, max_new_tokens=4)[0]]
+    asked = dict(model="tiny", prompt=rows, max_tokens=1, logprobs=1, echo=True, temperature=0, seed=1234)
+    answer = client.completions.create(**asked)
+    for row, choice, greedy in zip(rows, sorted(answer.choices, key=lambda c: c.index), (False, True)):
+        with torch.no_grad():
+            reference = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        found = choice.logprobs.token_logprobs
+        assert found[0] is None and len(found) == len(row) + 1 == len(choice.logprobs.tokens)
+        wanted = [float(reference[place, row[place + 1]]) for place in range(len(context) - 1, len(row) - 1)]
+        assert found[len(context) : -1] == pytest.approx(wanted, abs=1e-3)
+        best = [max(top.values()) for top in choice.logprobs.top_logprobs[len(context) : -1]]
+        assert (found[len(context) : -1] == best) is greedy
+        assert choice.text.startswith(tokenizer.decode(row))
+        pieces = zip(choice.logprobs.tokens, choice.logprobs.text_offset)
+        assert all(choice.text[at:].startswith(token) for token, at in pieces if not token.startswith("bytes:"))
+    streamed = list(client.completions.create(**asked, stream=True))
+    together = [
+        p for chunk in streamed if chunk.choices[0].index == 0 for p in chunk.choices[0].logprobs.token_logprobs
+    ]
+    assert together == answer.choices[0].logprobs.token_logprobs
+    silent = client.completions.create(model="tiny", prompt=rows[0], max_tokens=0, logprobs=1, echo=True)
+    assert len(silent.choices[0].logprobs.tokens) == len(rows[0]) and silent.choices[0].text == tokenizer.decode(
+        rows[0]
+    )
+
+
+# ---- the table, tokens, errors
+
+
+def test_models_are_listed_and_chosen(client):
+    assert [model.id for model in client.models.list()] == ["tiny", "parrot"]
+    assert client.models.retrieve("parrot").owned_by == "sparrow"
+    for name in ("minimind", "minimind-local:latest"):  # MiniMind's clients: the first model
+        assert client.chat.completions.create(model=name, messages=HELLO, max_tokens=2).model == name
+    for name in ("gpt-4o", "../out/full_sft_512.pth", "\x1b[31m"):
+        with pytest.raises(openai.NotFoundError) as error:
+            client.chat.completions.create(model=name, messages=HELLO)
+        assert error.value.code == "model_not_found" and error.value.param == "model"
+
+
+def test_minimind_s_client_as_it_is(client, model):
+    """Its loop: the last messages of the history, streamed, `delta.content or ""` of every chunk."""
+    history = []
+    for query in ("hello", "and then?"):
+        history.append({"role": "user", "content": query})
+        response = client.chat.completions.create(
+            model="minimind", messages=history[-2:], stream=True, temperature=0, max_tokens=12, top_p=0.9
+        )
+        answer = ""
+        for chunk in response:
+            answer += chunk.choices[0].delta.content or ""
+        assert answer == expected(model, history[-2:])[2]
+        history.append({"role": "assistant", "content": answer})
+
+
+def test_content_in_parts_and_other_roles(client):
+    parts = [{"type": "text", "text": "你好, "}, {"type": "text", "text": "how are you?"}]
+    ask = lambda messages: client.chat.completions.create(model="tiny", messages=messages, max_tokens=5)
+    assert ask(HELLO).usage.prompt_tokens == ask([{"role": "user", "content": parts}]).usage.prompt_tokens
+    developer = [{"role": "developer", "content": "Be brief."}, *HELLO]
+    system = [{"role": "system", "content": "Be brief."}, *HELLO]
+    assert ask(developer).choices[0].message.content == ask(system).choices[0].message.content
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(openai.BadRequestError, match="only text can be read"):
+        ask(image)
+
+
+def test_tokens_there_and_back(server):
+    post = lambda path, body: httpx.post(server.url + path, json=body).json()
+    text = "你好 <|im_end|> 👩"
+    found = post("/tokenize", {"prompt": text})
+    assert found == {"tokens": tokenizer.encode(text), "count": len(tokenizer.encode(text)), "max_model_len": 512}
+    assert post("/detokenize", {"tokens": found["tokens"]}) == {"prompt": text}
+    chat = post("/tokenize", {"messages": HELLO})
+    assert chat["tokens"] == encode_chat(tokenizer, HELLO, add_generation_prompt=True).ids
+    assert "error" in post("/tokenize", {})
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, r"messages\[0\]: role must be one of"),
+        ({"messages": [{"role": "user"}]}, "content must be text"),
+        ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"n": 100}, "n: Input should be less than or equal to 16"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias: 999999 is no token"),
+        ({"response_format": {"type": "json_object"}}, "only text is supported"),
+        ({"stop": ["x"] * 17}, "stop: at most 16"),
+        ({"messages": [{"role": "user", "content": "long " * 600}]}, "maximum context length is 512 tokens"),
+        (
+            {"messages": [{"role": "user", "content": "long " * 90_000}]},
+            "and the prompt has more than",
+        ),  # not tokenised
+    ],
+)
+def test_mistakes_are_told_in_openais_form(client, changes, complaint):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=complaint) as error:
+            client.chat.completions.create(**{"model": "tiny", "messages": HELLO, "stream": stream, **changes})
+        assert error.value.type == "invalid_request_error" and error.value.body["message"]
+    if "long" in str(changes):
+        assert error.value.code == "context_length_exceeded"
+
+
+def test_other_paths_and_methods(server):
+    for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/", 404)):
+        answer = httpx.request(method, server.url + path)
+        assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_health_and_metrics(server, client):
+    client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=3)
+    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    text = httpx.get(server.url + "/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values['sparrow_responses_total{path="/v1/chat/completions",status="200"}']) >= 1
+    assert float(values['sparrow_tokens_total{kind="generated"}']) >= 3
+    assert values['sparrow_first_token_seconds_bucket{le="+Inf"}'] == values["sparrow_first_token_seconds_count"]
+    assert values['sparrow_sequences_running{model="tiny"}'] == "0"
+
+
+def test_sampling_defaults_are_the_servers(model):
+    with running(served(model), defaults=Sampling(temperature=0)) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="any")
+        said = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=12)
+        assert said.choices[0].message.content == expected(model, HELLO)[2]
