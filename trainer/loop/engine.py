@@ -12,7 +12,6 @@ for an accelerator.
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -329,17 +328,12 @@ class Engine:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _lineage(self) -> dict:
-        parent = self.job.parent
         return dict(
-            stage=self.job.stage,
-            data=self.job.data.train.fingerprint,
-            rows=len(self.job.data.train),
-            parent=parent.hash if parent else None,
+            **self.job.origin(),
             steps=self.step,
             tokens=self.tokens,
-            seed=self.config.seed,
             losses=self.losses,
-            command=" ".join(sys.argv),
+            processes=self.backend.world,
         )
 
     def _identity(self) -> dict:
