@@ -245,6 +245,9 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     advice = f"{made}of others, downloaded ones for instance, give the file or directory in place of the name"
     if known:
         advice = f"there are {', '.join(known)}; {advice}"
+    adapters = [path for folder in map(Path, folders) for path in folder.glob(f"lora/{glob.escape(weight)}_*.pth")]
+    if adapters:
+        advice = f"{adapters[0]} is an adapter, which eval_model.py takes as --lora_name {weight}"
     raise UserError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
 
 
