@@ -240,7 +240,7 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         return here
     known = sorted({path.name for folder in map(Path, folders) for path in folder.glob("*.pth")})
     wanted = f"{weight}_{hidden_size or '<hidden>'}{'_moe' if moe else ''}.pth"
-    searched = " or ".join(dict.fromkeys(map(str, folders)))
+    searched = " or ".join(dict.fromkeys(str(Path(folder).absolute()) for folder in folders))
     made = f"{MADE_BY[weight]} makes them; " if weight in MADE_BY else ""
     advice = f"{made}of others, downloaded ones for instance, give the file or directory in place of the name"
     if known:
