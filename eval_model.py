@@ -96,6 +96,7 @@ class EvalConfig(Options):
     question_seed: int = option(0, "another one draws other exam questions", within="[0, inf)")
     json: str | None = option(None, "write figures and answers to this file", path=True, aliases=("output_file",))
     png: str | None = option(None, "draw the figures of --eval_data into this file", path=True)
+    web: bool = option(False, "talk in the browser: starts scripts/serve_openai_api.py, which gets all flags")
     system: str = option("", "system prompt")
     enable_thinking: bool | None = option(None, "let the model think first, or keep it from it")
     max_new_tokens: int | None = option(
@@ -353,6 +354,10 @@ def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> No
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(EvalConfig, argv, description=__doc__)
+    if config.web:
+        from scripts.serve_openai_api import main as serve
+
+        return serve(argv)
     interactive = sys.stdin is not None and sys.stdin.isatty()
     for stream in (sys.stdin, sys.stdout):  # pipes are UTF-8; at a terminal, bytes that are no character are replaced
         if hasattr(stream, "reconfigure"):
