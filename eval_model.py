@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,11 @@ COMMANDS = {
 }
 
 
+def compares(_value: object) -> dict:
+    """For options of another script."""
+    raise UserError("python scripts/compare_models.py compares models, with the same flags")
+
+
 @dataclass(frozen=True)
 class EvalConfig(Options):
     """Options of this script"""
@@ -54,9 +59,7 @@ class EvalConfig(Options):
         "trust_remote_code": "no code of a model's repository is ever run",
         **dict.fromkeys(("history_cnt", "historys"), "the conversation is kept as far as it fits; /reset forgets it"),
     }
-    missing: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("base_model", "finetuned_model"), "comparing two models side by side is"),
-    }
+    translated: ClassVar[dict[str, Callable]] = dict.fromkeys(("base_model", "finetuned_model"), compares)
 
     model_mode: int | None = option(
         None,

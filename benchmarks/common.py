@@ -36,16 +36,48 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.4g} [{min(values):.4g} .. {max(values):.4g}]"
 
 
-def hugging_face_step(model, optimizer, batch, bf16: bool) -> float:
+def hugging_face_llama(model):
+    """transformers' Llama with the shape and the weights of our model, and the usual optimiser -> (it, optimiser)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        pad_token_id=0,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        tie_word_embeddings=True,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
+        attn_implementation="sdpa",
+    )
+    theirs = LlamaForCausalLM(config).train()
+    theirs.load_state_dict(model.state_dict())
+    theirs.to(model.model.embed_tokens.weight.device)
+    named = list(theirs.named_parameters())
+    groups = [
+        dict(params=[p for n, p in named if p.dim() > 1 and "embed" not in n], weight_decay=0.1),
+        dict(params=[p for n, p in named if p.dim() == 1 or "embed" in n], weight_decay=0.0),
+    ]
+    return theirs, torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.95), fused=True)
+
+
+def hugging_face_step(model, optimizer, batch, bf16: bool) -> torch.Tensor:
     """One step of a plain loop around a model of transformers -> its loss."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):
         logits = model(input_ids=batch.tokens).logits
     loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return loss.detach()
 
 
 def data_flags(path: str | None) -> list[str]:

@@ -104,7 +104,7 @@ def peft_step(model, settings, bf16: bool, rate: float):
     model = peft.get_peft_model(model, settings).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
 
-    return lambda batches: hugging_face_step(model, optimizer, batches[0], bf16)
+    return lambda batches: hugging_face_step(model, optimizer, batches[0], bf16).item()
 
 
 def trl_trainer(model, settings, data: SFTDataset, args, bf16: bool, folder: Path):

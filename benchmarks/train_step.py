@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import RandomRows, hugging_face_step, machine, seconds, spread
+from benchmarks.common import RandomRows, hugging_face_llama, hugging_face_step, machine, seconds, spread
 from common.options import parse
 from model.config import ModelConfig
 from model.cost import step_flops
@@ -50,32 +50,10 @@ def our_engine(args, shape: ModelConfig, folder: str) -> Engine:
 
 def their_step(engine: Engine, bf16: bool):
     """A plain training loop around transformers, from the same weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c = engine.model.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        pad_token_id=0,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        tie_word_embeddings=True,
-        num_key_value_heads=c.num_key_value_heads,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_theta,
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(config).train()
-    model.load_state_dict(engine.model.state_dict())
-    lr = engine.config.learning_rate
-    groups = [
-        dict(params=[p for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n], weight_decay=0.1),
-        dict(params=[p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n], weight_decay=0.0),
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    return lambda batch: hugging_face_step(model, optimizer, batch, bf16)
+    model, optimizer = hugging_face_llama(engine.model)
+    for group in optimizer.param_groups:
+        group["lr"] = engine.config.learning_rate
+    return lambda batch: hugging_face_step(model, optimizer, batch, bf16).item()
 
 
 def main():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.console import UserError
 from common.files import ROOT
@@ -161,9 +161,8 @@ def encode_with_control(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def loss_marked_if_not_greedy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """x (N, d), targets (N,) -> (N,): cross-entropy, negative where the target is not the likeliest token. There the
-    cross-entropy is above 0, so no sign is lost."""
-    logits = head(x).float()
+def loss_marked_if_not_greedy(logits: Tensor, targets: Tensor, rows: slice) -> Tensor:
+    """logits (n, V), targets (n,) -> (n,): cross-entropy, negative where the target is not the likeliest token. There
+    the cross-entropy is above 0, so no sign is lost."""
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
     return torch.where((logits.argmax(-1) == targets) | (targets < 0), loss, -loss)

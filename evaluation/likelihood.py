@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.console import Progress, UserError
 from dataset.batches.loader import IGNORED, Loader
@@ -27,11 +25,10 @@ from model.transformer import CausalLM
 from tokenizer.chat import Encoded
 from tokenizer.text import Tokenizer
 
-Criterion = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Criterion = Callable[[Tensor, Tensor, slice], Tensor]
 WINDOW = 512  # positions of a packed row, unless an example is longer
 ROWS = 8  # packed rows of a forward pass
 AT_ONCE = 512  # examples that are packed together
-LOGITS = 1 << 24  # computed at once
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int = WINDOW) -> list[Encoded]:
@@ -64,13 +61,13 @@ def log_likelihoods(
     with closing(Progress(progress or "likelihoods", len(some), " rows")) as bar:
         for begin in range(0, len(some), AT_ONCE):  # those alike in length: a row is as long as the longest of them
             numbers = some[begin : begin + AT_ONCE]
-            for example, logp in _packed(model, [rows[i] for i in numbers], criterion or cross_entropy):
+            for example, logp in _packed(model, [rows[i] for i in numbers], criterion):
                 found[numbers[example]] = logp
             bar.advance(len(numbers))
     return found
 
 
-def _packed(model: CausalLM, examples: list[Encoded], criterion: Criterion) -> Iterator[tuple[int, np.ndarray]]:
+def _packed(model: CausalLM, examples: list[Encoded], criterion: Criterion | None) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the example, log-probabilities of its trained ids)"""
     data = _InMemory(examples)
     length = max(WINDOW, int(data.lengths.max()) - 1)
@@ -83,24 +80,13 @@ def _packed(model: CausalLM, examples: list[Encoded], criterion: Criterion) -> I
         max_seq_len=length,
         shuffle=False,
     )
-    device, in_parts = model.model.embed_tokens.weight.device, partial(_in_parts, criterion)
+    device = model.model.embed_tokens.weight.device
     for batch in loader.batches(0):
         there = batch.to(device)
-        loss = model(there.tokens, **there.context(), criterion=in_parts).loss.cpu()  # (B, T)
+        loss = model(there.tokens, **there.context(), criterion=criterion).loss.cpu()  # (B, T)
         logp = -loss[batch.targets != IGNORED]
         counts = [sum(examples[i].trained[1:]) for i in batch.examples]
         yield from zip(batch.examples, np.split(logp.numpy(), np.cumsum(counts)[:-1]))
-
-
-def cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """x (N, d), targets (N,) -> (N,) fp32"""
-    return F.cross_entropy(head(x).float(), targets, ignore_index=IGNORED, reduction="none")
-
-
-def _in_parts(criterion: Criterion, head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """The criterion of a part of the positions at a time, because logits of a large vocabulary are large."""
-    size = max(1, LOGITS // head.weight.shape[0])
-    return torch.cat([criterion(head, own, t) for own, t in zip(x.split(size), targets.split(size))])
 
 
 def totals(tokenizer: Tokenizer, rows: Sequence[Encoded], logp: Sequence[np.ndarray]) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import AttentionMask
+from model.attention import AttentionMask, additive, is_causal_works
 from model.config import ModelConfig
 
 
@@ -113,7 +113,7 @@ class Decoding:
             seen = column <= self.ends
         else:
             return AttentionMask("sdpa")
-        return AttentionMask("sdpa", seen[:, None, None])  # (B, 1, 1, S)
+        return AttentionMask("sdpa", additive(seen[:, None, None], self.slots.keys.dtype))  # (B, 1, 1, S)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found = []
@@ -145,13 +145,14 @@ class Reading:
 
     def mask(self, window: int | None) -> AttentionMask:
         _, start, stop = self.spans[0]
-        if len(self.spans) == 1 and start == 0 and (window is None or window >= stop):
+        whole = len(self.spans) == 1 and start == 0 and (window is None or window >= stop)
+        if whole and is_causal_works(self.keys.device):
             return AttentionMask("sdpa")  # causal
         distance = self.queries[:, None] - self.keys  # (T, S)
         seen = (self.query_part[:, None] == self.key_part) & (distance >= 0)
         if window is not None:
             seen &= distance < window
-        return AttentionMask("sdpa", seen[None, None])  # (1, 1, T, S)
+        return AttentionMask("sdpa", additive(seen[None, None], self.slots.keys.dtype))  # (1, 1, T, S)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found = []

@@ -12,6 +12,8 @@ the bits they were packed to while it was trained, if they were.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
+from common.files import ROOT
 from model.checkpoint import Checkpoint, load_weights, newest, read_plain, same_weights, write_plain
 from model.config import ModelConfig
 from model.interop.minimind import lora_from_minimind
@@ -85,10 +88,12 @@ def save_adapter(
     base: dict[str, Any],
     tokenizer: dict[str, Any],
     lineage: list[dict[str, Any]],
+    write: Callable = write_plain,
 ) -> Path:
     values = dict(settings=settings.to_dict(), base=base, config=model.config.to_dict(), tokenizer=tokenizer)
     values = json.loads(json.dumps(values | dict(lineage=lineage)))  # plain values only, as in weights files
-    return write_plain(Path(path), dict(format=FORMAT, **values), lora=lora_state(model))
+    write(Path(path), dict(format=FORMAT, **values), lora=lora_state(model))
+    return Path(path)
 
 
 def load_adapter(path: Path | str) -> AdapterFile:
@@ -133,10 +138,23 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
     if not wanted:
         assert path, "else it does not know its base"
         return load_weights(path)
-    places = [Path(path)] if path else []
-    for folder in map(Path, folders):  # the recorded path first, then all weights of that width
-        name = f"*_{adapter.config.hidden_size}*.pth" if adapter.config else "*.pth"
-        places += [*sorted(folder.glob(name)), *sorted((folder / "best").glob(name))]
+    if found := find_by_hash(wanted, path, *folders, width=adapter.config.hidden_size if adapter.config else None):
+        return found
+    raise UserError(
+        f"{adapter.path}: was trained on {path} ({wanted[:12]}), and these weights are neither there nor in "
+        f"{' or '.join(dict.fromkeys(map(str, folders)))}; bring them back, or train the adapter anew on what there is"
+    )
+
+
+def find_by_hash(
+    wanted: str, recorded: str | None, *folders: Path | str, width: int | None = None
+) -> Checkpoint | None:
+    """The weights with this hash: where they were `recorded`, else among the files in `folders`, of that width if it is
+    known. None: nowhere."""
+    places = [ROOT / recorded] if recorded else []
+    for folder in map(Path, folders):
+        for own in (folder, folder / "best"):
+            places += sorted(own.glob(f"*_{width}*.pth" if width else "*.pth"))
     for place in dict.fromkeys(places):
         if place.exists():
             try:
@@ -145,10 +163,17 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
                 continue
             if same_weights(found.hash, wanted):
                 return found
-    raise UserError(
-        f"{adapter.path}: was trained on {path} ({wanted[:12]}), and these weights are neither there nor in "
-        f"{' or '.join(dict.fromkeys(map(str, folders)))}; bring them back, or train the adapter anew on what there is"
-    )
+    return None
+
+
+def open_model_file(path: Path | str) -> Checkpoint | AdapterFile:
+    """Weights, or an adapter: whatever the file or folder holds. Weights come first in a folder that has both."""
+    try:
+        return load_weights(path)
+    except UserError:
+        with suppress(ValueError):
+            return load_adapter(path)
+        raise  # neither: what is wrong with it as weights is the thing to say
 
 
 def _difference(adapter: AdapterFile, found: Checkpoint) -> str:

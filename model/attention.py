@@ -3,6 +3,8 @@
 Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H/K queries that share a key, D head size.
 
     sdpa      torch's scaled_dot_product_attention: any device, any mask, KV cache
+    varlen    torch's flash attention over segments of any length, for training on CUDA in bf16 or fp16: packed rows
+              without a mask, so memory is linear in T
     blocked   for training on CPUs in bf16: batched matrix products over blocks of queries. Block i only multiplies with
               the keys it may see, and the G queries of a group are folded into rows, which keeps the products large.
 
@@ -13,21 +15,82 @@ window. A query sees itself and what stands before it in its own document, with 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCKS = 4  # of queries: skips 3/8 of the products; more blocks are smaller and slower (measured at T = 512)
+SHORT = 32  # positions: room is made for one document in so many
+VARLEN: Callable[..., Any] | None = None  # torch's kernel, once `load_varlen` has found it
+
+
+class Segments(NamedTuple):
+    """The documents of B rows of T positions, for `varlen`. The rows are read one after the other, as B * T positions.
+
+    Segment n has the queries queries[n] ... queries[n + 1] - 1 and the keys keys[n] ... keys[n + 1] - 1. The last of
+    its queries is at the place of the last of its keys, and each sees what stands before it. Segments that are not
+    needed are empty, so that there is the same number in almost every batch, and compiled code is used again.
+    """
+
+    queries: Tensor  # (N + 1,) int32
+    keys: Tensor  # (N + 1,) int32
+    gather: Tensor | None = None  # (M,) int64, the position of each key, then filling; None: the positions in order
+
+    def to(self, device: torch.device) -> Segments:
+        gather = None if self.gather is None else self.gather.to(device)
+        return Segments(self.queries.to(device), self.keys.to(device), gather)
 
 
 class AttentionMask(NamedTuple):
     """Which keys a query sees, in the form the kernel wants. sdpa without a tensor: causal if T == S, all if T == 1."""
 
-    kernel: str  # "sdpa" | "blocked"
-    tensor: Tensor | None = None  # (B or 1, 1, T, S): True = visible for `sdpa`, 0 or -inf to be added for `blocked`
+    kernel: str  # "sdpa" | "varlen" | "blocked"
+    tensor: Tensor | None = None  # (B or 1, 1, T, S): 0 where a key is visible, else -inf, to be added to the scores
     reach: int | None = None  # no query sees a key that stands this many places before it, or more; None: unknown
+    segments: Segments | None = None  # for `varlen`
+
+
+def find_segments(documents: Tensor, prefixes: Tensor | None = None) -> Segments:
+    """documents and prefixes (B, T), as in `build_mask`, on the CPU -> segments on the CPU.
+
+    A document with a prefix gets the prefix's keys before its own. So the keys of a prompt that two answers share are
+    there three times; its queries, and all scores, are computed once.
+    """
+    B, T = documents.shape
+    opens = torch.ones(B, T, dtype=torch.bool)
+    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    begins = opens.flatten().nonzero().flatten()
+    room = max(B * T // SHORT, 1)
+    while room < len(begins):
+        room *= 2
+    queries = torch.full((room + 1,), B * T, dtype=torch.int32)
+    queries[: len(begins)] = begins
+    if prefixes is None:
+        return Segments(queries, queries)
+    stops = [*begins[1:].tolist(), B * T]
+    place: dict[tuple[int, int], range] = {}  # row, number of a document -> its positions
+    pieces: list[range] = []
+    lengths = []
+    numbers = (numbers.flatten()[begins].tolist() for numbers in (documents, prefixes))
+    for begin, stop, own, prefix in zip(begins.tolist(), stops, *numbers):
+        seen = [range(begin, stop)]
+        place[begin // T, own] = seen[0]
+        if prefix != own and (prompt := place.get((begin // T, prefix))):  # a prompt of one token has no document
+            seen.insert(0, prompt)
+        pieces += seen
+        lengths.append(sum(map(len, seen)))
+    total, step = sum(lengths), max(B * T // 2, 1)
+    keys = torch.full((room + 1,), total, dtype=torch.int32)
+    keys[0] = 0
+    keys[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
+    gather = torch.zeros(-(-total // step) * step, dtype=torch.int64)
+    gather[:total] = torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces])
+    return Segments(queries, keys, gather)
 
 
 def build_mask(
@@ -38,6 +101,7 @@ def build_mask(
     kernel: str,
     prefixes: Tensor | None = None,
     window: int | None = None,
+    segments: Segments | None = None,
 ) -> AttentionMask:
     """The mask of the last `queries` = T of S keys; the S - T keys before them come from a cache.
 
@@ -45,14 +109,24 @@ def build_mask(
     prefixes (B, S): the number of a second document that a query at this place sees too.
     window: a query sees the keys at distances 0 ... window - 1, as in Hugging Face's models. The distance is that of
         positions, since an answer may stand in its row far behind the prompt that it continues (`prefixes`).
-    like: a tensor with the dtype and device of the mask.
+    like: a tensor (B, T, ...) with the dtype and device of the mask.
+    segments: of these documents, on the device; made here if it is missing, which waits for the device.
     """
     keys = positions.shape[1]
     past = keys - queries
     if window is not None and window >= keys:
         window = None  # everything is near
-    if kernel == "sdpa" and documents is None and window is None and (past == 0 or queries == 1):
-        return AttentionMask("sdpa")
+    if kernel == "varlen":
+        load_varlen()
+        if documents is None:
+            every = torch.arange(len(like) + 1, dtype=torch.int32, device=like.device) * queries
+            segments = Segments(every, every)
+        elif segments is None:
+            segments = find_segments(documents.cpu(), None if prefixes is None else prefixes.cpu()).to(like.device)
+        return AttentionMask(kernel, None, window, segments)
+    if kernel == "sdpa" and documents is None and window is None:
+        if queries == 1 or past == 0 and is_causal_works(like.device):
+            return AttentionMask("sdpa")
     # is_causal aligns to the top left, which is wrong once there are more keys than queries: spell the mask out
     key = torch.arange(keys, device=like.device)
     mask = key <= key[past:, None]  # (T, S)
@@ -63,28 +137,85 @@ def build_mask(
         mask = mask & same
     if window is not None:
         mask = mask & (positions[:, past:, None] - positions[:, None, :] < window)
-    mask = mask.view(-1, 1, queries, keys)
-    if kernel == "blocked":  # adding is fused into the softmax; comparing there took half of its time
-        mask = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, float("-inf"))
-    return AttentionMask(kernel, mask, window if prefixes is None else None)
+    added = additive(mask.view(-1, 1, queries, keys), like.dtype)
+    return AttentionMask(kernel, added, window if prefixes is None else None)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Booleans -> numbers to be added to the scores, 0 or -inf. Of booleans sdpa would make these itself, and keep them
+    for the backward pass, in every layer."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D)."""
+    if mask.kernel == "varlen":
+        return varlen_attention(q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before positions
     if mask.kernel == "blocked":
         return blocked_attention(q, k, v, mask).transpose(1, 2)
-    H, T = q.shape[1:3]
+    H, T, D = q.shape[1:]
+    tensor = None if mask.tensor is None else mask.tensor.to(q.dtype)  # a cache may be wider than the rest
     if T == 1:  # the G queries of a group take the place of positions: the keys are read once, not G times
-        out = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k, v, mask.tensor)
+        out = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, D), k, v, tensor)
         return out.reshape(q.shape).transpose(1, 2)
-    causal = mask.tensor is None and T == k.shape[2]
-    if q.device.type == "cuda":
+    causal = tensor is None and T == k.shape[2]
+    if q.device.type == "cuda" and not (causal and has_flash(q.device, q.dtype, D)):
         # Only flash attention shares keys between queries there, and it takes no mask. The other kernels, given groups,
         # would store scores of (B, H, T, S) in fp32.
         k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.tensor, is_causal=causal, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=tensor, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
+    assert mask.segments is not None and VARLEN is not None
+    T, segments = q.shape[1], mask.segments
+    shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q, k, v))  # (B * T, heads, D)
+    if segments.gather is not None:
+        # keys that belong to no segment get no gradient from the kernel, not even 0: `where` leaves them out
+        place = torch.arange(len(segments.gather), device=k.device)
+        used = (place < segments.keys[-1])[:, None, None]
+        k, v = (torch.where(used, t[segments.gather], t.new_zeros(())) for t in (k, v))
+    near = (-1 if mask.reach is None else mask.reach - 1, 0)  # how many keys before and after a query it sees; -1: all
+    out = VARLEN(q, k, v, segments.queries, segments.keys, T, T, window_size=near)
+    return out.view(shape)
+
+
+def load_varlen() -> bool:
+    """Finds torch's flash attention over segments -> whether there is one that knows windows (torch 2.11 and newer).
+    Not part of compiled code, and not done at the start: importing it takes seconds."""
+    global VARLEN
+    if VARLEN is None:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return False
+        options = inspect.signature(varlen_attn).parameters
+        if "enable_gqa" in options:  # since 2.12; before, the kernel takes fewer key heads without being asked
+            VARLEN = partial(varlen_attn, enable_gqa=True)
+        elif "window_size" in options:
+            VARLEN = varlen_attn
+    return VARLEN is not None
+
+
+def is_causal_works(device: torch.device) -> bool:
+    """Whether sdpa may be told `is_causal` there. On Apple's GPUs, in half precision, queries then see later keys
+    (https://github.com/pytorch/pytorch/issues/195910)."""
+    return device.type != "mps"
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's flash attention runs there, forward and backward: from Ampere on, in half precision. Heads of
+    more than 128 have no backward pass on all of these cards."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and head_dim <= 128 and head_dim % 8 == 0 and _capability(device) >= (8, 0)
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -115,14 +115,18 @@ def same_weights(hash: str | None, other: str | None) -> bool:
     return all(part == theirs for part, theirs in zip(hash.split("."), other.split(".")))
 
 
-def save_weights(path: Path | str, model: CausalLM, *, tokenizer: dict, lineage: list[dict]) -> Path:
+def save_weights(
+    path: Path | str, model: CausalLM, *, tokenizer: dict, lineage: list[dict], write: Callable | None = None
+) -> Path:
+    """write: what takes the place of `write_plain`, to do it later."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]  # stored once
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     values = dict(config=model.config.to_dict(), tokenizer=tokenizer, lineage=lineage)
     values = json.loads(json.dumps(values))  # a number of numpy's, say, would be a pickled class that nobody could load
-    return write_plain(Path(path), dict(format=FORMAT, **values), model=state)
+    (write or write_plain)(Path(path), dict(format=FORMAT, **values), model=state)
+    return Path(path)
 
 
 def write_plain(path: Path, values: dict, **tensors: dict[str, Tensor]) -> Path:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.console import UserError
-from model.transformer import Linear
+from model.transformer import Head, Linear
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
@@ -341,9 +341,11 @@ def quantize_model(model: nn.Module, bits: int, skip: Sequence[str] = ("lm_head"
     """
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, kind in kinds.items():
-        if kind not in (Linear, QuantLinear):
+        if kind not in (Linear, Head, QuantLinear):
             raise ValueError(f"{name} is a {kind.__name__}: quantise first, then add adapters")
-    names = [name for name, kind in kinds.items() if kind is Linear and not {name, *name.split(".")} & set(skip)]
+    names = [
+        name for name, kind in kinds.items() if kind in (Linear, Head) and not {name, *name.split(".")} & set(skip)
+    ]
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, Linear)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import AttentionMask, build_mask, causal_attention
+from model.attention import AttentionMask, Segments, build_mask, causal_attention, has_flash, load_varlen
 from model.config import ModelConfig
-from model.cost import idle_parameters
+from model.cost import LOGITS_AT_ONCE, idle_parameters
+from model.head import Loss, loss_in_chunks
 from model.moe import MoE
 from model.rope import apply_rope, count_positions, inverse_frequencies, local_frequencies, rope_table
 
@@ -46,7 +47,7 @@ class Cache(Protocol):
 
 class Output(NamedTuple):
     logits: Tensor | None  # (B, T, V), or (K, V) at the `selected` positions; None with targets
-    loss: Tensor | None  # (B, T) fp32 negative log-likelihood of each target, 0 where there is none
+    loss: Tensor | None  # (B, T) fp32 negative log-likelihood of each target, 0 where there is none; see `criterion`
     aux_loss: Tensor  # (B,) fp32 balancing loss of each row, summed over layers; 0 for dense models
 
 
@@ -55,6 +56,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Head(Linear):
+    """The last layer: logits, or with `loss` what it makes of them, `size` positions at a time (model/head.py). This is
+    part of `forward` because ZeRO's stage 3 has the weight only while its layer computes."""
+
+    def forward(self, x: Tensor, loss: Loss | None = None, size: int = 0) -> Tensor:
+        """x (..., d) -> (..., V); with a loss (N, d) -> (N, ...)"""
+        return super().forward(x) if loss is None else loss_in_chunks(x, self.weight, loss, size)
 
 
 class RMSNorm(nn.Module):
@@ -153,7 +163,7 @@ class CausalLM(nn.Module):
     """A decoder-only language model. The attributes below are set from outside."""
 
     compute_dtype: torch.dtype | None = None  # None: that of the weights
-    attention_kernel: str | None = None  # "sdpa" | "blocked"; None: see `_kernel`
+    attention_kernel: str | None = None  # "sdpa" | "varlen" | "blocked"; None: see `_kernel`
     recompute = False  # activation checkpointing: keep only each block's input, and compute the rest again
     rope_frequencies: Tensor  # (R/2,)
     local_rope_frequencies: Tensor | None  # (R/2,), of the layers with a window; None: the same
@@ -162,7 +172,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Transformer(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_rope()
@@ -188,7 +198,8 @@ class CausalLM(nn.Module):
         positions: Tensor | None = None,
         selected: Tensor | None = None,
         prefixes: Tensor | None = None,
-        criterion: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+        segments: Segments | None = None,
+        criterion: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Output:
         """tokens (B, T) -> logits, or with `targets` (B, T) the loss of each of them (-100: none).
@@ -198,7 +209,10 @@ class CausalLM(nn.Module):
         selected (K,) flat indices b*T+t of the positions the head is applied to; None: all. With targets, every target
             outside must be -100, and an index may be repeated only where the target is -100.
         prefixes (B, T) number of another document in the row that a position sees too: a prompt that answers share.
-        criterion another loss than cross-entropy: (head, its input (N, d), targets (N,)) -> (N,) fp32.
+        segments  where the documents begin and end, as a loader knows it; without it, kernels may ask the device.
+        criterion what to return instead of cross-entropy: (logits (n, V) fp32, targets (n,), which n of the positions
+            they are) -> (n, ...) fp32, for some positions at a time and again in the backward pass. `loss` is then
+            (B, T, ...).
         cache     keys and values of what was read before; it is read and extended.
         """
         B, T = tokens.shape
@@ -219,7 +233,7 @@ class CausalLM(nn.Module):
             masks = {window: cache.mask(window) for window in set(windows)}
         else:
             kernel = self._kernel(x, documents is not None or any(windows))
-            masks = {w: build_mask(T, positions, documents, x, kernel, prefixes, w) for w in set(windows)}
+            masks = {w: build_mask(T, positions, documents, x, kernel, prefixes, w, segments) for w in set(windows)}
         aux_loss = torch.zeros(B, device=tokens.device)
         for block, window in zip(self.model.layers, windows):
             cos, sin = rope if window is None else local_rope
@@ -236,19 +250,42 @@ class CausalLM(nn.Module):
             return Output(self.lm_head(x), None, aux_loss)
         x, flat = x.reshape(-1, x.shape[-1]), targets.reshape(B * T)
         flat = flat if selected is None else flat[selected]
-        loss = self.token_loss(x, flat) if criterion is None else criterion(self.lm_head, x, flat)
+        loss = self._losses(x, flat, criterion)
         if selected is not None:
-            loss = torch.zeros(B * T, device=loss.device).index_add(0, selected, loss)
-        return Output(None, loss.view(B, T), aux_loss)
+            loss = torch.zeros(B * T, *loss.shape[1:], device=loss.device).index_add(0, selected, loss)
+        return Output(None, loss.view(B, T, *loss.shape[1:]), aux_loss)
+
+    def _losses(
+        self, x: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor, slice], Tensor] | None
+    ) -> Tensor:
+        """x (N, d), targets (N,) -> (N,), or (N, ...) of the criterion."""
+        words = self.config.vocab_size
+        if criterion is None and len(x) * words <= 2 * LOGITS_AT_ONCE:
+            return self.token_loss(x, targets)
+        if criterion is None:
+            return self.lm_head(
+                x, lambda logits, rows: self.cross_entropy(logits, targets[rows]), positions_at_once(words)
+            )
+        # a criterion may need several more tensors of the logits' size: another model's, distances between the two
+        return self.lm_head(
+            x, lambda logits, rows: criterion(logits, targets[rows], rows), positions_at_once(4 * words)
+        )
 
     def token_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """x (N, d), targets (N,) -> (N,) fp32. A function of its own, so that it can be compiled."""
-        return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-100, reduction="none")
+        return self.cross_entropy(self.lm_head(x).float(), targets)
+
+    @staticmethod
+    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+        """(N, V), (N,) -> (N,). As `token_loss`, for logits that are made in chunks."""
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
 
     def _kernel(self, x: Tensor, masked: bool) -> str:
         """masked: a query does not see all that stands before it."""
         if self.attention_kernel:
             return self.attention_kernel
+        if masked and has_flash(x.device, x.dtype, self.config.head_dim) and load_varlen():
+            return "varlen"
         # on CPUs in bf16 sdpa is faster where it needs neither gradients nor a mask, and half as fast with either
         slow = torch.is_grad_enabled() or masked
         return "blocked" if x.device.type == "cpu" and x.dtype == torch.bfloat16 and slow else "sdpa"
@@ -277,6 +314,11 @@ def initialise(model: CausalLM) -> None:
             nn.init.zeros_(parameter)
         else:
             nn.init.normal_(parameter, std=model.config.hidden_size**-0.5 if "embed_tokens" in name else 0.02)
+
+
+def positions_at_once(numbers: int) -> int:
+    """Positions in a chunk, if there are so many numbers at each. Products of fewer than 128 rows would be slow."""
+    return max(LOGITS_AT_ONCE // numbers, 128)
 
 
 def _retie(model: CausalLM, state: dict, prefix: str, *rest) -> None:

@@ -132,12 +132,37 @@ def examine(save_dir: Path, question_seed: int) -> None:
         say(f"[{model.name}] > {prompt}\n{model.say(prompt)}\n")
 
 
+def report(save_dir: Path, question_seed: int) -> Path:
+    """Fine-tuning against LoRA and against DPO, on questions of the exam -> the page that shows it."""
+    from dataset.read.questions import Question
+    from dataset.tiny_world.exam import draw_questions
+    from dataset.tiny_world.world import KINDS
+    from evaluation.compare import compare, write_report
+    from evaluation.measure import Settings
+    from evaluation.models import open_models
+
+    kinds = (*KINDS, "identity", "manner")
+    questions = []
+    for number, asked in enumerate(draw_questions(question_seed=question_seed, kinds=kinds)):
+        if number % 20 == 0:
+            # of "manner" only the beginning and the end are given: nothing to compare an answer with
+            answer = None if asked.kind == "manner" else {"role": "assistant", "content": asked.answer}
+            messages = [{"role": "user", "content": asked.prompt}]
+            questions.append(Question(f"exam:{number + 1}", messages, answer, kind=asked.kind))
+    models = open_models(["full_sft", "lora_identity", "rlhf"], save_dir)
+    held_out = [save_dir / "tiny_world/dpo_val.jsonl"]
+    result = compare(models, questions, Settings(max_new_tokens=64), held_out)
+    return write_report(save_dir / "compare/demo.json", result)
+
+
 def main():
     config = parse(DemoConfig, description=__doc__)
     save_dir, begin = Path(config.save_dir), time.monotonic()
     if not config.skip_training:
         train(save_dir)
     examine(save_dir, config.question_seed)
+    page = report(save_dir, config.question_seed)
+    print(f"=== What LoRA and DPO changed, answer by answer: open {page} in a browser\n")
     minutes = (time.monotonic() - begin) / 60
     print(f"That took {minutes:.1f} minutes. Talk to it: make chat (python eval_model.py --model_mode 1)")
 

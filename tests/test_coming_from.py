@@ -66,6 +66,8 @@ def completed(script: str, words: list[str], home) -> list[str]:
     if script == "scripts/lora_quickstart.py":
         where = ["--out_dir", str(home / "q"), "--merged_data", str(home / "merged.jsonl")]
         return [*words, "--max_steps=1", "--device=cpu", "--from_weight", full_sft, *where]
+    if script == "scripts/compare_models.py":
+        return [*words, "--max_new_tokens", "4", "--device", "cpu"]
     if not script.startswith("trainer/"):
         return words
     stage = script.split("/")[1].removesuffix(".py")

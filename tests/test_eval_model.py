@@ -397,7 +397,7 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
             "trainer/train_dpo.py makes them; of others, downloaded ones",
         ),
         (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
-        (["--base_model", "x"], "--base_model: comparing two models side by side is not built yet; leave it out"),
+        (["--base_model", "x"], "--base_model x: python scripts/compare_models.py compares models"),
         (["--prompts_file", "nothere.json"], "nothere.json: no such file"),
     ),
 )

@@ -42,6 +42,7 @@ def clone(tmp_path_factory):
             shutil.copy(ROOT / name, folder / name)
     write_pretrain(folder / "my.jsonl", rows=400)
     write_sft(folder / "chats.jsonl")
+    write_sft(folder / "val.jsonl", 8)
     (folder / "questions.txt").write_text("你好\nWho are you?\n", encoding="utf-8")
     return folder
 
@@ -57,7 +58,7 @@ def made_small(command: str) -> list[str]:
             words[words.index("small")] = "nano"
         elif "train_pretrain" in command:
             words += ["--preset", "nano"]
-    elif "eval_model" in command and "--benchmark" not in command:
+    elif ("eval_model" in command and "--benchmark" not in command) or "compare_models" in command:
         words += ["--max_new_tokens", "8"]
     return words
 

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from common.console import UserError, check_writable
 from common.files import ROOT
 from dataset.read.hub import KNOWN, find_data
@@ -85,6 +87,9 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
     elif config.val_fraction:
         train, val = train.split(config.val_fraction, config.seed)
         notes.append(f"validation: {val.summary}")
+    if val is not None and 0 < config.val_limit < len(val):
+        val = val.view(np.linspace(0, len(val) - 1, config.val_limit).astype(int), f"{config.val_limit} rows")
+        notes.append(f"            {config.val_limit:,} of them, evenly spread (--val_limit)")
     for i in range(min(config.show_labels, len(train))):
         notes.append(f"--- {train.source(i)}")
         for tokens, trained in train.sequences(i):

@@ -185,12 +185,24 @@ class StageConfig(LoRAOptions):
         None, "as save_dir, and the result in Hugging Face's layout beside it: final_model/ or lora_model/", path=True
     )
     save_weight: str = option("", "name of the file of weights, or of the adapter")
-    save_interval: int = option(
-        500, "save every N steps (0: at the end only)", aliases=("save_steps",), within="[0, inf)"
+    save_interval: int | None = option(
+        None,
+        "save every N steps (0: at the end only; default: 500, but not within 10 minutes of the last save)",
+        aliases=("save_steps",),
+        within="[0, inf)",
     )
-    keep_last: int = option(2, "resume states kept", within="[1, inf)", aliases=("save_total_limit",))
+    save_minutes: float | None = option(None, "save every N minutes", within="(0, inf)")
+    keep_last: int | None = option(
+        None,
+        "resume states kept (default: 2, and 1 once the run is finished)",
+        within="[1, inf)",
+        aliases=("save_total_limit",),
+    )
     from_resume: str = option(
         "0", "continue a killed run: 0, 1, auto or its path", aliases=("resume_from_checkpoint",), switch=("1", "0")
+    )
+    val_limit: int = option(
+        0, "validate on N of the validation rows (0: all)", within="[0, inf)", aliases=("max_eval_samples",)
     )
     val_interval: int = option(
         0, "validate every N steps (0: at every save)", within="[0, inf)", aliases=("eval_steps",)

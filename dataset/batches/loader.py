@@ -9,7 +9,7 @@ An epoch is a seeded permutation, so a step's examples are a slice of it. Two wa
     packing=False   an example is a row (pretraining): batch_size x accumulation_steps x world rows a step
     packing=True    the same number of *examples* a step, packed best-fit into as few rows as hold them. A rank's rows
                     form batches of batch_size, the remaining ones batches of powers of two (5 rows = 4 + 1), so that
-                    only a few shapes occur and compiled code is reused
+                    compiled code is reused; after `limit_shapes` one batch, with blank rows up to a size that is usual
 The ranks take rows in turn. Which examples a step holds depends only on the product batch_size x accumulation_steps x
 world.
 
@@ -19,10 +19,11 @@ B = rows of a batch, T = max_seq_len, N = rows of a rank's step, K = selected po
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from operator import mul
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,11 @@ from common.console import UserError
 from dataset.batches.packing import pack
 from dataset.tokens.examples import TokenDataset
 from dataset.tokens.order import shuffled
+from model.attention import Segments, find_segments
 
 IGNORED = -100  # a target that is not trained on
 SELECTED_MULTIPLE = 128
+FEW_SHAPES = 4  # of batches, in a run whose code is compiled for each
 AHEAD = 2  # steps prepared while the device works on one
 
 
@@ -50,26 +53,37 @@ class Batch:
     examples: tuple[int, ...]
     # (B, T, ...) what the data set knows of each target (TokenDataset.extras), 0 in the filling
     extras: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
+    segments: Segments | None = field(default=None, kw_only=True)  # where the documents begin and end
+    whole_rows: bool = field(default=False, kw_only=True)  # each row is one document, so no mask is needed
 
-    def context(self) -> dict[str, torch.Tensor | None]:
+    def context(self) -> dict[str, Any]:
         """The model's keyword arguments: what it needs besides the tokens."""
-        names = ("targets", "documents", "positions", "selected")
-        return {name: getattr(self, name) for name in names}
+        names = ("targets", "positions", "selected")
+        packed = {} if self.whole_rows else dict(documents=self.documents, segments=self.segments)
+        return {name: getattr(self, name) for name in names} | packed
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch on the device. For CUDA through pinned memory, so that copying overlaps with computing."""
         if torch.device(device).type == "cpu":
             return self
         cuda = torch.device(device).type == "cuda"
+        return (self.pinned() if cuda else self)._map(lambda tensor: tensor.to(device, non_blocking=cuda))
 
-        def move(value):
+    def pinned(self) -> Batch:
+        """This batch in page-locked memory, from which a GPU reads by itself."""
+        return self._map(lambda tensor: tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """This batch with each of its tensors changed."""
+
+        def changed(value):
             if isinstance(value, dict):
-                return {name: move(own) for name, own in value.items()}
-            if isinstance(value, torch.Tensor):
-                value = (value.pin_memory() if cuda else value).to(device, non_blocking=cuda)
-            return value
+                return {name: changed(own) for name, own in value.items()}
+            if isinstance(value, Segments):
+                return Segments(*map(changed, value))
+            return change(value) if isinstance(value, torch.Tensor) else value
 
-        return replace(self, **{own.name: move(getattr(self, own.name)) for own in fields(self)})
+        return replace(self, **{own.name: changed(getattr(self, own.name)) for own in fields(self)})
 
 
 class Loader:
@@ -80,9 +94,11 @@ class Loader:
     accumulation_steps  batches of a step; with batch_size and world it tells the examples of a step
     rank, world         which process this is, of how many
     shuffle             False: in the data set's order, for validation
+    pin_memory          `prefetch` makes batches ready for a copy to a GPU that nothing waits for
     """
 
     ROWS_PER_EXAMPLE = 1  # length of the longest example, in multiples of max_seq_len
+    sizes: list[int] = []  # rows of a step's last batch, after `limit_shapes`
 
     def __init__(
         self,
@@ -96,12 +112,13 @@ class Loader:
         world: int = 1,
         seed: int = 42,
         shuffle: bool = True,
+        pin_memory: bool = False,
     ):
         if len(dataset) == 0 or int(dataset.lengths.max()) > self.ROWS_PER_EXAMPLE * max_seq_len + 1:
             raise UserError(f"rows of {max_seq_len} do not hold this data set: {dataset.summary}")
         self.dataset, self.packing, self.max_seq_len = dataset, packing, max_seq_len
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.pin_memory = seed, shuffle, pin_memory
         self.examples_per_step = batch_size * accumulation_steps * world
         self.steps_per_epoch = -(-len(dataset) // self.examples_per_step)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -129,7 +146,7 @@ class Loader:
         if self.packing:
             lengths = (self.dataset.lengths[examples] - 1).tolist()
             rows = [[examples[i] for i in row] for row in pack(lengths, self.row_length(step))]
-            share = -(-len(rows) // self.world)
+            share = sum(self._batch_sizes(-(-len(rows) // self.world)))
         else:
             rows = [[example] for example in examples]
             share = -(-len(rows) // self.world)
@@ -143,7 +160,7 @@ class Loader:
             for example in row:
                 self.dataset.will_read(example)  # all of them first: a disk reads several at once faster
         batches, begin = [], 0
-        for size in batch_sizes(len(rows), self.batch_size):
+        for size in self._batch_sizes(len(rows)):
             batches.append(self._batch(rows[begin : begin + size], length))
             begin += size
         return batches
@@ -154,7 +171,7 @@ class Loader:
         try:
             waiting = deque()
             for step in range(start, stop):
-                waiting.append((step, pool.submit(self.batches, step)))
+                waiting.append((step, pool.submit(self._ready, step)))
                 if len(waiting) > AHEAD:
                     ready, future = waiting.popleft()
                     yield ready, future.result()
@@ -163,10 +180,41 @@ class Loader:
         finally:  # also when the consumer leaves early
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def _ready(self, step: int) -> list[Batch]:
+        batches = self.batches(step)
+        return [batch.pinned() for batch in batches] if self.pin_memory else batches
+
+    def _some_steps(self) -> Sequence[int]:
+        """All steps of an epoch, or 64 of them, evenly spread."""
+        steps = self.steps_per_epoch
+        return range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
+
+    def count_shapes(self) -> int:
+        """How many shapes (rows, length) its batches have, as far as some steps show."""
+        shapes = set()
+        for step in self._some_steps():
+            sizes = self._batch_sizes(len(self.rows(step)) // self.world)
+            shapes.update((size, self.row_length(step)) for size in sizes)
+        return len(shapes)
+
+    def limit_shapes(self, most: int = FEW_SHAPES) -> None:
+        """From now on batches have at most so many shapes, as far as some steps show, for compiled code: the rows of a
+        step's last batch are filled up to one of a few numbers. Blank rows cost time and change no result."""
+        if self.packing:
+            shares = [len(self.rows(step)) // self.world for step in self._some_steps()]
+            full = max(shares) > self.batch_size
+            self.sizes = spread({(n - 1) % self.batch_size + 1 for n in shares}, most - full)
+
+    def _batch_sizes(self, rows: int) -> list[int]:
+        """The rows of each batch of a rank's step; together at least `rows`."""
+        full, rest = divmod(rows, self.batch_size)
+        if not self.sizes or not rest:
+            return batch_sizes(rows, self.batch_size)
+        return [self.batch_size] * full + [min((n for n in self.sizes if n >= rest), default=self.batch_size)]
+
     def describe(self) -> str:
         """Examples -> rows -> steps of an epoch, for people. Of more than 64 steps, 64 are counted."""
-        steps = self.steps_per_epoch
-        asked = range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
+        steps, asked = self.steps_per_epoch, self._some_steps()
         examples = np.concatenate([self.examples(step) for step in asked])
         counts = [sum(map(bool, self.rows(step))) for step in asked]
         lengths = [self.row_length(step) for step in asked]
@@ -206,15 +254,18 @@ class Loader:
         if not self.packing:
             documents, positions = self._documents_of_stream(tokens, documents)
         trained_tokens = int((targets != IGNORED).sum())
+        numbers = torch.from_numpy(documents)
         return Batch(
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
-            documents=torch.from_numpy(documents),
+            documents=numbers,
             positions=torch.from_numpy(positions),
             selected=select(targets) if self.packing else None,
             trained_tokens=trained_tokens,
             examples=tuple(example for row in rows for example in row),
             extras={name: torch.from_numpy(values) for name, values in extras.items()},
+            segments=find_segments(numbers),
+            whole_rows=bool((documents == documents[:, :1]).all()),
         )
 
     def _documents_of_stream(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -233,6 +284,14 @@ def batch_sizes(rows: int, most: int) -> list[int]:
     """As many full batches of `most` rows as there are, then powers of two: 21 rows, at most 8 each: [8, 8, 4, 1]."""
     full, rest = divmod(rows, most)
     return [most] * full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+
+
+def spread(numbers: Iterable[int], most: int) -> list[int]:
+    """All of them in order, or `most` of them from the least to the greatest: {1, 2, 3, 7, 9}, 3 -> [1, 3, 9]"""
+    ordered = sorted(numbers)
+    if len(ordered) <= most:
+        return ordered
+    return [ordered[i * (len(ordered) - 1) // (most - 1)] if most > 1 else ordered[-1] for i in range(most)]
 
 
 def select(targets: np.ndarray) -> torch.Tensor | None:

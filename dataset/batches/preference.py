@@ -20,6 +20,7 @@ B = rows of a batch, T = their length, P = pairs in it
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.batches.loader import IGNORED, Batch, Loader, select
+from dataset.batches.loader import FEW_SHAPES, IGNORED, Batch, Loader, select
 from dataset.batches.packing import pair_row_length
 from dataset.tokens.examples import EntryDataset
+from model.attention import find_segments
 from tokenizer.text import Tokenizer
 
 Answer = tuple[np.ndarray, np.ndarray]  # ids; which of them are trained on, bool
@@ -89,9 +91,25 @@ class PairLoader(Loader):
     dataset: PreferenceDataset
 
     ROWS_PER_EXAMPLE = 2
+    lengths: tuple[int, int] | None = None  # of rows, after `limit_shapes`: the usual one, and one that holds all pairs
 
     def row_length(self, step: int) -> int:
-        return pair_row_length((self.dataset.lengths[self.examples(step)] - 1).tolist(), self.max_seq_len)
+        lengths = self._pair_lengths(step)
+        if self.lengths is None:
+            return pair_row_length(lengths, self.max_seq_len)
+        usual, longest = self.lengths
+        return usual if max(lengths) <= usual else longest
+
+    def _pair_lengths(self, step: int) -> list[int]:
+        return (self.dataset.lengths[self.examples(step)] - 1).tolist()
+
+    def limit_shapes(self, most: int = FEW_SHAPES) -> None:
+        """Two lengths of rows, the usual one and one that holds all pairs, with half as many numbers of rows each."""
+        found = [pair_row_length(self._pair_lengths(step), self.max_seq_len) for step in self._some_steps()]
+        holds_all = pair_row_length([int(self.dataset.lengths.max()) - 1], self.max_seq_len)
+        usual = statistics.median_high(found)
+        self.lengths = (usual, max(usual, holds_all))
+        super().limit_shapes(most // len(set(self.lengths)))
 
     def _batch(self, rows: list[list[int]], length: int) -> PairBatch:
         shape = (len(rows), length)
@@ -118,18 +136,20 @@ class PairLoader(Loader):
                 begin, pair = here.stop, pair + 1
             positions[r, begin:] = np.arange(length - begin)
         examples = tuple(example for row in rows for example in row)
+        numbers, seen = torch.from_numpy(documents), torch.from_numpy(prefixes)
         reference = self.dataset.reference
         if reference is not None:
             reference = torch.from_numpy(reference[self.dataset.order[list(examples)]].reshape(-1, 2))
         return PairBatch(
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
-            documents=torch.from_numpy(documents),
+            documents=numbers,
             positions=torch.from_numpy(positions),
             selected=select(targets),
             trained_tokens=int((targets != IGNORED).sum()),
             examples=examples,
-            prefixes=torch.from_numpy(prefixes),
+            prefixes=seen,
+            segments=find_segments(numbers, seen),
             answers=torch.from_numpy(answers),
             reference=reference,
         )

@@ -21,6 +21,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from common.console import UserError
+from common.files import relative_to_root
 from dataset.read.mapping import Mapping
 from dataset.read.row_errors import MAX_BAD_ROWS
 from dataset.tokens.lengths import fit
@@ -101,6 +102,12 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def files(self) -> list[dict[str, str]]:
+        """The data files it reads, {"path", "sha256"} each; a path inside the repository is relative to its root."""
+        found = dict.fromkeys((str(cache.path), cache.facts["content"]) for cache in self._caches)
+        return [dict(path=relative_to_root(path), sha256=content) for path, content in found]
 
     @property
     def stored_bytes(self) -> int:

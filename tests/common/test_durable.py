@@ -118,6 +118,7 @@ def test_going_on_from_an_older_state_becomes_a_run_of_its_own(tmp_path, capsys)
     it."""
     write_pretrain(tmp_path / "data.jsonl")
     flags = [f"--data_path={tmp_path / 'data.jsonl'}", "--batch_size=4", f"--save_dir={tmp_path}", "--save_interval=2"]
+    flags += ["--keep_last=2"]
     run_stage("pretrain", *flags, "--max_steps=6")
     (older,) = tmp_path.glob("resume/*/*/step_00000004")
     run_stage("pretrain", *flags, "--max_steps=6", f"--from_resume={older}", "--learning_rate=1e-3")

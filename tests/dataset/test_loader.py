@@ -62,8 +62,78 @@ def test_conversations_packed_into_a_row():
     assert batch.targets.tolist() == [[IGNORED, 3, 4, 25, IGNORED, IGNORED]]
     assert batch.documents.tolist() == [[1, 1, 1, 2, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 1]], "the filling is a document of its own"
+    assert batch.segments.queries.tolist() == [0, 3, 4, 6, 6], "room for 1, 2, 4 documents"
     assert (batch.trained_tokens, batch.examples) == (3, (1, 0))
     assert (batch.tokens.dtype, batch.targets.dtype, batch.documents.dtype) == (torch.int64, torch.int64, torch.int32)
+
+
+def test_a_row_that_one_document_fills_needs_no_mask():
+    """Plain causal attention is faster in every kernel. The model is not told of documents at all."""
+    (alone,) = loader(chat("abCDe"), max_seq_len=4).batches(0)
+    (with_filling,) = loader(chat("abCDe"), max_seq_len=5).batches(0)
+    assert alone.whole_rows and "documents" not in alone.context() and "segments" not in alone.context()
+    assert not with_filling.whole_rows and with_filling.context()["documents"] is with_filling.documents
+
+
+def test_a_batch_moves_with_all_its_tensors():
+    """A tensor that stayed behind would be copied, or be an error, in every layer."""
+    (batch,) = loader(chat("xY", "abCD"), max_seq_len=6).batches(0)
+    moved = batch.to("meta")
+    tensors = [*moved.segments[:2], *(v for v in vars(moved).values() if isinstance(v, torch.Tensor))]
+    assert len(tensors) >= 6 and all(tensor.is_meta for tensor in tensors)
+    assert moved.examples == batch.examples
+
+
+def test_the_loaders_thread_pins_what_a_gpu_will_read(monkeypatch):
+    """It was done by the loop, which waits for it: allocating page-locked memory takes longer than copying."""
+    pinned = []
+    monkeypatch.setattr(Batch, "pinned", lambda batch: pinned.append(threading.current_thread().name) or batch)
+    ds = chat("xY", "abCD")
+    list(loader(ds).prefetch(0, 2))
+    assert not pinned
+    list(loader(ds, pin_memory=True).prefetch(0, 2))
+    assert pinned and all(name.startswith("loader") for name in pinned)
+
+
+def test_few_shapes_for_compiled_code():
+    """The rows of a step vary; each number would be a graph of its own. Filled up with blank rows, four are left, and
+    every example is still there once, in a row of its own document numbers."""
+    options = dict(batch_size=16, max_seq_len=12)
+    free, limited = (loader(many(400, longest=12), **options) for _ in range(2))
+    limited.limit_shapes()
+    steps = range(free.steps_per_epoch)
+    before = {len(batch.tokens) for step in steps for batch in free.batches(step)}
+    after = {len(batch.tokens) for step in steps for batch in limited.batches(step)}
+    assert len(after) <= 4 and limited.count_shapes() <= 4
+    assert all(len(limited.batches(step)) == 1 for step in steps), "and no step is cut into powers of two"
+    for step in steps:
+        trained = [sum(batch.trained_tokens for batch in side.batches(step)) for side in (free, limited)]
+        examples = [sorted(i for batch in side.batches(step) for i in batch.examples) for side in (free, limited)]
+        assert trained[0] == trained[1] and examples[0] == examples[1]
+    assert max(before) <= max(after) <= 16
+
+
+def test_a_step_with_more_rows_than_any_that_was_looked_at():
+    """It gets a batch of full size: rarer than a graph for each number of rows."""
+    ds = loader(many(), batch_size=8, max_seq_len=12)
+    ds.sizes = [3, 5]
+    assert ds._batch_sizes(2) == [3] and ds._batch_sizes(5) == [5] and ds._batch_sizes(6) == [8]
+    assert ds._batch_sizes(8) == [8] and ds._batch_sizes(20) == [8, 8, 5]
+
+
+def test_ranks_still_have_batches_of_the_same_shapes():
+    sides = [loader(many(100, longest=12), batch_size=4, max_seq_len=12, rank=rank, world=2) for rank in (0, 1)]
+    for side in sides:
+        side.limit_shapes()
+    for step in range(sides[0].steps_per_epoch):
+        shapes = [[batch.tokens.shape for batch in side.batches(step)] for side in sides]
+        assert shapes[0] == shapes[1]
+
+
+def test_shapes_are_counted():
+    """23 conversations, 4 a step of rows of 12, at most 2 rows at once: batches of 2 rows and of 1."""
+    assert loader(many(), batch_size=2, accumulation_steps=2, max_seq_len=12).count_shapes() == 2
+    assert loader(many(), packing=False, batch_size=2, max_seq_len=12).count_shapes() == 1
 
 
 def test_untrained_targets_are_minus_100_in_any_token_type():

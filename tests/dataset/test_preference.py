@@ -8,6 +8,7 @@ from dataset.batches.preference import PairLoader, PreferenceDataset
 from dataset.read.formats import canonical
 from tests.helpers.models import TOKENIZER, answer_logp, small_model
 from tests.helpers.rows import jsonl, says, user, write_dpo
+from tests.helpers.varlen import varlen_attn
 from tokenizer.chat import encode_chat
 from trainer.losses.preference import read_answers
 
@@ -115,9 +116,10 @@ def loader_of(ds, batch_size, accumulation_steps, **rank):
     return PairLoader(ds, packing=True, **sizes, **rank)
 
 
-@pytest.mark.parametrize("kernel", ("sdpa", "blocked"))
-def test_shared_prompts_change_nothing(kernel, tmp_path):
+@pytest.mark.parametrize("kernel", ("sdpa", "varlen", "blocked"))
+def test_shared_prompts_change_nothing(kernel, tmp_path, monkeypatch):
     """Each answer's log-probability and its gradient, against the plain way: one sequence a row, prompt and all."""
+    monkeypatch.setattr("model.attention.VARLEN", varlen_attn)
     ds = PreferenceDataset(write_dpo(tmp_path / "dpo.jsonl"), TOKENIZER, max_seq_len=48)
     batches = loader_of(ds, 8, 1).batches(0)
     assert any(int(batch.documents.max()) > 3 for batch in batches), "several pairs in a row, or nothing is tested"
@@ -179,3 +181,16 @@ def test_split_keeps_pairs_and_reference_together(tmp_path):
             lines = [int(view.source(e).rpartition(":")[2]) - 1 for e in batch.examples]
             assert batch.reference.tolist() == [[2.0 * line, 2.0 * line + 1] for line in lines]
     assert len(train) == 18 and len(val) == 6
+
+
+def test_few_shapes_for_compiled_code(tmp_path):
+    """Each step chose the cheapest length of rows, and cut them into powers of two. Now there are two lengths, and with
+    two sizes each four shapes; the same pairs in the same steps."""
+    ds = PreferenceDataset(write_dpo(tmp_path / "dpo.jsonl", rows=96), TOKENIZER, max_seq_len=48)
+    free, limited = (loader_of(ds, 8, 1) for _ in range(2))
+    limited.limit_shapes()
+    shapes = lambda side: {tuple(b.tokens.shape) for step in range(side.steps_per_epoch) for b in side.batches(step)}
+    assert len(shapes(limited)) <= 4 and limited.count_shapes() <= 4 <= len(shapes(free)) + 2
+    for step in range(free.steps_per_epoch):
+        pairs = [sorted(i for batch in side.batches(step) for i in batch.examples) for side in (free, limited)]
+        assert pairs[0] == pairs[1]

@@ -47,7 +47,7 @@ def alone(model, row):
 @pytest.mark.parametrize("at_once", [512, 3])
 def test_a_row_among_others_has_the_likelihood_that_it_has_alone(model, monkeypatch, at_once):
     monkeypatch.setattr(likelihood, "AT_ONCE", at_once)
-    monkeypatch.setattr(likelihood, "LOGITS", 6400 * 7)  # the head is computed in parts, and they are put together
+    monkeypatch.setattr("model.transformer.LOGITS_AT_ONCE", 1)  # the head in chunks, which are put together
     for row, found in zip(ROWS, log_likelihoods(model, ROWS), strict=True):
         np.testing.assert_allclose(found, alone(model, row), rtol=1e-4, atol=1e-4)
 

@@ -122,9 +122,11 @@ if __name__ == "__main__":
     import torch
 
     from common.options import parse
+    from model import transformer
     from trainer.loop.processes import start
     from trainer.train_full_sft import SFTConfig
 
+    transformer.LOGITS_AT_ONCE = 1  # in chunks: the head's weight has to be there then, also where it is sharded
     folder, steps, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     state = json.loads((folder / "one.json").read_text())
     with start(parse(SFTConfig, [*FLAGS, "--backend=ddp"])) as backend, contextlib.redirect_stdout(io.StringIO()):

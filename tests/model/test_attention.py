@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
-from model.attention import AttentionMask, build_mask, causal_attention
+from model import attention
+from model.attention import AttentionMask, build_mask, causal_attention, find_segments
 from model.config import ModelConfig
 from model.rope import apply_rope, count_positions, inverse_frequencies, rope_table
 from model.transformer import CausalLM
 from tests.helpers.models import random_model
+from tests.helpers.varlen import varlen_attn
 
-KERNELS = ("sdpa", "blocked")
+KERNELS = ("sdpa", "varlen", "blocked")
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 MIXED = dict(  # a window in two of three layers, with frequencies of their own, and half of each head rotated
     num_hidden_layers=3,
@@ -22,6 +24,12 @@ MIXED = dict(  # a window in two of three layers, with frequencies of their own,
     rope_local_theta=20.0,
 )
 LENGTHS = (5, 1, 9, 8)  # of the documents packed into a row of 23
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    """The kernel of `varlen` runs on CUDA only; everything around it is ours."""
+    monkeypatch.setattr(attention, "VARLEN", varlen_attn)
 
 
 def build(kernel: str, **changes) -> CausalLM:
@@ -111,10 +119,9 @@ def test_kernels_give_the_same_gradients(changes):
         model = build(kernel, **changes)
         model(tokens, targets=tokens.roll(-1, 1), documents=documents).loss.sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(
-            gradients[1][name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    for others in gradients[1:]:
+        for name, expected in gradients[0].items():
+            torch.testing.assert_close(others[name], expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_head_only_where_it_is_needed():
@@ -143,7 +150,7 @@ def test_plain_causal_needs_no_mask():
     assert build(8, 8) == AttentionMask("sdpa")
     assert build(1, 9) == AttentionMask("sdpa")
     late = build(2, 5).tensor  # two new queries after three cached keys
-    assert late[0, 0].tolist() == [[True, True, True, True, False], [True, True, True, True, True]]
+    assert late[0, 0].tolist() == [[0, 0, 0, 0, -math.inf], [0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -175,15 +182,40 @@ def test_a_token_is_felt_as_far_as_the_windows_reach():
     assert moved.nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9, 10]
 
 
+def test_where_is_causal_leaks_the_mask_is_spelled_out(monkeypatch):
+    """Apple's GPUs in half precision: nothing warns, and the model learns from what it should predict."""
+    model, tokens = build("sdpa"), torch.randint(61, (1, 9))
+    expected = model(tokens).logits
+    monkeypatch.setattr(attention, "is_causal_works", lambda device: device.type == "cuda")
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    note = lambda *heads, is_causal, attn_mask, **more: (
+        seen.append((is_causal, attn_mask is None)) or sdpa(*heads, is_causal=is_causal, attn_mask=attn_mask, **more)
+    )
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    torch.testing.assert_close(model(tokens).logits, expected)
+    assert set(seen) == {(False, False)}
+
+
 def test_a_mask_is_built_once_for_each_window(monkeypatch):
     built = []
-    counted = lambda *arguments: built.append(arguments[-1]) or build_mask(*arguments)
+    counted = lambda *arguments: built.append(arguments[-2]) or build_mask(*arguments)
     monkeypatch.setattr("model.transformer.build_mask", counted)
     build("sdpa")(torch.randint(61, (1, 9)))
     assert built == [None]
     built.clear()
     build("sdpa", **MIXED)(torch.randint(61, (1, 9)))
     assert sorted(built, key=str) == [3, None]
+
+
+def test_the_mask_is_kept_once_and_not_in_every_layer():
+    """sdpa turned a mask of booleans into one of numbers in each layer, and kept them all for the backward pass: 4 GB
+    for 16 layers, 32 rows of 2,048."""
+    model, (tokens, documents) = build("sdpa", num_hidden_layers=4), packed_row()
+    T, places = tokens.shape[1], []
+    note = lambda tensor: places.append(tensor.data_ptr()) if tensor.shape[-2:] == (T, T) else None
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: note(x) or x, lambda x: x):
+        model(tokens, targets=tokens, documents=documents)
+    assert len(places) >= 4 and len(set(places)) == 1
 
 
 def test_a_rope_table_is_made_once_for_each_theta(monkeypatch):
@@ -203,7 +235,7 @@ def test_a_window_that_holds_the_whole_text_needs_no_mask():
     assert build_mask(8, positions, None, torch.zeros(1), "sdpa", window=8) == AttentionMask("sdpa")
     assert (
         build_mask(8, positions, None, torch.zeros(1), "sdpa", window=7).tensor[0, 0, 7].tolist()
-        == [False] + [True] * 7
+        == [-math.inf] + [0] * 7
     )
 
 
@@ -230,3 +262,74 @@ def test_interleaved_pairs_are_neighbours():
     slow_c, slow_s = math.cos(0.01), math.sin(0.01)
     rotated = [1 * c - 2 * s, 2 * c + 1 * s, 3 * slow_c - 4 * slow_s, 4 * slow_c + 3 * slow_s]
     torch.testing.assert_close(y.flatten(), torch.tensor(rotated))
+
+
+# ---- segments
+
+
+def test_segments_by_hand():
+    """Two rows of 4: documents of 1 and 3 tokens, then one of 4. There is room for one in 32 positions, so for 1, and
+    it doubles to 4; the rest are empty segments at the end."""
+    queries, keys, gather = find_segments(torch.tensor([[1, 2, 2, 2], [1, 1, 1, 1]]))
+    assert queries.tolist() == [0, 1, 4, 8, 8] and keys is queries and gather is None
+
+
+def test_a_shared_prompt_stands_before_each_answer():
+    """One row: a prompt of 2, answers of 1 and 2, a filling of 1. The prompt has its own keys, each answer those of the
+    prompt and its own: 2 + (2 + 1) + (2 + 2) + 1 = 10 keys, filled up to a multiple of half the row."""
+    documents, prefixes = torch.tensor([[1, 1, 2, 3, 3, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
+    queries, keys, gather = find_segments(documents, prefixes)
+    assert queries.tolist() == [0, 2, 3, 5, 6] and keys.tolist() == [0, 2, 5, 9, 10]
+    assert gather.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 0, 0]
+
+
+def test_segments_of_two_rows_do_not_mix():
+    """The second row's documents have the same numbers, and their own prompt."""
+    documents, prefixes = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.ones(2, 3, dtype=torch.int32)
+    queries, keys, gather = find_segments(documents, prefixes)
+    assert queries.tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 6] and keys.tolist() == [0, 1, 3, 5, 6, 8, 10, 10, 10]
+    assert gather.tolist() == [0, 0, 1, 0, 2, 3, 3, 4, 3, 5, 0, 0]
+
+
+def test_gradients_with_a_shared_prompt_are_equal():
+    """Its keys are there three times, and their gradients are added up; what fills the keys up gets none."""
+    documents, prefixes = torch.tensor([[1, 1, 2, 3, 3, 0, 0]] * 2), torch.tensor([[1, 1, 1, 1, 1, 0, 0]] * 2)
+    positions = torch.tensor([[0, 1, 2, 2, 3, 0, 1]] * 2)
+    tokens = torch.arange(14).view(2, 7)
+    found = []
+    for kernel in ("sdpa", "varlen"):
+        model = build(kernel)
+        out = model(tokens, targets=tokens.roll(-1, 1), documents=documents, prefixes=prefixes, positions=positions)
+        out.loss.sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_loaders_segments_are_used_as_they_are(monkeypatch):
+    """Making them in the model means asking the device where the documents end."""
+    model, (tokens, documents) = build("varlen"), packed_row()
+    segments = find_segments(documents)
+    expected = model(tokens, documents=documents).logits
+    monkeypatch.setattr(attention, "find_segments", lambda *_: pytest.fail("made again"))
+    assert torch.equal(model(tokens, documents=documents, segments=segments).logits, expected)
+
+
+def test_which_kernel_is_taken(monkeypatch):
+    """Packed rows on a card with flash attention: varlen. Without a mask sdpa has a flash kernel of its own. Too old a
+    card, fp32, wide heads, too old a torch: sdpa with a mask."""
+    from model.attention import has_flash
+
+    cuda, model = torch.device("cuda", 0), CausalLM(CONFIG)
+    monkeypatch.setattr(attention, "_capability", lambda _: (8, 6))
+    assert has_flash(cuda, torch.bfloat16, 64) and has_flash(cuda, torch.float16, 128)
+    assert not has_flash(cuda, torch.float32, 64) and not has_flash(cuda, torch.bfloat16, 192)
+    assert not has_flash(torch.device("cpu"), torch.bfloat16, 64)
+    x = torch.empty(0, dtype=torch.float16)
+    monkeypatch.setattr("model.transformer.has_flash", lambda device, dtype, _: dtype == torch.float16)
+    assert model._kernel(x, masked=True) == "varlen" and model._kernel(x, masked=False) == "sdpa"
+    assert model._kernel(x.float(), masked=True) == "sdpa"
+    monkeypatch.setattr("model.transformer.load_varlen", lambda: False)
+    assert model._kernel(x, masked=True) == "sdpa"
+    monkeypatch.setattr(attention, "_capability", lambda _: (7, 5))
+    assert not has_flash(cuda, torch.float16, 64)

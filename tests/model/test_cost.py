@@ -5,7 +5,7 @@ import torch
 
 from common.files import ROOT
 from model.config import MIXTURE, PRESETS, ModelConfig
-from model.cost import cache_bytes, count_parameters, frozen_bytes, row_bytes, state_bytes, step_flops
+from model.cost import LOGITS_AT_ONCE, batch_bytes, cache_bytes, count_parameters, frozen_bytes, state_bytes, step_flops
 from model.precision import lower_frozen
 from model.quant import quantize_model
 from model.transformer import CausalLM
@@ -87,7 +87,9 @@ def test_bytes_by_hand():
     """A row of 100: 8 x 4 + 2 x 4 + 3 x 8 = 64 numbers a position, and 10 logits twice in fp32. A cache: 2 x 4 numbers
     a position. AdamW: weight, gradient and two moments of 10 trained parameters, 5 frozen weights: 45 numbers."""
     shape = ModelConfig(**TINY)
-    assert row_bytes(shape, 100, width=2) == 100 * (64 * 2 + 10 * 2 * 4)
+    assert batch_bytes(shape, 3, 100, width=2) == 300 * (64 * 2 + 10 * 2 * 4)
+    many = LOGITS_AT_ONCE // 4  # 10 logits each are more than twice as many as exist at once
+    assert batch_bytes(shape, 1, many, width=2) == many * 64 * 2 + 2 * LOGITS_AT_ONCE * 2 * 4
     assert cache_bytes(shape, rows=3, length=100, width=2) == 3 * 100 * 8 * 2
     assert state_bytes(trained=10, frozen=20, moments=2) == 45 * 4
 

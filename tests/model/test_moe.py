@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.moe import MoE, grouped_linear
+from model.moe import MoE, grouped_linear, linear_in_blocks
 from model.transformer import CausalLM, FeedForward
 
 BASE = dict(
@@ -122,15 +122,17 @@ SIZES = [  # dtype, widths, of which torch's kernel takes only multiples of 16 b
 COMPILERS = [pytest.param(None, id="eager"), pytest.param("aot_eager", id="compiled")]
 
 
+@pytest.mark.parametrize("function", (grouped_linear, linear_in_blocks), ids=("", "blocks"))
 @pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.parametrize("dtype, a, b", SIZES)
-def test_grouped_linear_equals_a_loop(backend, dtype, a, b):
+def test_grouped_linear_equals_a_loop(function, backend, dtype, a, b):
     """`--preset moe --dtype float32` ended in a traceback as soon as a run was long enough to be compiled: torch's
     shape function of its grouped product knows bf16 only. A width of 100 in bf16 failed without the compiler too."""
     torch.manual_seed(0)
     ends = torch.tensor([4, 4, 9], dtype=torch.int32)  # the second expert has no rows
     x, weight, upstream = (torch.randn(*shape).to(dtype) for shape in ((9, a), (3, b, a), (9, b)))
-    function = grouped_linear if backend is None else torch.compile(grouped_linear, backend=backend, fullgraph=True)
+    if backend:
+        function = torch.compile(function, backend=backend, fullgraph=True)
 
     def loop(x, weight, ends):
         return torch.cat([x[:4] @ weight[0].T, x[4:] @ weight[2].T])
@@ -145,6 +147,15 @@ def test_grouped_linear_equals_a_loop(backend, dtype, a, b):
         assert got.dtype == dtype
         torch.testing.assert_close(got, expected)
     assert not results[0][2][1].any()
+
+
+def test_blocks_hold_however_the_rows_fall():
+    """No more than N / size + E blocks are ever needed: each expert leaves less than one block unfilled. 240 rows for
+    3 experts: blocks of 20, and 15 of them."""
+    for counts in ([0, 0, 240], [240, 0, 0], [1, 1, 238], [80, 80, 80], [99, 99, 42], [21, 1, 218], [0, 0, 0]):
+        ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+        x, weight = torch.randn(sum(counts), 8), torch.randn(3, 4, 8)
+        torch.testing.assert_close(linear_in_blocks(x, weight, ends), grouped_linear(x, weight, ends))
 
 
 def test_the_operators_keep_their_promises_to_the_compiler():

@@ -38,7 +38,7 @@ from model.quant import (
     quantize_nf4,
     quantized,
 )
-from model.transformer import CausalLM, Linear
+from model.transformer import CausalLM, Head, Linear
 from tests.helpers.models import TINY_TOKENS as TOKENS
 from tests.helpers.models import tiny_model
 
@@ -394,7 +394,7 @@ def test_a_model_is_quantised_in_place(bits):
     dense = tiny_model(tie_word_embeddings=True)
     names = quantize_model(model, bits)
     assert list(quantized(model)) == names and len(names) == 2 * 7
-    assert type(model.lm_head) is Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    assert type(model.lm_head) is Head and model.lm_head.weight is model.model.embed_tokens.weight
     for name, layer in quantized(model).items():
         dense.get_submodule(name).weight.data = layer.dequantize()
     assert torch.equal(model(TOKENS).logits, dense(TOKENS).logits)

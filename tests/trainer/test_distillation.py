@@ -15,6 +15,7 @@ from common.options import parse, specs
 from dataset.batches.loader import Loader
 from dataset.tokens.examples import SFTDataset
 from dataset.tokens.teacher import TaughtDataset, read_header
+from model import transformer
 from model.checkpoint import load_weights, save_weights
 from tests.helpers.compare import assert_same_gradients, same, state_of
 from tests.helpers.models import TOKENIZER, small_model
@@ -24,7 +25,6 @@ from tests.helpers.tokenizers import without_tags
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
-from trainer.losses import distillation as distill
 from trainer.losses.distillation import Distill, Teacher, distance, with_rest
 from trainer.train_distillation import DistillationConfig
 
@@ -118,11 +118,11 @@ def teacher_of(path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", [distill.LOGITS_AT_ONCE, 1])
+@pytest.mark.parametrize("chunk", [transformer.LOGITS_AT_ONCE, 1])
 def test_loss_and_gradient_equal_a_plain_reference(kind, chunk, tmp_path, monkeypatch):
     """Whole (tokens, V) logits of both models, one conversation at a time; the objective packs, selects, and with the
     least chunk goes through 128 positions at a time."""
-    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", chunk)
+    monkeypatch.setattr(transformer, "LOGITS_AT_ONCE", chunk)
     dataset = SFTDataset(write_sft(tmp_path / "sft.jsonl"), TOKENIZER, max_seq_len=32)
     path, alpha, T = write_weights(tmp_path, "teacher", 1), 0.3, 2.5
     student, plain = small_model(), load_weights(path).build()
@@ -151,18 +151,19 @@ def test_loss_and_gradient_equal_a_plain_reference(kind, chunk, tmp_path, monkey
 def test_no_logits_of_all_positions_pile_up(tmp_path, monkeypatch):
     """With chunks of 128 positions both heads make 128 x V numbers at a time, and none of them waits for the backward
     pass, where a plain loss over the same positions keeps all of them."""
-    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(transformer, "LOGITS_AT_ONCE", 1)
     dataset = SFTDataset(write_sft(tmp_path / "sft.jsonl"), TOKENIZER, max_seq_len=32)
     (batch, *_) = Loader(dataset, packing=True, batch_size=16, accumulation_steps=1, max_seq_len=32).batches(0)
     batch = replace(batch, selected=None)
     objective, student = Distill("js", 2.0, 0.5, V, teacher_of(write_weights(tmp_path, "teacher", 1))), small_model()
-    kept, made = [], []
-    for head in (student.lm_head, objective.teacher.head):
-        head.register_forward_hook(lambda module, given, out: made.append(len(out)))
+    kept, made, compare = [], [], objective._compare
+    objective._compare = lambda seen, logits, *rest: made.append(len(logits)) or compare(seen, logits, *rest)
+    objective.teacher.head.register_forward_hook(lambda module, given, out: made.append(len(out)))
     wide = lambda x: kept.append(x.numel() // V) if x.shape[-1:] == (V,) else None
     with torch.autograd.graph.saved_tensors_hooks(lambda x: wide(x) or x, lambda x: x):
         loss, _ = objective(student, batch)
         assert sum(made) == 2 * batch.tokens.numel() > 600 and max(made) == 128 and not kept
+        monkeypatch.undo()
         student(batch.tokens, targets=batch.targets)
         assert max(kept) == batch.tokens.numel()
     loss.backward()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from common.files import ROOT
 from model.config import ModelConfig
-from model.cost import row_bytes
+from model.cost import batch_bytes
 from model.transformer import CausalLM
 from trainer.loop import processes
 from trainer.loop.interrupts import explained, memory_advice
@@ -63,7 +63,7 @@ def test_out_of_memory_says_what_trains_the_same_in_less():
     """6 rows: the largest smaller batch that divides them is 3, twice as often. A row of 100 tokens by hand: 2 layers
     of 8 x 16 + 2 x 1 x 8 + 3 x 32 = 240 numbers, and 50 logits twice, 4 bytes each: 100 x (2 x 240 + 100) x 4."""
     model = tiny()
-    assert row_bytes(model.config, 100, 4) == 100 * (2 * 240 + 100) * 4
+    assert batch_bytes(model.config, 1, 100, 4) == 100 * (2 * 240 + 100) * 4
     with pytest.raises(ValueError, match="out of memory.*--batch_size 3 --accumulation_steps 4 trains the same"):
         with explained(CONFIG, model, 1):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")

@@ -139,6 +139,7 @@ def test_a_broken_state_is_named_and_the_one_before_is_taken(tmp_path, capsys):
         "--max_steps=6",
         "--batch_size=4",
         "--save_interval=2",
+        "--keep_last=2",
         f"--save_dir={tmp_path}",
     ]
     run_stage("pretrain", *flags)

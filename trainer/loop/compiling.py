@@ -10,28 +10,41 @@ from pathlib import Path
 import torch
 
 from common.console import UserError
+from dataset.tokens.cache import user_cache
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
+# What compiling is worth, by kind of device: FLOP/s of eager code, share of the time that it saves, seconds for each
+# shape. Guesses, so the saving has to be clearly more. A CPU's numbers were measured, a GPU's were not yet.
+WORTH = {"cpu": (1e11, 0.25, 30.0), "cuda": (1e14, 0.4, 12.0)}
+MARGIN = 2.0
 
-def compile_model(model: CausalLM, config: StageConfig, device: torch.device, steps: int, packing: bool) -> bool:
+
+def compile_model(
+    model: CausalLM, config: StageConfig, device: torch.device, steps: int, packing: bool, shapes: int = 1
+) -> bool:
     """Compiles each block (all layers share one small graph), and the head with its loss -> whether it did.
 
     steps    optimiser steps of the run
     packing  rows are packed: then each step has a different number of trained positions
+    shapes   of batches, of which each is compiled
     """
     mode = config.compile
-    if mode == "off" or mode == "auto" and not (pays(model, config, device, steps) and can_compile(device.type)):
+    worth = mode == "on" or pays(model, config, device, steps, shapes)
+    if mode == "off" or mode == "auto" and not (worth and can_compile(device.type)):
         return False
     if not can_compile(device.type):
         raise UserError(
             "--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
             "python3-dev), on GPUs Triton too; install them, or leave it at auto"
         )
+    # the compiler's own cache is in /tmp, which is empty after a restart
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "compiled"))
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, of which there are few
     for block in model.model.layers:
         block.compile(dynamic=False)
     model.token_loss = torch.compile(model.token_loss, dynamic=packing)  # one graph for any number of positions
+    model.cross_entropy = torch.compile(model.cross_entropy, dynamic=packing)
     return True
 
 
@@ -48,10 +61,11 @@ def can_compile(device: str) -> bool:
     return has_triton()
 
 
-def pays(model: CausalLM, config: StageConfig, device: torch.device, steps: int) -> bool:
+def pays(model: CausalLM, config: StageConfig, device: torch.device, steps: int, shapes: int) -> bool:
     """Whether a run of this many steps is long enough to earn back the time that compiling takes."""
-    if device.type != "cpu":
-        return device.type == "cuda" and steps >= 200
+    if device.type not in WORTH:
+        return False
+    rate, share, seconds = WORTH[device.type]
     positions = steps * config.batch_size * config.accumulation_steps * config.max_seq_len
-    seconds = positions * 6 * model.num_parameters(active=True) / 1e11  # at 100 GFLOP/s
-    return seconds > 900  # it saves 25 to 33 %, and takes half a minute for each number of rows
+    saved = share * positions * 6 * model.num_parameters(active=True) / rate
+    return saved > MARGIN * seconds * max(shapes, 4 if device.type == "cpu" else 1)

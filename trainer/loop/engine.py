@@ -12,8 +12,8 @@ for an accelerator.
 from __future__ import annotations
 
 import signal
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from common.console import UserError
 from common.files import keep_previous, relative_to_root
-from common.options import describe
-from dataset.batches.loader import Batch, Loader
+from dataset.batches.loader import FEW_SHAPES, Batch, Loader
 from model.checkpoint import weights_name
 from model.precision import lower_frozen, pick_dtype
 from trainer.inputs import check_start
@@ -32,6 +31,7 @@ from trainer.loop.compiling import compile_model
 from trainer.loop.health import HealthCheck
 from trainer.loop.interrupts import catch_signals, explained
 from trainer.loop.job import Job
+from trainer.loop.opening import announce
 from trainer.loop.optim import build_optimizers, learning_rate
 from trainer.loop.periodic import PeriodicTasks
 from trainer.loop.step import StepResult, optimizer_step
@@ -41,6 +41,7 @@ from trainer.run import resume
 from trainer.run.logger import RunLogger
 from trainer.run.meter import Meter
 from trainer.run.plan import STEPS, plan, rehearsal
+from trainer.run.writer import Writer
 
 
 class Engine:
@@ -57,6 +58,7 @@ class Engine:
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.step, self.saved_step, self.tokens, self.best = 0, 0, 0, float("inf")
         self.written: set[Path] = set()
+        self.writer = Writer(background=backend.device.type != "cpu")
         self.losses: dict[str, float] = {}  # the newest losses, written into the weights' lineage
         self.name = weights_name(config.save_weight, self.model.config)
         self.save_dir = Path(config.save_dir)
@@ -86,9 +88,11 @@ class Engine:
             run_dir / "bad_batches.jsonl",
             self.logger.print,
         )
-        self._announce(notice)
-        self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing)
+        announce(self, notice)
+        shapes = min(self.loader.count_shapes(), FEW_SHAPES)
+        self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing, shapes)
         if self.compiled:
+            self.loader.limit_shapes()
             self.logger.print("compiling the blocks: the first step takes longer")
         self.wrapped = backend.wrap(self.model, self.optimizers)
         if found:
@@ -121,6 +125,7 @@ class Engine:
             world=self.backend.world,
             seed=self.config.seed,
             shuffle=shuffle,
+            pin_memory=self.backend.device.type == "cuda",
         )
 
     def _prepare(self) -> float:
@@ -150,26 +155,6 @@ class Engine:
             )
         return examples // (c.batch_size * world)
 
-    def _announce(self, notice: str) -> None:
-        say, model = self.logger.print, self.model
-        say(describe(self.job.config))
-        active = f" ({model.num_parameters(active=True):,} active)" if model.config.num_experts else ""
-        trainable = sum(p.numel() for p in self._trained().values())
-        total = model.num_parameters()
-        say(f"model: {total:,} parameters{active}, {trainable:,} trained ({trainable / total:.2%})")
-        for line in (*self.job.notes, *self.job.data.notes, notice):
-            if line:
-                say(line)
-        dtype = str(self.dtype).removeprefix("torch.")
-        ranks = f", {self.backend.world} processes" if self.backend.world > 1 else ""
-        say(f"device: {self.backend.device}, {dtype}, {torch.get_num_threads()} threads{ranks}")
-        say(f"data: {self.loader.describe()}; {self.total:,} steps in all")
-        if self.config.warmup_steps >= max(self.total, 1):
-            say(
-                f"warning: --warmup_steps {self.config.warmup_steps:g} is not over in {self.total:,} steps: the rate "
-                f"stays below {self.config.learning_rate:g}"
-            )
-
     # ---- one run ----
 
     def run(self) -> Path:
@@ -184,7 +169,7 @@ class Engine:
         with catch_signals() as received, explained(config, self.model, self.backend.world):
             for _, batches in self.loader.prefetch(self.step, self.total):
                 # agreed on before a rollout draws random numbers: a step that has begun is finished
-                (stop,) = self.backend.sum(bool(received))
+                stop, time_to_save = self.backend.sum(bool(received), self.backend.main and tasks.time_to_save())
                 if stop:
                     break
                 rate = self._set_learning_rate()
@@ -193,10 +178,13 @@ class Engine:
                 if failed:
                     break
                 self._record(result)
-                due = tasks.due(self.step)
+                self.writer.check()
+                due = tasks.due(self.step, bool(time_to_save))
                 due = tasks.defer_if_bad(due, self.step, sound=self._is_sound(due))
                 if due:
                     self._perform(due, rate, result.norm)
+                if "save" in due:
+                    tasks.saved()
             if self.step < self.total:
                 self._leave(received)
         return self._finish()
@@ -262,6 +250,7 @@ class Engine:
         """After a signal: saves what there is, and ends with the status that the signal stands for."""
         if self.saved_step != self.step:
             self.save()
+        self._wait()
         number = received[0] if received else signal.SIGTERM  # another rank received it
         self.logger.print(
             f"stopped by {signal.Signals(number).name} after step {self.step:,}; everything is saved. "
@@ -272,10 +261,14 @@ class Engine:
 
     def _finish(self) -> Path:
         path = self.folder / self.name
+        self.writer.wait()
         if path not in self.written:  # continued from the state of its last step: killed before it wrote the weights
             with self.backend.full_weights():
                 self._write(path)
+            self.writer.wait()
         if self.backend.main:
+            if self.config.keep_last is None:
+                resume.keep_newest(self.states, 1)
             for line in self.job.output.finish(path, self.config, self.job.tokenizer):
                 self.logger.print(line)
         self.backend.barrier()
@@ -306,10 +299,11 @@ class Engine:
         with self.backend.full_weights():
             if self.backend.main:
                 tensors = dict(weights=self._trained(), optimizer=optimizer, ranks=every_rank)
-                resume.refuse_infinite(tensors)
-                resume.save_state(self.states, self.step, tensors, self._state(), self.config.keep_last)
+                tensors = {name: self.writer.keep(content) for name, content in tensors.items()}
+                last = resume.KEPT if self.config.keep_last is None else self.config.keep_last
+                self.writer.write(partial(resume.save_sound, self.states, self.step, tensors, self._state(), last))
             self._write(self.folder / self.name)
-        self.logger.draw()
+        self.writer.write(self.logger.draw)
         self.backend.barrier()
         self.saved_step = self.step
 
@@ -322,24 +316,24 @@ class Engine:
                 self.logger.print(line)
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
             tokenizer = dict(path=relative_to_root(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
-            self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage)
+            self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage, write=self.writer.write_plain)
+
+    def _wait(self) -> None:
+        """Until rank 0 has written everything."""
+        self.writer.wait()
+        self.backend.barrier()
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name. Frozen ones are not saved: `parent` in the identity says which they are."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _lineage(self) -> dict:
-        parent = self.job.parent
         return dict(
-            stage=self.job.stage,
-            data=self.job.data.train.fingerprint,
-            rows=len(self.job.data.train),
-            parent=parent.hash if parent else None,
+            **self.job.origin(),
             steps=self.step,
             tokens=self.tokens,
-            seed=self.config.seed,
             losses=self.losses,
-            command=" ".join(sys.argv),
+            processes=self.backend.world,
         )
 
     def _identity(self) -> dict:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from common.console import UserError
-from model.cost import row_bytes, state_bytes
+from model.cost import batch_bytes, state_bytes
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
@@ -76,15 +76,15 @@ def memory_advice(config: StageConfig, model: CausalLM) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
     fixed = state_bytes(trained, frozen, moments=1 if config.optimizer == "muon" else 2)
-    rows = config.batch_size
-    moving = rows * row_bytes(model.config, config.max_seq_len, (model.compute_dtype or torch.float32).itemsize)
+    rows, width = config.batch_size, (model.compute_dtype or torch.float32).itemsize
+    moving = lambda rows: _gib(batch_bytes(model.config, rows, config.max_seq_len, width))
     advice, fewer = "", max((n for n in range(1, rows // 2 + 1) if rows % n == 0), default=0)
     if fewer:
         advice = f"--batch_size {fewer} --accumulation_steps {rows // fewer * config.accumulation_steps} trains the "
-        advice += f"same with about {_gib(moving * fewer // rows)} of the latter; or "
+        advice += f"same with about {moving(fewer)} of the latter; or "
     return (
         f"out of memory: weights, gradients and moments take {_gib(fixed)}, what {rows} rows of {config.max_seq_len} "
-        f"tokens leave for the backward pass about {_gib(moving)} more (an estimate). {advice}lower --max_seq_len "
+        f"tokens leave for the backward pass about {moving(rows)} more (an estimate). {advice}lower --max_seq_len "
         f"(now {config.max_seq_len})" + ("" if model.compute_dtype == torch.bfloat16 else " or use --dtype bfloat16")
     )
 

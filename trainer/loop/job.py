@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from common.files import relative_to_root
 from dataset.batches.loader import Batch, Loader
 from model.checkpoint import Checkpoint
 from model.transformer import CausalLM
@@ -58,3 +61,17 @@ class Job:
     loader: type[Loader] = Loader
     rollout: Rollout | None = None  # None: the batches of the loader are trained on as they are
     prepare: Preparation | None = None  # None: nothing has to be computed before training
+
+    def origin(self) -> dict:
+        """What the weights come from, for their lineage (evaluation/lineage.py shows it): plain values."""
+        train, parent = self.data.train, self.parent
+        return dict(
+            stage=self.stage,
+            data=train.fingerprint,
+            rows=len(train),
+            files=train.files,
+            parent=parent.hash if parent else None,
+            parent_path=relative_to_root(str(parent.path)) if parent else None,
+            seed=self.config.seed,
+            command=shlex.join(sys.argv),
+        )

@@ -24,18 +24,20 @@ def validate(
     token_bytes  (vocab_size,) how many bytes of text each token stands for
     """
     model.eval()
-    sums: dict[str, float] = {}
+    found: dict[str, list[torch.Tensor]] = {}  # read at the end: reading a number waits for the device
     units, text_bytes = 0, 0
     for _, batches in loader.prefetch(0, loader.steps_per_epoch):
         for batch in batches:
             _, metrics = objective(model, batch.to(backend.device))
-            sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}
+            for name, value in metrics.items():
+                found.setdefault(name, []).append(value)
             units += objective.count(batch)
             targets = batch.targets.numpy()
             text_bytes += int(token_bytes[targets[targets >= 0]].sum())
     model.train()
-    units, text_bytes, *totals = backend.sum(units, text_bytes, *sums.values())
-    means = {f"val_{name}": total / max(units, 1) for name, total in zip(sums, totals)}
+    sums = [sum(torch.stack(values).tolist()) for values in found.values()]
+    units, text_bytes, *totals = backend.sum(units, text_bytes, *sums)
+    means = {f"val_{name}": total / max(units, 1) for name, total in zip(found, totals)}
     if objective.per_token:
         means["val_bpb"] = means["val_loss"] * units / math.log(2) / max(text_bytes, 1)
     return means

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.console import Progress, UserError
 from common.files import ROOT, atomic_file
@@ -35,11 +34,10 @@ from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from model.checkpoint import Checkpoint, find_tokenizer, find_weights, load_weights
 from model.precision import prepare_for_inference
+from model.transformer import positions_at_once
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data, check_positions
 from trainer.loop.backend import Backend
-
-LOGITS_AT_ONCE = 1 << 24  # how many logits of each model are in memory at once
 
 
 def distance(kind: str, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -77,9 +75,7 @@ class Teacher:
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """(N, d) of the selected positions, or of all."""
-        found = self.model(
-            batch.tokens, documents=batch.documents, positions=batch.positions, selected=batch.selected
-        ).logits
+        found = self.model(batch.tokens, **(batch.context() | dict(targets=None))).logits
         return found.reshape(-1, found.shape[-1])
 
     @torch.no_grad()
@@ -104,14 +100,13 @@ class Distill:
         return batch.trained_tokens
 
     def __call__(self, model, batch):
-        sums = []
-        criterion = partial(self._loss, self._teacher_targets(batch), sums)
+        criterion = partial(self._compare, self._teacher_targets(batch))
         out = model(batch.tokens, **batch.context(), criterion=criterion)
-        loss = out.loss.sum()
+        cross_entropy, distances = out.loss.sum((0, 1))
+        loss = self.alpha * cross_entropy + (1 - self.alpha) * self.temperature**2 * distances
         units = (batch.targets != IGNORED).sum(1)  # (B,): the balancing loss of a row counts as much as the row does
-        cross_entropy, distances = torch.stack(sums).sum(0)
-        metrics = {"loss": loss.detach(), "cross_entropy": cross_entropy, "distance": distances}
-        return loss + (out.aux_loss * units).sum(), metrics
+        metrics = dict(loss=loss, cross_entropy=cross_entropy, distance=distances)
+        return loss + (out.aux_loss * units).sum(), {name: value.detach() for name, value in metrics.items()}
 
     def _teacher_targets(self, batch: Batch) -> tuple[Tensor, ...]:
         """What is known of the teacher at the trained tokens: hidden states, or log-probabilities and their ids."""
@@ -120,28 +115,17 @@ class Distill:
         kept = [batch.extras[name].flatten(0, 1) for name in ("teacher_logprobs", "teacher_ids")]
         return tuple(kept if batch.selected is None else (values[batch.selected] for values in kept))
 
-    def _loss(self, seen: tuple[Tensor, ...], sums: list[Tensor], head, x: Tensor, targets: Tensor) -> Tensor:
-        """x (N, d), targets (N,) -> (N,). The logits of a chunk are freed after use and computed again for its
-        gradient, so no (N, V) tensor is ever complete in memory."""
-        parts, size = [], max(LOGITS_AT_ONCE // self.width, 128)
-        for chunk in zip(x.split(size), targets.split(size), *(values.split(size) for values in seen)):
-            losses, both = checkpoint(self._chunk, head, *chunk, use_reentrant=False, preserve_rng_state=False)
-            parts.append(losses)
-            sums.append(both.detach())
-        return torch.cat(parts)
-
-    def _chunk(self, head, x: Tensor, targets: Tensor, seen: Tensor, ids: Tensor | None = None):
-        """-> (losses (C,), [sum of cross-entropies, sum of distances] (2,))"""
-        logits = head(x).float()
+    def _compare(self, seen: tuple[Tensor, ...], logits: Tensor, targets: Tensor, rows: slice) -> Tensor:
+        """logits (n, V) and targets (n,) of some of the positions, `rows` -> cross-entropy and distance (n, 2)."""
+        first, *ids = (values[rows] for values in seen)
         cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
         log_q = (logits[:, : self.width] / self.temperature).log_softmax(-1)
-        if ids is None:
-            log_p = self.teacher.log_probs(seen, self.width, self.temperature)
+        if ids:
+            log_p, log_q = first.float(), with_rest(log_q, ids[0].long())
         else:
-            log_p, log_q = seen.float(), with_rest(log_q, ids.long())
+            log_p = self.teacher.log_probs(first, self.width, self.temperature)
         distances = torch.where(targets == IGNORED, 0.0, distance(self.kind, log_p, log_q))
-        losses = self.alpha * cross_entropy + (1 - self.alpha) * self.temperature**2 * distances
-        return losses, torch.stack([cross_entropy.sum(), distances.sum()])
+        return torch.stack([cross_entropy, distances], dim=1)
 
 
 # ---- a teacher whose log-probabilities are written to a file
@@ -184,7 +168,7 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
         max_seq_len=config.max_seq_len,
         shuffle=False,
     )
-    top_k, size = min(config.top_k, width), max(LOGITS_AT_ONCE // width, 128)
+    top_k, size = min(config.top_k, width), positions_at_once(4 * width)
     facts = dict(temperature=config.temperature, teacher=teacher.hash, weights=str(teacher))
     progress = Progress("asking the teacher", len(distinct), " examples")
     with (

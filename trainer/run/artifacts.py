@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +16,7 @@ import torch
 
 from common.files import keep_previous
 from model.adapter import find_base, load_adapter, save_adapter
-from model.checkpoint import Checkpoint, load_weights, save_weights
+from model.checkpoint import Checkpoint, load_weights, save_weights, write_plain
 from model.export import save_hf, write_peft
 from model.lora import LoRASettings, merge, remove_lora
 from model.transformer import CausalLM
@@ -36,8 +37,11 @@ class Weights:
         exported = [Path(config.output_dir) / "final_model"] if config.output_dir else []
         return [path, path.parent / "best" / path.name, *exported]
 
-    def save(self, path: Path, model: CausalLM, *, tokenizer: dict, lineage: list[dict]) -> None:
-        save_weights(path, model, tokenizer=tokenizer, lineage=lineage)
+    def save(
+        self, path: Path, model: CausalLM, *, tokenizer: dict, lineage: list[dict], write: Callable = write_plain
+    ) -> None:
+        """write: what takes the place of `write_plain`, to do it later."""
+        save_weights(path, model, tokenizer=tokenizer, lineage=lineage, write=write)
 
     def finish(self, path: Path, config: StageConfig, tokenizer: Tokenizer) -> list[str]:
         """After the last step: writes the other formats that were asked for -> lines to print."""
@@ -72,8 +76,8 @@ class AdapterOnly(Weights):
     def writes(self, path, config):
         return [*super().writes(path, config)[:2], *([Path(config.save_dir) / self.merged] if self.merged else [])]
 
-    def save(self, path, model, *, tokenizer, lineage):
-        save_adapter(path, model, self.settings, base=self.base, tokenizer=tokenizer, lineage=lineage)
+    def save(self, path, model, *, tokenizer, lineage, write=write_plain):
+        save_adapter(path, model, self.settings, base=self.base, tokenizer=tokenizer, lineage=lineage, write=write)
 
     def finish(self, path, config, tokenizer):
         lines, adapter = [], load_adapter(path)

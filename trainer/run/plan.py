@@ -27,6 +27,7 @@ import torch
 
 from common.console import UserError
 from trainer.loop.interrupts import memory_advice
+from trainer.loop.periodic import count_saves
 from trainer.run.logger import peak_memory
 from trainer.run.meter import Meter, wait_for
 
@@ -112,6 +113,8 @@ def set_rows(engine, rows: int) -> None:
     times = c.batch_size // rows * c.accumulation_steps
     engine.config = dataclasses.replace(c, batch_size=rows, accumulation_steps=times)
     engine.loader = engine._loader(engine.job.data.train, times, shuffle=True)
+    if engine.compiled:
+        engine.loader.limit_shapes()
     engine.val_loader = engine._loader(engine.job.data.val, 1, shuffle=False) if engine.val_loader else None
     engine.config = c
 
@@ -187,6 +190,7 @@ def measure(engine, rows: int) -> dict[str, float]:
     result["validation"] = validation_seconds(engine)
     start = time.perf_counter()
     engine.save()
+    engine.writer.wait()
     result["save"] = time.perf_counter() - start
     engine.logger.close()
     memory = backend.all_reduce_max(torch.tensor(peak_memory(), device=backend.device)).item()
@@ -208,7 +212,7 @@ def validation_seconds(engine, most: int = 8) -> float:
 def report(engine, rows: int, measured: dict[str, float]) -> None:
     """Prints the plan. measured: the result of `measure`."""
     c, say, total = engine.config, engine.logger.print, engine.total
-    saves = -(-total // c.save_interval) if c.save_interval else 1
+    saves = count_saves(c, total, measured["step"])
     validations = -(-total // c.val_interval) if c.val_interval else saves
     steps = measured["first"] + measured["step"] * max(total - min(WARM_UP, measured["steps"] - 1), 0)
     aside = saves * measured["save"] + validations * measured["validation"]

@@ -32,6 +32,7 @@ from common.files import atomic_folder, hash_file, remove_folder, rename, sweep
 from model.checkpoint import read_plain, same_weights
 
 MANIFEST = "manifest.json"
+KEPT = 2  # states of a run that goes on, where --keep_last does not say otherwise
 
 # Options that a continued run may not change: it would be another run
 FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
@@ -48,9 +49,20 @@ def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], s
     again = [number[1] for path in _states(folder) if (number := _number(path)) and number[0] == step]
     final = folder / (f"step_{step:08d}" + (f".{again[-1] + 1}" if again else ""))
     write_state(final, tensors, state)
-    for old in _states(folder)[:-keep_last]:
-        remove_folder(old)
+    keep_newest(folder, keep_last)
     return final
+
+
+def save_sound(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep_last: int) -> Path:
+    """As `save_state`; but a state that nobody can continue from must not replace a good one."""
+    refuse_infinite(tensors)
+    return save_state(folder, step, tensors, state, keep_last)
+
+
+def keep_newest(folder: Path, states: int) -> None:
+    """Removes all states in a run's folder but the newest."""
+    for old in _states(folder)[:-states]:
+        remove_folder(old)
 
 
 def write_state(path: Path, tensors: dict[str, dict[str, Tensor]], values: dict) -> None:
@@ -136,7 +148,7 @@ def rollback_interrupted_step(device: torch.device, received: list[int], alone: 
 
 
 def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
-    """UserError if a tensor has NaN or infinity: a state that nobody can continue from must not replace a good one."""
+    """UserError if a tensor has NaN or infinity."""
     for kind, content in tensors.items():
         for name, tensor in content.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -1,0 +1,109 @@
+"""The way that led to a weights file is in the file; what it was made of can be checked."""
+
+import shutil
+
+import pytest
+import torch
+
+from common.files import hash_file
+from evaluation.lineage import CHANGED, MISSING, UNCHANGED, as_mermaid, as_text, check, read_lineage
+from model.checkpoint import load_weights, save_weights
+from tests.helpers.models import TOKENIZER, small_model
+from tests.helpers.rows import write_pretrain, write_sft
+from tests.helpers.runs import run_script, run_stage
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Pretraining, fine-tuning, an adapter: two steps each."""
+    home = tmp_path_factory.mktemp("lineage")
+    write_pretrain(home / "texts.jsonl", 40)
+    write_sft(home / "chats.jsonl", 12)
+    flags = ["--max_steps=2", f"--save_dir={home / 'out'}", "--data_path"]
+    run_stage("pretrain", *flags, home / "texts.jsonl")
+    run_stage("full_sft", *flags, home / "chats.jsonl", "--from_weight=pretrain")
+    run_stage("lora", *flags, home / "chats.jsonl", "--from_weight=full_sft", "--lora_name=mine")
+    return home
+
+
+@pytest.fixture
+def home(trained, tmp_path):
+    """A copy to damage. What is recorded are paths in the original, so those are put back afterwards."""
+    shutil.copytree(trained, tmp_path / "kept")
+    yield trained
+    shutil.rmtree(trained)
+    shutil.copytree(tmp_path / "kept", trained)
+
+
+def found(path) -> dict[str, str]:
+    return {f"{part.what} {part.path.rpartition('/')[2]}": part.status for part in check(read_lineage(path))}
+
+
+def test_every_stage_and_what_it_was_made_of(trained):
+    history = read_lineage(trained / "out/full_sft_32.pth")
+    first, second = history.stages
+    assert [first["stage"], second["stage"]] == ["pretrain", "full_sft"]
+    assert first["files"] == [dict(path=str(trained / "texts.jsonl"), sha256=hash_file(trained / "texts.jsonl"))]
+    assert second["parent"] == load_weights(trained / "out/pretrain_32.pth").hash
+    assert second["parent_path"] == str(trained / "out/pretrain_32.pth")
+    text = as_text(history)
+    assert "1. pretrain: " in text and "2 steps" in text and "loss" in text and "seed 42" in text
+    assert "python trainer/train_full_sft.py --device=cpu" in text
+
+
+def test_all_is_unchanged_and_the_status_says_so(trained):
+    assert set(found(trained / "out/full_sft_32.pth").values()) == {UNCHANGED}
+    status, out, err = run_script("scripts/lineage.py", trained / "out/full_sft_32.pth", "--check")
+    assert status == 0 and "4 unchanged" in err, err  # the tokenizer, two data files, a parent
+
+
+def test_an_adapter_has_its_bases_history(trained):
+    parts = found(trained / "out/lora/mine_32.pth")
+    assert parts == dict.fromkeys(
+        ["tokenizer tokenizer", "data texts.jsonl", "parent pretrain_32.pth", "data chats.jsonl"]
+        + ["parent full_sft_32.pth"],
+        UNCHANGED,
+    )
+
+
+def test_one_byte_of_the_data_is_noticed(home):
+    data = (home / "texts.jsonl").read_bytes()
+    (home / "texts.jsonl").write_bytes(data.replace(b"a", b"b", 1))
+    (home / "chats.jsonl").unlink()
+    parts = found(home / "out/full_sft_32.pth")
+    assert parts["data texts.jsonl"] == CHANGED and parts["data chats.jsonl"] == MISSING
+    status, out, err = run_script("scripts/lineage.py", home / "out/full_sft_32.pth", "--check")
+    assert status == 1 and "1 changed" in err and "1 missing" in err
+
+
+def test_a_parent_is_known_by_its_weights_not_by_its_name(home):
+    out = home / "out"
+    (out / "pretrain_32.pth").rename(out / "kept_32.pth")  # found by its hash
+    part = next(part for part in check(read_lineage(out / "full_sft_32.pth")) if part.what == "parent")
+    assert part.status == UNCHANGED and part.where.endswith("kept_32.pth")
+    model = load_weights(out / "kept_32.pth").build()
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    save_weights(out / "pretrain_32.pth", model, tokenizer={}, lineage=[])
+    (out / "kept_32.pth").unlink()
+    assert found(out / "full_sft_32.pth")["parent pretrain_32.pth"] == CHANGED
+    (out / "pretrain_32.pth").unlink()
+    assert found(out / "full_sft_32.pth")["parent pretrain_32.pth"] == MISSING
+
+
+def test_a_chart_for_a_readme(trained, tmp_path):
+    chart = as_mermaid(read_lineage(trained / "out/full_sft_32.pth"))
+    assert chart.startswith("```mermaid\nflowchart LR") and chart.endswith("```")
+    assert "stage1 --> stage2" in chart and "texts.jsonl<br>" in chart
+    entry = dict(stage='a "b" <script>', data="12", rows=3, steps=1, losses={})
+    save_weights(tmp_path / "x_32.pth", small_model(), tokenizer={"hash": TOKENIZER.hash}, lineage=[entry])
+    chart = as_mermaid(read_lineage(tmp_path / "x_32.pth"))
+    assert "<script>" not in chart and 'a "b"' not in chart, "a name could end the label and write chart of its own"
+
+
+def test_weights_of_another_project_have_no_history(tmp_path):
+    save_weights(tmp_path / "x_32.pth", small_model(), tokenizer={}, lineage=[])
+    status, out, _ = run_script("scripts/lineage.py", tmp_path / "x_32.pth", "--check")
+    assert status == 1 and "no stages are recorded" in out
+    status, _, err = run_script("scripts/lineage.py", "nothing_of_that_name", "--save_dir", tmp_path)
+    assert status == 2 and "no weights called 'nothing_of_that_name'" in err

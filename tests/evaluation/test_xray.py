@@ -1,0 +1,198 @@
+"""What the X-ray shows adds up to what the model computes, and the page shows it without asking anyone."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from evaluation.models import open_models
+from evaluation.page import write_page
+from evaluation.trace import change_of, lens, trace
+from evaluation.xray import _experts, _packed, _predictions, unpacked, xray
+from model.adapter import save_adapter
+from model.checkpoint import load_weights, save_weights
+from model.lora import LoRASettings, adapted, add_lora
+from tests.helpers.models import TINY_TOKENS, TOKENIZER, small_model, tiny_model
+from tests.helpers.runs import run_script
+
+IDS = TINY_TOKENS[0].tolist()
+SHAPES = {
+    "llama": {},
+    "qwen3": dict(qk_norm=True),
+    "qwen2, untied": dict(attention_bias=True, tie_word_embeddings=False),
+    "glm4": dict(post_norms=True, rope_interleaved=True, rotary_fraction=0.5, head_dim=8),
+    "window": dict(sliding_window=4, layer_types=("full_attention", "sliding_attention")),
+    "experts": dict(num_experts=4, num_shared_experts=1, num_experts_per_tok=2),
+}
+
+
+@pytest.fixture(params=SHAPES, ids=list(SHAPES))
+def model(request):
+    return tiny_model(**SHAPES[request.param]).eval().requires_grad_(False)
+
+
+def test_all_that_is_added_to_the_stream_gives_the_models_logits(model):
+    seen = trace(model, IDS)
+    expected = model(torch.tensor([IDS])).logits[0]
+    assert torch.equal(seen.logits, expected)
+    total = seen.stream[0] + seen.attention_added.sum(0) + seen.mlp_added.sum(0)
+    torch.testing.assert_close(total, seen.stream[-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.lm_head(model.model.norm(total)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lens(model, seen)[-1], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_probabilities_are_those_inside_the_kernel(model):
+    """With the values (v) they give what the layer adds to the stream, for every head at once."""
+    seen = trace(model, IDS)
+    torch.testing.assert_close(seen.attention.sum(-1), torch.ones(seen.attention.shape[:-1]))
+    for layer, (block, probabilities) in enumerate(zip(model.model.layers, seen.attention)):
+        own = block.self_attn
+        v = own.v_proj(block.input_layernorm(seen.stream[layer])).view(len(IDS), -1, own.head_dim)
+        v = v.repeat_interleave(probabilities.shape[0] // v.shape[1], dim=1)  # (T, H, D)
+        y = torch.einsum("hqk,khd->qhd", probabilities, v).reshape(len(IDS), -1)
+        added = block.post_self_attn_layernorm(own.o_proj(y))
+        torch.testing.assert_close(added, seen.attention_added[layer], atol=1e-5, rtol=1e-4)
+
+
+def test_looking_leaves_no_trace(model):
+    before = model(torch.tensor([IDS])).logits
+    trace(model, IDS)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(model(torch.tensor([IDS])).logits, before)
+
+
+def test_predictions_by_hand():
+    """Three tokens a, b, c = 0, 1, 2. After the first come p = 1/2, 1/4, 1/4: entropy 1.5 bits, b costs 2 bits."""
+    logits = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]).log()
+    found = _predictions(logits, [0, 1])
+    assert found["top"][0][0] == [0, 0.5]
+    assert found["entropy"][0] == pytest.approx(1.5, abs=1e-3)
+    assert found["surprise"] == pytest.approx([2.0], abs=1e-3) and found["probability"] == [0.25]
+    assert found["rank"] == [2]
+
+
+def test_a_byte_for_each_probability():
+    attention = torch.randn(2, 3, 9, 9).masked_fill(~torch.ones(9, 9).tril().bool(), -math.inf).softmax(-1)
+    restored = unpacked(_packed(attention))
+    assert (restored - attention).abs().max() < 0.005  # of p = (b/255)^2, a step is at most 2/255, half of it is lost
+    assert restored[0, 0, 0, 1] == 0
+
+
+def test_the_size_of_a_change_without_its_matrix():
+    model = tiny_model()
+    add_lora(model, LoRASettings(rank=3, alpha=6.0, targets=("q_proj",)))
+    layer = next(iter(adapted(model).values()))
+    own = layer.adapter("default")
+    assert change_of(layer, "default")["change"] == 0  # B is zero at first
+    torch.nn.init.normal_(own.B)
+    found, product = change_of(layer, "default"), own.product().detach()
+    assert found["change"] == pytest.approx(product.norm().item(), rel=1e-4)
+    assert found["ratio"] == pytest.approx((product.norm() / layer.weight.norm()).item(), rel=1e-4)
+    with torch.no_grad():  # three directions of the same strength, then one alone
+        own.A.copy_(torch.eye(3, own.A.shape[1]))
+        own.B.copy_(torch.eye(own.B.shape[0], 3))
+        assert change_of(layer, "default")["rank"] == pytest.approx(3, abs=1e-3)
+        own.B[:, 1:] = 0
+    assert change_of(layer, "default")["rank"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_routing_is_what_the_layer_computes_with():
+    """Each token's experts, weighted with what was seen, give what the layer adds to the stream."""
+    model = tiny_model(**SHAPES["experts"]).eval().requires_grad_(False)
+    seen = trace(model, IDS)
+    for layer, block in enumerate(model.model.layers):
+        x = block.post_attention_layernorm(seen.stream[layer] + seen.attention_added[layer])  # (T, d)
+        weights, chosen = seen.routing[layer].topk(2, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        own, F = block.mlp.experts, torch.nn.functional
+        for t, (share, experts) in enumerate(zip(weights, chosen.tolist())):
+            y = sum(expert(x[t]) for expert in block.mlp.shared_experts)
+            for w, e in zip(share, experts):
+                y = y + w * (own.down_proj[e] @ (F.silu(own.gate_proj[e] @ x[t]) * (own.up_proj[e] @ x[t])))
+            torch.testing.assert_close(y, seen.mlp_added[layer, t], atol=1e-5, rtol=1e-4)
+
+
+def test_an_expert_that_no_token_reaches_has_a_count_of_0():
+    """Three tokens, three experts, one each: the third expert is never the likeliest."""
+    routing = {1: torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.5, 0.1, 0.4]])}
+    contender = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_experts_per_tok=1)))
+    (found,) = _experts(contender, SimpleNamespace(routing=routing))
+    assert found["layer"] == 1 and found["counts"] == [2, 1, 0] and found["chosen"] == [[0], [1], [0]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Weights and an adapter on them, random, with the shipped tokenizer."""
+    home = tmp_path_factory.mktemp("xray")
+    recorded = dict(path=TOKENIZER.path, hash=TOKENIZER.hash)
+    stages = [dict(stage="full_sft", steps=3, losses=dict(loss=2.5), seed=42)]
+    save_weights(home / "full_sft_32.pth", small_model(num_experts=4), tokenizer=recorded, lineage=stages)
+    base = load_weights(home / "full_sft_32.pth")
+    model, settings = base.build(), LoRASettings(rank=2, targets=("attention",))
+    add_lora(model, settings)
+    for layer in adapted(model).values():
+        torch.nn.init.normal_(layer.adapter("default").B, std=0.3)
+    parent = dict(path=str(base.path), hash=base.hash)
+    stages = [*stages, dict(stage="lora_mine", steps=2, losses={}, seed=1)]
+    save_adapter(home / "lora/mine_32.pth", model, settings, base=parent, tokenizer=recorded, lineage=stages)
+    return home
+
+
+def test_an_adapters_effect_is_with_against_without(home):
+    (mine,) = open_models(["mine"], home, device="cpu", dtype="float32")
+    figures = xray(mine, "hello", max_new_tokens=3)
+    lora = figures["lora"]
+    assert set(lora["weights"]) == {
+        f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo"
+    }
+    assert max(lora["divergence"]) > 0 and lora["moved"][0] == [0.0] * len(figures["ids"])  # the embedding is the same
+    (plain,) = open_models(["full_sft"], home, device="cpu", dtype="float32")
+    with plain.active() as model:
+        log_q = model(torch.tensor([figures["ids"]])).logits[0].log_softmax(-1)
+    with mine.active() as model:
+        log_p = model(torch.tensor([figures["ids"]])).logits[0].log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) / math.log(2)
+    torch.testing.assert_close(torch.tensor(lora["divergence"]), expected, atol=1e-3, rtol=1e-2)
+    assert xray(plain, "hello")["lora"] is None
+
+
+def test_mistakes_are_one_line(home):
+    status, _, err = run_script("scripts/xray.py", "--weight", "full_sft", "--save_dir", home)
+    assert status == 2 and "--prompt: give a text" in err
+    words = ["--prompt", "a " * 600, "--weight", "full_sft", "--save_dir", home]
+    status, _, err = run_script("scripts/xray.py", *words)
+    assert status == 2 and "more than the 512" in err and len(err.splitlines()) == 1
+
+
+def test_the_page_works_by_keyboard_and_asks_nobody(home, browser, tmp_path):
+    words = ["--weight", "mine", "--save_dir", home, "--prompt", "</script><b>hi</b> {{DATA}} \x1b[31m"]
+    page = tmp_path / "page.html"
+    status, out, err = run_script("scripts/xray.py", *words, "--max_new_tokens", "4", "--output", page)
+    assert status == 0, err
+    browser.open(page)
+    assert browser.requests == [page.as_uri()] and browser.errors == []
+    text = browser.text("#page")
+    for panel in ("Tokens", "The next token", "Logit lens", "Attention", "The residual stream", "Experts", "adapter"):
+        assert panel in text
+    assert "␛" in text, "an escape code is shown, not sent"
+    assert browser.evaluate("document.querySelectorAll('#page b').length") == 2, "the two names of the stages"
+    before = browser.text(".sticky .chosen")
+    browser.press("ArrowLeft")
+    assert browser.text(".sticky .chosen") != before
+    browser.evaluate("document.querySelector('.heads button').focus()")
+    assert "layer 1, head 1" in browser.text("#page")
+    browser.open(page, language="zh-CN", dark=True, width=360)
+    assert "下一个词元" in browser.text("#page")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 360, "wider than a phone"
+
+
+def test_128_tokens_of_small_stay_below_3_megabytes(tmp_path):
+    recorded = dict(path=TOKENIZER.path, hash=TOKENIZER.hash)
+    model = small_model(hidden_size=64, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2)
+    save_weights(tmp_path / "small_64.pth", model, tokenizer=recorded, lineage=[dict(stage="pretrain")])
+    (small,) = open_models(["small"], tmp_path, device="cpu", dtype="float32")
+    figures = xray(small, " ".join(f"{i * 37 % 100}" for i in range(45)))  # layers and heads as `small` has
+    assert len(figures["ids"]) >= 128
+    page = write_page(tmp_path / "page.html", "xray", "x", figures)
+    assert page.stat().st_size < 3e6

@@ -1,0 +1,35 @@
+"""The benchmark for cards runs where there is none, and one part that fails does not take the others with it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from common.files import ROOT
+
+RUN = ROOT / "benchmarks" / "gpu" / "run.py"
+
+
+def bench(out, *flags) -> tuple[int, dict]:
+    command = [sys.executable, str(RUN), "--device=cpu", "--tiny", *flags]
+    done = subprocess.run(command, env={**os.environ, "OUT": str(out)}, capture_output=True, text=True)
+    assert (out / "report.md").is_file(), done.stdout + done.stderr
+    return done.returncode, json.loads((out / "results.json").read_text(encoding="utf-8"))["parts"]
+
+
+@pytest.mark.soak
+def test_every_part_runs(tmp_path):
+    status, parts = bench(tmp_path)
+    assert status == 0 and parts["tests"] == {"skipped": "no card"}
+    assert not [name for name, result in parts.items() if "error" in result]
+    assert parts["small"]["times as fast"]["median"] > 0 and parts["memory"]["planned / real"] > 0
+
+
+@pytest.mark.soak
+def test_a_part_that_takes_too_long_does_not_take_the_others_with_it(tmp_path):
+    """Its process is ended, it is named, and the next part gets a new process."""
+    status, parts = bench(tmp_path, "--parts=small,moe,facts", "--part_limit=0.05")
+    assert status == 1 and set(parts) == {"facts", "small", "moe"}
+    assert all("took too long" in parts[name]["error"] for name in ("small", "moe"))
