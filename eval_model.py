@@ -383,8 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     from inference.session import Session
 
     temperature = 0.85 if config.temperature is None else config.temperature
-    settings = (temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed, config.min_p)
-    sampling = Sampling(*settings)
+    sampling = Sampling(temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed, config.min_p)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
     talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens or 1024, **said)
     if config.prompt:

@@ -221,7 +221,8 @@ async function answer(asked) {
     message.ending = finish ?? '';
     message.tokens = tokens;
     if (first) message.first = (first - begun) / 1000;
-    if (tokens > 1 && first) message.rate = ((tokens - 1) / Math.max(performance.now() - first, 1)) * 1000;
+    const seconds = (performance.now() - first) / 1000;
+    if (first && seconds > 0.2) message.rate = tokens / seconds; // pieces come every 20 ms: less time says nothing
     if (finish === null) message.error = word('broken');
     else if (!message.content && !message.reasoning) message.error = word('empty');
   } catch (error) {
