@@ -6,6 +6,7 @@ import { element, render, visible } from './markdown.js';
 import { language, word } from './words.js';
 
 const $ = (id) => document.getElementById(id);
+const unfolded = new WeakSet(); // messages whose thoughts are open
 const FIELDS = [...$('settings').querySelectorAll('[name]')];
 
 const state = {
@@ -94,6 +95,7 @@ function showMessages() {
   });
   $('messages').replaceChildren(...(shown.length ? shown : [element('p', word('hello'), { className: 'hint' })]));
   $('messages').scrollTop = $('messages').scrollHeight;
+  $('messages').setAttribute('aria-busy', Boolean(state.running)); // screen readers wait for the whole answer
   $('stop').hidden = !state.running;
   $('send').hidden = Boolean(state.running);
 }
@@ -103,8 +105,10 @@ function fill(box, message, parent) {
   const running = state.running?.message === message;
   const parts = [];
   if (message.reasoning) {
-    const thought = element('details', '', { open: box.querySelector('details')?.open ?? false });
-    thought.append(element('summary', word(running && !message.content ? 'thinking' : 'thought')), render(message.reasoning, word('copy')));
+    const thought = element('details', '', { open: unfolded.has(message) });
+    const summary = element('summary', word(running && !message.content ? 'thinking' : 'thought'));
+    summary.onclick = () => unfolded[thought.open ? 'delete' : 'add'](message); // before it opens or closes
+    thought.append(summary, render(message.reasoning, word('copy')));
     parts.push(thought);
   }
   const text = element('div', '', { className: 'text', dir: 'auto' });
@@ -186,7 +190,7 @@ async function answer(asked) {
   notice();
   const root = state.open;
   const said = talk.path(root).map((entry) => entry.message);
-  const history = said.slice(0, said.indexOf(asked) + 1).filter((m) => m.content).map(({ role, content }) => ({ role, content }));
+  const history = said.slice(0, said.indexOf(asked) + 1).filter((m) => m.content.trim()).map(({ role, content }) => ({ role, content }));
   const system = root.system ? [{ role: 'system', content: root.system }] : [];
   const model = $('model').value;
   const message = talk.add(asked, talk.message('assistant', '', { model }));
@@ -224,7 +228,7 @@ async function answer(asked) {
     const seconds = (performance.now() - first) / 1000;
     if (first && seconds > 0.2) message.rate = tokens / seconds; // pieces come every 20 ms: less time says nothing
     if (finish === null) message.error = word('broken');
-    else if (!message.content && !message.reasoning) message.error = word('empty');
+    else if (!message.content.trim()) message.error = word('empty');
   } catch (error) {
     if (error.name === 'AbortError') message.ending = 'stopped';
     else message.error = explain(error, Boolean(first));
@@ -247,7 +251,7 @@ const apiKey = () => sessionStorage.getItem('sparrow.api_key') ?? '';
 
 function sampling() {
   const said = Object.entries(state.settings).filter(([name, value]) => value !== '' && FIELDS.some((f) => f.name === name));
-  return Object.fromEntries(said.map(([name, value]) => [name, JSON.parse(value)]));
+  return Object.fromEntries(said.map(([name, value]) => [name, name === 'enable_thinking' ? value === 'true' : Number(value)]));
 }
 
 function openSettings() {

@@ -182,6 +182,19 @@ def test_edit_again_and_the_versions_of_a_message(page, server):
     assert (questions(page), answers(page)) == (["one"], ["first"])
 
 
+def test_thoughts_stay_unfolded_while_they_grow_and_after(page, server):
+    server.parrot.seconds = 0.02
+    think, end = tokenizer.control["<think>"], tokenizer.control["</think>"]
+    says(server, [think, *tokenizer.encode("hm " * 40), end, *tokenizer.encode("fine")])
+    ask(page, "why?", wait=False)
+    until(page, "document.querySelector('summary')?.innerText == 'Thinking …'")
+    assert not page.evaluate("document.querySelector('details').open")
+    click(page, "summary")
+    until(page, IDLE)
+    assert page.evaluate("document.querySelector('details').open") and page.text("details").count("hm") == 40
+    assert answers(page) == ["fine"]
+
+
 def test_an_answer_streams_and_stops(page, server):
     server.parrot.seconds = 0.02
     says(server, "word " * 400)
@@ -203,10 +216,10 @@ def test_settings_and_the_model_reach_the_server(page, server):
     )
     click(page, "#open")
     page.evaluate("document.querySelector('#system').value = 'Be brief.'")
-    page.evaluate("document.querySelector('[name=temperature]').value = '0.5'")
+    page.evaluate("document.querySelector('[name=temperature]').value = '.5'")
     page.evaluate("document.querySelector('[name=enable_thinking]').value = 'false'")
     click(page, "dialog button")
-    until(page, "localStorage['sparrow.settings']?.includes('0.5')")
+    until(page, "localStorage['sparrow.settings']?.includes('.5')")
     page.evaluate("document.querySelector('#model').value = 'other'")
     says(server, "word " * 20)
     server.parrot.seconds = 0.02
@@ -246,6 +259,16 @@ def test_files_go_out_and_in_and_a_hostile_one_is_cleaned(page, server):
     (cleaned,) = page.evaluate(with_file.replace("{0}", f"talk.fromFile({json.dumps(json.dumps(hostile))})"))
     assert cleaned["shown"] == 0 and re.fullmatch(r"\w+", cleaned["id"])
     assert cleaned["replies"] == [{"role": "user", "content": "", "reasoning": "", "replies": [], "shown": 0}]
+
+
+def test_after_an_empty_answer_the_conversation_goes_on(page, server):
+    """One of blanks alone is refused by the server as an assistant that says nothing."""
+    says(server, " \n ")
+    ask(page, "one")
+    assert "The answer is empty" in page.text("article.assistant .error")
+    says(server, "fine")
+    ask(page, "two")
+    assert answers(page)[-1] == "fine" and page.text(".error").strip() == "The answer is empty."
 
 
 def test_what_went_wrong_is_said(page, server):
