@@ -11,6 +11,7 @@ opened for each tensor. If it is no longer the one that was opened first, that i
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -76,6 +77,9 @@ class StoredTensors(Mapping[str, Tensor]):
             pass
         return out
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 
@@ -131,9 +135,11 @@ def _fill(file: BinaryIO, numbers: Tensor) -> bool:
 
 
 def _is_finite(numbers: Tensor) -> bool:
-    """The extremes tell, NaN among them; isfinite() of each number is fifty times as slow."""
-    extremes = (numbers.float() if numbers.dtype.itemsize == 1 else numbers).aminmax()
-    return all(extreme.isfinite() for extreme in extremes)
+    """NaN and infinity stay in a sum, so a finite sum tells at once. Another one may just be too large: then the
+    extremes tell. isfinite() of each number is fifty times as slow."""
+    if numbers.dtype.itemsize == 1:
+        numbers = numbers.float()
+    return math.isfinite(numbers.sum().item()) or all(extreme.isfinite() for extreme in numbers.aminmax())
 
 
 def _identity(file) -> tuple[int, ...]:

@@ -44,6 +44,15 @@ def assert_same(model, other):
         assert torch.equal(model(TINY_TOKENS).logits, other(TINY_TOKENS).logits)
 
 
+def test_each_tensor_is_read_once(tmp_path, monkeypatch):
+    """Asking whether a name was there read its tensor too: a model was read twice."""
+    folder, read = hf_directory(tmp_path / "hf", tiny_model()), []
+    pieces = StoredTensors.pieces
+    monkeypatch.setattr(StoredTensors, "pieces", lambda self, name, *own: read.append(name) or pieces(self, name, *own))
+    model = load_weights(folder).build()
+    assert sorted(read) == sorted(name for name in model.state_dict() if name != "lm_head.weight")
+
+
 # ---- the same bits
 
 
