@@ -1,6 +1,6 @@
 # make demo     trains a small model from nothing and shows what it learned (set-up included)
 # make chat     talks to it
-# make serve    serves it at http://127.0.0.1:8998/v1, for programs that speak OpenAI's API
+# make serve    serves it: a chat page at http://127.0.0.1:8998/, OpenAI's API for programs at /v1
 # make test     the quick tests        make soak   the long ones       make bench   the benchmarks       make lint
 #
 # make test WORKERS=4   in four processes instead of two; each needs about 2 GB of memory

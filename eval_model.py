@@ -99,6 +99,7 @@ class EvalConfig(Options):
     question_seed: int = option(0, "another one draws other exam questions", within="[0, inf)")
     json: str | None = option(None, "write figures and answers to this file", path=True, aliases=("output_file",))
     png: str | None = option(None, "draw the figures of --eval_data into this file", path=True)
+    web: bool = option(False, "talk in the browser: starts scripts/serve_openai_api.py, which gets all flags")
     system: str = option("", "system prompt")
     enable_thinking: bool | None = option(None, "let the model think first, or keep it from it")
     max_new_tokens: int | None = option(
@@ -356,6 +357,10 @@ def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> No
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(EvalConfig, argv, description=__doc__)
+    if config.web:
+        from scripts.serve_openai_api import main as serve
+
+        return serve(argv)
     interactive = sys.stdin is not None and sys.stdin.isatty()
     for stream in (sys.stdin, sys.stdout):  # pipes are UTF-8; at a terminal, bytes that are no character are replaced
         if hasattr(stream, "reconfigure"):
@@ -378,8 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     from inference.session import Session
 
     temperature = 0.85 if config.temperature is None else config.temperature
-    settings = (temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed, config.min_p)
-    sampling = Sampling(*settings)
+    sampling = Sampling(temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed, config.min_p)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
     talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens or 1024, **said)
     if config.prompt:

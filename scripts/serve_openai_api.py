@@ -5,6 +5,8 @@
     python scripts/serve_openai_api.py --lora_name lora_identity med=out/lora/lora_medical_512.pth
     python scripts/serve_openai_api.py --host 0.0.0.0 --api_key KEY       # for other machines; a key is required
 
+The chat page is at http://127.0.0.1:8998/ then; --web opens it.
+
     curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"model": "full_sft", "messages": [{"role": "user", "content": "hello"}]}'
 """
@@ -15,6 +17,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -62,6 +66,7 @@ class ServeConfig(Options):
         aliases=("bf16=bfloat16|float32", "fp16=float16|float32", "torch_dtype"),
     )
 
+    web: bool = option(False, "open the chat page in the browser")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all, which needs a key")
     port: int = option(8998, "port to listen on; 0: a free one", within="[0, 65535]")
     api_key: str | None = option(None, "what clients must send as their key (also: SPARROW_API_KEY)")
@@ -165,8 +170,11 @@ def main(argv: list[str] | None = None) -> None:
         timeout_graceful_shutdown=int(config.drain_seconds),
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has drained
-    name = f"[{config.host}]" if ":" in config.host else config.host
-    note(f"serving {', '.join(table)} at http://{name}:{listener.getsockname()[1]}/v1; Ctrl-C stops")
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # all addresses are not one to go to
+    url = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
+    note(f"serving {', '.join(table)} at {url}/v1; the chat page is {url}/; Ctrl-C stops")
+    if config.web:  # in a thread: a browser for terminals returns only when it is left
+        threading.Thread(target=webbrowser.open, args=(f"{url}/",), daemon=True).start()
     uvicorn.Server(settings).run(sockets=[listener])
 
 

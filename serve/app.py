@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +21,7 @@ from serve.completions import complete
 from serve.models import Served
 from serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest, Refused, TokenizeRequest, refusal
 from serve.server import Json, Limits, Server
+from serve.static import PAGES, page
 from tokenizer.chat import encode_chat
 
 
@@ -91,6 +93,9 @@ def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling) -> F
     @app.get("/metrics")
     async def metrics():
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    for path in PAGES:
+        app.add_api_route(path, partial(page, path), include_in_schema=False)
 
     add_errors(app)
     return app

@@ -22,9 +22,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.metrics import Metrics
 from serve.requests import Refused
+from serve.static import PAGES
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/health",)  # paths that need no key
+OPEN = ("/health", *PAGES)  # paths that need no key
 
 
 @dataclass(frozen=True)

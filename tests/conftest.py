@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.files import ROOT
+from tests.helpers.browser import CHROMIUM, Browser
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test fetches anything; those of fetching have a hub of their own
@@ -23,3 +24,12 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("needs ../shared")
     return path
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The browser that the tests of pages share: it takes a second to start."""
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    with Browser() as started:
+        yield started

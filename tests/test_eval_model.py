@@ -134,6 +134,18 @@ def test_the_help_does_not_wait_for_torch(root):
     assert done.stdout.endswith("False\n") and "--max_new_tokens" in done.stdout
 
 
+def test_the_web_page_is_the_servers_which_gets_the_same_flags(monkeypatch):
+    from scripts import serve_openai_api
+
+    got = []
+    monkeypatch.setattr(serve_openai_api, "main", got.append)
+    flags = ["--web", "--weight", "reason", "--temperature", "0.5", "--lora_path", "a.pth"]
+    eval_model.main(flags)
+    assert got == [flags]
+    config = serve_openai_api.parse(serve_openai_api.ServeConfig, flags, description="")
+    assert (config.web, config.weight, config.lora_name) == (True, ("reason",), ("a.pth",))
+
+
 def test_as_a_program_from_another_folder(root, out, model, tokenizer):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}  # as bare as a container's
     flags = "--temperature 0 --max_new_tokens 8 --dtype float32 --weight full_sft_32.pth".split()

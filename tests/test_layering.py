@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "evaluation": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
     "serve": ("serve", "inference", "dataset", "model", "tokenizer", "common"),
     "scripts": ("scripts", "serve", "evaluation", "inference", "dataset", "model", "tokenizer", "common"),
-    "eval_model": ("evaluation", "inference", "dataset", "model", "tokenizer", "common"),
+    "eval_model": ("scripts", "evaluation", "inference", "dataset", "model", "tokenizer", "common"),
 }
 NEVER = ("transformers", "peft", "trl", "accelerate", "datasets")  # opponents and oracles, for tests and benchmarks
 MODULE_OF = {"pyyaml": "yaml"}

@@ -84,7 +84,9 @@ class Browser:
         elif method == "Runtime.exceptionThrown":
             self.errors.append(params["exceptionDetails"]["text"] + str(params["exceptionDetails"].get("exception")))
 
-    def open(self, path: Path, *, width: int = 1000, height: int = 900, language: str = "en-US", dark: bool = False):
+    def open(
+        self, path: Path | str, *, width: int = 1000, height: int = 900, language: str = "en-US", dark: bool = False
+    ):
         self.requests, self.errors = [], []
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
@@ -93,7 +95,7 @@ class Browser:
         self.call("Emulation.setUserAgentOverride", userAgent="test", acceptLanguage=language)
         scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=Path(path).resolve().as_uri())
+        self.call("Page.navigate", url=str(path) if "://" in str(path) else Path(path).resolve().as_uri())
         while self._session and self.evaluate("document.readyState") != "complete":
             pass
 

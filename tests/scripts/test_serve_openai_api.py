@@ -115,11 +115,15 @@ def test_help_does_not_wait_for_torch(root):
     assert done.stdout.endswith("False\n") and "--drain_seconds" in done.stdout
 
 
-def test_when_it_is_stopped_answers_are_finished(root, out):
-    """MiniMind's flags; SIGTERM in mid-answer: the stream comes to its end, nothing new is taken, status 0."""
+def test_when_it_is_stopped_answers_are_finished(root, out, tmp_path):
+    """MiniMind's flags; SIGTERM in mid-answer: the stream comes to its end, nothing new is taken, status 0. With --web
+    a browser is told where the page is."""
+    told, browser = tmp_path / "told", tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > "{told}"\n')
+    browser.chmod(0o755)
     flags = f"--weight full_sft --lora_weight None --load_from model --port 0 --device cpu --save_dir {out}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scripts/serve_openai_api.py", *flags.split(), "--temperature", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BROWSER": str(browser)}
+    command = [sys.executable, "scripts/serve_openai_api.py", *flags.split(), "--temperature", "0", "--web"]
     read = dict(stderr=subprocess.PIPE, text=True, encoding="utf-8")
     process = subprocess.Popen(command, cwd=root, env=environment, **read)
     watchdog = threading.Timer(90, process.kill)
@@ -130,10 +134,15 @@ def test_when_it_is_stopped_answers_are_finished(root, out):
             lines.append(process.stderr.readline())
             assert lines[-1], "".join(lines)
         url = lines[-1].split(" at ")[1].split(";")[0]
+        page = url.removesuffix("v1")
+        assert f"the chat page is {page};" in lines[-1]
         body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 400}
         with httpx.stream("POST", url + "/chat/completions", json=body, timeout=60) as answer:
             stream = answer.iter_lines()
             first = next(stream)
+            while not (told.exists() and told.read_text()):
+                assert process.poll() is None
+            assert told.read_text().strip() == page
             process.send_signal(signal.SIGTERM)
             rest = list(stream)
         assert first.startswith("data: ") and list(filter(None, rest))[-1] == "data: [DONE]"

@@ -1,0 +1,368 @@
+// The chat page: what is on it, and what its buttons do.
+
+import { ApiError, models, stream } from './api.js';
+import * as talk from './conversations.js';
+import { element, render, visible } from './markdown.js';
+import { language, word } from './words.js';
+
+const $ = (id) => document.getElementById(id);
+const unfolded = new WeakSet(); // messages whose thoughts are open
+const FIELDS = [...$('settings').querySelectorAll('[name]')];
+
+const state = {
+  list: talk.saved(),
+  open: null, // the conversation on the page
+  editing: null, // the question that is being edited
+  running: null, // {message, controller} while an answer is made
+  settings: read('sparrow.settings'),
+};
+state.open = state.list[0] ?? talk.conversation();
+
+function read(name) {
+  try {
+    return JSON.parse(localStorage.getItem(name)) ?? {};
+  } catch {
+    return {};
+  }
+}
+
+// ---- small parts
+
+function button(key, action, more = {}) {
+  const made = element('button', more.sign ?? word(key), { type: 'button', title: word(key), className: 'small' });
+  made.setAttribute('aria-label', word(key));
+  made.disabled = Boolean(more.disabled);
+  made.onclick = action;
+  return made;
+}
+
+function notice(text) {
+  $('notice').textContent = visible(text ?? '');
+  $('notice').hidden = !text;
+}
+
+function keep(root = state.open) {
+  if (!root.replies.length) return;
+  if (!state.list.includes(root)) state.list.unshift(root);
+  try {
+    talk.save(root);
+  } catch {
+    notice(word('full'));
+  }
+}
+
+// ---- the list of conversations
+
+function showList() {
+  $('list').replaceChildren(...state.list.map((root) => {
+    const row = element('div', '', { className: 'row' });
+    const name = element('button', talk.title(root) || word('untitled'), { className: 'name' });
+    name.onclick = () => choose(root);
+    if (root === state.open) name.setAttribute('aria-current', 'true');
+    row.append(name, button('remove', () => forget(root), { sign: '×' }));
+    return row;
+  }));
+}
+
+function choose(root) {
+  state.running?.controller.abort();
+  state.open = root;
+  state.editing = null;
+  $('side').classList.remove('open');
+  notice();
+  showList();
+  showMessages();
+  $('question').focus();
+}
+
+function forget(root) {
+  if (!confirm(word('sure'))) return;
+  talk.remove(root);
+  state.list = state.list.filter((other) => other !== root);
+  if (root === state.open) choose(state.list[0] ?? talk.conversation());
+  showList();
+}
+
+// ---- messages
+
+function showMessages() {
+  const entries = talk.path(state.open);
+  const shown = entries.map(({ message, parent }) => {
+    const box = element('article', '', { className: message.role });
+    box.dataset.role = message.role;
+    fill(box, message, parent);
+    return box;
+  });
+  $('messages').replaceChildren(...(shown.length ? shown : [element('p', word('hello'), { className: 'hint' })]));
+  $('messages').scrollTop = $('messages').scrollHeight;
+  $('messages').setAttribute('aria-busy', Boolean(state.running)); // screen readers wait for the whole answer
+  $('stop').hidden = !state.running;
+  $('send').hidden = Boolean(state.running);
+}
+
+function fill(box, message, parent) {
+  if (state.editing === message) return box.replaceChildren(editor(message, parent));
+  const running = state.running?.message === message;
+  const parts = [];
+  if (message.reasoning) {
+    const thought = element('details', '', { open: unfolded.has(message) });
+    const summary = element('summary', word(running && !message.content ? 'thinking' : 'thought'));
+    summary.onclick = () => unfolded[thought.open ? 'delete' : 'add'](message); // before it opens or closes
+    thought.append(summary, render(message.reasoning, word('copy')));
+    parts.push(thought);
+  }
+  const text = element('div', '', { className: 'text', dir: 'auto' });
+  if (message.role === 'user') text.textContent = visible(message.content);
+  else text.append(render(message.content, word('copy')));
+  parts.push(text);
+  if (message.error) parts.push(element('p', message.error, { className: 'error' }));
+  if (!running) parts.push(footer(message, parent));
+  box.replaceChildren(...parts);
+  box.classList.toggle('running', running);
+}
+
+function footer(message, parent) {
+  const row = element('footer');
+  const at = parent.shown;
+  const step = (by) => () => { parent.shown += by; keep(); showMessages(); };
+  const busy = Boolean(state.running);
+  if (parent.replies.length > 1) {
+    row.append(
+      button('previous', step(-1), { sign: '‹', disabled: busy || at === 0 }),
+      element('span', `${at + 1}/${parent.replies.length}`),
+      button('next', step(1), { sign: '›', disabled: busy || at === parent.replies.length - 1 }),
+    );
+  }
+  if (message.role === 'user') row.append(button('edit', () => edit(message), { disabled: busy }));
+  else row.append(button('again', () => answer(parent), { disabled: busy }));
+  if (navigator.clipboard) row.append(button('copy', () => navigator.clipboard.writeText(message.content)));
+  if (message.role === 'assistant') row.append(element('span', figures(message), { className: 'figures' }));
+  return row;
+}
+
+function figures({ model, tokens, rate, first, ending }) {
+  const parts = [model];
+  if (tokens) parts.push(`${tokens} ${word('tokens')}`);
+  if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} ${word('per_second')}`);
+  if (first) parts.push(`${first.toFixed(2)} ${word('first')}`);
+  if (ending === 'stopped' || ending === 'length') parts.push(word(ending));
+  return parts.filter(Boolean).join(' · ');
+}
+
+function edit(message) {
+  state.editing = message;
+  showMessages();
+  const box = $('messages').querySelector('textarea');
+  box.focus();
+  box.scrollIntoView({ block: 'nearest' });
+}
+
+function editor(message, parent) {
+  const form = element('form', '', { className: 'edit' });
+  const box = element('textarea', '', { value: message.content, rows: 3 });
+  box.setAttribute('aria-label', word('edit'));
+  const stop = () => { state.editing = null; showMessages(); $('question').focus(); };
+  const send = button('send', null);
+  send.type = 'submit';
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    state.editing = null;
+    if (box.value.trim()) question(parent, box.value);
+    else showMessages();
+  };
+  box.onkeydown = (event) => {
+    if (event.key === 'Escape') stop();
+    submitOnEnter(event, form);
+  };
+  form.append(box, send, button('cancel', stop));
+  return form;
+}
+
+// ---- questions and answers
+
+function question(parent, text) {
+  answer(talk.add(parent, talk.message('user', text)));
+}
+
+// Asks for a new answer to `asked`, beside those it may have.
+async function answer(asked) {
+  if (state.running) return;
+  notice();
+  const root = state.open;
+  const said = talk.path(root).map((entry) => entry.message);
+  const history = said.slice(0, said.indexOf(asked) + 1).filter((m) => m.content.trim()).map(({ role, content }) => ({ role, content }));
+  const system = root.system ? [{ role: 'system', content: root.system }] : [];
+  const model = $('model').value;
+  const message = talk.add(asked, talk.message('assistant', '', { model }));
+  const running = { message, controller: new AbortController() };
+  state.running = running;
+  keep(root);
+  showList();
+  showMessages();
+
+  const box = $('messages').lastElementChild;
+  const begun = performance.now();
+  let first = 0;
+  let due = false;
+  const onDelta = (delta) => {
+    first ||= performance.now();
+    message.content += delta.content ?? '';
+    message.reasoning += delta.reasoning_content ?? '';
+    if (!due) requestAnimationFrame(draw);
+    due = true;
+  };
+  const draw = () => {
+    due = false;
+    if (state.running !== running) return;
+    const log = $('messages');
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    fill(box, message, asked);
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  };
+  try {
+    const body = { ...(model ? { model } : {}), messages: [...system, ...history], ...sampling() };
+    const { finish, tokens } = await stream(body, apiKey(), running.controller.signal, onDelta);
+    message.ending = finish ?? '';
+    message.tokens = tokens;
+    if (first) message.first = (first - begun) / 1000;
+    const seconds = (performance.now() - first) / 1000;
+    if (first && seconds > 0.2) message.rate = tokens / seconds; // pieces come every 20 ms: less time says nothing
+    if (finish === null) message.error = word('broken');
+    else if (!message.content.trim()) message.error = word('empty');
+  } catch (error) {
+    if (error.name === 'AbortError') message.ending = 'stopped';
+    else message.error = explain(error, Boolean(first));
+  }
+  state.running = null;
+  keep(root);
+  showMessages();
+}
+
+function explain(error, begun = false) {
+  if (!(error instanceof ApiError)) return `${word(begun ? 'broken' : 'no_server')} (${error.message})`;
+  if (error.status !== 401) return error.message;
+  $('key_row').hidden = false;
+  return word('need_key');
+}
+
+// ---- settings
+
+const apiKey = () => sessionStorage.getItem('sparrow.api_key') ?? '';
+
+function sampling() {
+  const said = Object.entries(state.settings).filter(([name, value]) => value !== '' && FIELDS.some((f) => f.name === name));
+  return Object.fromEntries(said.map(([name, value]) => [name, name === 'enable_thinking' ? value === 'true' : Number(value)]));
+}
+
+function openSettings() {
+  for (const field of FIELDS) field.value = state.settings[field.name] ?? '';
+  $('system').value = state.open.system;
+  $('api_key').value = apiKey();
+  $('theme').value = state.settings.theme ?? '';
+  $('settings').showModal();
+}
+
+function takeSettings() {
+  for (const field of FIELDS) if (field.checkValidity()) state.settings[field.name] = field.value;
+  state.settings.theme = $('theme').value;
+  localStorage.setItem('sparrow.settings', JSON.stringify(state.settings));
+  state.open.system = $('system').value;
+  keep();
+  const changed = $('api_key').value !== apiKey();
+  sessionStorage.setItem('sparrow.api_key', $('api_key').value);
+  theme();
+  if (changed) listModels();
+}
+
+function theme() {
+  document.documentElement.dataset.theme = state.settings.theme ?? '';
+}
+
+async function listModels() {
+  try {
+    const found = await models(apiKey());
+    $('model').replaceChildren(...found.map(({ id, parent }) => element('option', parent ? `${id} (${word('on')} ${parent})` : id, { value: id })));
+    if (found.some(({ id }) => id === state.settings.model)) $('model').value = state.settings.model;
+    notice();
+  } catch (error) {
+    notice(explain(error));
+    if (error.status === 401) openSettings();
+  }
+}
+
+// ---- files
+
+function save() {
+  const blob = new Blob([talk.toFile(state.list)], { type: 'application/json' });
+  const link = element('a', '', { href: URL.createObjectURL(blob), download: 'sparrow-conversations.json' });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+async function load(file) {
+  try {
+    const found = talk.fromFile(await file.text());
+    if (!found.length) throw new Error('empty');
+    for (const root of found.reverse()) keep(root);
+    choose(found.at(-1));
+  } catch {
+    notice(`${word('bad_file')}: ${file.name}`);
+  }
+}
+
+// ---- keys
+
+function submitOnEnter(event, form) {
+  // while a Chinese or Japanese word is being composed, Enter belongs to the input method
+  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  event.preventDefault();
+  form.requestSubmit();
+}
+
+function fit(box) {
+  box.style.height = 'auto';
+  box.style.height = `${Math.min(box.scrollHeight + 2, innerHeight / 3)}px`;
+}
+
+function begin() {
+  document.documentElement.lang = language === 'zh' ? 'zh-CN' : 'en';
+  for (const part of document.querySelectorAll('[data-word]')) part.textContent = word(part.dataset.word);
+  for (const part of document.querySelectorAll('[data-label]')) part.setAttribute('aria-label', word(part.dataset.label));
+  for (const part of document.querySelectorAll('[data-placeholder]')) part.placeholder = word(part.dataset.placeholder);
+  $('new').onclick = () => choose(talk.conversation());
+  $('export').onclick = save;
+  $('import').onclick = () => $('file').click();
+  $('file').onchange = async () => { await load($('file').files[0]); $('file').value = ''; };
+  $('menu').onclick = () => $('side').classList.toggle('open');
+  $('open').onclick = openSettings;
+  $('settings').onclose = takeSettings;
+  $('model').onchange = () => { state.settings.model = $('model').value; localStorage.setItem('sparrow.settings', JSON.stringify(state.settings)); };
+  $('stop').onclick = () => state.running?.controller.abort();
+  $('ask').onsubmit = (event) => {
+    event.preventDefault();
+    const text = $('question').value;
+    if (!text.trim() || state.running) return;
+    $('question').value = '';
+    fit($('question'));
+    state.editing = null;
+    question(talk.path(state.open).at(-1)?.message ?? state.open, text);
+  };
+  $('question').oninput = () => fit($('question'));
+  $('question').onkeydown = (event) => {
+    submitOnEnter(event, $('ask'));
+    const last = talk.path(state.open).filter(({ message }) => message.role === 'user').at(-1);
+    if (event.key === 'ArrowUp' && !$('question').value && last && !state.running) {
+      event.preventDefault();
+      edit(last.message);
+    }
+  };
+  document.addEventListener('keydown', (event) => {
+    if (event.key === 'Escape' && !$('settings').open) state.running?.controller.abort();
+  });
+  theme();
+  showList();
+  showMessages();
+  listModels();
+}
+
+begin();
