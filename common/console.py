@@ -121,15 +121,22 @@ def explain(error: BaseException) -> str:
     }.get(error.errno, error.strerror or str(error))
 
 
-def check_writable(save_dir: str) -> None:
-    """UserError if nothing can be written to `save_dir`: better now than after hours of training."""
-    folder = next(place for place in (Path(save_dir), *Path(save_dir).absolute().parents) if place.exists())
+def check_writable(path: str, flag: str = "--save_dir", is_file: bool = False) -> None:
+    """UserError if nothing can be written to `path`: better now than after hours of work.
+
+    flag     the option that named it
+    is_file  `path` is a file to be written, else a directory
+    """
+    target = Path(path).absolute()
+    if is_file and target.is_dir():
+        raise UserError(f"{flag} {path}: is a directory, expected a file; add a file's name")
+    folder = next(place for place in (target.parent if is_file else target, *target.parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"-")
     except OSError as error:
         reason = error.strerror if folder.is_dir() else f"{folder} is not a directory"
-        raise UserError(f"--save_dir {save_dir}: nothing can be written there ({reason}); choose another") from None
+        raise UserError(f"{flag} {path}: nothing can be written there ({reason}); choose another") from None
 
 
 class Progress:

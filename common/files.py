@@ -105,10 +105,6 @@ def staged(path: Path | str) -> Iterator[Path]:
                     os.rename(target, temporary / f"{inside.name}.old")
                 os.replace(inside, target)
             flush_folder(path.parent)
-        except OSError as error:
-            if str(error.filename).startswith(str(temporary)):  # a name that nobody knows
-                error.filename = str(path)
-            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -299,7 +295,8 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def _system_errors(path: Path) -> Iterator[None]:
-    """An error of the system inside the block names a file: `path`, if it names no other.
+    """An error of the system inside the block names a file: `path`, if it names no other or the temporary one, which
+    nobody knows.
 
     safetensors' writer, which is in Rust, raises an error of its own, with the system's number in its text: it becomes
     the OSError that Python's own functions raise.
@@ -308,7 +305,8 @@ def _system_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None:  # else its text is ours, and says everything
-            error.filename = error.filename or str(path)
+            if error.filename is None or str(error.filename).startswith(str(temporary_name(path))):
+                error.filename = str(path)
         raise
     except Exception as error:
         from safetensors import SafetensorError

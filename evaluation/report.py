@@ -17,6 +17,7 @@ import numpy as np
 
 from common.console import UserError
 from common.files import atomic_file
+from evaluation.columns import width_of
 from evaluation.measure import Figure, Measured, figure
 from evaluation.metrics import METRICS
 from evaluation.statistics import paired_difference
@@ -75,8 +76,9 @@ def _of_all(results: Sequence[Measured]) -> dict[str, np.ndarray]:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    widths = [max(map(width_of, column)) for column in zip(*lines)]
+    padded = [[cell + " " * (width - width_of(cell)) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 # ---- JSON, and what two of them say about two models

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.console import check_writable
 from common.files import atomic_file
+from dataset.read.jsonl import require_file
 from evaluation.benchmark import run_benchmark
 from evaluation.measure import Settings, measure
 from evaluation.metrics import chosen
@@ -27,8 +29,13 @@ def evaluate(
     write: Callable[[str], None],
 ) -> None:
     """config: the options of eval_model.py. completes: the model continues texts instead of answering."""
+    for flag in ("json", "png"):  # mistakes that would lose the figures show before anything is computed
+        if path := getattr(config, flag):
+            check_writable(path, f"--{flag}", is_file=True)
     if config.benchmark:
         return take_exam(model, tokenizer, checkpoint, config, write)
+    for path in config.eval_data:
+        require_file(path)
     before = read_json(config.against) if config.against else None
     settings = Settings(
         max_new_tokens=config.max_new_tokens or Settings.max_new_tokens,

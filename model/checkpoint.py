@@ -240,11 +240,14 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         return here
     known = sorted({path.name for folder in map(Path, folders) for path in folder.glob("*.pth")})
     wanted = f"{weight}_{hidden_size or '<hidden>'}{'_moe' if moe else ''}.pth"
-    searched = " or ".join(dict.fromkeys(map(str, folders)))
+    searched = " or ".join(dict.fromkeys(str(Path(folder).absolute()) for folder in folders))
     made = f"{MADE_BY[weight]} makes them; " if weight in MADE_BY else ""
     advice = f"{made}of others, downloaded ones for instance, give the file or directory in place of the name"
     if known:
         advice = f"there are {', '.join(known)}; {advice}"
+    adapters = [path for folder in map(Path, folders) for path in folder.glob(f"lora/{glob.escape(weight)}_*.pth")]
+    if adapters:
+        advice = f"{adapters[0]} is an adapter, which eval_model.py takes as --lora_name {weight}"
     raise UserError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
 
 

@@ -206,13 +206,17 @@ def _unpickle(path: Path, device: str) -> Any:
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pickle.UnpicklingError as error:
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                reason = "GGUF files are only written, not read; name the weights that this one was made from"
+                raise UserError(f"{path}: {reason}") from None
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
             f"it holds code ({code[1]}), which was not run" if code else "it is damaged, or a pickle of another kind"
         )
         raise UserError(f"{path}: refused: {reason}; weights are tensors and plain values only") from None
     except Exception as error:  # broken bytes make the reader fail in many ways
-        reason = (str(error).splitlines() or ["it is empty"])[0]
+        reason = (str(error).splitlines() or ["it is empty"])[0].split(". ")[0]  # torch adds what may be the cause
         raise UserError(f"{path}: truncated or not a weights file ({reason})") from None
 
 

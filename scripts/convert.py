@@ -149,6 +149,8 @@ def convert_weights(target: Path, config: ConvertConfig) -> None:
         else:
             save = dict(minimind=save_minimind, safetensors=save_safetensors, pth=save_pth)[config.to or ""]
             save(path, checkpoint, dtype)
+            if config.to == "minimind":  # where its scripts look; the file says nothing about it
+                lines = [f"tokenizer: copy {tokenizer.path}/ into MiniMind's model/; here, --tokenizer_path names it"]
         if before is not None:
             lines.append(verify(path, before, checkpoint, tokenizer, config))
     for line in lines:

@@ -112,6 +112,9 @@ def add_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError):
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
+        if not place and "json" not in request.headers.get("content-type", ""):  # what curl -d sends by itself
+            said = "body: expected JSON with the header Content-Type: application/json"
+            return Json(Refused(said).body, 400)
         return Json(Refused(f"{place or 'body'}: {first['msg']}", place or None).body, 400)
 
     @app.exception_handler(HTTPException)

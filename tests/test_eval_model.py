@@ -224,6 +224,10 @@ def test_a_damaged_or_malicious_file_is_refused(say, out, tmp_path, monkeypatch)
         (tmp_path / "cut_32.pth").write_bytes(whole[:size])
         status, _, remarks = say("--weight", "cut_32.pth", "--prompt", "a")
         assert status == 2 and "cut_32.pth" in remarks and remarks.count("\n") == 1
+        assert "miniz" not in remarks  # half a page of what may have been the cause
+    (tmp_path / "small.gguf").write_bytes(b"GGUF\x03" + bytes(100))
+    status, _, remarks = say("--weight", "small.gguf", "--prompt", "a")
+    assert status == 2 and "small.gguf: GGUF files are only written, not read" in remarks  # it was called damaged
     torch.save({"model.embed_tokens.weight": Malice()}, tmp_path / "bad_32.pth")
     status, _, remarks = say("--weight", "bad_32.pth", "--prompt", "a")
     assert status == 2 and "refused" in remarks and not (tmp_path / "ran_from_a_weights_file").exists()

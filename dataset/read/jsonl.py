@@ -224,9 +224,9 @@ def require_file(path: str | Path) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name the files in it, e.g. {path / '*.jsonl'}")
     if not path.exists():
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        files = {p.stem: p.name for p in path.parent.iterdir() if p.is_file()} if path.parent.is_dir() else {}
+        near = difflib.get_close_matches(path.stem, files, n=1)  # without endings, which make all files alike
+        hint = f"; did you mean {path.with_name(files[near[0]])}?" if near else ""
         if not path.parent.is_dir():
             hint = f"; there is no folder {path.parent}"
         raise FileNotFoundError(f"{path}: no such file{hint}")

@@ -49,7 +49,8 @@ def loads(text: str) -> object:
         if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise UserError(f"broken JSON at column {error.colno}: {error.msg}") from None
+        reason = error.msg.removesuffix(" at").removesuffix(" starting")  # Python's place, which follows, is of no file
+        raise UserError(f"broken JSON at column {error.colno}: {reason}") from None
     except UnicodeEncodeError as error:  # half of a surrogate pair is valid JSON but no text
         raise UserError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
     except RecursionError:

@@ -68,7 +68,8 @@ def read_questions(path: str | Path, limit: int = 0) -> list[Question]:
         if len(found) == limit:
             break
     if not found:
-        raise UserError(f"{path}: there is no question in it")
+        empty = Path(path).stat().st_size == 0
+        raise UserError(f"{path}: {'the file is empty' if empty else 'there is no question in it'}")
     return found
 
 

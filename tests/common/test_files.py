@@ -214,3 +214,11 @@ def test_a_state_of_the_former_writer_is_whole_and_reads_the_same(tmp_path):
     again = resume.save_state(tmp_path, 3, tensors, values, 2)
     assert names(again) == ["manifest.json", "state.json", "weights.safetensors"]
     assert json.loads((again / "manifest.json").read_text()).keys() == manifest.keys()
+
+
+def test_a_folder_that_has_the_name_is_named_and_not_the_temporary_file(tmp_path):
+    """`--json FOLDER` ended with `.FOLDER.host-123.tmp: is a directory`."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as raised, atomic_file(tmp_path / "folder") as temporary:
+        temporary.write_text("new")
+    assert raised.value.filename == str(tmp_path / "folder") and os.listdir(tmp_path) == ["folder"]

@@ -87,3 +87,14 @@ def test_a_directory_that_cannot_be_written_is_known_at_once(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(ValueError, match=re.escape(f"--save_dir {folder}: nothing can be written there")):
             check_writable(str(folder))
+
+
+def test_a_result_that_cannot_be_written_is_known_at_once(tmp_path):
+    """It was noticed after the evaluation, whose figures were lost."""
+    check_writable(str(tmp_path / "new" / "result.json"), "--json", is_file=True)
+    (tmp_path / "file").touch()
+    check_writable(str(tmp_path / "file"), "--json", is_file=True)  # will be replaced
+    with pytest.raises(UserError, match=re.escape(f"--json {tmp_path}: is a directory, expected a file")):
+        check_writable(str(tmp_path), "--json", is_file=True)
+    with pytest.raises(UserError, match=re.escape(f"--png {tmp_path / 'file' / 'a.png'}: nothing can be written")):
+        check_writable(str(tmp_path / "file" / "a.png"), "--png", is_file=True)

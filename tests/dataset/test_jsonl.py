@@ -141,10 +141,19 @@ def test_an_empty_file_is_named(tmp_path):
         Jsonl(write(tmp_path / "a.jsonl", b""))
 
 
+def test_a_message_of_pythons_does_not_end_in_the_air(tmp_path):
+    """Python's text goes on with a place, which ours has named already: "Unterminated string starting at"."""
+    for row, reason in ((b'{"text": "a', "Unterminated string"), (b'{"text": "a\x01"}', "Invalid control character")):
+        with pytest.raises(ValueError, match=rf":1: broken JSON at column \d+: {reason}$"):
+            Jsonl(write(tmp_path / "a.jsonl", row))[0]
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "pretrain_hq.jsonl", b"{}")
     with pytest.raises(FileNotFoundError, match=r"no such file; did you mean .*pretrain_hq\.jsonl\?"):
         Jsonl(tmp_path / "pretrian_hq.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no such file$"):  # .jsonl alone is no likeness
+        Jsonl(write(tmp_path / "val.jsonl", b"{}").with_name("new.jsonl"))
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         Jsonl(tmp_path / "nowhere" / "a.jsonl")
     with pytest.raises(IsADirectoryError, match="name the files in it"):

@@ -87,6 +87,7 @@ def test_kinds_as_a_column_and_as_a_section(tmp_path):
         ("a.json", '{"prompt": 7}', "a.json"),
         ("a.json", "{}", "a.json: expected a list of questions"),
         ("a.txt", "\n \n", "a.txt: there is no question in it"),
+        ("a.jsonl", "", "a.jsonl: the file is empty"),
         ("a.txt", "早上好\n".encode("gbk"), "a.txt:1: not UTF-8 at byte 1; it looks like gbk"),
     ],
 )

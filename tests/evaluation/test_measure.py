@@ -173,6 +173,25 @@ def test_mistakes_are_one_line(say, tmp_path, monkeypatch, flags, complaint):
     assert sum("error: " in line for line in remarks.splitlines()) == 1
 
 
+def test_no_figure_is_computed_before_such_a_mistake_shows(say, tmp_path, monkeypatch):
+    """They showed after everything, or the files before, had been measured, and the figures were lost."""
+    monkeypatch.setattr("evaluation.run.measure", lambda *_: pytest.fail("measured"))
+    path = jsonl(tmp_path / "a.jsonl", *CHATS)
+    for flags, complaint in (
+        ((path, "--json", tmp_path), f"--json {tmp_path}: is a directory, expected a file"),
+        ((path, "--png", path / "a.png"), f"--png {path / 'a.png'}: nothing can be written there"),
+        ((path, tmp_path / "b.jsonl"), "b.jsonl: no such file"),
+    ):
+        status, printed, remarks = say("--eval_data", *flags)
+        assert status == 2 and not printed and complaint in remarks, remarks
+
+
+def test_a_chinese_file_name_does_not_shift_the_table(model, tmp_path):
+    found = measure(model, TOKENIZER, jsonl(tmp_path / "数据集.jsonl", *CHATS), ["ppl"], SHORT)
+    head, line, *_ = table([found]).splitlines()
+    assert line.index("perplexity") + 3 == head.index("metric")  # each of the three takes two places of a terminal
+
+
 def test_its_flags_are_only_for_it(say):
     status, _, remarks = say("--prompt", "hi", "--metrics", "ppl")
     assert status == 2 and "--metrics: only --eval_data takes it" in remarks

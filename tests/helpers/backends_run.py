@@ -102,7 +102,7 @@ def measure(folder, name, device, steps: int, world: int, state=None) -> dict:
     found["bytes"] = sizes(engine)
     engine.save()
     if engine.backend.main:
-        found["file"] = load_weights(folder / f"{name}_file" / "full_sft_32_moe.pth").state
+        found["file"] = dict(load_weights(folder / f"{name}_file" / "full_sft_32_moe.pth").state)
     rows = 8 // world
     *losses, found["resumed_equal"], found["state"] = stop_and_resume(folder, name, device, rows)
     found["resumed"] = losses

@@ -109,7 +109,7 @@ def test_a_turned_bit_is_noticed(tmp_path):
         load_weights(path)
 
 
-def test_a_name_means_the_newest_file_of_the_first_folder(tmp_path):
+def test_a_name_means_the_newest_file_of_the_first_folder(tmp_path, monkeypatch):
     out, other = tmp_path / "out", tmp_path / "other"
     for age, path in enumerate(
         [out / "sft_16.pth", out / "sft_32_moe.pth", out / "sft_long_64.pth", other / "sft_64.pth"]
@@ -124,6 +124,12 @@ def test_a_name_means_the_newest_file_of_the_first_folder(tmp_path):
         find_weights("dpo", out)
     with pytest.raises(ValueError, match="nowhere/x.pth: no such file"):
         find_weights("nowhere/x.pth", out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"in {out}; "):  # "in out or /.../out"
+        find_weights("dpo", "out", out)
+    save(out / "lora" / "lora_me_16.pth")
+    with pytest.raises(ValueError, match="lora/lora_me_16.pth is an adapter, .* as --lora_name lora_me$"):
+        find_weights("lora_me", out)
     assert load_weights(out).path == out / "sft_long_64.pth"  # a directory: its newest file
     assert weights_name("sft", ModelConfig(**SHAPE, num_experts=2)) == "sft_16_moe.pth"
 

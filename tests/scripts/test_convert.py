@@ -146,7 +146,8 @@ def test_minimind_and_back(name, shared, tmp_path):
     theirs, words = shared / "fixtures" / f"{name}.pth", ("--tokenizer_path", tmp_path / "tokenizer")
     _tokenizer(tmp_path / "tokenizer", 331)
     convert(theirs, tmp_path / "ours.pth", "--to", "pth", *words)
-    convert(tmp_path / "ours.pth", tmp_path / "back.pth", "--to", "minimind", "--dtype", "float32", *words)
+    said = convert(tmp_path / "ours.pth", tmp_path / "back.pth", "--to", "minimind", "--dtype", "float32", *words)
+    assert f"copy {tmp_path / 'tokenizer'}/ into MiniMind's model/" in said  # the file does not know its tokenizer
     before, after = (torch.load(path, weights_only=True) for path in (theirs, tmp_path / "back.pth"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     stated = json.loads(theirs.with_suffix(".json").read_text(encoding="utf-8"))

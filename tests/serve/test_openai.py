@@ -334,8 +334,16 @@ def test_mistakes_are_told_in_openais_form(client, changes, complaint):
         assert error.value.code == "context_length_exceeded"
 
 
+def test_curl_without_its_header_is_told_which_one(server):
+    """`curl -d` says that it sends a form: the answer was "Input should be a valid dictionary"."""
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = httpx.post(server.url + "/v1/chat/completions", content='{"messages": []}', headers=form)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "body: expected JSON with the header Content-Type: application/json"
+
+
 def test_other_paths_and_methods(server):
-    for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/", 404)):
+    for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/", 405)):
         answer = httpx.request(method, server.url + path)
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
 

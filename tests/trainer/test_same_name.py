@@ -183,7 +183,7 @@ def test_rows_longer_than_the_model_is_made_for_are_refused(pretrain, capsys):
 
 def test_going_on_from_an_older_state_keeps_what_came_after_it(pretrain, tmp_path, capsys):
     """The weights are those of step 4, and going on from step 2 replaces them."""
-    pretrain("--max_steps=4", "--save_interval=2")
+    pretrain("--max_steps=4", "--save_interval=2", "--keep_last=2")
     later = state_of(tmp_path / "pretrain_32.pth")
     [state] = tmp_path.glob("resume/pretrain_32/*/step_00000002")
     capsys.readouterr()

@@ -56,7 +56,8 @@ def test_stop_names_the_rows_and_saves_nothing(where, tmp_path):
 def test_skip_leaves_the_step_out_and_saves_after_the_next_good_one(tmp_path):
     """Steps 2 and 3 are bad. The save that was due at 2 waits for 4; step 3's as well."""
     write_sft(tmp_path / "sft.jsonl")
-    engine = sft_engine(tmp_path, 8, 1, max_steps=5, save_interval=2, on_nan="skip", max_bad_steps=2, log_interval=1)
+    options = dict(max_steps=5, save_interval=2, keep_last=2, on_nan="skip", max_bad_steps=2, log_interval=1)
+    engine = sft_engine(tmp_path, 8, 1, **options)
     after, train_step, objective = {}, engine.train_step, engine.job.objective
 
     def watched(batches):
