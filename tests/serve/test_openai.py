@@ -343,7 +343,7 @@ def test_curl_without_its_header_is_told_which_one(server):
 
 
 def test_other_paths_and_methods(server):
-    for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/", 404)):
+    for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/", 405)):
         answer = httpx.request(method, server.url + path)
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
