@@ -6,6 +6,7 @@ Scripts run in this process: importing torch anew takes longer than most of them
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,9 +20,13 @@ from tests.helpers.runs import run_script
 
 def run(launcher: str, *words: str) -> tuple[int, str, str]:
     """`python ...` or `torchrun ...` -> exit status, output, errors. A server is stopped as soon as it serves."""
-    if "serve_openai_api.py" in words[0]:
+    if "serve_openai_api.py" in words[0] or "--web" in words:
         server = subprocess.Popen(
-            [sys.executable, *words, "--port", "0"], stderr=subprocess.PIPE, text=True, encoding="utf-8"
+            [sys.executable, *words, *([] if "--web" in words else ["--port", "0"])],
+            env={**os.environ, "BROWSER": "true"},  # opens nothing
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
         )
         assert server.stderr
         said = ""
