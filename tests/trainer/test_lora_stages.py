@@ -1,7 +1,6 @@
 """LoRA in every stage: it trains the adapter alone, says which weights it belongs to, continues, and loads again."""
 
 import io
-import re
 
 import pytest
 import torch
@@ -11,37 +10,22 @@ from common.options import parse
 from model.adapter import load_adapter
 from model.checkpoint import load_weights
 from tests.helpers.compare import same
-from tests.helpers.rows import write_dpo, write_pretrain, write_sft
 from tests.helpers.runs import run_stage, train_twice
+from tests.helpers.stages import prepare_stages, stage_flags
 from trainer.loop.engine import Engine
 
-STAGES = {  # script -> (rows, name of the adapter, its entry in the lineage)
-    "pretrain": ("text", "pretrain", "pretrain"),
-    "full_sft": ("chats", "full_sft", "full_sft"),
-    "dpo": ("pairs", "rlhf", "dpo"),
-    "distill_reason": ("thoughts", "reason", "reason"),
-    "distillation": ("chats", "full_dist", "distillation"),
+STAGES = {  # script -> (name of the adapter, its entry in the lineage)
+    "pretrain": ("pretrain", "pretrain"),
+    "full_sft": ("full_sft", "full_sft"),
+    "dpo": ("rlhf", "dpo"),
+    "distill_reason": ("reason", "reason"),
+    "distillation": ("full_dist", "distillation"),
 }
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Rows of every kind, and a pretrained model."""
-    folder = tmp_path_factory.mktemp("world")
-    write_pretrain(folder / "text.jsonl")
-    write_sft(folder / "chats.jsonl")
-    write_dpo(folder / "pairs.jsonl")
-    chats = (folder / "chats.jsonl").read_text(encoding="utf-8")
-    thoughts = re.sub(r'("role": "assistant", "content": ")', r"\1<think>hello</think>", chats)
-    (folder / "thoughts.jsonl").write_text(thoughts, encoding="utf-8")
-    run_stage("pretrain", f"--data_path={folder / 'text.jsonl'}", f"--save_dir={folder}", "--max_steps=2")
-    return folder
-
-
-def flags(stage, world):
-    base = world / "pretrain_32.pth"
-    teacher = [f"--teacher={base}"] if stage == "distillation" else []
-    return [f"--data_path={world / STAGES[stage][0]}.jsonl", f"--from_weight={base}", "--batch_size=4", *teacher]
+    return prepare_stages(tmp_path_factory.mktemp("world"))
 
 
 def logits(model):
@@ -54,9 +38,9 @@ def test_a_stage_trains_an_adapter_that_talks_as_it_was_trained(stage, world, tm
     trained, train = [], Engine.run
     monkeypatch.setattr(Engine, "run", lambda engine: trained.append(engine.model) or train(engine))
     before = (world / "pretrain_32.pth").read_bytes()
-    run_stage(stage, *flags(stage, world), f"--save_dir={tmp_path}", "--max_steps=3", "--use_lora", "--r=4")
+    run_stage(stage, *stage_flags(stage, world), f"--save_dir={tmp_path}", "--max_steps=3", "--use_lora", "--r=4")
 
-    _, name, entry = STAGES[stage]
+    name, entry = STAGES[stage]
     (file,) = tmp_path.rglob("*.pth")
     assert file == tmp_path / "lora" / f"{name}_32.pth", "the adapter, and no other weights"
     assert (world / "pretrain_32.pth").read_bytes() == before
@@ -78,7 +62,7 @@ def test_a_stage_trains_an_adapter_that_talks_as_it_was_trained(stage, world, tm
 @pytest.mark.parametrize("stage", ["pretrain", "distillation"])
 def test_a_stopped_adapter_continues_bit_for_bit(stage, world, tmp_path, stop_at):  # noqa: F811
     more = ["--max_steps=8", "--save_interval=3", "--lora_rank=4", "--lora_dropout=0.3"]
-    whole, parts = train_twice(stage, tmp_path, stop_at, [2, 5], *flags(stage, world), *more)
+    whole, parts = train_twice(stage, tmp_path, stop_at, [2, 5], *stage_flags(stage, world), *more)
     assert same(whole, parts) and all(".adapters.default." in name for name in whole)
 
 

@@ -2,7 +2,6 @@
 
 import io
 import math
-import re
 
 import pytest
 import torch
@@ -15,38 +14,23 @@ from model.checkpoint import load_weights
 from model.lora import adapted
 from model.quant import QuantLinear, dequantize, quantize, quantized
 from tests.helpers.compare import same
-from tests.helpers.rows import write_dpo, write_pretrain, write_sft
 from tests.helpers.runs import FLAGS, run_stage, torchrun, train_twice
+from tests.helpers.stages import prepare_stages, stage_flags
 from trainer.loop.engine import Engine
 
-STAGES = {  # script -> (rows, name of the adapter)
-    "pretrain": ("text", "pretrain"),
-    "full_sft": ("chats", "full_sft"),
-    "lora": ("chats", "lora_chats"),
-    "dpo": ("pairs", "rlhf"),
-    "distill_reason": ("thoughts", "reason"),
-    "distillation": ("chats", "full_dist"),
+STAGES = {  # script -> name of the adapter
+    "pretrain": "pretrain",
+    "full_sft": "full_sft",
+    "lora": "lora_chats",
+    "dpo": "rlhf",
+    "distill_reason": "reason",
+    "distillation": "full_dist",
 }
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Rows of every kind, and a pretrained model."""
-    folder = tmp_path_factory.mktemp("world")
-    write_pretrain(folder / "text.jsonl")
-    write_sft(folder / "chats.jsonl")
-    write_dpo(folder / "pairs.jsonl")
-    chats = (folder / "chats.jsonl").read_text(encoding="utf-8")
-    thoughts = re.sub(r'("role": "assistant", "content": ")', r"\1<think>hello</think>", chats)
-    (folder / "thoughts.jsonl").write_text(thoughts, encoding="utf-8")
-    run_stage("pretrain", f"--data_path={folder / 'text.jsonl'}", f"--save_dir={folder}", "--max_steps=2")
-    return folder
-
-
-def flags(stage, world):
-    base = world / "pretrain_32.pth"
-    teacher = [f"--teacher={base}"] if stage == "distillation" else []
-    return [f"--data_path={world / STAGES[stage][0]}.jsonl", f"--from_weight={base}", "--batch_size=4", *teacher]
+    return prepare_stages(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -73,13 +57,13 @@ def loaded(out, name, *words):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trains_beside_four_bits_and_talks_the_same(stage, world, tmp_path, trained):
     """Dropping the packed base's rounding errors afterwards would change what was learned with them."""
-    run_stage(stage, *flags(stage, world), f"--save_dir={tmp_path}", "--max_steps=3", "--use_lora", "--use_4bit")
+    run_stage(stage, *stage_flags(stage, world), f"--save_dir={tmp_path}", "--max_steps=3", "--use_lora", "--use_4bit")
     (model,) = trained
     assert len(quantized(model)) == len(adapted(model)) == 2 * 7
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if ".adapters." in name
     }
-    name = STAGES[stage][1]
+    name = STAGES[stage]
     adapter, base = load_adapter(tmp_path / f"lora/{name}_32.pth"), load_weights(world / "pretrain_32.pth")
     assert adapter.base == dict(path=str(base.path), hash=base.hash, bits=4)
     assert all(tensor.abs().max() > 0 for tensor in adapter.state.values()), "B began at 0"
@@ -95,7 +79,7 @@ def test_a_stage_trains_beside_four_bits_and_talks_the_same(stage, world, tmp_pa
 
 
 def test_the_packed_weights_are_those_of_the_file(world, tmp_path, trained, capsys):
-    flags_of = flags("lora", world)
+    flags_of = stage_flags("lora", world)
     run_stage("lora", *flags_of, f"--save_dir={tmp_path}", "--max_steps=1", "--load_in_8bit", "--dtype=bfloat16")
     (model,), stored = trained, load_weights(world / "pretrain_32.pth").state
     for name, layer in quantized(model).items():
@@ -111,7 +95,7 @@ def test_the_packed_weights_are_those_of_the_file(world, tmp_path, trained, caps
 
 def test_the_reference_of_dpo_is_the_packed_model_without_its_adapter(world, tmp_path):
     """B is 0 at first, so policy and reference are the same: every pair's loss is ln 2, to the last bit of a float."""
-    words = [*flags("dpo", world), f"--save_dir={tmp_path}", "--use_lora", "--load_in_4bit"]
+    words = [*stage_flags("dpo", world), f"--save_dir={tmp_path}", "--use_lora", "--load_in_4bit"]
     run_stage("dpo", *words, "--max_steps=1", "--log_interval=1", "--warmup_steps=0")
     loss = load_adapter(tmp_path / "lora/rlhf_32.pth").lineage[-1]["losses"]["loss"]
     assert loss == pytest.approx(math.log(2), abs=1e-6)
@@ -120,12 +104,12 @@ def test_the_reference_of_dpo_is_the_packed_model_without_its_adapter(world, tmp
 @pytest.mark.parametrize("more", (["--load_in_4bit"], ["--load_in_8bit", "--activation_checkpointing"]))
 def test_a_stopped_run_continues_bit_for_bit(more, world, tmp_path, stop_at):  # noqa: F811
     more = [*more, "--max_steps=8", "--save_interval=3", "--lora_dropout=0.3"]
-    whole, parts = train_twice("lora", tmp_path, stop_at, [2, 5], *flags("lora", world), *more)
+    whole, parts = train_twice("lora", tmp_path, stop_at, [2, 5], *stage_flags("lora", world), *more)
     assert same(whole, parts) and all(".adapters.default." in name for name in whole)
 
 
 def test_other_bits_do_not_continue_a_run(world, tmp_path):
-    words = [*flags("lora", world), f"--save_dir={tmp_path}", "--max_steps=4", "--save_interval=2"]
+    words = [*stage_flags("lora", world), f"--save_dir={tmp_path}", "--max_steps=4", "--save_interval=2"]
     run_stage("lora", *words, "--load_in_4bit")
     for other, bits in ((["--load_in_8bit"], 8), ([], "null")):
         with pytest.raises(ValueError, match=f"bits was 4, is {bits}\\."):
@@ -133,7 +117,7 @@ def test_other_bits_do_not_continue_a_run(world, tmp_path):
 
 
 def test_merged_weights_are_dequantised_ones_with_the_adapter_in_them(world, tmp_path):
-    words = [*flags("lora", world), f"--save_dir={tmp_path}", "--max_steps=3", "--load_in_4bit"]
+    words = [*stage_flags("lora", world), f"--save_dir={tmp_path}", "--max_steps=3", "--load_in_4bit"]
     run_stage("lora", *words, "--merge_lora", "--save_peft")
     adapter, base = load_adapter(tmp_path / "lora/lora_chats_32.pth"), load_weights(world / "pretrain_32.pth")
     merged = load_weights(tmp_path / "lora_chats_merged_32.pth")
@@ -159,14 +143,14 @@ def test_without_an_adapter_they_are_refused(world, tmp_path, capsys):
         ("lora", ["--load_in_4bit", "--load_in_8bit"], "kept in one of them; give one"),
     ):
         with pytest.raises((ValueError, SystemExit)) as error:
-            run_stage(stage, *flags(stage, world), f"--save_dir={tmp_path}", *words)
+            run_stage(stage, *stage_flags(stage, world), f"--save_dir={tmp_path}", *words)
         assert message in str(error.value) + capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.soak
 def test_two_processes_train_the_same_adapter(world, tmp_path):
-    words = [*flags("lora", world)[:2], "--max_steps=3", "--load_in_4bit"]
+    words = [*stage_flags("lora", world)[:2], "--max_steps=3", "--load_in_4bit"]
     run_stage("lora", *words, "--batch_size=8", f"--save_dir={tmp_path / 'one'}")
     torchrun("trainer/train_lora.py", *FLAGS, *words, "--batch_size=4", f"--save_dir={tmp_path / 'two'}")
     one, two = (load_adapter(tmp_path / f"{name}/lora/lora_chats_32.pth") for name in ("one", "two"))
