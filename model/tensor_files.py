@@ -135,11 +135,14 @@ def _fill(file: BinaryIO, numbers: Tensor) -> bool:
 
 
 def _is_finite(numbers: Tensor) -> bool:
-    """NaN and infinity stay in a sum, so a finite sum tells at once. Another one may just be too large: then the
-    extremes tell. isfinite() of each number is fifty times as slow."""
+    """Read as integers, infinity and NaN are the largest numbers: with their sign among the signed ones if they are
+    positive, else among the unsigned ones. numpy, since torch would divide each small piece among its threads."""
     if numbers.dtype.itemsize == 1:
         numbers = numbers.float()
-    return math.isfinite(numbers.sum().item()) or all(extreme.isfinite() for extreme in numbers.aminmax())
+    size = numbers.dtype.itemsize
+    plain = numbers.view(torch.uint8).numpy()
+    infinity = torch.tensor([math.inf, -math.inf], dtype=numbers.dtype).view(torch.uint8).numpy()
+    return all(plain.view(kind).max() < infinity.view(kind)[sign] for sign, kind in enumerate((f"i{size}", f"u{size}")))
 
 
 def _identity(file) -> tuple[int, ...]:
