@@ -51,7 +51,14 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     If the block or the system fails, the temporary folder is removed. A folder that is there already is never replaced:
     that is an OSError.
     """
-    path = Path(path)
+    with _folder_beside(Path(path)) as temporary:
+        yield temporary
+        put_in_place(temporary, Path(path))
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Yields a new hidden folder beside `path`, which is gone after the block. Removes those of killed programs."""
     with _system_errors(path):
         _make_folder(path.parent)
         sweep(path.parent, path.name)
@@ -60,10 +67,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            put_in_place(temporary, path)
-        except BaseException:
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 def put_in_place(written: Path, path: Path, mode: int | None = None) -> None:
@@ -90,23 +95,15 @@ def staged(path: Path | str) -> Iterator[Path]:
     fails, nothing has changed. An old folder is moved away first: a kill just then leaves neither.
     """
     path = Path(path)
-    with _system_errors(path):
-        _make_folder(path.parent)
-        sweep(path.parent, path.name)
-        temporary = temporary_name(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir()
-            yield temporary / path.name
-            _flush_tree(temporary)
-            for inside in sorted(temporary.iterdir(), key=lambda inside: inside.name == path.name):  # `path` last
-                target = path.parent / inside.name
-                if target.is_dir():  # no system call replaces a folder that is not empty
-                    os.rename(target, temporary / f"{inside.name}.old")
-                os.replace(inside, target)
-            flush_folder(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _folder_beside(path) as temporary:
+        yield temporary / path.name
+        _flush_tree(temporary)
+        for inside in sorted(temporary.iterdir(), key=lambda inside: inside.name == path.name):  # `path` last
+            target = path.parent / inside.name
+            if target.is_dir():  # no system call replaces a folder that is not empty
+                os.rename(target, temporary / f"{inside.name}.old")
+            os.replace(inside, target)
+        flush_folder(path.parent)
 
 
 @contextmanager

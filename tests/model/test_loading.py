@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         assert_same(broken(tmp_path, **{one: None}).build(), tiny_model())
 
 
-@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("value", (float("nan"), -float("nan"), float("inf"), -float("inf")))
 @pytest.mark.parametrize("bits", (None, 8))
 def test_nan_is_refused_and_named(value, bits, tmp_path):
     """Every answer would be NaN, after minutes of loading and without a word of which tensor it is."""
