@@ -57,11 +57,12 @@ class Server:
         self.metrics = Metrics(table)
 
     def find(self, name: str | None) -> Served:
-        first = next(iter(self.table.values()))
+        if not self.table:
+            raise Refused("No model is served: there were no weights yet", "model", "model_not_found", 404)
         if name in self.table:
             return self.table[name]
         if name in (None, "", *DEFAULTS):
-            return first
+            return next(iter(self.table.values()))
         known = ", ".join(self.table)
         raise Refused(f"The model {name!r} does not exist; there are {known}", "model", "model_not_found", 404)
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from serve.guard import Rules
-from serve.static import FOLDER, NAMES, PAGES, POLICY
+from serve.static import FOLDER, PAGES, POLICY
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.models import small_model
 from tests.helpers.servers import Parrot, running, served
@@ -78,7 +78,7 @@ def questions(page):
 
 
 def test_every_file_is_served_under_a_strict_policy_and_names_nothing_elsewhere(server):
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted([*NAMES, "index.html"])
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(PAGES.values())
     for path in PAGES:
         answer = httpx.get(server.url + path)
         assert answer.status_code == 200 and answer.headers["content-security-policy"] == POLICY
@@ -95,9 +95,11 @@ def test_both_languages_have_every_word(page):
         "import('./page/words.js').then(({ WORDS }) => [Object.keys(WORDS.en), Object.keys(WORDS.zh)])"
     )
     assert words[0] == words[1]
-    used = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("app.js", "index.html"))
-    used = re.findall(r"data-(?:word|label|placeholder)=\"(\w+)\"|word\('(\w+)'\)|button\('(\w+)'", used)
-    assert {name for names in used for name in names if name} <= set(words[0])
+    files = [path.read_text(encoding="utf-8") for path in FOLDER.iterdir() if path.name != "words.js"]
+    used = r"data-(?:word|label|placeholder)=\"(\w+)\"|word\('(\w+)'\)|button\('(\w+)'"
+    used = {name for names in re.findall(used, "".join(files)) for name in names if name}
+    assert used <= set(words[0]) and len(used) > 40
+    assert page.evaluate("[...document.querySelectorAll('#settings span, #settings option')].every((e) => e.innerText)")
 
 
 # ---- what a model says is text

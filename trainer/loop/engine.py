@@ -78,7 +78,12 @@ class Engine:
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.logger = RunLogger.create(
-            run_dir, config, enabled=backend.main, parameters=self.model.num_parameters(), trained=trained
+            run_dir,
+            config,
+            enabled=backend.main,
+            parameters=self.model.num_parameters(),
+            trained=trained,
+            total_steps=self.total,
         )
         self.watch = Watchdog(
             config,
