@@ -78,12 +78,7 @@ class Engine:
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.logger = RunLogger.create(
-            run_dir,
-            config,
-            enabled=backend.main,
-            parameters=self.model.num_parameters(),
-            trained=trained,
-            total_steps=self.total,
+            run_dir, config, enabled=backend.main, parameters=self.model.num_parameters(), trained=trained
         )
         self.watch = Watchdog(
             config,
