@@ -12,7 +12,7 @@ removed or interrupted without telling the session.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from inference.engine import Engine, Request, follow
 from inference.sampling import Sampling
@@ -27,7 +27,7 @@ class Session:
         self.engine: Engine | None = None
         self.speed = ""  # of the last reply, as a sentence
 
-    def reply(self, ids: list[int], sampling: Sampling, *, max_new_tokens: int, stop: set[int]) -> Iterator[int]:
+    def reply(self, ids: list[int], sampling: Sampling, *, max_new_tokens: int, stop: Set[int]) -> Iterator[int]:
         """Yields the ids of the reply to the prompt `ids`. May be abandoned at any time (close(), an exception)."""
         most, limit = len(ids) + max_new_tokens, self.model.config.max_position_embeddings
         if self.engine is None or self.engine.capacity < most:

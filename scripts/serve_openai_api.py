@@ -43,6 +43,7 @@ class ServeConfig(DeviceOptions, SamplingOptions):
     needless: ClassVar[dict[str, str]] = {
         "load_from": "a file says itself what it holds",
         "load": "a file says itself what it holds",
+        "tools": "the chat page has them under Settings",
         "inference_rope_scaling": "the weights say whether their positions are stretched",
     }
 

@@ -16,10 +16,19 @@ from starlette.responses import Response
 
 from common.console import UserError
 from inference.sampling import Sampling
+from inference.tools import ROUNDS, TOOLS, run_tool
 from serve.chat import chat
 from serve.completions import complete
 from serve.models import Served
-from serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest, Refused, TokenizeRequest, refusal
+from serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Refused,
+    TokenizeRequest,
+    ToolRequest,
+    refusal,
+)
 from serve.runs import Runs
 from serve.server import Json, Limits, Server
 from serve.static import PAGES, page
@@ -95,6 +104,14 @@ def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling, runs
     @app.get("/metrics")
     async def metrics():
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/tools/demo")
+    async def demo_tools():
+        return Json({"tools": TOOLS, "rounds": ROUNDS})
+
+    @app.post("/tools/demo")
+    async def use_demo_tool(body: ToolRequest):
+        return Json({"content": run_tool(body.name, body.arguments)})
 
     @app.get("/runs/data")
     async def list_of_runs():

@@ -187,6 +187,13 @@ class DetokenizeRequest(BaseModel):
     tokens: list[Token] = Field(max_length=1_000_000)
 
 
+class ToolRequest(BaseModel):
+    """A call of one of the page's own tools."""
+
+    name: str = Field(max_length=256)
+    arguments: str | dict[str, Any] = Field("{}", max_length=10_000)
+
+
 def refusal(error: UserError) -> Refused:
     """A mistake that was found in the messages, as an error in OpenAI's form."""
     return Refused(str(error).encode("utf-8", "replace").decode(), "messages")

@@ -16,12 +16,12 @@ from starlette.responses import Response, StreamingResponse
 from common.console import UserError
 from inference.engine import Request as EngineRequest
 from inference.sampling import Sampling
-from serve.answer import Answer
 from serve.choices import Choices, answering
 from serve.metrics import Metrics
 from serve.models import DEFAULTS, Served
 from serve.requests import ChatRequest, Common, Refused
 from serve.runner import Busy, Runner
+from tokenizer.answer import Answer
 
 FINGERPRINT = "sparrow"
 

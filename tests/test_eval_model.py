@@ -18,6 +18,7 @@ from eval_model import Conversation, Screen, chat
 from evaluation import benchmark
 from inference.decode import generate
 from inference.sampling import Sampling
+from inference.tools import ROUNDS
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.transformer import CausalLM
@@ -367,6 +368,49 @@ def test_the_stream_joined_is_the_decoded_reply(tokenizer):
     talk = Conversation(Scripted(ids), tokenizer, GREEDY)
     pieces = [piece for piece, _ in talk.answer("q")]
     assert "".join(pieces) == tokenizer.decode(ids) and all("\ufffd" not in piece for piece in pieces[:-1])
+
+
+# ---- tools
+
+
+def called(tokenizer, name, arguments):
+    """The ids of a call, as a model that was trained on them writes it."""
+    body = json.dumps({"name": name, "arguments": arguments})
+    tags = [tokenizer.control[tag] for tag in ("<tool_call>", "</tool_call>")]
+    return [tags[0], *tokenizer.encode(f"\n{body}\n"), tags[1]]
+
+
+def test_tools_are_called_and_their_results_answered(tokenizer):
+    call = called(tokenizer, "calculator", {"expression": "6 * 7"})
+    session = Scripted(call, tokenizer.encode("It is 42."), tokenizer.encode("fine"))
+    talk, text = talk_with(tokenizer, session, ["What is 6 * 7?", "thanks"], tools=True)
+    assert "[calculator] 42\nIt is 42.\n" in text
+    second = tokenizer.decode(session.prompts[1])
+    assert '"name": "calculator"' in second.partition("user\n")[0], "the tools are described in the system turn"
+    assert second.endswith("<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    assert '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call><|im_end|>' in second
+    assert [turn["role"] for turn in talk.turns] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    # without --tools the same answer is text, and nothing is called
+    _, text = talk_with(tokenizer, Scripted(call), ["What is 6 * 7?"])
+    assert "[calculator]" not in text and "<tool_call>" in text
+
+
+def test_a_model_that_only_calls_tools_is_stopped(tokenizer):
+    call = called(tokenizer, "evil\x1b[31m", {"a": "\u202e"})
+    session = Scripted(*[list(call) for _ in range(9)])
+    talk, text = talk_with(tokenizer, session, ["go"], tools=True)
+    assert len(session.prompts) == ROUNDS + 1 and text.count("error: there is no tool") == ROUNDS
+    assert f"(it may call tools {ROUNDS} times)" in text and "\x1b" not in text and "\u202e" not in text
+
+
+def test_with_tools_the_oldest_question_goes_with_all_that_belongs_to_it(tokenizer):
+    call = called(tokenizer, "date", {})
+    replies = [reply for i in range(4) for reply in (list(call), tokenizer.encode(f"reply {i}"))]
+    session = Scripted(*replies, limit=420)
+    talk, _ = talk_with(tokenizer, session, [f"question {i}" for i in range(4)], tools=True)
+    roles = [turn["role"] for turn in talk.turns]
+    assert roles == ["user", "assistant", "tool", "assistant"] * (len(roles) // 4) and 4 <= len(roles) < 16
+    assert talk.turns[-1]["content"] == "reply 3"
 
 
 # ---- the exam
