@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 FOLDER = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-HTML = {"/": "index.html", "/runs": "runs.html"}
-SCRIPTS = "app api chart conversations markdown runs settings words".split()
+HTML = {"/": "index.html", "/compare": "compare.html", "/runs": "runs.html"}
+SCRIPTS = "answers api app chart compare conversations markdown runs settings votes words".split()
 NAMES = ("style.css", "icon.svg", *(f"{name}.js" for name in SCRIPTS))
 PAGES = HTML | {f"/page/{name}": name for name in NAMES}  # path -> file
 

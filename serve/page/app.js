@@ -1,8 +1,9 @@
 // The chat page: what is on it, and what its buttons do.
 
-import { callTool, demoTools, explain, models, stream } from './api.js';
+import { answerInto, figures } from './answers.js';
+import { callTool, demoTools, explain, models } from './api.js';
 import * as talk from './conversations.js';
-import { element, render, visible } from './markdown.js';
+import { download, element, fit, render, submitOnEnter, visible } from './markdown.js';
 import { apiKey, sampling, set, settings, settingsDialog } from './settings.js';
 import { translate, word } from './words.js';
 
@@ -139,15 +140,6 @@ function footer(message, parent) {
   return row;
 }
 
-function figures({ model, tokens, rate, first, ending }) {
-  const parts = [model];
-  if (tokens) parts.push(`${tokens} ${word('tokens')}`);
-  if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} ${word('per_second')}`);
-  if (first) parts.push(`${first.toFixed(2)} ${word('first')}`);
-  if (ending === 'stopped' || ending === 'length') parts.push(word(ending));
-  return parts.filter(Boolean).join(' · ');
-}
-
 function edit(message) {
   state.editing = message;
   showMessages();
@@ -233,40 +225,15 @@ async function reply(root, asked, running, tools) {
   showMessages();
 
   const box = $('messages').lastElementChild;
-  const begun = performance.now();
-  let first = 0;
-  let due = false;
-  const onDelta = (delta) => {
-    first ||= performance.now();
-    message.content += delta.content ?? '';
-    message.reasoning += delta.reasoning_content ?? '';
-    if (delta.tool_calls) message.calls = [...(message.calls ?? []), ...talk.calls(delta.tool_calls)];
-    if (!due) requestAnimationFrame(draw);
-    due = true;
-  };
   const draw = () => {
-    due = false;
     if (running.message !== message || state.running !== running) return;
     const log = $('messages');
     const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
     fill(box, message, asked);
     if (atEnd) log.scrollTop = log.scrollHeight;
   };
-  try {
-    const body = { ...(model ? { model } : {}), messages: [...system, ...history], ...sampling(), ...(tools ? { tools } : {}) };
-    const { finish, tokens } = await stream(body, apiKey(), running.controller.signal, onDelta);
-    message.ending = finish ?? '';
-    message.tokens = tokens;
-    if (first) message.first = (first - begun) / 1000;
-    const seconds = (performance.now() - first) / 1000;
-    if (first && seconds > 0.2) message.rate = tokens / seconds; // pieces come every 20 ms: less time says nothing
-    if (finish === null) message.error = word('broken');
-    else if (!message.content.trim() && !message.calls) message.error = word('empty');
-  } catch (error) {
-    if (error.name === 'AbortError') message.ending = 'stopped';
-    else message.error = explain(error, Boolean(first));
-    if (error.status === 401) openSettings(true);
-  }
+  const body = { ...(model ? { model } : {}), messages: [...system, ...history], ...sampling(), ...(tools ? { tools } : {}) };
+  if (await answerInto(message, body, apiKey(), running.controller.signal, draw) === 401) openSettings(true);
   return message;
 }
 
@@ -287,10 +254,7 @@ async function listModels() {
 // ---- files
 
 function save() {
-  const blob = new Blob([talk.toFile(state.list)], { type: 'application/json' });
-  const link = element('a', '', { href: URL.createObjectURL(blob), download: 'sparrow-conversations.json' });
-  link.click();
-  URL.revokeObjectURL(link.href);
+  download('sparrow-conversations.json', talk.toFile(state.list), 'application/json');
 }
 
 async function load(file) {
@@ -302,20 +266,6 @@ async function load(file) {
   } catch {
     notice(`${word('bad_file')}: ${file.name}`);
   }
-}
-
-// ---- keys
-
-function submitOnEnter(event, form) {
-  // while a Chinese or Japanese word is being composed, Enter belongs to the input method
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-  event.preventDefault();
-  form.requestSubmit();
-}
-
-function fit(box) {
-  box.style.height = 'auto';
-  box.style.height = `${Math.min(box.scrollHeight + 2, innerHeight / 3)}px`;
 }
 
 function begin() {
