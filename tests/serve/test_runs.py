@@ -185,13 +185,6 @@ def test_a_server_without_a_model_shows_runs_and_says_what_is_missing(tmp_path):
 # ---- the page
 
 
-def until(page, condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not page.evaluate(condition):
-        assert time.monotonic() < end, f"not within {seconds} s: {condition}\n{page.text()}\n{page.errors}"
-        time.sleep(0.02)
-
-
 DRAWN = "document.querySelectorAll('#charts svg').length == 3"
 EVIL = "<img src=x onerror=window.hit=1>\u202egpj\x1b[31m"
 
@@ -216,7 +209,7 @@ def folder(tmp_path):
 def test_the_page_draws_what_is_training_and_what_is_chosen(browser, folder):
     with running(runs=Runs([folder])) as server:
         browser.open(server.url + "/runs")
-        until(browser, DRAWN)
+        browser.until(DRAWN)
         assert browser.evaluate("[...document.querySelectorAll('#runs input:checked')].map((e) => e.dataset.run)") == [
             "pretrain-2"
         ]
@@ -224,7 +217,7 @@ def test_the_page_draws_what_is_training_and_what_is_chosen(browser, folder):
         assert "left 0:33:20" in browser.text("#runs"), "1,000 steps of 2 s"
         browser.evaluate("document.querySelector('[data-run=pretrain-1]').click()")
         legend = "[...document.querySelectorAll('#charts figure:first-child .values > span')].map((e) => e.innerText)"
-        until(browser, f"{legend}.length == 2")
+        browser.until(f"{legend}.length == 2")
         assert browser.evaluate(legend)[1].endswith("validation 2.5")
         assert browser.evaluate("document.querySelectorAll('#charts figure:first-child .dot').length") == 1
         browser.evaluate("document.querySelector('#differences').open = true")
@@ -234,25 +227,25 @@ def test_the_page_draws_what_is_training_and_what_is_chosen(browser, folder):
         )
         # the cursor, by keyboard
         browser.evaluate("document.querySelector('#smooth').click(); document.querySelector('#charts svg').focus()")
-        until(browser, "!document.querySelector('.faint')")
+        browser.until("!document.querySelector('.faint')")
         browser.evaluate("document.querySelector('#charts svg').focus()")
         browser.press("ArrowLeft")
         assert "step 1,960" in browser.text("#charts figure:first-child figcaption")
         # what the run logs next appears by itself
         with open(folder / "pretrain-2/metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(step=1010, loss=0.123, seconds=2020)) + "\n")
-        until(browser, f"{legend}[0].endsWith(' 0.123')")
+        browser.until(f"{legend}[0].endsWith(' 0.123')")
         assert all(url.startswith(server.url) for url in browser.requests) and not browser.errors
 
 
 def test_names_are_text(browser, folder):
     with running(runs=Runs([folder])) as server:
         browser.open(server.url + "/runs")
-        until(browser, DRAWN)
+        browser.until(DRAWN)
         browser.evaluate(
             "document.querySelectorAll('#runs input')[2].click(); document.querySelector('#more').open = true"
         )
-        until(browser, "document.querySelectorAll('#others svg').length == 1")
+        browser.until("document.querySelectorAll('#others svg').length == 1")
         browser.evaluate("document.querySelector('#differences').open = true")
         for place in ("#runs", "#others figcaption", "#differences", "#charts figcaption"):
             assert r"<img src=x onerror=window.hit=1>\u202egpj\u001b[31m" in browser.text(place), place
@@ -266,16 +259,16 @@ def test_a_key_is_asked_for(browser, folder):
             assert httpx.get(server.url + path).status_code == 401
         browser.open(server.url + "/runs")
         browser.evaluate("sessionStorage.clear()")
-        until(browser, "document.querySelector('#settings').open && !document.querySelector('#key_row').hidden")
+        browser.until("document.querySelector('#settings').open && !document.querySelector('#key_row').hidden")
         browser.evaluate("document.querySelector('#api_key').value = 'secret'")
         browser.evaluate("document.querySelector('dialog button').click()")
-        until(browser, DRAWN)
+        browser.until(DRAWN)
 
 
 @pytest.mark.parametrize("language, width, badge", [("zh-CN", 390, "训练中"), ("en-US", 1200, "training")])
 def test_languages_and_widths(browser, folder, language, width, badge):
     with running(runs=Runs([folder])) as server:
         browser.open(server.url + "/runs", width=width, language=language, dark=width > 400)
-        until(browser, DRAWN)
+        browser.until(DRAWN)
         assert browser.text("#runs tr.training .badge") == badge
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
