@@ -2,6 +2,7 @@
 
 import { explain, stream } from './api.js';
 import { calls } from './conversations.js';
+import { element, render } from './markdown.js';
 import { word } from './words.js';
 
 // Streams an answer into `message`; draw() is called as it grows, at most once a frame.
@@ -33,6 +34,17 @@ export async function answerInto(message, body, key, signal, draw) {
     else message.error = explain(error, Boolean(first));
     return error.status;
   }
+}
+
+const unfolded = new WeakSet(); // messages whose thoughts are open
+
+// The thoughts before an answer, folded unless the reader has opened them.
+export function thoughts(message, running) {
+  const made = element('details', '', { open: unfolded.has(message) });
+  const summary = element('summary', word(running && !message.content ? 'thinking' : 'thought'));
+  summary.onclick = () => unfolded[made.open ? 'delete' : 'add'](message); // before it opens or closes
+  made.append(summary, render(message.reasoning, word('copy')));
+  return made;
 }
 
 // The line below an answer.

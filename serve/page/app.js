@@ -1,6 +1,6 @@
 // The chat page: what is on it, and what its buttons do.
 
-import { answerInto, figures } from './answers.js';
+import { answerInto, figures, thoughts } from './answers.js';
 import { callTool, demoTools, explain, models } from './api.js';
 import * as talk from './conversations.js';
 import { download, element, fit, render, submitOnEnter, visible } from './markdown.js';
@@ -8,7 +8,6 @@ import { apiKey, sampling, set, settings, settingsDialog } from './settings.js';
 import { translate, word } from './words.js';
 
 const $ = (id) => document.getElementById(id);
-const unfolded = new WeakSet(); // messages whose thoughts are open
 
 const state = {
   list: talk.saved(),
@@ -101,13 +100,7 @@ function fill(box, message, parent) {
   if (state.editing === message) return box.replaceChildren(editor(message, parent));
   const running = state.running?.message === message;
   const parts = [];
-  if (message.reasoning) {
-    const thought = element('details', '', { open: unfolded.has(message) });
-    const summary = element('summary', word(running && !message.content ? 'thinking' : 'thought'));
-    summary.onclick = () => unfolded[thought.open ? 'delete' : 'add'](message); // before it opens or closes
-    thought.append(summary, render(message.reasoning, word('copy')));
-    parts.push(thought);
-  }
+  if (message.reasoning) parts.push(thoughts(message, running));
   const text = element('div', '', { className: 'text', dir: 'auto' });
   if (message.role === 'assistant') text.append(render(message.content, word('copy')));
   else text.textContent = visible(message.content);
@@ -206,6 +199,7 @@ async function answer(asked) {
     }
   } catch (error) {
     if (error.name !== 'AbortError') notice(explain(error));
+    if (error.status === 401) openSettings(true);
   }
   state.running = null;
   keep(root);

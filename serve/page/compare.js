@@ -3,7 +3,7 @@
 // Each model sees its own answers. Blind, nobody sees which model is left until the vote; the next question then begins
 // a new conversation, with the sides drawn anew.
 
-import { answerInto, figures } from './answers.js';
+import { answerInto, figures, thoughts } from './answers.js';
 import { explain, models } from './api.js';
 import { download, element, fit, render, submitOnEnter, visible } from './markdown.js';
 import { apiKey, sampling, set, settings, settingsDialog } from './settings.js';
@@ -65,10 +65,7 @@ function box(turn, answer, side) {
   const head = element('h2', title(side));
   if (turn.vote) head.append(element('span', turn.vote === SIDES[side] ? ' ★' : turn.vote === 'tie' ? ' =' : ''));
   made.append(head);
-  if (answer.reasoning) {
-    const thought = made.appendChild(element('details'));
-    thought.append(element('summary', word(running && !answer.content ? 'thinking' : 'thought')), render(answer.reasoning, word('copy')));
-  }
+  if (answer.reasoning) made.append(thoughts(answer, running));
   const text = made.appendChild(element('div', '', { className: 'text', dir: 'auto' }));
   text.append(render(answer.content, word('copy')));
   if (answer.error) made.append(element('p', answer.error, { className: 'error' }));
