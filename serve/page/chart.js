@@ -21,7 +21,7 @@ export function short(x) {
   const size = Math.abs(x);
   if (size >= 1e6) return `${Number((x / 1e6).toPrecision(3))}M`;
   if (size >= 1e4) return `${Number((x / 1e3).toPrecision(3))}k`;
-  return size && size < 1e-3 ? x.toExponential(1) : String(Number(x.toPrecision(4)));
+  return size && size < 1e-3 ? x.toExponential(1).replace('.0e', 'e') : String(Number(x.toPrecision(4)));
 }
 
 // Round numbers between two: 1, 2 or 5 times a power of ten apart.
