@@ -182,6 +182,9 @@ async function answer(asked) {
   const root = state.open;
   const running = { message: null, controller: new AbortController() };
   state.running = running;
+  keep(root);
+  showList();
+  showMessages();
   try {
     const demo = settings.tools === 'demo' ? await demoTools(apiKey(), running.controller.signal) : null;
     for (let round = 1; ; round++) {
@@ -215,7 +218,6 @@ async function reply(root, asked, running, tools) {
   const message = talk.add(asked, talk.message('assistant', '', { model }));
   running.message = message;
   keep(root);
-  showList();
   showMessages();
 
   const box = $('messages').lastElementChild;
