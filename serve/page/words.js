@@ -29,10 +29,10 @@ export const WORDS = {
     tools: 'Tools', no_tools: 'none', demo_tools: 'calculator and date', called: 'calls a tool',
     rounds: 'No further round of tool calls: the limit is reached.',
     training: 'training', finished: 'done', ended: 'stopped', no_runs: 'No runs yet. Training writes them to out/runs.',
-    step: 'step', smooth: 'smooth', logarithmic: 'logarithmic loss', parameters: 'parameters', last_row: 'last row',
+    step: 'step', smooth: 'smooth', logarithmic: 'logarithmic loss',
     second: 's ago', minute: 'min ago', hour: 'h ago', day: 'd ago', reading: 'Reading …', remaining: 'left',
     loss: 'Loss', validation: 'validation', lr: 'Learning rate', tokens_per_second: 'Tokens per second',
-    more_figures: 'More figures', differ: 'Settings that differ', pick_runs: 'Choose runs to draw.', run: 'Run',
+    more_figures: 'More figures', differ: 'Settings that differ', pick_runs: 'Choose runs to draw.',
   },
   zh: {
     new: '新对话', export: '导出', import: '导入', conversations: '对话列表', model: '模型',
@@ -62,10 +62,10 @@ export const WORDS = {
     tools: '工具', no_tools: '不使用', demo_tools: '计算器和日期', called: '调用工具',
     rounds: '已达到工具调用的轮数上限。',
     training: '训练中', finished: '已完成', ended: '已停止', no_runs: '还没有训练记录。训练时会写入 out/runs。',
-    step: '步', smooth: '平滑', logarithmic: '损失用对数坐标', parameters: '参数', last_row: '最近记录',
+    step: '步', smooth: '平滑', logarithmic: '损失用对数坐标',
     second: '秒前', minute: '分钟前', hour: '小时前', day: '天前', reading: '读取中……', remaining: '剩余',
     loss: '损失', validation: '验证', lr: '学习率', tokens_per_second: '每秒 token 数',
-    more_figures: '更多指标', differ: '不同的设置', pick_runs: '请选择要画的训练。', run: '训练',
+    more_figures: '更多指标', differ: '不同的设置', pick_runs: '请选择要画的训练。',
   },
 };
 
