@@ -24,6 +24,7 @@ from serve.requests import ChatRequest, Common, Refused
 from serve.runner import Busy, Runner
 
 FINGERPRINT = "sparrow"
+LISTED = 2**19  # log-probabilities in an answer: about 300 MB while it is written
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,17 @@ def check_length(served: Served, texts: Iterable[str], param: str) -> None:
     least = characters // int(served.tokenizer.token_bytes.max())  # a character is at least a byte
     if least > served.engine.capacity:
         raise too_long(served, f"more than {least}", param)
+
+
+def check_listed(requests: list[EngineRequest]) -> None:
+    """Refuses what would list more log-probabilities than LISTED."""
+    asked = [r for r in requests if r.logprobs is not None]
+    tokens = sum(r.max_new_tokens + (len(r.prompt) if r.prompt_logprobs else 0) for r in asked)
+    if (found := tokens * (1 + max((r.logprobs or 0 for r in asked), default=0))) > LISTED:
+        what = (
+            f"these are up to {found:,} log-probabilities and {LISTED:,} are allowed: ask for fewer tokens or choices"
+        )
+        raise Refused(f"logprobs: {what}", "logprobs")
 
 
 def overloaded() -> Refused:

@@ -123,7 +123,7 @@ def test_a_large_body_is_refused_before_it_is_read(server):
 
 
 def test_slow_clients_are_not_waited_for(server, monkeypatch):
-    monkeypatch.setattr(PatientProtocol, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(PatientProtocol, "PATIENCE_SECONDS", 0.3)
     connect = lambda: socket.create_connection(("127.0.0.1", server.port), timeout=5)
     with connect() as body, connect() as headers, connect() as silent:
         body.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{{".encode())
