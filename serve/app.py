@@ -29,7 +29,7 @@ from serve.requests import (
     refusal,
     words,
 )
-from serve.server import Json, Limits, Server, check_length
+from serve.server import Json, Limits, Server, check_length, too_long
 from serve.static import PAGES, page
 from tokenizer.chat import encode_chat
 
@@ -87,8 +87,10 @@ def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling) -> F
 
     @app.post("/detokenize")
     async def text_of_tokens(body: DetokenizeRequest):
-        tokenizer = server.find(body.model).tokenizer
-        return Json({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
+        served = server.find(body.model)
+        if len(body.tokens) > served.engine.capacity:
+            raise too_long(served, f"{len(body.tokens)}", "tokens")
+        return Json({"prompt": await asyncio.to_thread(served.tokenizer.decode, body.tokens)})
 
     @app.get("/v1/models")
     async def models():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from secrets import token_hex
 
 from fastapi import Request
@@ -61,7 +61,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
         return Json(about | {"object": "chat.completion", "choices": listed, "usage": choices.usage()})
 
 
-async def _chat_stream(work, about: dict, body: ChatRequest) -> AsyncIterator[bytes]:
+async def _chat_stream(work, about: dict, body: ChatRequest) -> AsyncGenerator[bytes]:
     about = about | {"object": "chat.completion.chunk"}
     usage = {"usage": None} if body.wants_usage else {}
 

@@ -62,7 +62,7 @@ class Choices:
             except asyncio.TimeoutError:
                 for choice in running:
                     choice.sequence.cancel()
-                await asyncio.wait_for(self.event.wait(), 60)  # for the engine to say that they are
+                await self.event.wait()  # for the engine to say that they are
             self.event.clear()
             for choice in running:
                 before, deltas = choice.seen, choice.advance()

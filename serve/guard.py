@@ -30,6 +30,7 @@ from serve.static import PAGES
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/health", *PAGES)  # paths that need no key
+SMALL = 64 << 10  # bytes: what a request has beyond counts towards a limit for all together
 BODIES = 16  # of the largest size that may be in progress at a time. As Python's objects they take up to 20 times more
 LINGER_SECONDS, LINGER_BYTES = 2.0, 16 << 20
 
@@ -58,7 +59,7 @@ class Guard:
 
     def __init__(self, app, rules: Rules, metrics: Metrics, paths: frozenset[str]):
         self.app, self.rules, self.metrics, self.paths = app, rules, metrics, paths
-        self.held = 0  # bytes of the requests in progress
+        self.held = 0  # bytes of the requests in progress, each without its first SMALL
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -86,7 +87,7 @@ class Guard:
                 raise ConnectionAbortedError("the client did not read its answer") from None
             await refuse(Refused("The answer took too long", code="timeout", status=504, kind="server_error"), noted)
         finally:
-            self.held -= len(body)
+            self.held -= max(len(body) - SMALL, 0)
             self.metrics.respond(path, status)
 
     def check(self, scope) -> None:
@@ -122,12 +123,12 @@ class Guard:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Refused("The client left", status=499)
-            part = message.get("body", b"")
-            body += part
-            self.held += len(part)
+            before = max(len(body) - SMALL, 0)
+            body += message.get("body", b"")
+            self.held += (large := max(len(body) - SMALL, 0)) - before
             if len(body) > self.rules.body_bytes:
                 raise too_large
-            if self.held > BODIES * self.rules.body_bytes:
+            if large and self.held > BODIES * self.rules.body_bytes:
                 raise overloaded()
             if not message.get("more_body"):
                 return
