@@ -28,9 +28,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from common.options import Options, option, parse
 
 VOCABULARY = 6400  # prompts are made of these ids
-CROWD = (
-    32  # clients whose first tokens are waited for. Each has a place: with fewer, the last ones wait for whole answers
-)
+CROWD = 32  # clients whose first tokens are waited for; with fewer places the last would wait for whole answers
 
 
 @dataclass(frozen=True)
