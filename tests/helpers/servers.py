@@ -16,6 +16,7 @@ import uvicorn
 from torch import nn
 
 from common.files import ROOT
+from inference.decode import generate
 from inference.engine import Engine
 from inference.sampling import Sampling
 from inference.slots import Reading
@@ -24,8 +25,13 @@ from serve.guard import PatientProtocol, Rules, guarded
 from serve.models import Served
 from serve.server import Limits
 from tests.helpers.models import TOKENIZER
+from tokenizer.chat import encode_chat
 
 GREEDY = Sampling(temperature=0)
+WEATHER = {
+    "type": "function",
+    "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
 ENDLESS = HELLO | {"logit_bias": {str(token): -1000 for token in TOKENIZER.stop_ids}, "stream": True}
@@ -77,6 +83,20 @@ class Parrot(nn.Module):
         place = position - self.start
         logits[0, self.script[place] if place < len(self.script) else TOKENIZER.im_end] = 20.0
         return SimpleNamespace(logits=logits if selected is not None else logits[None])
+
+
+def say(parrot, *pieces):
+    """What it answers from now on; a piece is text or the name of a control token."""
+    parrot.script = []
+    for piece in pieces:
+        parrot.script += [TOKENIZER.control[piece]] if piece in TOKENIZER.control else TOKENIZER.encode(piece)
+
+
+def expected(model, messages, n=12):
+    """(ids of the prompt, ids of the greedy reply of at most n tokens, its text)"""
+    ids = encode_chat(TOKENIZER, messages, add_generation_prompt=True).ids
+    (reply,) = generate(model, [ids], GREEDY, max_new_tokens=n, stop=TOKENIZER.stop_ids)
+    return ids, reply, TOKENIZER.decode(reply, skip_control=True)
 
 
 @contextmanager
