@@ -214,15 +214,13 @@ def _is_silent(message: dict) -> bool:
     """Whether it has no calls, and no words but blanks. Models answer so, and clients send it back."""
     if any(message.get(key) for key in ("tool_calls", "function_call")):
         return False
-    words: list = []
     for key in ("content", *REASONING):
         parts = message.get(key)
-        words += [part.get("text", part) if isinstance(part, dict) else part for part in listed(parts)]
-    return not any(word.strip() if isinstance(word, str) else word for word in words)
-
-
-def listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+        for part in parts if isinstance(parts, list) else [parts]:
+            said = part.get("text", part) if isinstance(part, dict) else part
+            if said.strip() if isinstance(said, str) else said:
+                return False
+    return True
 
 
 def refusal(error: UserError) -> Refused:

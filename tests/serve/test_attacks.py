@@ -22,12 +22,13 @@ def model():
 # ---- one at a time
 
 
-def test_who_does_not_read_is_broken_off_and_who_reads_slowly_is_not(model, monkeypatch):
+def test_who_does_not_read_is_broken_off_and_who_reads_slowly_is_not(monkeypatch):
     """An answer of 8 MB. The program had handed it over, so no limit of its own applied: who never read it kept it in
     memory for as long as the connection stood."""
     monkeypatch.setattr(PatientProtocol, "PATIENCE_SECONDS", 0.5)
-    with running(served(model, capacity=500_000)) as server:
-        longest = max(range(1000), key=lambda token: len(tokenizer.decode([token])))
+    model = small_model(std=0.2, max_position_embeddings=500_000).eval()
+    with running(served(model, capacity=500_000), rules=Rules(body_bytes=8 << 20)) as server:
+        longest = max(range(tokenizer.vocab_size), key=lambda token: len(tokenizer.decode([token])))
         asked = whole({"tokens": [longest] * 490_000}, "/detokenize")
         with connect(server.port, small=True) as silent, connect(server.port) as slow:
             silent.sendall(asked)
