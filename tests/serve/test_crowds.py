@@ -209,7 +209,8 @@ def test_a_hundred_who_leave_get_one_token_more_at_most(model, monkeypatch, caps
     with capsys.disabled():
         print(f"\n100 left, {len(more)} answers, {begun} of them begun: at most {max(more)} token more")
     assert len(more) >= 130 and begun >= 8 and max(more) <= 1
-    assert {sequence.finish_reason for sequence in written} == {"cancelled"}
+    ended = [sequence.finish_reason for sequence in written]
+    assert set(ended) <= {"cancelled", "length"} and ended.count("cancelled") > 100
 
 
 @pytest.mark.soak
