@@ -12,9 +12,11 @@ from common.files import ROOT
 from common.options import parse
 from dataset.read import hub as data
 from model import hub as models
-from model.checkpoint import open_weights
+from model.checkpoint import load_weights, open_weights
 from model.config import ModelConfig
 from model.interop.hf import config_to_hf, hf_tensors
+from model.interop.peft import save_peft
+from model.lora import LoRASettings, add_lora, lora_state
 from model.transformer import CausalLM
 from scripts import lora_quickstart
 from tests.helpers.chatglm import write_chatglm3
@@ -54,6 +56,33 @@ def write_qwen2(folder) -> None:
     save_file(hf_tensors(config, state), folder / "model.safetensors")
     for path in TOKENIZER_FILES.values():
         shutil.copy(path, folder)
+
+
+def test_a_tokenizer_and_an_adapter_by_their_names(home, tmp_path, monkeypatch):
+    """Wherever a tokenizer or an adapter is named. An adapter's settings name its base as it stands on the hub."""
+    folder, adapter = tmp_path / "models/Qwen2-tiny", tmp_path / "models/qwen-lora"
+    write_qwen2(folder)
+    model = load_weights(folder).build()
+    names = add_lora(model, LoRASettings(rank=2, targets=("q_proj",)))
+    settings, base = LoRASettings(rank=2).to_dict(), dict(path="Qwen/Qwen2-tiny", hash=None)
+    adapter.mkdir()
+    save_peft(adapter, settings, lora_state(model), base, len(names))
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(about | dict(base_model_name_or_path=base["path"])))
+    write_sft(home / "chats.jsonl", 4)
+    for script, *words in (
+        ("trainer/train_full_sft.py", "--data_path=chats.jsonl", f"--save_dir={home}", *SMALL, "--preset=nano"),
+        ("scripts/check_data.py", "chats.jsonl"),
+    ):
+        status, out, err = run_script(script, *words, "--tokenizer_path", "Qwen/Qwen2-tiny")
+        assert status == 0, err
+        assert script.startswith("scripts") or f"tokenizer: {folder}" in out, out
+    status, out, err = run_script(
+        "eval_model.py", "--lora_path", "someone/qwen-lora", "--prompt", "hi", "--max_new_tokens=2", "--device=cpu"
+    )
+    assert status == 0 and str(folder) in out and str(adapter) in out, err + out
+    status, _, err = run_script("scripts/check_data.py", "chats.jsonl", "--tokenizer_path", "no/such")
+    assert status == 2 and "no/such: no such file or directory; as a model on a hub: " in err
 
 
 def files_of(folder) -> dict[str, bytes]:
