@@ -138,7 +138,7 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
         raise UserError(f"{adapter.path}: does not say which weights it belongs to; name them with --weight")
     if not wanted:
         assert path, "else it does not know its base"
-        return load_weights(find_path(path))  # peft's name their base as it stands on a hub
+        return load_weights(path)
     if found := find_by_hash(wanted, path, *folders, width=adapter.config.hidden_size if adapter.config else None):
         return found
     raise UserError(
