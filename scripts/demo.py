@@ -248,7 +248,7 @@ def examine(save_dir: Path, question_seed: int) -> None:
         say(f"[{model.name}] > {prompt}\n{model.say(prompt)}\n")
 
 
-def report(save_dir: Path, question_seed: int) -> Path:
+def report(weights: list[str], save_dir: Path, question_seed: int) -> Path:
     """Fine-tuning against LoRA and against DPO, on questions of the exam -> the page that shows it."""
     from dataset.read.questions import Question
     from dataset.tiny_world.exam import draw_questions
@@ -265,7 +265,7 @@ def report(save_dir: Path, question_seed: int) -> Path:
             answer = None if asked.kind == "manner" else {"role": "assistant", "content": asked.answer}
             messages = [{"role": "user", "content": asked.prompt}]
             questions.append(Question(f"exam:{number + 1}", messages, answer, kind=asked.kind))
-    models = open_models(["full_sft", "lora_identity", "rlhf"], save_dir)
+    models = open_models(weights, save_dir)
     held_out = [save_dir / "tiny_world/dpo_val.jsonl"]
     result = compare(models, questions, Settings(max_new_tokens=64), held_out)
     return write_report(save_dir / "compare/demo.json", result)
@@ -278,7 +278,10 @@ def main():
         Demo(config).train()
     if not config.quick:
         examine(save_dir, config.question_seed)
-        page = report(save_dir, config.question_seed)
+        compared = [
+            str(stage.file(save_dir)) for stage in STAGES if stage.name in ("full_sft", "lora_identity", "rlhf")
+        ]
+        page = report(compared, save_dir, config.question_seed)
         say(f"=== What LoRA and DPO changed, answer by answer: open {page} in a browser\n")
     minutes = (time.monotonic() - begin) / 60
     say(f"That took {minutes:.1f} minutes. Talk to it: make chat (python eval_model.py --model_mode 1)")
