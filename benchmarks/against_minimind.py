@@ -15,8 +15,9 @@ the imports, and the judging: after each turn, the weights are saved and judged,
 trains for a moment, to see how many steps fit into its time; its schedule ends with the last of them. Ours gets --share
 of MiniMind's time.
 
-Fine-tuning starts, on all sides, from the weights that MiniMind has pretrained in fp32, with its tokenizer. Bits per
-byte are those of the answers and their ends.
+A row that ours cannot read (an empty answer, say) is left out on our side only. Fine-tuning starts, on all sides, from
+the weights that MiniMind has pretrained in fp32, with its tokenizer. Its bits per byte are those of the answers and
+their ends.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +38,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from benchmarks.common import machine
 from benchmarks.real_data.common import hold_out
+from common.console import UserError
 from common.files import ROOT, atomic_file
 from evaluation.likelihood import log_likelihoods, windows
 from model.checkpoint import load_weights
@@ -143,10 +146,15 @@ class Judge:
             texts = [row["text"] for row in self.rows]
             rows = [part for text in texts for part in self._windows(tokenizer, text)]
             return rows, sum(len(text.encode()) for text in texts)
-        chats = [(encode_chat(tokenizer, row["conversations"]), row["conversations"]) for row in self.rows]
-        chats = [(encoded, turns) for encoded, turns in chats if len(encoded.ids) <= self.length]
-        said = [turn["content"] for _, turns in chats for turn in turns if turn["role"] == "assistant"]
-        return [encoded for encoded, _ in chats], sum(len(text.encode()) for text in said)
+        chats, size = [], 0
+        for row in self.rows:
+            with suppress(UserError):  # a conversation without an answer
+                encoded = encode_chat(tokenizer, row["conversations"])
+                if len(encoded.ids) <= self.length:
+                    chats.append(encoded)
+                    said = (turn["content"] for turn in row["conversations"] if turn["role"] == "assistant")
+                    size += sum(len(text.encode()) for text in said)
+        return chats, size
 
     def _windows(self, tokenizer: Tokenizer, text: str) -> list[Encoded]:
         """As each side writes a document: between <|endoftext|>, or MiniMind's between its bos and eos tokens."""
@@ -176,7 +184,7 @@ class Race:
         args = self.args
         if name == "sparrow":
             flags = ["--data_path", self.data, "--max_steps", steps, "--max_seq_len", args.max_seq_len]
-            flags += ["--save_dir", "out", "--cache_dir", "cache", "--device", "cpu"]
+            flags += ["--save_dir", "out", "--cache_dir", "cache", "--device", "cpu", "--on_bad_row", "skip"]
             flags += (
                 ["--preset", args.preset, *args.ours.split()]
                 if self.phase == "pretrain"
