@@ -123,10 +123,13 @@ def test_only_what_has_changed_is_trained_again(stage, tmp_path, monkeypatch):
     write_pretrain(tmp_path / "tiny_world/pretrain.jsonl", rows=41)
     out = stage()
     assert f"what has changed since: data {tmp_path}/tiny_world/pretrain.jsonl\n" in out and "done in" in out
+    assert stage().splitlines()[-1] == f"up to date: {weights}"
+
+    monkeypatch.setattr(demo, "call", lambda *_, **__: None)  # from here on, what it says is enough
     monkeypatch.setattr(demo, "COMMON", [*demo.COMMON, "--seed", "7"])
     assert "changed since: the command\n" in stage()
     monkeypatch.setattr("evaluation.lineage.code_version", lambda: "newer")
-    assert "changed since: the code\n" in stage()
+    assert "changed since: the command, the code\n" in stage()
 
 
 def test_an_interrupted_training_goes_on_where_it_was(stage, tmp_path, monkeypatch):
