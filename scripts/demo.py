@@ -147,8 +147,8 @@ class Demo:
         watch = Watch(self.forecast, part, self.config.verbose)
         try:
             call(as_typed(words), watch.line, cwd=ROOT, with_stderr=True)
-        except SystemExit:
-            watch.fail()
+        except SystemExit as end:
+            watch.fail(int(end.code or 0))
             say(f"\nthe demo has stopped in part {self.number}; the same command goes on from there")
             raise
         watch.close()

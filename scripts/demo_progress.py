@@ -9,6 +9,7 @@ watch.close()
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
 from collections import deque
@@ -97,12 +98,13 @@ class Watch:
             self.bar.close()
         self.forecast.finish(self.part, time.monotonic() - self.began, self.share)
 
-    def fail(self) -> None:
-        """After it has failed: shows its last lines."""
+    def fail(self, status: int) -> None:
+        """After it has failed: shows its last lines. After Ctrl-C or SIGTERM, its last one says that all is saved."""
         if self.bar:
             self.bar.close()
         if not self.verbose:
-            say("\n".join(["its last lines:", *self.last]))
+            stopped = status in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+            say("\n".join(list(self.last)[-1:] if stopped else ["its last lines:", *self.last]))
 
 
 def _number(text: str) -> int:

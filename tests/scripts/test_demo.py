@@ -83,7 +83,9 @@ def test_a_stage_that_fails_shows_its_last_lines(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         call([tmp_path / "fails.py"], watch.line, with_stderr=True)
     assert end.value.code == 3 and capsys.readouterr().out == ""
-    watch.fail()
+    watch.fail(128 + signal.SIGTERM)
+    assert capsys.readouterr().out.splitlines() == ["broken"]
+    watch.fail(3)
     assert capsys.readouterr().out.splitlines() == ["its last lines:", "read", "broken"]
 
 
