@@ -125,6 +125,8 @@ class EvalConfig(DeviceOptions, SamplingOptions):
             found.append("--merge_lora: needs --lora_name or --lora_path")
         if self.load_in_4bit and self.load_in_8bit:
             found.append("--load_in_4bit and --load_in_8bit: weights are kept in one of them; give one")
+        if self.quantize and (self.load_in_4bit or self.load_in_8bit):
+            found.append("--quantize: keeps the weights in other 4 or 8 bits than --load_in_...; give one of them")
         if self.model_mode == 0 and (self.system or self.enable_thinking is not None):
             what = "system" if self.system else "enable_thinking"
             found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")
@@ -148,6 +150,7 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     from model.lora import merge
     from model.precision import pick_device, pick_dtype, prepare_for_inference
     from model.quant import choose_bits
+    from model.quant_cpu import quantize_for_cpu
 
     checkpoint, adapter = find_checkpoint(config)
     check_stated(checkpoint, **{k: getattr(config, k) for k in ("hidden_size", "num_hidden_layers", "use_moe")})
@@ -168,7 +171,8 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
         screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}{kept}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage
     model = prepare_for_inference(model, dtype).to(device)
-    screen.note("\n".join(filter(None, (checkpoint.describe(model), remark))))
+    packed = quantize_for_cpu(model, config.quantize) if config.quantize else ""
+    screen.note("\n".join(filter(None, (checkpoint.describe(model), packed, remark))))
     return model, tokenizer, checkpoint
 
 

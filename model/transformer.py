@@ -293,8 +293,10 @@ class CausalLM(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         """Tied weights count once. active: only the experts that one token passes through."""
         total = sum(p.numel() for p in self.parameters())
+        # model/quant.py and quant_cpu.py keep these in buffers; a tied head was counted as the embedding
+        counted = self.lm_head if self.config.tie_word_embeddings else None
         packed = (m for m in self.modules() if isinstance(m, Linear) and getattr(m, "weight", None) is None)
-        total += sum(m.in_features * m.out_features for m in packed)  # model/quant.py keeps these in buffers
+        total += sum(m.in_features * m.out_features for m in packed if m is not counted)
         return total - idle_parameters(self.config) if active else total
 
 

@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         max_seq_len=config.max_seq_len,
         device=config.device,
         dtype=config.dtype,
+        quantize=config.quantize,
         tokenizer_path=config.tokenizer_path,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,

@@ -19,6 +19,7 @@ from model.adapter import AdapterFile, find_base, load_adapter
 from model.checkpoint import Checkpoint, check_stated, find_tokenizer, find_weights, load_weights, same_weights
 from model.lora import activate
 from model.precision import pick_device, pick_dtype, prepare_for_inference
+from model.quant_cpu import quantize_for_cpu
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 
@@ -70,6 +71,7 @@ def load_table(
     max_seq_len: int,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     tokenizer_path: str | None = None,
     **stated,
 ) -> tuple[dict[str, Served], list[str]]:
@@ -118,10 +120,12 @@ def load_table(
         base.add(adapter, name)
         plan.append((name, base, name, int(path.stat().st_mtime)))
 
+    remarks = [remark] if remark else []
     for base in bases:
         base.model = prepare_for_inference(base.model, kind).to(where)
+        if quantize:
+            remarks.append(f"{base.checkpoint.path}: {quantize_for_cpu(base.model, quantize)}")
     table: dict[str, Served] = {}
-    remarks = [remark] if remark else []
     for name, base, adapter, created in plan:
         engine = Engine(base.model, rows, max_seq_len, base.switch(adapter))
         table[name] = Served(name, engine, base.tokenizer, base.name if adapter else None, created)
