@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, TextIO
 from common.console import UserError, printable, run
 from common.files import ROOT
 from common.options import option, parse
-from inference.options import DeviceOptions, SamplingOptions
+from inference.options import DeviceOptions, EngineOptions, SamplingOptions
 
 if TYPE_CHECKING:  # torch is imported after the command line is checked: --help is instant
     from inference.sampling import Sampling
@@ -49,7 +49,7 @@ def compares(_value: object) -> dict:
 
 
 @dataclass(frozen=True)
-class EvalConfig(DeviceOptions, SamplingOptions):
+class EvalConfig(DeviceOptions, SamplingOptions, EngineOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -377,7 +377,9 @@ def main(argv: list[str] | None = None) -> None:
 
     sampling = config.sampling(config.seed)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
-    talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens or 1024, **said)
+    talk = Conversation(
+        Session(model, config.prompt_lookup_num_tokens), tokenizer, sampling, config.max_new_tokens or 1024, **said
+    )
     if config.prompt:
         show(talk, config.prompt, screen)
         screen.write("\n")

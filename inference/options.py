@@ -49,3 +49,14 @@ class SamplingOptions(Options):
 
         temperature = TEMPERATURE if self.temperature is None else self.temperature
         return Sampling(temperature, self.top_p, self.top_k, self.repetition_penalty, seed, self.min_p)
+
+
+@dataclass(frozen=True)
+class EngineOptions(Options):
+    """How inference/engine.py writes"""
+
+    prompt_lookup_num_tokens: int = option(
+        0,
+        "guess so many tokens ahead from what the text repeats: the same answers, in fewer steps where it does",
+        within="[0, 64]",
+    )

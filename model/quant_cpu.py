@@ -142,9 +142,9 @@ class Int4Linear(CPULinear):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scales_and_zeros)
 
     def dense(self, x: Tensor) -> Tensor:
-        codes = deinterleave(self.codes, kernel_block() or 64).to(x.dtype)  # (K, N)
-        scales, zeros = self.scales_and_zeros.to(x.dtype).unsqueeze(1).unbind(-1)  # (K/g, 1, N) each
-        weight = (codes.view(-1, GROUP, self.out_features) - 8) * scales + zeros
+        codes = (deinterleave(self.codes, kernel_block() or 64) - 8).view(torch.int8)  # 0 - 8 is 248, as int8 -8
+        scales, zeros = self.scales_and_zeros.to(x.dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (K/g, 1, N) each
+        weight = torch.addcmul(zeros, codes.to(x.dtype).view(-1, GROUP, self.out_features), scales)
         return x @ weight.view(self.in_features, self.out_features)
 
 

@@ -29,14 +29,14 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from common.console import UserError, note, run
 from common.files import ROOT
 from common.options import option, parse
-from inference.options import DeviceOptions, SamplingOptions
+from inference.options import DeviceOptions, EngineOptions, SamplingOptions
 
 MODES = ("pretrain", "full_sft", "rlhf", "reason")  # what --model_mode means, as in eval_model.py
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
-class ServeConfig(DeviceOptions, SamplingOptions):
+class ServeConfig(DeviceOptions, SamplingOptions, EngineOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         device=config.device,
         dtype=config.dtype,
         quantize=config.quantize,
+        prompt_lookup_num_tokens=config.prompt_lookup_num_tokens,
         tokenizer_path=config.tokenizer_path,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,

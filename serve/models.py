@@ -72,6 +72,7 @@ def load_table(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    prompt_lookup_num_tokens: int = 0,
     tokenizer_path: str | None = None,
     **stated,
 ) -> tuple[dict[str, Served], list[str]]:
@@ -127,7 +128,7 @@ def load_table(
             remarks.append(f"{base.checkpoint.path}: {quantize_for_cpu(base.model, quantize)}")
     table: dict[str, Served] = {}
     for name, base, adapter, created in plan:
-        engine = Engine(base.model, rows, max_seq_len, base.switch(adapter))
+        engine = Engine(base.model, rows, max_seq_len, base.switch(adapter), prompt_lookup_num_tokens)
         table[name] = Served(name, engine, base.tokenizer, base.name if adapter else None, created)
         on = f", the adapter on {base.checkpoint.path}" if adapter else f": {base.checkpoint.path}"
         remarks.append(f"{name}{on}, {base.model.num_parameters() / 1e6:.1f}M parameters")
