@@ -35,6 +35,24 @@ class DeviceOptions(Options):
 
 
 @dataclass(frozen=True)
+class LowBitOptions(DeviceOptions):
+    """The bits of weights that adapters are trained beside"""
+
+    load_in_4bit: bool | None = option(
+        None, "keep the weights in 4 bits (default: if the adapter was trained beside such)", aliases=("use_4bit",)
+    )
+    load_in_8bit: bool | None = option(None, "the same in 8 bits", aliases=("use_8bit",))
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.load_in_4bit and self.load_in_8bit:
+            found.append("--load_in_4bit and --load_in_8bit: weights are kept in one of them; give one")
+        if self.quantize and (self.load_in_4bit or self.load_in_8bit):
+            found.append("--quantize: keeps the weights in other 4 or 8 bits than --load_in_...; give one of them")
+        return found
+
+
+@dataclass(frozen=True)
 class SamplingOptions(Options):
     """How the next token is drawn"""
 

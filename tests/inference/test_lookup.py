@@ -75,7 +75,7 @@ def test_greedy_answers_are_those_without_guesses(changes):
     model, requests = model_of(**changes), some_requests(GREEDY)
     plain, ahead = serve(model, requests, 0), serve(model, requests, AHEAD)
     assert [s.tokens for s in ahead] == [s.tokens for s in plain]
-    assert sum(s.guessed for s in ahead) > 50 and not any(s.guessed for s in plain)
+    assert sum(s.guessed for s in ahead) > 20 and not any(s.guessed for s in plain)
 
 
 def test_fewer_steps_are_taken(model):
@@ -132,10 +132,10 @@ def test_a_second_turn_finds_only_tokens_that_were_kept(model):
 
 
 def test_sampled_answers_have_the_models_distribution():
-    """Chi-square of 6,000 answers of three tokens, without a seed, against the model's own probabilities. The prompt
+    """Chi-square of 4,000 answers of three tokens, without a seed, against the model's own probabilities. The prompt
     makes the engine guess the second and third token."""
     model = model_of(vocab_size=4)
-    prompt = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    prompt = [0, 0, 1, 0, 2, 0, 3, 1, 1, 2, 1, 3, 2, 2, 3, 3, 0]  # every pair stands there once
     cells = list(product(range(4), repeat=3))
     with torch.inference_mode():
         log_p = model(torch.tensor([[*prompt, *cell] for cell in cells])).logits.div(3).log_softmax(-1)
@@ -147,15 +147,15 @@ def test_sampled_answers_have_the_models_distribution():
     engine = Engine(model, 50, 20, prompt_lookup_num_tokens=4)
     engine.generator.manual_seed(0)
     request = Request(prompt, Sampling(temperature=3.0, top_p=1.0), 3)
-    sequences = [engine.submit(request) for _ in range(6000)]
+    sequences = [engine.submit(request) for _ in range(4000)]
     while engine.busy:
         engine.step()
     counts = Counter(tuple(sequence.tokens) for sequence in sequences)
     guessed = sum(sequence.guessed for sequence in sequences)
     assert guessed > 500  # the rule was used, and
-    assert sum(len(s.tokens) for s in sequences) - guessed > 12000  # it refused as well
+    assert sum(len(s.tokens) for s in sequences) - guessed > 8000  # it refused as well
 
-    expected = chance * 6000
+    expected = chance * 4000
     seen = torch.tensor([counts[cell] for cell in cells]).double()
     rare = expected < 5  # are one cell
     expected, seen = (torch.cat([t[~rare], t[rare].sum()[None]]) for t in (expected, seen))
