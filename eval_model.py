@@ -22,7 +22,7 @@ from common.console import UserError, run
 from common.files import ROOT
 from common.options import option, parse
 from inference.conversation import Conversation
-from inference.options import DeviceOptions, LowBitOptions, SamplingOptions
+from inference.options import EngineOptions, LowBitOptions, SamplingOptions
 from inference.terminal import Screen, answer_all, chat, read_lines, show, typed
 
 if TYPE_CHECKING:  # torch is imported after the command line is checked: --help is instant
@@ -40,7 +40,7 @@ def compares(_value: object) -> dict:
 
 
 @dataclass(frozen=True)
-class EvalConfig(DeviceOptions, LowBitOptions, SamplingOptions):
+class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -134,6 +134,7 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     from model.lora import merge
     from model.precision import pick_device, pick_dtype, prepare_for_inference
     from model.quant import choose_bits
+    from model.quant_cpu import quantize_for_cpu
 
     checkpoint, adapter = find_checkpoint(config)
     check_stated(checkpoint, **{k: getattr(config, k) for k in ("hidden_size", "num_hidden_layers", "use_moe")})
@@ -154,7 +155,8 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
         screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}{kept}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage
     model = prepare_for_inference(model, dtype).to(device)
-    screen.note("\n".join(filter(None, (checkpoint.describe(model), remark))))
+    packed = quantize_for_cpu(model, config.quantize) if config.quantize else ""
+    screen.note("\n".join(filter(None, (checkpoint.describe(model), packed, remark))))
     return model, tokenizer, checkpoint
 
 
@@ -209,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     sampling = config.sampling(config.seed)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
     said |= dict(tools=config.tools is not None)
-    talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens or 1024, **said)
+    session = Session(model, config.prompt_lookup_num_tokens)
+    talk = Conversation(session, tokenizer, sampling, config.max_new_tokens or 1024, **said)
     if config.prompt:
         show(talk, config.prompt, screen)
         screen.write("\n")

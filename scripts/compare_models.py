@@ -94,7 +94,9 @@ def main():
     from evaluation.models import base_of, open_models
 
     names = [config.base_model or base_of(config.finetuned_model[0], config.save_dir), *config.finetuned_model]
-    places = dict(tokenizer_path=config.tokenizer_path, device=config.device, dtype=config.dtype)
+    places = dict(
+        tokenizer_path=config.tokenizer_path, device=config.device, dtype=config.dtype, quantize=config.quantize
+    )
     contenders = open_models(names, config.save_dir, **places)
     if questions is None:
         from evaluation.side_by_side import converse

@@ -30,14 +30,14 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from common.console import UserError, note, run
 from common.files import ROOT
 from common.options import option, parse
-from inference.options import DeviceOptions, LowBitOptions, SamplingOptions
+from inference.options import EngineOptions, LowBitOptions, SamplingOptions
 
 MODES = ("pretrain", "full_sft", "rlhf", "reason")  # what --model_mode means, as in eval_model.py
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
-class ServeConfig(DeviceOptions, LowBitOptions, SamplingOptions):
+class ServeConfig(LowBitOptions, SamplingOptions, EngineOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -157,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
             max_seq_len=config.max_seq_len,
             device=config.device,
             dtype=config.dtype,
+            quantize=config.quantize,
+            prompt_lookup_num_tokens=config.prompt_lookup_num_tokens,
             four=config.load_in_4bit,
             eight=config.load_in_8bit,
             tokenizer_path=config.tokenizer_path,

@@ -1,5 +1,6 @@
 """eval_model.py as people and scripts use it: nothing blocks, nothing is lost, no model text steers the terminal."""
 
+import copy
 import io
 import json
 import os
@@ -21,6 +22,8 @@ from inference.sampling import Sampling
 from inference.tools import ROUNDS
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
+from model.precision import prepare_for_inference
+from model.quant_cpu import quantize_for_cpu
 from model.transformer import CausalLM
 from tests.helpers.models import small_model
 from tokenizer.chat import encode_chat
@@ -430,6 +433,16 @@ def test_the_exam_report(say, monkeypatch, tmp_path):
     assert figures["score"] == 80 / 600 and figures["question_seed"] == 5 and len(figures["answers"]) == 840
     assert figures["scores"]["model"]["sum zh"] == 1 and figures["scores"]["model"]["fact en"] == 0
     assert figures["lineage"][-1]["stage"] == "full_sft"
+
+
+def test_weights_in_int8_and_guessed_tokens(say, model, tokenizer):
+    quick = ["--quantize", "int8", "--prompt_lookup_num_tokens", 4, "--prompt", "你好", "--device", "cpu"]
+    status, answer, remarks = say(*quick)
+    packed = prepare_for_inference(copy.deepcopy(model), torch.float32)
+    said = quantize_for_cpu(packed, "int8")
+    assert (status, answer) == (0, expected(packed, tokenizer, "你好") + "\n") and said in remarks
+    status, _, remarks = say(*quick, "--load_in_4bit")
+    assert status == 2 and "--quantize: keeps the weights in other 4 or 8 bits" in remarks
 
 
 def test_in_bf16_it_is_the_model_that_was_trained(out):
