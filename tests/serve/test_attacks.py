@@ -1,12 +1,15 @@
 """Clients that mean harm, one at a time: what each can take of memory, time and places is bounded."""
 
+import asyncio
 import json
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from serve.choices import Choices
 from serve.guard import PatientProtocol, Rules
 from serve.server import Limits
 from tests.helpers.models import TOKENIZER as tokenizer
@@ -82,6 +85,31 @@ def test_nested_objects_are_answered(model, depth):
             answer = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
             assert answer.status_code in (200, 400), answer.text
         assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_who_leaves_just_when_a_token_comes_is_not_followed_on(turns):
+    """asyncio.wait_for of Python 3.11 took the token and forgot the cancellation: some answers went on to their end."""
+
+    async def leave() -> None:
+        event = asyncio.Event()
+        choice = SimpleNamespace(finish_reason=None, seen=0, advance=list)
+        choices = Choices(None, [choice], event, time.monotonic() + 60)
+
+        async def follow() -> None:
+            async for _ in choices.follow():
+                pass
+
+        task = asyncio.create_task(follow())
+        await asyncio.sleep(0.01)
+        event.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+        assert task.cancelled()
+
+    asyncio.run(leave())
 
 
 def test_a_refused_body_gets_its_answer(model):
