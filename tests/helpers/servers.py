@@ -54,7 +54,9 @@ def running(*models: Served, limits: Limits = Limits(), defaults: Sampling = GRE
         time.sleep(0.01)
     port = listener.getsockname()[1]
     try:
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", app=app, port=port, state=app.state.server)
+        yield SimpleNamespace(
+            url=f"http://127.0.0.1:{port}", app=app, port=port, state=app.state.server, uvicorn=server
+        )
     finally:
         server.should_exit = True
         thread.join(10)
