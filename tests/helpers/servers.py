@@ -44,7 +44,7 @@ def served(model, name="tiny", rows=4, capacity=512, base=None, before_step=lamb
 
 @contextmanager
 def running(*models: Served, limits=Limits(), defaults=GREEDY, rules=Rules(), runs=Runs(())):  # noqa: B008
-    """Yields `url` (without a path), `app` and `port`."""
+    """Yields `url` (without a path), `port`, `app`, its `state`, and the `uvicorn` server."""
     app = build_app({one.name: one for one in models}, limits, defaults, runs)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     settings = uvicorn.Config(guarded(app, rules), http=PatientProtocol, ws="none", log_level="error")
@@ -55,7 +55,9 @@ def running(*models: Served, limits=Limits(), defaults=GREEDY, rules=Rules(), ru
         time.sleep(0.01)
     port = listener.getsockname()[1]
     try:
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", app=app, port=port, state=app.state.server)
+        yield SimpleNamespace(
+            url=f"http://127.0.0.1:{port}", app=app, port=port, state=app.state.server, uvicorn=server
+        )
     finally:
         server.should_exit = True
         thread.join(10)
