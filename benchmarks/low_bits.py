@@ -28,7 +28,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.common import machine, seconds, spread
+from benchmarks.common import machine, seconds, show
 from model.checkpoint import load_weights
 from model.config import ModelConfig
 from model.interop.hf import config_to_hf
@@ -182,23 +182,25 @@ def main():
 
         found = [apart(measure_loading, folder) for _ in range(args.rounds)]
         ratio = [one["loading"] / one["reading"] for one in found]
-        print(f"1. loading in bf16: {spread([one['loading'] for one in found])} s, {spread(ratio)} times reading")
-        print(f"   peak above the process before: {apart(measure_peak, folder):.3f} times the model")
+        show("loading in bf16", [one["loading"] for one in found], "s")
+        show("loading against reading", ratio, "times as long", "1.2")
+        show("peak above the process before", apart(measure_peak, folder), "times the model")
 
         runs = {mode: [] for mode in args.modes}
         for _ in range(args.rounds):
             for mode in args.modes:
                 runs[mode].append(apart(measure_training, mode, folder, args.length, args.steps))
         first = statistics.median(one["tokens"] for one in runs[args.modes[0]])
-        print(f"2. LoRA, 1 x {args.length} tokens; speed compared with {args.modes[0]}")
+        print(f"LoRA, 1 x {args.length} tokens; speed compared with {args.modes[0]}")
         for mode, found in runs.items():
             speed = [one["tokens"] for one in found]
             loaded, most = (max(one[name] for one in found) for name in ("loaded", "peak"))
-            print(
-                f"   {mode:>4}: {spread(speed)} tokens/s, {statistics.median(speed) / first:.2f} times; loaded in "
-                f"{spread([one['loading'] for one in found])} s; whole process {loaded / base:.2f} bytes a parameter "
-                f"when loaded, {most / base:.2f} at most ({most / 2**30:.2f} GiB)"
-            )
+            show(f"LoRA, {mode}", speed, "tokens/s")
+            show(f"LoRA, {mode}, speed", statistics.median(speed) / first, f"times {args.modes[0]}")
+            show(f"LoRA, {mode}, loading", [one["loading"] for one in found], "s")
+            show(f"LoRA, {mode}, loaded", loaded / base, "bytes a parameter")
+            show(f"LoRA, {mode}, at most", most / base, "bytes a parameter")
+            show(f"LoRA, {mode}, at most", most / 2**30, "GiB")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import machine, seconds, spread
+from benchmarks.common import machine, seconds, show
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {
@@ -28,7 +28,7 @@ def main():
             times[name].append(seconds(run))
     print(machine())
     for name, values in times.items():
-        print(f"{name:26} {spread(values[1:])} s")  # the first one fills the disk's cache
+        show(name, values[1:], "s")  # the first one fills the disk's cache
 
 
 if __name__ == "__main__":
