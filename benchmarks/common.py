@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from common.files import ROOT, atomic_file
+from common.files import atomic_file
 from dataset.tokens.examples import TokenDataset
 from trainer.run.logger import code_version
 
-FOLDER = ROOT / "out/benchmarks"  # what `show` writes
+FOLDER = Path("out/benchmarks")  # what `show` writes; in the current directory
 _rows: list[dict[str, Any]] = []  # of this program
 
 
@@ -68,7 +68,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.4g} [{min(values):.4g} .. {max(values):.4g}]"
 
 
-def show(name: str, values: float | list[float], unit: str = "", aim: str = "", folder: Path | None = None) -> None:
+def show(name: str, values: float | list[float], unit: str = "", aim: str = "") -> None:
     """Prints a row of the table, and writes the table so far with its environment: <script>.json, .md and .png in
     out/benchmarks.
 
@@ -80,13 +80,13 @@ def show(name: str, values: float | list[float], unit: str = "", aim: str = "", 
     shown = spread(values) if len(values) > 1 else f"{median:.4g}"
     print(f"{name:<40} {shown} {unit}".rstrip() + (f"   (aim: {aim})" if aim else ""), flush=True)
     _rows.append(dict(name=name, median=median, least=least, most=most, unit=unit, aim=aim, values=values))
-    _write(Path(folder or FOLDER), Path(sys.argv[0]).stem or "benchmark")
+    _write(Path(sys.argv[0]).stem or "benchmark")
 
 
-def _write(folder: Path, script: str) -> None:
+def _write(script: str) -> None:
     known = environment()
     content = dict(benchmark=script, command=shlex.join(sys.orig_argv), environment=known, rows=_rows)
-    with atomic_file(folder / f"{script}.json") as temporary:
+    with atomic_file(FOLDER / f"{script}.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     lines = [f"# {script}", "", f"`{content['command']}`", ""]
     lines += [f"- {name}: {', '.join(value) if isinstance(value, list) else value}" for name, value in known.items()]
@@ -94,9 +94,9 @@ def _write(folder: Path, script: str) -> None:
     for row in _rows:
         figures = " | ".join(f"{row[key]:.4g}" for key in ("median", "least", "most"))
         lines.append(f"| {row['name']} | {figures} | {row['unit']} | {row['aim']} |")
-    with atomic_file(folder / f"{script}.md") as temporary:
+    with atomic_file(FOLDER / f"{script}.md") as temporary:
         temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    with atomic_file(folder / f"{script}.png") as temporary:
+    with atomic_file(FOLDER / f"{script}.png") as temporary:
         _draw(temporary, script, f"{machine()}, {known['commit']}")
 
 
