@@ -134,7 +134,7 @@ def kind_of(path: Path) -> str:
 def _usual(found: Measured) -> list[str]:
     """What is measured if nobody says: numbers only where the file marks them as GSM8K does, with ####."""
     first = next(read_rows(found.path), ("", None))[1] if found.kind == "questions" else None
-    return [name for name in METRICS if name != "number" or "####" in str(first)]
+    return [name for name in METRICS if METRICS[name].usual and (name != "number" or "####" in str(first))]
 
 
 def _in_words(kind: str) -> str:
