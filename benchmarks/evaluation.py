@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.common import machine, seconds, show
 from common.files import ROOT
-from dataset.batches.loader import Loader
 from dataset.read.questions import read_questions
 from dataset.tiny_world import exam
 from evaluation import likelihood
@@ -29,6 +28,7 @@ from evaluation.compare import compare, write_report
 from evaluation.likelihood import log_likelihoods
 from evaluation.measure import Settings
 from evaluation.models import open_models
+from evaluation.shared_prompts import Bundle, BundleLoader, Bundles
 from inference.answers import answers_to_ids, prompt_ids
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
@@ -68,9 +68,9 @@ def likelihood_ratio(model, tokenizer, count: int, rounds: int) -> None:
         answer = {"role": "assistant", "content": " ".join([q.answer] * (1 + n % 9))}
         rows.append(Encoded(*encode_chat(tokenizer, [{"role": "user", "content": q.prompt}, answer])))
     positions = sum(len(row.ids) - 1 for row in rows)
-    data = likelihood._InMemory(rows)
+    data = Bundles(rows, [Bundle([], [n], len(row.ids) - 1) for n, row in enumerate(rows)])
     options = dict(packing=True, batch_size=likelihood.ROWS, max_seq_len=likelihood.WINDOW, shuffle=False)
-    batches = Loader(data, accumulation_steps=-(-count // likelihood.ROWS), **options).batches(0)
+    batches = BundleLoader(data, accumulation_steps=-(-count // likelihood.ROWS), **options).batches(0)
     device = model.model.embed_tokens.weight.device
 
     @torch.no_grad()
