@@ -10,7 +10,7 @@ import torch
 
 from common.console import UserError
 from tests.helpers.compare import same, state_of
-from tests.helpers.rows import write_sft
+from tests.helpers.rows import write_pretrain, write_sft
 from tests.helpers.runs import run_stage
 from trainer.loop.profiling import Profile, kind_of, steps_of_each, table
 
@@ -18,7 +18,8 @@ from trainer.loop.profiling import Profile, kind_of, steps_of_each, table
 def test_where_the_time_goes_and_a_trace(tmp_path, capsys):
     """Seven steps of two micro-batches: three warm up, two are timed, two are traced."""
     write_sft(tmp_path / "sft.jsonl")
-    run_stage("pretrain", f"--data_path={tmp_path / 'sft.jsonl'}", f"--save_dir={tmp_path}", "--max_steps=1")
+    write_pretrain(tmp_path / "text.jsonl")
+    run_stage("pretrain", f"--data_path={tmp_path / 'text.jsonl'}", f"--save_dir={tmp_path}", "--max_steps=1")
     flags = [f"--data_path={tmp_path / 'sft.jsonl'}", f"--from_weight={tmp_path / 'pretrain_32.pth'}", "--max_steps=7"]
     flags += ["--batch_size=4", "--accumulation_steps=2", "--epochs=9"]
     run_stage("full_sft", *flags, f"--save_dir={tmp_path / 'plain'}")
