@@ -31,7 +31,7 @@ class Bundle:
 
 
 def bundled(rows: Sequence[Encoded], numbers: Sequence[int], most: int) -> list[Bundle]:
-    """Rows with the same prompt together, at most `most` positions in a bundle, unless a single row has more."""
+    """Rows with the same prompt together. A bundle has at most `most` positions, or twice those of its longest row."""
     found: list[Bundle] = []
     latest: dict[tuple[int, ...], Bundle] = {}  # the bundle of a prompt that may have room
     for number in numbers:
@@ -42,7 +42,7 @@ def bundled(rows: Sequence[Encoded], numbers: Sequence[int], most: int) -> list[
             continue
         prompt, more = row.ids[:first], len(row.ids) - first
         bundle = latest.get(tuple(prompt))
-        if bundle is None or bundle.size + more > most:
+        if bundle is None or bundle.size + more > max(most, 2 * len(row.ids)):
             bundle = latest[tuple(prompt)] = Bundle(prompt, [], first - 1)
             found.append(bundle)
         bundle.rows.append(number)

@@ -52,10 +52,11 @@ def test_a_row_among_others_has_the_likelihood_that_it_has_alone(model, monkeypa
         np.testing.assert_allclose(found, alone(model, row), rtol=1e-4, atol=1e-4)
 
 
-def test_a_prompt_that_rows_share_is_computed_once(model, monkeypatch):
+@pytest.mark.parametrize("window", [64, 16])
+def test_a_prompt_that_rows_share_is_computed_once(model, monkeypatch, window):
     """Six answers to one question, two rows with a prompt of their own, and one too short to share: each as alone. In
-    the batches the question stands once for every bundle that fits into a row."""
-    monkeypatch.setattr(likelihood, "WINDOW", 64)
+    the batches the question stands once for every bundle that fits into a row, also if it is longer than the window."""
+    monkeypatch.setattr(likelihood, "WINDOW", window)
     question = "what does the sparrow say when it rains and nobody listens?"
     rows = [chat(question, "tweet " * n) for n in (1, 2, 40, 3, 4, 5)]
     rows += [
