@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.console import UserError
-from evaluation.choice import Choice, read_choices, read_examples, score
+from evaluation.choice import Choice, _chat_row, _text_row, read_choices, read_examples, score
 from tests.helpers.models import TOKENIZER, small_model
 from tokenizer.chat import encode_chat
 
@@ -92,8 +92,6 @@ def test_the_three_ways_to_choose():
 
 
 def test_a_text_model_scores_what_follows_the_prompt():
-    from evaluation.choice import _text_row
-
     row = _text_row(TOKENIZER, [("1+1?", "two")])
     trained = [i for i, label in zip(row.ids, row.trained) if label]
     assert TOKENIZER.decode(row.ids[1:]) == "Question: 1+1?\nAnswer: two" and TOKENIZER.decode(trained) == " two"
@@ -122,7 +120,7 @@ def test_examples_stand_before_the_question_and_do_not_count():
         logp = model(torch.tensor([ids[:-1]])).logits.log_softmax(-1)[0]
         return sum(float(logp[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
 
-    found, alone = score(model, TOKENIZER, questions, examples=examples), score(model, TOKENIZER, questions)
+    found = score(model, TOKENIZER, questions, examples=examples)
     listed = "1+1?\nA. one\nB. two\nC. three\nD. four"
     for n, q in enumerate(questions):
         sums = [likelihood([("1+1?", "two"), ("2+2?", "four")], q.question, option) for option in q.options]
@@ -130,7 +128,9 @@ def test_examples_stand_before_the_question_and_do_not_count():
         shown = [(listed, "B"), (listed.replace("1+1", "2+2"), "D")]
         letters = [likelihood(shown, q.listed, letter) for letter in "AB"]
         assert found["letter"][n, 0] == (np.argmax(letters) == q.right)
-    assert any(not np.array_equal(found[way], alone[way]) for way in found), "they make a difference"
+    row = _chat_row(TOKENIZER, [("1+1?", "two"), ("2+2?", "four")])
+    assert "two<|im_end|>" in TOKENIZER.decode(row.ids)
+    assert TOKENIZER.decode([i for i, label in zip(row.ids, row.trained) if label]) == "four<|im_end|>"
 
 
 def test_where_the_examples_of_a_file_are(tmp_path):
