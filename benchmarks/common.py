@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from common.files import atomic_file
 from dataset.tokens.examples import TokenDataset
-from trainer.run.logger import code_version
+from trainer.run.logger import git_commit
 
 FOLDER = Path("out/benchmarks")  # what `show` writes; in the current directory
 _rows: list[dict[str, Any]] = []  # of this program
@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         system=platform.platform(),
-        commit=code_version(),
+        commit=git_commit(),
         load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # of other programs, too
     )
 

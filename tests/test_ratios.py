@@ -58,7 +58,7 @@ def test_answers_at_once_and_likelihoods_are_fast(tmp_path):
 
 
 def test_a_table_is_written_with_what_it_depends_on(tmp_path):
-    found = measured(tmp_path, "startup")
+    found = measured(tmp_path, "startup", "--rounds=1")
     assert found["import torch", "s"] > found["train_pretrain.py --help", "s"] > 0
     folder = tmp_path / "out/benchmarks"
     known = json.loads((folder / "startup.json").read_text(encoding="utf-8"))["environment"]

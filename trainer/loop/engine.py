@@ -34,7 +34,7 @@ from trainer.loop.job import Job
 from trainer.loop.opening import announce
 from trainer.loop.optim import build_optimizers, learning_rate
 from trainer.loop.periodic import PeriodicTasks
-from trainer.loop.profiling import NoProfile, Profile
+from trainer.loop.profiling import open_profile
 from trainer.loop.step import StepResult, optimizer_step
 from trainer.loop.validation import validate
 from trainer.loop.watchdog import Watchdog
@@ -89,8 +89,7 @@ class Engine:
             run_dir / "bad_batches.jsonl",
             self.logger.print,
         )
-        profiles = config.profile and backend.main
-        self.profile = Profile(run_dir, backend.device, self.logger.print) if profiles else NoProfile()
+        self.profile = open_profile(config.profile and backend.main, run_dir, backend.device, self.logger.print)
         announce(self, notice)
         shapes = min(self.loader.count_shapes(), FEW_SHAPES)
         self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing, shapes)
@@ -339,6 +338,7 @@ class Engine:
         return dict(
             **self.job.origin(),
             steps=self.step,
+            total=self.total,
             tokens=self.tokens,
             losses=self.losses,
             processes=self.backend.world,

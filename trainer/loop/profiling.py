@@ -121,6 +121,10 @@ class Profile(NoProfile):
         self.say(f"trace: {path}; open it at https://ui.perfetto.dev or chrome://tracing")
 
 
+def open_profile(wanted: bool, folder: Path, device: torch.device, say: Callable[[str], Any]) -> NoProfile:
+    return Profile(folder, device, say) if wanted else NoProfile()
+
+
 def steps_of_each(count: int) -> tuple[int, int, int]:
     """How many of the first steps warm up, are timed and are traced."""
     if count < 3:

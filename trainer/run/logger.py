@@ -238,7 +238,7 @@ class RunLogger(NoLogger):
         return "  ".join(parts)
 
 
-def code_version() -> str:
+def git_commit() -> str:
     """The commit, with -dirty if files differ from it; empty without git."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
@@ -255,7 +255,7 @@ def describe_run(config: Options) -> dict[str, Any]:
         "directory": os.getcwd(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": config.as_dict(),
-        "versions": {"sparrow": code_version(), "python": platform.python_version(), **versions},
+        "versions": {"sparrow": git_commit(), "python": platform.python_version(), **versions},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "ranks": os.environ.get("WORLD_SIZE", "1")},
     }
 
