@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "modern": dict(optimizer="muon", schedule="wsd", min_lr_ratio=0.0),
-    "classic": dict(optimizer="adamw", schedule="cosine", min_lr_ratio=0.1),
+    "modern": dict(optimizer="muon", schedule="wsd"),
+    "classic": dict(optimizer="adamw", schedule="cosine"),
 }
 HELP = (
     "defaults that belong together: modern is Muon and wsd, classic AdamW, cosine and MiniMind's rates "
@@ -24,7 +24,7 @@ HELP = (
 
 def default_recipe(config) -> str:
     """The recipe of a run whose user has not named one."""
-    adamw = config.optimizer == "adamw" and "optimizer" not in config.by_recipe
+    adamw = config.optimizer == "adamw" and "optimizer" not in config.by_recipe  # the user has asked for it
     whole = not config.trains_adapter and config.backend != "deepspeed"  # DeepSpeed shards the matrices Muon needs
     return "modern" if "modern" in config.rates and whole and not adamw else "classic"
 

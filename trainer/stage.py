@@ -173,7 +173,7 @@ class StageConfig(LoRAOptions):
     warmup_steps: float = option(
         0.03, "steps of warm-up; below 1: share of the run", aliases=("warmup_iters",), within="[0, inf)"
     )
-    min_lr_ratio: float | None = option(None, "last learning rate / peak (default: the recipe's)", within="[0, 1]")
+    min_lr_ratio: float = option(0.1, "last learning rate / peak", within="[0, 1]")
     grad_clip: float = option(1.0, "largest gradient norm (0: no limit)", aliases=("max_grad_norm",), within="[0, inf)")
     # steps that go wrong
     on_nan: str = option(

@@ -17,7 +17,7 @@ TEACHER = ["--teacher=full_sft"]
 
 
 def chosen(config) -> tuple:
-    return config.recipe, config.optimizer, config.schedule, config.learning_rate, config.min_lr_ratio
+    return config.recipe, config.optimizer, config.schedule, config.learning_rate
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def chosen(config) -> tuple:
     ],
 )
 def test_classic_is_what_there_was_before_recipes(stage, rate, flags):
-    assert chosen(parse(stage, ["--recipe=classic", *flags])) == ("classic", "adamw", "cosine", rate, 0.1)
+    assert chosen(parse(stage, ["--recipe=classic", *flags])) == ("classic", "adamw", "cosine", rate)
 
 
 def test_which_recipe_a_run_has():
@@ -61,9 +61,9 @@ def test_what_is_given_wins(tmp_path):
     )
     assert "*learning_rate=0.0003" in describe(config) and " optimizer=muon" in describe(config)
     file = tmp_path / "mine.yaml"
-    file.write_text("training:\n  recipe: classic\n  min_lr_ratio: 0.2\n", encoding="utf-8")
+    file.write_text("training:\n  recipe: classic\n  schedule: constant\n", encoding="utf-8")
     config = parse(PretrainConfig, ["--config", str(file)])
-    assert chosen(config) == ("classic", "adamw", "cosine", 5e-4, 0.2) and "*recipe=classic" in describe(config)
+    assert chosen(config) == ("classic", "adamw", "constant", 5e-4) and "*recipe=classic" in describe(config)
     assert chosen(parse(PretrainConfig, ["--config", str(file), "--recipe=modern"]))[:2] == ("modern", "muon")
     equal_to_the_default = parse(PretrainConfig, ["--learning_rate=2e-3"]).with_recipe("classic")
     assert equal_to_the_default.learning_rate == 2e-3 and equal_to_the_default.optimizer == "adamw"
