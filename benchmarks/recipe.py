@@ -203,12 +203,9 @@ def rows_of_steps(trial: Trial) -> list[int]:
     """Rows of each step; all trials of as many `steps` and `rows` see as many tokens."""
     if not trial.growth:
         return [trial.rows] * trial.steps
-    quarter = trial.steps // 4
-    return (
-        [trial.rows // 2] * (2 * quarter)
-        + [trial.rows] * (trial.steps - 2 * quarter)
-        + [2 * trial.rows] * (quarter // 2)
-    )
+    part = trial.steps // 8
+    half, full, double = trial.rows // 2, trial.rows, 2 * trial.rows
+    return [half] * (4 * part) + [full] * (trial.steps - 4 * part) + [double] * part
 
 
 def losses(model: CausalLM, rows: torch.Tensor, end: int, masked: bool) -> torch.Tensor:
