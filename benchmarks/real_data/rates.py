@@ -1,10 +1,11 @@
 """Which learning rates the later stages need: full SFT, LoRA and DPO with several rates on real text, held-out loss.
 
-    python benchmarks/real_data/rates.py --data_dir ../shared/data                      # nano, all of it: hours on 2 cores
+    python benchmarks/real_data/rates.py --data_dir ../shared/data                  # nano, all of it: hours on 2 cores
     python benchmarks/real_data/rates.py --data_dir ../shared/data --stages full_sft --steps 100
 
-Pretrains a model, tunes it with every rate and recipe, and starts LoRA and DPO from the best of these. Each run validates
-at its end, on 3 % of the rows (of the pairs 10 %). What exists in --work_dir is not run again, so it can be stopped.
+Pretrains a model, tunes it with every rate and recipe, and starts LoRA and DPO from the best of these. Each run
+validates at its end, on 3 % of the rows (of the pairs 10 %). What exists in --work_dir is not run again, so it can be
+stopped.
 """
 
 import argparse
