@@ -43,7 +43,7 @@ def try_rates(name: str, parent: Path, common: list, args: argparse.Namespace) -
     results = {}
     for recipe, rates in RATES[name].items():
         for rate in rates:
-            run = f"{name}_{recipe}_{rate}".replace("-", "")
+            run = f"{name}_{recipe}_{rate}"
             if not validation(args.work_dir, run):
                 flags = ["--from_weight", parent, "--recipe", recipe, "--learning_rate", rate, "--save_weight", run]
                 held_out = 0.1 if name == "dpo" else 0.03
@@ -67,6 +67,7 @@ def main():
     args.work_dir = args.work_dir.resolve()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     common = ["--save_dir", args.work_dir, "--cache_dir", args.work_dir / "cache", "--max_seq_len", args.length]
+    common += ["--on_bad_row", "skip"]
     if not list(args.work_dir.glob("pretrain_*.pth")):
         text = ["--data_path", args.data_dir / "pretrain.jsonl", "--preset", args.preset, "--batch_size", 8]
         stage("pretrain", *common, *text, "--max_seq_len", 256, "--epochs", 99, "--max_steps", args.pretrain_steps)
@@ -78,7 +79,7 @@ def main():
         tables[name] = try_rates(name, parent, common, args)
         if name == "full_sft":
             recipe, rate = min(tables[name], key=lambda key: tables[name][key]["val_loss"])
-            parent = find_weights(f"full_sft_{recipe}_{rate}".replace("-", ""), args.work_dir)
+            parent = find_weights(f"full_sft_{recipe}_{rate}", args.work_dir)
     for name, results in tables.items():
         print(f"\n{name}, {args.steps} steps")
         for (recipe, rate), found in results.items():
