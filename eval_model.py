@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from common.console import UserError, printable, run
 from common.files import ROOT
-from common.options import Options, option, parse
+from common.options import option, parse
+from inference.options import DeviceOptions, SamplingOptions
 
 if TYPE_CHECKING:  # torch is imported after the command line is checked: --help is instant
     from inference.sampling import Sampling
@@ -48,7 +49,7 @@ def compares(_value: object) -> dict:
 
 
 @dataclass(frozen=True)
-class EvalConfig(Options):
+class EvalConfig(DeviceOptions, SamplingOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -111,18 +112,7 @@ class EvalConfig(Options):
     temperature: float | None = option(
         None, "0 always takes the likeliest token (default: 0.85; of --eval_data 0)", within="[0, inf)"
     )
-    top_p: float = option(0.85, "draw from the likeliest tokens with this total probability", within="(0, 1]")
-    top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, inf)")
-    min_p: float = option(0.0, "drop tokens below this share of the likeliest one's probability", within="[0, 1)")
-    repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
     seed: int | None = option(None, "makes answers repeatable", within="[0, inf)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = option(
-        "auto",
-        "precision of the weights",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        aliases=("bf16=bfloat16|float32", "fp16=float16|float32", "torch_dtype"),
-    )
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -379,11 +369,9 @@ def main(argv: list[str] | None = None) -> None:
         from evaluation.run import evaluate
 
         return evaluate(model, tokenizer, checkpoint, config, completes, screen.write)
-    from inference.sampling import Sampling
     from inference.session import Session
 
-    temperature = 0.85 if config.temperature is None else config.temperature
-    sampling = Sampling(temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed, config.min_p)
+    sampling = config.sampling(config.seed)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
     talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens or 1024, **said)
     if config.prompt:

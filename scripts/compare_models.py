@@ -24,13 +24,14 @@ from typing import Any, ClassVar
 
 from common.console import UserError, note, run, say
 from common.files import ROOT
-from common.options import Options, option, parse
+from common.options import option, parse
+from inference.options import DeviceOptions, SamplingOptions
 
 QUESTIONS = ROOT / "configs/test_questions.json"
 
 
 @dataclass(frozen=True)
-class CompareConfig(Options):
+class CompareConfig(DeviceOptions, SamplingOptions):
     """Options of comparing"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -62,19 +63,9 @@ class CompareConfig(Options):
     system: str = option("", "system prompt")
     max_new_tokens: int = option(256, "longest answer", aliases=("max_length", "max_seq_len"), within="[1, inf)")
     temperature: float = option(0.0, "0 always takes the likeliest token", within="[0, inf)")
-    top_p: float = option(0.85, "draw from the likeliest tokens with this total probability", within="(0, 1]")
-    top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, inf)")
-    repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
     seed: int | None = option(None, "makes drawn answers repeatable", within="[0, inf)")
     save_dir: str = option(str(ROOT / "out"), "where names are looked up", aliases=("out_dir",), path=True)
     tokenizer_path: str | None = option(None, "directory of the tokenizer (default: the weights know)", path=True)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = option(
-        "auto",
-        "precision of the weights",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        aliases=("bf16=bfloat16|float32", "fp16=float16|float32", "torch_dtype"),
-    )
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -107,23 +98,19 @@ def main():
     if questions is None:
         from evaluation.side_by_side import converse
 
-        return converse(contenders, sampling_of(config), config.max_new_tokens, config.system)
+        return converse(contenders, config.sampling(config.seed), config.max_new_tokens, config.system)
 
     from evaluation.compare import compare, write_report
     from evaluation.measure import Settings
 
-    settings = Settings(max_new_tokens=config.max_new_tokens, sampling=sampling_of(config), system=config.system)
+    settings = Settings(
+        max_new_tokens=config.max_new_tokens, sampling=config.sampling(config.seed), system=config.system
+    )
     result = compare(contenders, questions, settings, config.eval_data)
     called = "-".join(contender.name.replace("/", "_") for contender in contenders)
     output = Path(config.output or Path(config.save_dir) / "compare" / f"{called}.json")
     say(summary(result))
     say(f"\nreport: {write_report(output, result)}; open it in a browser")
-
-
-def sampling_of(config: CompareConfig):
-    from inference.sampling import Sampling
-
-    return Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty, config.seed)
 
 
 def summary(result: dict[str, Any]) -> str:

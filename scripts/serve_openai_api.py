@@ -28,14 +28,15 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from common.console import UserError, note, run
 from common.files import ROOT
-from common.options import Options, option, parse
+from common.options import option, parse
+from inference.options import DeviceOptions, SamplingOptions
 
 MODES = ("pretrain", "full_sft", "rlhf", "reason")  # what --model_mode means, as in eval_model.py
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
-class ServeConfig(Options):
+class ServeConfig(DeviceOptions, SamplingOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -58,13 +59,6 @@ class ServeConfig(Options):
     hidden_size: int | None = option(None, "choose among weights of the same name")
     num_hidden_layers: int | None = option(None, "must be that of the weights")
     use_moe: bool | None = option(None, "choose among weights of the same name")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = option(
-        "auto",
-        "precision of the weights",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        aliases=("bf16=bfloat16|float32", "fp16=float16|float32", "torch_dtype"),
-    )
 
     web: bool = option(False, "open the chat page in the browser")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all, which needs a key")
@@ -82,12 +76,6 @@ class ServeConfig(Options):
     request_seconds: float = option(300.0, "an answer that takes longer is ended as it is", within="(0, inf)")
     max_body_mb: float = option(2.0, "largest request", within="(0, inf)")
     drain_seconds: float = option(30.0, "time that running answers have when the server is stopped", within="[0, inf)")
-
-    temperature: float = option(0.85, "where a request does not say; 0 takes the likeliest token", within="[0, inf)")
-    top_p: float = option(0.85, "where a request does not say", within="(0, 1]")
-    top_k: int = option(0, "where a request does not say (0: all)", within="[0, inf)")
-    min_p: float = option(0.0, "where a request does not say (0: all)", within="[0, 1)")
-    repetition_penalty: float = option(1.0, "where a request does not say", within="(0, inf)")
 
     @property
     def key(self) -> str | None:
@@ -126,7 +114,6 @@ def main(argv: list[str] | None = None) -> None:
         import uvicorn
     except ImportError as error:
         raise UserError(f"the server needs {error.name}; pip install fastapi uvicorn") from None
-    from inference.sampling import Sampling
     from serve.app import build_app
     from serve.guard import PatientProtocol, Rules, guarded
     from serve.models import load_table
@@ -152,8 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     for remark in remarks:
         note(remark)
     limits = Limits(config.max_new_tokens, config.max_waiting, config.request_seconds)
-    defaults = Sampling(config.temperature, config.top_p, config.top_k, config.repetition_penalty, min_p=config.min_p)
-    app = build_app(table, limits, defaults)
+    app = build_app(table, limits, config.sampling())
     rules = Rules(
         hosts(config),
         config.cors_origins,

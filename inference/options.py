@@ -1,0 +1,46 @@
+"""Options shared by the scripts that let a model speak: eval_model.py, compare_models.py and serve_openai_api.py.
+
+Nothing here imports torch at once: `--help` reads this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.options import Options, option
+
+if TYPE_CHECKING:
+    from inference.sampling import Sampling
+
+TEMPERATURE = 0.85
+
+
+@dataclass(frozen=True)
+class DeviceOptions(Options):
+    """Where and in which precision the model computes"""
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = option(
+        "auto",
+        "precision of the weights",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        aliases=("bf16=bfloat16|float32", "fp16=float16|float32", "torch_dtype"),
+    )
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Options):
+    """How the next token is drawn"""
+
+    temperature: float | None = option(TEMPERATURE, "0 always takes the likeliest token", within="[0, inf)")
+    top_p: float = option(0.85, "draw from the likeliest tokens with this total probability", within="(0, 1]")
+    top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, inf)")
+    min_p: float = option(0.0, "drop tokens below this share of the likeliest one's probability", within="[0, 1)")
+    repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
+
+    def sampling(self, seed: int | None = None) -> Sampling:
+        from inference.sampling import Sampling
+
+        temperature = TEMPERATURE if self.temperature is None else self.temperature
+        return Sampling(temperature, self.top_p, self.top_k, self.repetition_penalty, seed, self.min_p)
