@@ -17,8 +17,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 HELP = (
     "defaults that belong together: modern is Muon and wsd, classic AdamW, cosine and MiniMind's rates "
-    "(default: modern where all weights are trained; classic with --optimizer adamw, an adapter or DeepSpeed, "
-    "and for a continued run the one that it began with)"
+    "(default: that of the stage; classic with --optimizer adamw, an adapter or DeepSpeed; a continued run keeps the "
+    "one that it began with)"
 )
 
 
@@ -26,7 +26,7 @@ def default_recipe(config) -> str:
     """The recipe of a run whose user has not named one."""
     adamw = config.optimizer == "adamw" and "optimizer" not in config.by_recipe  # the user has asked for it
     whole = not config.trains_adapter and config.backend != "deepspeed"  # DeepSpeed shards the matrices Muon needs
-    return "modern" if "modern" in config.rates and whole and not adamw else "classic"
+    return next(iter(config.rates)) if whole and not adamw else "classic"
 
 
 def recipe_options(recipe: str, rates: dict[str, float]) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class StageConfig(LoRAOptions):
         "save_strategy": "saving follows --save_interval",
     }
 
-    rates: ClassVar[dict[str, float]] = {"classic": 5e-4}  # recipe -> peak learning rate; those the stage can use
+    # recipe -> peak learning rate: the recipes that the stage can use, its default first
+    rates: ClassVar[dict[str, float]] = {"classic": 5e-4}
 
     # model and data
     from_weight: str | None = option(
