@@ -12,7 +12,9 @@ each has its own random numbers, and rows do not see each other. What differs is
 does between any two batch sizes.
 
 `submit` and `cancel` may be called from any thread, `step` from one thread only. A step that raises leaves the cache
-as it was; what is to become of the sequences is left to the caller (`fail`).
+as it was; what is to become of the sequences is left to the caller (`fail`). A sequence whose logits are NaN or
+infinite ends with an error, and the others go on. (Prompts that are read in the same step lie in one row of attention,
+where NaN spreads.)
 
 Letters: B running sequences, T positions that are read, V vocabulary.
 """
@@ -127,7 +129,7 @@ class Engine:
         if wrong := [token for token in request.sampling.logit_bias if not 0 <= token < self.model.config.vocab_size]:
             raise UserError(f"logit_bias: {wrong[0]} is no token; there are {self.model.config.vocab_size}")
         generator = None
-        if request.sampling.temperature > 0 and request.sampling.seed is not None:
+        if not request.sampling.greedy and request.sampling.seed is not None:
             generator = torch.Generator(self.device).manual_seed(request.sampling.seed)
         sequence = Sequence(request, generator)
         self.waiting.append(sequence)
@@ -164,7 +166,7 @@ class Engine:
         return ended + drawing
 
     def fail(self, error: BaseException) -> list[Sequence]:
-        """Ends all sequences with this error -> those sequences."""
+        """Ends all sequences with this error -> those sequences. What the slots hold is not trusted any more."""
         everyone = [*self.running, *self.reading]
         while self.waiting:
             everyone.append(self.waiting.popleft())
@@ -172,6 +174,8 @@ class Engine:
         for sequence in everyone:
             sequence.error = error
             self._finish(sequence, "error")
+        for slot in self.slots.slots:
+            slot.ids.clear()
         return everyone
 
     # ---- who is where
@@ -207,8 +211,9 @@ class Engine:
                 shared = common_length(other.request.prompt, prompt, len(prompt) - 1)
                 if shared - len(slot_of(other).ids) >= WORTH_WAITING:
                     return
-            sequence = self.waiting.popleft()
+            sequence = self.waiting[0]
             sequence.slot = self.slots.claim(prompt, self.steps)
+            self.waiting.popleft()  # only now: if there is no memory to claim a slot, `fail` still finds the sequence
             if sequence.request.prompt_logprobs:
                 sequence.slot.ids.clear()  # the logits at all its positions are needed
             sequence.cached_tokens = len(sequence.slot.ids)
@@ -268,7 +273,7 @@ class Engine:
         if any(sequence.said for sequence in sequences):
             adjusted = adjusted.clone()
         noise = None
-        sampled = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
+        sampled = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
         if sampled:
             noise = torch.empty_like(adjusted)
             if any(sequences[row].generator is None for row in sampled):
@@ -279,18 +284,24 @@ class Engine:
             if noise is not None and sequence.generator is not None:
                 noise[row].uniform_(generator=sequence.generator)
         drawn = draw(adjusted, self.settings, noise)
+        broken = ~logits.float().sum(-1).isfinite()  # (B,)
         most = max((s.request.logprobs for s in sequences if s.request.logprobs is not None), default=None)
-        if most is None:
-            tokens, logprobs = drawn.tolist(), [None] * len(sequences)
-        else:
-            logprobs = _log_probs(logits, drawn, most)
-            tokens = drawn.tolist()
+        logprobs = [None] * len(sequences) if most is None else _log_probs(logits, drawn, most)
+        tokens = torch.where(broken, -1, drawn).tolist()
         now = time.perf_counter()
         for sequence, token, logprob in zip(sequences, tokens, logprobs):
             self._enter(sequence, token, logprob, now)
 
     def _enter(self, sequence: Sequence, token: int, logprob: LogProb | None, now: float) -> None:
+        """token: -1 where the logits are not finite."""
         request = sequence.request
+        if token < 0:
+            self.slots.wipe(slot_of(sequence))
+            sequence.error = UserError(
+                "the model computes NaN or infinity: its weights are damaged, or too large for its precision "
+                "(try --dtype float32)"
+            )
+            return self._finish(sequence, "error")
         if request.max_new_tokens == 0:
             return self._finish(sequence, "length")
         sequence.first_token = sequence.first_token or now
@@ -318,7 +329,7 @@ def _is_read(sequence: Sequence, more: int = 0) -> bool:
 def _log_probs(logits: Tensor, chosen: Tensor, most: int) -> list[LogProb]:
     """logits (N, V), chosen (N,) -> for each row the log-probability of the chosen token, and the `most` likeliest."""
     log_p = logits.float().log_softmax(-1)
-    values, ids = log_p.topk(most)
+    values, ids = log_p.topk(min(most, log_p.shape[-1]))
     of_chosen = log_p.gather(-1, chosen.to(logits.device)[:, None])
     return [
         LogProb(value, list(zip(tokens, likeliest)))
@@ -327,7 +338,7 @@ def _log_probs(logits: Tensor, chosen: Tensor, most: int) -> list[LogProb]:
 
 
 def follow(engine: Engine, sequence: Sequence) -> Iterator[int]:
-    """Runs the engine for this sequence and yields its tokens. May be abandoned at any time."""
+    """Runs the engine for this sequence and yields its tokens. May be abandoned at any time. Raises its error."""
     seen = 0
     try:
         while True:
@@ -335,6 +346,8 @@ def follow(engine: Engine, sequence: Sequence) -> Iterator[int]:
             for token in sequence.tokens[seen:]:
                 seen += 1
                 yield token
+            if sequence.error is not None:
+                raise sequence.error
             if ended:
                 return
             engine.step()

@@ -68,6 +68,12 @@ class Slots:
         chosen.busy, chosen.used = True, step
         return chosen
 
+    def wipe(self, slot: Slot) -> None:
+        """Forgets what it holds, which may be NaN."""
+        for stored in (self.keys, self.values):
+            stored[:, slot.row, : len(slot.ids)] = 0
+        slot.ids.clear()
+
     def move(self, slot: Slot, row: int) -> None:
         """Swaps the slot with the one in this row."""
         other = self.slots[row]

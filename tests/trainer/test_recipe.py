@@ -37,18 +37,18 @@ def test_classic_is_what_there_was_before_recipes(stage, rate, flags):
 
 def test_which_recipe_a_run_has():
     recipe = lambda stage, *flags: parse(stage, list(flags)).recipe
-    for stage in (PretrainConfig, SFTConfig):
-        assert recipe(stage) == "modern"
-        for flags in ("--optimizer=adamw", "--use_lora", "--lora_rank=4", "--zero_stage=2", "--backend=deepspeed"):
-            assert recipe(stage, flags) == "classic", flags
-        assert recipe(stage, "--optimizer=muon") == recipe(stage, "--lora_rank=0") == "modern"
-    assert recipe(DPOConfig) == recipe(LoRAConfig) == "classic"
+    assert recipe(PretrainConfig) == recipe(PretrainConfig, "--optimizer=muon") == "modern"
+    assert recipe(PretrainConfig, "--lora_rank=0") == recipe(SFTConfig, "--recipe=modern") == "modern"
+    for flag in ("--optimizer=adamw", "--use_lora", "--lora_rank=4", "--zero_stage=2", "--backend=deepspeed"):
+        assert recipe(PretrainConfig, flag) == "classic", flag
+    for stage in (SFTConfig, DPOConfig, LoRAConfig, ReasonConfig):
+        assert recipe(stage) == "classic"
     assert recipe(SFTConfig, "--use_lora", "--recipe=modern") == "modern", "what is asked for is done"
 
 
 def test_the_deepspeed_launcher_means_classic(monkeypatch):
     monkeypatch.setenv("CROSS_SIZE", "2")
-    assert chosen(parse(SFTConfig, [])) == chosen(parse(SFTConfig, ["--recipe=classic"]))
+    assert chosen(parse(PretrainConfig, [])) == chosen(parse(PretrainConfig, ["--recipe=classic"]))
 
 
 def test_what_is_given_wins(tmp_path):

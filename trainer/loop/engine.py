@@ -320,6 +320,7 @@ class Engine:
         return dict(
             **self.job.origin(),
             steps=self.step,
+            total=self.total,
             tokens=self.tokens,
             losses=self.losses,
             processes=self.backend.world,
