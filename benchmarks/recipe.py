@@ -83,7 +83,11 @@ MUON = "optimizer=muon schedule=wsd"  # modern gets 0.35 of the steps of classic
 MODERN = f"{MUON} steps=175 learning_rate=2e-3"
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],
-    "seeds": ["learning_rate=2e-3 seed=1,2", f"{MODERN} seed=1,2"],
+    "seeds": [
+        "learning_rate=2e-3 seed=0,1,2",
+        f"{MODERN} seed=0,1,2",
+        f"{MUON} steps=100 learning_rate=2e-3,4e-3 seed=0,1,2",
+    ],
     "ingredients": [  # each alone, one seed: a gain below the spread of the seeds is none
         f"{MODERN} {setting}"
         for setting in (
