@@ -82,6 +82,7 @@ def worker(folder: Path) -> None:
         PretrainConfig,
         [
             *flags,
+            "--recipe=classic",
             f"--save_dir={folder}",
             "--device=cpu",
             "--dtype=float32",

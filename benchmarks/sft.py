@@ -60,7 +60,7 @@ def main():
             *data_flags(args.data_path),
             *("--save_dir", folder, "--cache_dir", folder, "--device", "cpu"),
             *("--batch_size", str(args.batch_size), "--max_seq_len", str(args.length), "--compile", args.compile),
-            *("--schedule", "constant", "--warmup_steps", "0"),
+            *("--recipe", "classic", "--schedule", "constant", "--warmup_steps", "0"),
         ]
         config, tokenizer = parse(SFTConfig, flags), Tokenizer.load()
         torch.manual_seed(0)

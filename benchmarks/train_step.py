@@ -35,7 +35,7 @@ def our_engine(args, shape: ModelConfig, folder: str) -> Engine:
     flags = [
         *("--save_dir", folder, "--batch_size", str(args.rows), "--max_seq_len", str(args.length), "--device", "cpu"),
         *("--compile", args.compile, "--dtype", args.dtype, "--schedule", "constant", "--warmup_steps", "0"),
-        *("--max_steps", "100000"),
+        *("--max_steps", "100000", "--recipe", "classic"),
     ]
     torch.manual_seed(0)
     model = CausalLM(shape)

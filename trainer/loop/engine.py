@@ -56,7 +56,6 @@ class Engine:
         self.model.compute_dtype = self.dtype
         self.model.recompute = config.activation_checkpointing
         lower_frozen(self.model, self.dtype)
-        self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.step, self.saved_step, self.tokens, self.best = 0, 0, 0, float("inf")
         self.written: set[Path] = set()
         self.writer = Writer(background=backend.device.type != "cpu")
@@ -68,10 +67,14 @@ class Engine:
         self.health = HealthCheck(config.health_prompts, job.data.train.kind, job.tokenizer, backend.main)
         states = self.save_dir / "resume" / Path(self.name).stem
         found = self._find(states)
+        if found:
+            self.config = config = job.config = resume.with_recipe_of(found, config)
         self.resumed = found is not None
+        self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.run_id = found.parent.name if found and resume.is_newest(found) else resume.new_run(states)
         self.states = states / self.run_id
-        self.loader = self._loader(job.data.train, self._accumulation(found), shuffle=True)
+        accumulation = resume.accumulation_of(found, config, backend.world) if found else config.accumulation_steps
+        self.loader = self._loader(job.data.train, accumulation, shuffle=True)
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
         self.meter = Meter(self.model, self.dtype, backend.device, config.measure_peak)
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
@@ -106,7 +109,7 @@ class Engine:
         if self.backend.main:
             resume.clean(states, self.folder, self.folder / "best")
             try:
-                found = resume.find_state(states, self.config.from_resume, self._identity(), self.job.notes.append)
+                found = resume.find_state(states, self.config.from_resume, self._wanted(), self.job.notes.append)
             except ValueError as error:
                 failure = error
         found, message = self.backend.broadcast([str(found or ""), str(failure or "")])
@@ -142,20 +145,6 @@ class Engine:
         begin = time.perf_counter()
         self.job.notes.append(self.job.prepare(now))
         return (time.perf_counter() - begin) * sum(steps for _, steps in needed) / sum(steps for _, steps in now)
-
-    def _accumulation(self, state: Path | None) -> int:
-        """Micro-batches in a step. A resumed run keeps the examples of a step (batch_size x accumulation_steps x
-        processes), also when the number of processes has changed."""
-        c, world = self.config, self.backend.world
-        if state is None:
-            return c.accumulation_steps
-        examples = resume.read_values(state)["examples"]
-        if examples % (c.batch_size * world):
-            raise UserError(
-                f"--batch_size {c.batch_size} x {world} processes does not divide the {examples} examples of a step "
-                f"in {state}"
-            )
-        return examples // (c.batch_size * world)
 
     # ---- one run ----
 
@@ -354,6 +343,13 @@ class Engine:
             **self.job.output.identity,
             **{name: getattr(self.config, name) for name in resume.FIXED},
         )
+
+    def _wanted(self) -> dict:
+        """The identity of a state to continue from: of any optimiser, if the recipe of the state has to say which."""
+        identity = self._identity()
+        if {"recipe", "optimizer"} <= set(self.config.by_recipe):
+            del identity["optimizer"]
+        return identity
 
     def _state(self) -> dict:
         machine = dict(torch=torch.__version__, threads=torch.get_num_threads(), world=self.backend.world)
