@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from inference.engine import LogProb, Request, Sequence
-from serve.answer import Answer, token_text
 from serve.runner import Runner
+from tokenizer.answer import Answer, token_text
 from tokenizer.text import Tokenizer
 
 LEAST = -9999.0  # stands for minus infinity, which JSON does not have
@@ -25,7 +25,7 @@ class Choice:
         self.finish_reason: str | None = None
 
     def advance(self) -> list[dict]:
-        """What has come since the last time, as deltas (serve/answer.py)."""
+        """What has come since the last time, as deltas (tokenizer/answer.py)."""
         if self.finish_reason:
             return []
         reason, deltas = self.sequence.finish_reason, []  # read before the tokens: none can follow

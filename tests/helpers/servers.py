@@ -23,6 +23,7 @@ from inference.slots import Reading
 from serve.app import build_app
 from serve.guard import PatientProtocol, Rules, guarded
 from serve.models import Served
+from serve.runs import Runs
 from serve.server import Limits
 from tests.helpers.models import TOKENIZER
 from tokenizer.chat import encode_chat
@@ -42,9 +43,9 @@ def served(model, name="tiny", rows=4, capacity=512, base=None, before_step=lamb
 
 
 @contextmanager
-def running(*models: Served, limits: Limits = Limits(), defaults: Sampling = GREEDY, rules: Rules = Rules()):  # noqa: B008
+def running(*models: Served, limits=Limits(), defaults=GREEDY, rules=Rules(), runs=Runs(())):  # noqa: B008
     """Yields `url` (without a path), `port`, `app`, its `state`, and the `uvicorn` server."""
-    app = build_app({one.name: one for one in models}, limits, defaults)
+    app = build_app({one.name: one for one in models}, limits, defaults, runs)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     settings = uvicorn.Config(guarded(app, rules), http=PatientProtocol, ws="none", log_level="error")
     server = uvicorn.Server(settings)

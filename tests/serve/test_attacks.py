@@ -160,7 +160,7 @@ def test_what_is_not_http_is_refused_in_the_same_form(model):
 
 def test_long_stop_words_cost_little():
     """16 words of 1,000 characters: at each token all beginnings of all words were tried, 3 ms on the event loop."""
-    from serve.answer import Scanner
+    from tokenizer.answer import Scanner
 
     words = ["a" * n + "b" for n in range(984, 1000)]
     scanner, begin = Scanner(words), time.process_time()
