@@ -224,6 +224,7 @@ class StageConfig(LoRAOptions):
     measure_peak: bool = option(False, "measure what the device can do, and log the share of it that is used (MFU)")
     price_per_hour: float = option(0.0, "what an hour of the machine costs, for the cost of the run", within="[0, inf)")
     plan: bool = option(False, "run ten steps, say what the whole run would take, and save nothing")
+    profile: bool = option(False, "print where the time of a step goes, and write a trace of two into the run's folder")
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, npu")
     dtype: str = option(

@@ -34,6 +34,7 @@ from trainer.loop.job import Job
 from trainer.loop.opening import announce
 from trainer.loop.optim import build_optimizers, learning_rate
 from trainer.loop.periodic import PeriodicTasks
+from trainer.loop.profiling import open_profile
 from trainer.loop.step import StepResult, optimizer_step
 from trainer.loop.validation import validate
 from trainer.loop.watchdog import Watchdog
@@ -91,6 +92,7 @@ class Engine:
             run_dir / "bad_batches.jsonl",
             self.logger.print,
         )
+        self.profile = open_profile(config.profile and backend.main, run_dir, backend.device, self.logger.print)
         announce(self, notice)
         shapes = min(self.loader.count_shapes(), FEW_SHAPES)
         self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing, shapes)
@@ -156,7 +158,8 @@ class Engine:
         self.model.train()
         self.meter.go()
         with catch_signals() as received, explained(config, self.model, self.backend.world):
-            for _, batches in self.loader.prefetch(self.step, self.total):
+            steps = self.loader.prefetch(self.step, self.total)
+            for _, batches in self.profile.steps(steps, self.total - self.step):
                 # agreed on before a rollout draws random numbers: a step that has begun is finished
                 stop, time_to_save = self.backend.sum(bool(received), self.backend.main and tasks.time_to_save())
                 if stop:
@@ -166,6 +169,7 @@ class Engine:
                     result = self.train_step(batches)
                 if failed:
                     break
+                self.profile.part("logging, validating, saving")
                 self._record(result)
                 self.writer.check()
                 due = tasks.due(self.step, bool(time_to_save))
@@ -181,9 +185,12 @@ class Engine:
     def train_step(self, batches: list[Batch]) -> StepResult:
         """One update from this rank's micro-batches, or from what the stage's rollout makes of them."""
         if self.job.rollout:
+            self.profile.part("rollout")
             batches = self.job.rollout(self.model, batches, self.step)
-        clip, scale = self.config.grad_clip, self.watch.scale
-        return optimizer_step(self.wrapped, batches, self.job.objective, self.backend, grad_clip=clip, loss_scale=scale)
+        clip, scale, part = self.config.grad_clip, self.watch.scale, self.profile.part
+        return optimizer_step(
+            self.wrapped, batches, self.job.objective, self.backend, grad_clip=clip, loss_scale=scale, part=part
+        )
 
     def _may_roll_back(self) -> bool:
         """Whether a Ctrl-C can make a step fail: the terminal also sends it to the processes that we have started, a

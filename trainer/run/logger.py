@@ -93,6 +93,8 @@ class RunLogger(NoLogger):
         """Training continues after `step`. What a killed process logged for later steps is removed."""
         self.total, self.began, self.earlier_seconds = total, time.monotonic(), 0.0
         self.recent = deque([(self.began, step)], maxlen=50)  # (time, step) of this process only, for the ETA
+        self.run_info["total_steps"] = total  # for who watches the run
+        self._try("run.json", self._write_run_info)
         self._try("metrics.jsonl", self._open_metrics, step)
         for name in TRACKERS:
             if getattr(self.config, f"use_{name}", False):
@@ -238,21 +240,24 @@ class RunLogger(NoLogger):
         return "  ".join(parts)
 
 
+def git_commit() -> str:
+    """The commit, with -dirty if files differ from it; empty without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def describe_run(config: Options) -> dict[str, Any]:
     """What is needed to know later how these numbers came about."""
-    try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git here
-        git = ""
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     return {
         "command": shlex.join(sys.orig_argv),
         "directory": os.getcwd(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": config.as_dict(),
-        "versions": {"sparrow": git, "python": platform.python_version(), **versions},
+        "versions": {"sparrow": git_commit(), "python": platform.python_version(), **versions},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "ranks": os.environ.get("WORLD_SIZE", "1")},
     }
 
