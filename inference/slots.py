@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.drawn import to_device
 from model.attention import AttentionMask, additive, is_causal_works
 from model.config import ModelConfig
 
@@ -101,7 +102,7 @@ class Decoding:
         self.columns = max(self.lengths) + 1  # S
 
     def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        self.ends = torch.tensor(self.lengths, device=tokens.device)[:, None]  # (B, 1): where the new token comes
+        self.ends = to_device(self.lengths, tokens.device)[:, None]  # (B, 1): where the new token comes
         self.index = torch.arange(self.rows, device=tokens.device)
         return self.ends
 
@@ -138,7 +139,8 @@ class Reading:
         arange = lambda start, stop: torch.arange(start, stop, device=tokens.device)
         self.queries = torch.cat([arange(start, stop) for _, start, stop in self.spans])  # (T,) positions
         self.keys = torch.cat([arange(0, stop) for _, _, stop in self.spans])  # (S,)
-        number = lambda sizes: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(tokens.device)
+        count = lambda sizes: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        number = lambda sizes: to_device(count(sizes), tokens.device)
         self.query_part = number([stop - start for _, start, stop in self.spans])  # (T,)
         self.key_part = number([stop for *_, stop in self.spans])  # (S,)
         return self.queries[None]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dataset.batches.loader import Copier
+from model import quant
 from model.attention import find_segments
 from model.checkpoint import save_weights
 from tests.helpers.models import TOKENIZER, small_model
@@ -35,9 +36,15 @@ STAGES = {  # stage, its rows, experts of the weights it starts from, further fl
     "full_sft": ("full_sft", write_sft, 0, ["--accumulation_steps=2"]),
     "recomputed": ("full_sft", write_sft, 4, ["--activation_checkpointing"]),
     "lora": ("lora", write_sft, 0, ["--lora_rank=4"]),
+    "lora in 4 bits": ("lora", write_sft, 0, ["--load_in_4bit"]),
+    "lora in 8 bits": ("lora", write_sft, 0, ["--load_in_8bit"]),
     "dpo": ("dpo", write_dpo, 0, []),
+    "dpo in fp16": ("dpo", write_dpo, 0, ["--dtype=float16"]),
     "dpo with lora": ("dpo", write_dpo, 0, LORA),
+    "ipo": ("dpo", write_dpo, 0, ["--loss_type=ipo"]),
     "simpo": ("dpo", write_dpo, 4, ["--loss_type=simpo"]),
+    "orpo": ("dpo", write_dpo, 0, ["--loss_type=orpo"]),
+    "cpo": ("dpo", write_dpo, 0, ["--loss_type=cpo"]),
     "reasoning": ("distill_reason", write_reason, 0, []),
     "distillation": ("distillation", write_sft, 0, ["--teacher={weights}"]),
 }
@@ -105,6 +112,8 @@ def steps(monkeypatch):
         engine.model.attention_kernel = "varlen"
         engine.total, performed = min(3, engine.total), []
         engine.loader.copier = Copier(CARD)
+        for table in (quant.DYNAMIC_CODE, quant.NF4_PAIRS):  # a run copies these once, when they are first used
+            quant._copy_on(table, CARD)
         with monkeypatch.context() as patch, watched(monkeypatch):
             patch.setattr(Engine, "train_step", lambda *given: results.append(train_step(*given)) or results[-1])
             # in fp16 the next step's loss scale depends on this one: it does wait
