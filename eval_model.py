@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, TextIO
 from common.console import UserError, printable, run
 from common.files import ROOT
 from common.options import option, parse
-from inference.options import DeviceOptions, SamplingOptions
+from inference.options import DeviceOptions, LowBitOptions, SamplingOptions
 
 if TYPE_CHECKING:  # torch is imported after the command line is checked: --help is instant
     from inference.sampling import Sampling
@@ -49,7 +49,7 @@ def compares(_value: object) -> dict:
 
 
 @dataclass(frozen=True)
-class EvalConfig(DeviceOptions, SamplingOptions):
+class EvalConfig(DeviceOptions, LowBitOptions, SamplingOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -76,10 +76,6 @@ class EvalConfig(DeviceOptions, SamplingOptions):
     lora_name: str | None = option(None, "an adapter in lora/ there, on the weights it was trained on")
     lora_path: str | None = option(None, "an adapter's file, or peft's directory", path=True)
     merge_lora: bool = option(False, "add the adapter to the weights first: faster")
-    load_in_4bit: bool | None = option(
-        None, "keep the weights in 4 bits (default: if the adapter was trained beside such)", aliases=("use_4bit",)
-    )
-    load_in_8bit: bool | None = option(None, "the same in 8 bits", aliases=("use_8bit",))
     save_dir: str = option(str(ROOT / "out"), "where names are looked up", aliases=("out_dir",), path=True)
     hidden_size: int | None = option(None, "only picks among weights, which know their architecture", within="[1, inf)")
     num_hidden_layers: int | None = option(None, "as hidden_size", within="[1, inf)")
@@ -123,8 +119,6 @@ class EvalConfig(DeviceOptions, SamplingOptions):
             found.append("--lora_name and --lora_path: both name an adapter; give one of them")
         if self.merge_lora and not (self.lora_name or self.lora_path):
             found.append("--merge_lora: needs --lora_name or --lora_path")
-        if self.load_in_4bit and self.load_in_8bit:
-            found.append("--load_in_4bit and --load_in_8bit: weights are kept in one of them; give one")
         if self.model_mode == 0 and (self.system or self.enable_thinking is not None):
             what = "system" if self.system else "enable_thinking"
             found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")

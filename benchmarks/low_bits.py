@@ -1,14 +1,13 @@
 """Other people's models: how long loading takes, and what training an adapter beside 16, 8 and 4 bits costs.
 
-    python benchmarks/low_bits.py                                       # the shape of Qwen2 0.5B, random weights
-    python benchmarks/low_bits.py --shape 7b --modes 4 --rounds 1       # of Llama 2 7B: writes 13.5 GB
-    python benchmarks/low_bits.py --shape tiny --length 64 --rounds 1   # to see it run
+    python benchmarks/low_bits.py                                           # the shape of Qwen2 0.5B, random weights
+    python benchmarks/low_bits.py --shape Llama-2-7B --modes 4 --recompute  # writes 13.5 GB
+    python benchmarks/low_bits.py --shape tiny --batches 1x64 --rounds 1    # to see it run
 
 1. Loading a sharded directory in bf16, compared with reading its files into memory once; and the peak of the process
    above what it had before, in sizes of the model.
-2. LoRA of rank 8 on all linear layers, activation checkpointing, one row of --length random tokens a step: trained
-   tokens per second, and bytes per parameter of the base at the peak of the whole process. `peft` is transformers'
-   model with peft's adapter, in bf16, without activation checkpointing.
+2. LoRA of rank 8 on all linear layers, on batches of random tokens (rows x positions): trained tokens per second, and
+   bytes per parameter of the base in the whole process. `peft` is transformers' model in bf16 with peft's adapter.
 Each measurement is a process of its own; rounds alternate. The files are read once before any time is taken.
 """
 
@@ -29,33 +28,18 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import machine, seconds, spread
+from benchmarks.memory_table import MODELS
 from model.checkpoint import load_weights
 from model.config import ModelConfig
+from model.cost import count_parameters
 from model.interop.hf import config_to_hf
 from model.lora import LoRASettings, add_lora
+from model.precision import keep_freed_memory
 from model.transformer import CausalLM
 
-COMMON = dict(max_position_embeddings=4096)
 SHAPES = {
-    "tiny": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=4096),
-    "0.5b": dict(
-        hidden_size=896,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        intermediate_size=4864,
-        vocab_size=151936,
-        attention_bias=True,
-    ),
-    "7b": dict(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        intermediate_size=11008,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
+    "tiny": ModelConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, vocab_size=4096),
+    **MODELS,
 }
 SHARD = 2 << 30  # bytes
 
@@ -88,10 +72,10 @@ def write_directory(folder: Path, config: ModelConfig) -> None:
     (folder / "config.json").write_text(json.dumps(config_to_hf(config)), encoding="utf-8")
 
 
-def peak() -> int:
-    """Bytes, of this process. Linux's ru_maxrss would begin with the size of the process that started it."""
+def memory(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most. ru_maxrss would begin with those of the process before it."""
     with open("/proc/self/status", encoding="ascii") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
 
 
 def read_files(folder: Path) -> None:
@@ -106,44 +90,53 @@ def measure_loading(folder: Path) -> dict[str, float]:
 
 
 def measure_peak(folder: Path) -> float:
-    before = peak()
+    before = memory("VmHWM")
     model = load_weights(folder).build(torch.bfloat16)
-    return (peak() - before) / sum(p.nbytes for p in model.parameters())
+    return (memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters())
 
 
-def measure_training(mode: str, folder: Path, length: int, steps: int) -> dict[str, float]:
-    """mode: bf16, 8, 4 or peft. The first step is not counted."""
+def measure_training(mode: str, folder: Path, batches: list[list[int]], steps: int, recompute: bool) -> dict:
+    """mode: bf16, 8, 4 or peft -> among others tokens per second and the peak so far, for each (rows, positions). The
+    first step of each is not counted."""
     torch.manual_seed(0)
     started = time.perf_counter()
-    model, loss_of = (peft_model if mode == "peft" else own_model)(mode, folder)
-    loading, loaded = time.perf_counter() - started, peak()
+    model, loss_of = (peft_model if mode == "peft" else own_model)(mode, folder, recompute)
+    found = dict(loading=time.perf_counter() - started, loaded=memory("VmRSS"), tokens=[], peak=[], loss=[])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    tokens = torch.randint(16, 4096, (steps + 1, 1, length + 1))
 
-    def step(row: torch.Tensor) -> None:
-        loss_of(row[:, :-1], row[:, 1:]).backward()
+    def step(rows: torch.Tensor) -> float:
+        loss = loss_of(rows[:, :-1], rows[:, 1:])
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.item()
 
-    step(tokens[0])
-    times = [seconds(lambda row=row: step(row)) for row in tokens[1:]]
-    return dict(tokens=length / statistics.median(times), loaded=loaded, peak=peak(), loading=loading)
+    for rows, length in batches:
+        first, *others = torch.randint(16, 4096, (steps + 1, rows, length + 1))
+        found["loss"].append(step(first))
+        times = [seconds(lambda tokens=tokens: step(tokens)) for tokens in others]
+        found["tokens"].append(rows * length / statistics.median(times))
+        found["peak"].append(memory("VmHWM"))
+    return found
 
 
-def own_model(mode: str, folder: Path):
+def own_model(mode: str, folder: Path, recompute: bool):
+    keep_freed_memory()  # as every stage does
     bits = None if mode == "bf16" else int(mode)
     model = load_weights(folder).build(torch.bfloat16, bits)
     add_lora(model, LoRASettings(rank=8))
-    model.compute_dtype, model.recompute = torch.bfloat16, True
+    model.compute_dtype, model.recompute = torch.bfloat16, recompute
     return model.train(), lambda tokens, targets: model(tokens, targets=targets).loss.mean()
 
 
-def peft_model(_: str, folder: Path):
+def peft_model(_: str, folder: Path, recompute: bool):
     import peft
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    if recompute:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 
     def loss_of(tokens, targets):
@@ -160,19 +153,24 @@ def apart(function, *arguments):
         return pool.apply(function, arguments)
 
 
+def batch(text: str) -> list[int]:
+    rows, length = map(int, text.split("x"))
+    return [rows, length]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--shape", choices=SHAPES, default="Qwen2-0.5B")
     parser.add_argument("--dir", help="where the random model is written, and kept (default: a temporary directory)")
-    parser.add_argument("--modes", nargs="+", default=["bf16", "8", "4"], choices=["bf16", "8", "4", "peft"])
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=3, help="of each mode in a round")
+    parser.add_argument("--modes", nargs="+", default=["bf16", "4", "peft"], choices=["bf16", "8", "4", "peft"])
+    parser.add_argument("--batches", nargs="+", type=batch, default=[[1, 128], [1, 512]], help="from small to large")
+    parser.add_argument("--recompute", action="store_true", help="activations (activation checkpointing), on all sides")
+    parser.add_argument("--steps", type=int, default=3, help="of each batch in a round")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
-    config = ModelConfig(**COMMON | SHAPES[args.shape])
-    with torch.device("meta"):
-        base = CausalLM(config).num_parameters()
+    config = SHAPES[args.shape]
+    base = count_parameters(config)
     with ExitStack() as stack:
         folder = Path(args.dir or stack.enter_context(tempfile.TemporaryDirectory()))
         if not (folder / "config.json").is_file():
@@ -180,25 +178,29 @@ def main():
         print(f"{machine()}; {args.shape}: {base:,} parameters, {2 * base / 1e9:.2f} GB in bf16")
         read_files(folder)
 
-        found = [apart(measure_loading, folder) for _ in range(args.rounds)]
-        ratio = [one["loading"] / one["reading"] for one in found]
-        print(f"1. loading in bf16: {spread([one['loading'] for one in found])} s, {spread(ratio)} times reading")
+        loads = [apart(measure_loading, folder) for _ in range(args.rounds)]
+        ratio = [one["loading"] / one["reading"] for one in loads]
+        print(f"1. loading in bf16: {spread([one['loading'] for one in loads])} s, {spread(ratio)} times reading")
         print(f"   peak above the process before: {apart(measure_peak, folder):.3f} times the model")
 
         runs = {mode: [] for mode in args.modes}
         for _ in range(args.rounds):
-            for mode in args.modes:
-                runs[mode].append(apart(measure_training, mode, folder, args.length, args.steps))
-        first = statistics.median(one["tokens"] for one in runs[args.modes[0]])
-        print(f"2. LoRA, 1 x {args.length} tokens; speed compared with {args.modes[0]}")
+            for mode, found in runs.items():
+                found.append(apart(measure_training, mode, folder, args.batches, args.steps, args.recompute))
+        print(f"2. LoRA{', recomputing' if args.recompute else ''}; speed compared with {args.modes[0]}")
         for mode, found in runs.items():
-            speed = [one["tokens"] for one in found]
-            loaded, most = (max(one[name] for one in found) for name in ("loaded", "peak"))
+            loaded = max(one["loaded"] for one in found) / base
             print(
-                f"   {mode:>4}: {spread(speed)} tokens/s, {statistics.median(speed) / first:.2f} times; loaded in "
-                f"{spread([one['loading'] for one in found])} s; whole process {loaded / base:.2f} bytes a parameter "
-                f"when loaded, {most / base:.2f} at most ({most / 2**30:.2f} GiB)"
+                f"   {mode:>4}: loaded in {spread([one['loading'] for one in found])} s, {loaded:.2f} bytes a parameter"
             )
+            for i, (rows, length) in enumerate(args.batches):
+                speeds = [one["tokens"][i] for one in found]
+                ratios = [one["tokens"][i] / first["tokens"][i] for one, first in zip(found, runs[args.modes[0]])]
+                most, loss = max(one["peak"][i] for one in found), found[0]["loss"][i]
+                print(
+                    f"   {rows:4} x {length}: {spread(speeds)} tokens/s, {spread(ratios)} times; at most "
+                    f"{most / base:.2f} bytes a parameter ({most / 2**30:.2f} GiB), first loss {loss:.3f}"
+                )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def decode(
         dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
         cache = KVCache(model.config, len(prompts), longest + max_new_tokens, dtype, device)
     generator = None
-    if sampling.temperature > 0:
+    if not sampling.greedy:
         generator = torch.Generator(device)
         generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
     said = [Said(sampling, prompt, stop) for prompt in prompts] if Said.needed(sampling) else []

@@ -31,7 +31,7 @@ class LogProbs(NamedTuple):
     def of(cls, logits: Tensor, chosen: Tensor, most: int) -> LogProbs:
         """logits (B, V), chosen (B,); most: how many of the likeliest tokens to list."""
         log_p = logits.float().log_softmax(-1)
-        likeliest, ids = log_p.topk(most)
+        likeliest, ids = log_p.topk(min(most, log_p.shape[-1]))
         return cls(log_p.gather(-1, chosen[:, None]), ids, likeliest)
 
     def read(self) -> list[LogProb]:
@@ -51,18 +51,19 @@ class Drawn:
     """The next token of each of these sequences, which a GPU is perhaps still computing. The copy to the host is queued
     right behind; `read` waits for it, and not for what was queued later."""
 
-    def __init__(self, sequences: list, tokens: Tensor, logprobs: LogProbs | None):
-        """tokens (B,), on the device."""
+    def __init__(self, sequences: list, tokens: Tensor, broken: Tensor, logprobs: LogProbs | None):
+        """tokens (B,), on the device; broken (B,): whose logits are not finite, so that the token says nothing."""
         self.sequences, self.tokens = sequences, tokens
-        self._tokens, self._logprobs = tokens, logprobs
+        self._tokens, self._logprobs = torch.where(broken, -1, tokens), logprobs
         self._copied: torch.cuda.Event | None = None
         if tokens.is_cuda:
-            self._tokens = _to_host(tokens)
+            self._tokens = _to_host(self._tokens)
             self._logprobs = None if logprobs is None else LogProbs(*map(_to_host, logprobs))
             self._copied = torch.cuda.Event()
             self._copied.record()
 
     def read(self) -> tuple[list[int], list[LogProb | None]]:
+        """The tokens, -1 where they are broken."""
         if self._copied is not None:
             self._copied.synchronize()
         logprobs = [None] * len(self.sequences) if self._logprobs is None else self._logprobs.read()

@@ -12,7 +12,9 @@ each has its own random numbers, and rows do not see each other. What differs is
 does between any two batch sizes.
 
 `submit` and `cancel` may be called from any thread, `step` from one thread only. A step that raises leaves the cache
-as it was; what is to become of the sequences is left to the caller (`fail`).
+as it was; what is to become of the sequences is left to the caller (`fail`). A sequence whose logits are NaN or
+infinite ends with an error, and the others go on. (Prompts that are read in the same step lie in one row of attention,
+where NaN spreads.)
 
 Letters: B running sequences, T positions that are read, V vocabulary.
 """
@@ -128,7 +130,7 @@ class Engine:
         if wrong := [token for token in request.sampling.logit_bias if not 0 <= token < self.model.config.vocab_size]:
             raise UserError(f"logit_bias: {wrong[0]} is no token; there are {self.model.config.vocab_size}")
         generator = None
-        if request.sampling.temperature > 0 and request.sampling.seed is not None:
+        if not request.sampling.greedy and request.sampling.seed is not None:
             generator = torch.Generator(self.device).manual_seed(request.sampling.seed)
         sequence = Sequence(request, generator)
         self.waiting.append(sequence)
@@ -185,7 +187,7 @@ class Engine:
         return self.model(tokens[:, None], cache=Decoding(self.slots, len(tokens))).logits[:, -1]
 
     def fail(self, error: BaseException) -> list[Sequence]:
-        """Ends all sequences with this error -> those sequences."""
+        """Ends all sequences with this error -> those sequences. What the slots hold is not trusted any more."""
         everyone = [*self.running, *self.reading]
         while self.waiting:
             everyone.append(self.waiting.popleft())
@@ -193,6 +195,8 @@ class Engine:
         for sequence in everyone:
             sequence.error = error
             self._finish(sequence, "error")
+        for slot in self.slots.slots:
+            slot.ids.clear()
         return everyone
 
     # ---- who is where
@@ -228,8 +232,9 @@ class Engine:
                 shared = common_length(other.request.prompt, prompt, len(prompt) - 1)
                 if shared - len(slot_of(other).ids) >= WORTH_WAITING:
                     return
-            sequence = self.waiting.popleft()
+            sequence = self.waiting[0]
             sequence.slot = self.slots.claim(prompt, self.steps)
+            self.waiting.popleft()  # only now: if there is no memory to claim a slot, `fail` still finds the sequence
             if sequence.request.prompt_logprobs:
                 sequence.slot.ids.clear()  # the logits at all its positions are needed
             sequence.cached_tokens = len(sequence.slot.ids)
@@ -291,7 +296,7 @@ class Engine:
         if any(sequence.said for sequence in sequences):
             adjusted = adjusted.clone()
         noise = None
-        sampled = [row for row, sequence in enumerate(sequences) if sequence.request.sampling.temperature > 0]
+        sampled = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
         if sampled:
             noise = torch.empty_like(adjusted)
             if any(sequences[row].generator is None for row in sampled):
@@ -302,8 +307,9 @@ class Engine:
             if noise is not None and sequence.generator is not None:
                 noise[row].uniform_(generator=sequence.generator)
         drawn = draw(adjusted, self.settings, noise)
+        broken = ~logits.float().sum(-1).isfinite()  # (B,)
         most = max((s.request.logprobs for s in sequences if s.request.logprobs is not None), default=None)
-        return Drawn(sequences, drawn, None if most is None else LogProbs.of(logits, drawn, most))
+        return Drawn(sequences, drawn, broken, None if most is None else LogProbs.of(logits, drawn, most))
 
     def _enter_all(self, drawn: Drawn, computed: bool) -> list[Sequence]:
         """Gives the sequences their tokens. The one place in a step that waits for the device.
@@ -320,7 +326,15 @@ class Engine:
         return [sequence for sequence, *_ in going]
 
     def _enter(self, sequence: Sequence, token: int, logprob: LogProb | None, now: float) -> None:
+        """token: -1 where the logits are not finite."""
         request = sequence.request
+        if token < 0:
+            self.slots.wipe(slot_of(sequence))
+            sequence.error = UserError(
+                "the model computes NaN or infinity: its weights are damaged, or too large for its precision "
+                "(try --dtype float32)"
+            )
+            return self._finish(sequence, "error")
         if request.max_new_tokens == 0:
             return self._finish(sequence, "length")
         sequence.first_token = sequence.first_token or now
@@ -351,7 +365,7 @@ def _cannot_wait(sequence: Sequence) -> bool:
 
 
 def follow(engine: Engine, sequence: Sequence) -> Iterator[int]:
-    """Runs the engine for this sequence and yields its tokens. May be abandoned at any time."""
+    """Runs the engine for this sequence and yields its tokens. May be abandoned at any time. Raises its error."""
     seen = 0
     try:
         while True:
@@ -359,6 +373,8 @@ def follow(engine: Engine, sequence: Sequence) -> Iterator[int]:
             for token in sequence.tokens[seen:]:
                 seen += 1
                 yield token
+            if sequence.error is not None:
+                raise sequence.error
             if ended:
                 return
             engine.step()

@@ -30,6 +30,22 @@ class DeviceOptions(Options):
 
 
 @dataclass(frozen=True)
+class LowBitOptions(Options):
+    """In how many bits the weights are kept"""
+
+    load_in_4bit: bool | None = option(
+        None, "keep the weights in 4 bits (default: if the adapter was trained beside such)", aliases=("use_4bit",)
+    )
+    load_in_8bit: bool | None = option(None, "the same in 8 bits", aliases=("use_8bit",))
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.load_in_4bit and self.load_in_8bit:
+            found.append("--load_in_4bit and --load_in_8bit: weights are kept in one of them; give one")
+        return found
+
+
+@dataclass(frozen=True)
 class SamplingOptions(Options):
     """How the next token is drawn"""
 

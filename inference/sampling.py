@@ -24,11 +24,14 @@ from inference.drawn import to_device
 # picking them out takes a tenth of that.
 LIKELIEST = 256
 
+# Logits divided by less may be infinite in fp32, and then the probabilities are NaN.
+LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the most likely token; top_k 0, top_p 1 and min_p 0 keep all tokens. seed None: another every
-    time. The order is Hugging Face's: penalties, bias, temperature, top_k, top_p, min_p."""
+    """temperature 0 (or below 1e-5) takes the likeliest token; top_k 0, top_p 1 and min_p 0 keep all tokens.
+    seed None: another every time. The order is Hugging Face's: penalties, bias, temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.85
     top_p: float = 0.85
@@ -51,9 +54,13 @@ class Sampling:
         if wrong := [f"{name} {getattr(self, name)} must be {rule}" for name, fine, rule in limits if not fine]:
             raise UserError("; ".join(wrong))
 
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < LEAST_TEMPERATURE
+
     def draw(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """logits (B, V) -> token ids (B,), every row by these settings."""
-        noise = None if self.temperature == 0 else torch.empty_like(logits, dtype=torch.float32)
+        noise = None if self.greedy else torch.empty_like(logits, dtype=torch.float32)
         if noise is not None:
             noise.uniform_(generator=generator)
         return draw(logits, SamplingRows.of([self] * len(logits), logits.device), noise)
@@ -108,9 +115,9 @@ class SamplingRows(NamedTuple):
         def column(values: list[float], off: float) -> Tensor | None:
             return None if all(v == off for v in values) else to_device(values, device)[:, None]
 
-        greedy = [s.temperature == 0 for s in rows]
+        greedy = [s.greedy for s in rows]
         return cls(
-            column([s.temperature or 1.0 for s in rows], off=1.0),
+            column([1.0 if s.greedy else s.temperature for s in rows], off=1.0),
             to_device(greedy, device) if any(greedy) else None,
             column([s.top_k for s in rows], off=0),
             max(s.top_k for s in rows),
@@ -151,5 +158,5 @@ def _least_kept(p: Tensor, top_p: Tensor) -> Tensor:
     if some < V and bool((best.sum(-1, keepdim=True) < top_p).any()):
         best = p.sort(descending=True).values
     before = best.cumsum(-1) - best
-    kept = (before < top_p).sum(-1, keepdim=True)  # at least 1
+    kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)  # 0 where the logits are NaN
     return torch.where(top_p < 1, best.gather(-1, kept - 1), 0.0)

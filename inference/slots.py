@@ -69,6 +69,12 @@ class Slots:
         chosen.busy, chosen.used = True, step
         return chosen
 
+    def wipe(self, slot: Slot) -> None:
+        """Forgets what it holds, which may be NaN, and a token that was computed too many (Engine.late)."""
+        for stored in (self.keys, self.values):
+            stored[:, slot.row, : len(slot.ids) + 1] = 0
+        slot.ids.clear()
+
     def move(self, slot: Slot, row: int) -> None:
         """Swaps the slot with the one in this row."""
         other = self.slots[row]

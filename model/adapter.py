@@ -25,6 +25,7 @@ from common.console import UserError
 from common.files import ROOT
 from model.checkpoint import Checkpoint, load_weights, newest, read_plain, same_weights, write_plain
 from model.config import ModelConfig
+from model.hub import find_path
 from model.interop.minimind import lora_from_minimind
 from model.interop.peft import CONFIG as PEFT_CONFIG
 from model.interop.peft import load_peft
@@ -98,8 +99,8 @@ def save_adapter(
 
 def load_adapter(path: Path | str) -> AdapterFile:
     """Reads our file, a directory of peft, or a MiniMind file. Also a directory that contains one of these, such as an
-    --output_dir."""
-    path = Path(path)
+    --output_dir, and the name of one on a hub."""
+    path = find_path(path)
     if path.is_dir():
         for folder in (path / "lora", path / "lora_model", path):
             if (folder / PEFT_CONFIG).is_file():

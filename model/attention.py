@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCKS = 4  # of queries: skips 3/8 of the products; more blocks are smaller and slower (measured at T = 512)
+SMALLEST_BLOCK = 128  # queries
 SHORT = 32  # positions: room is made for one document in so many
 VARLEN: Callable[..., Any] | None = None  # torch's kernel, once `load_varlen` has found it
 
@@ -229,7 +230,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
     B, H, T, D = q.shape
     K, G = k.shape[1], H // k.shape[1]
     q = q.reshape(B, K, G, T, D) * D**-0.5
-    rows = -(-T // BLOCKS)
+    rows = max(-(-T // BLOCKS), SMALLEST_BLOCK)
     out = []
     for start in range(0, T, rows):
         stop = min(start + rows, T)

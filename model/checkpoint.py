@@ -28,7 +28,7 @@ from common.console import UserError
 from common.files import atomic_file
 from common.hubs import is_id
 from model.config import ModelConfig
-from model.hub import find_model
+from model.hub import find_model, find_path
 from model.interop.hf import load_hf
 from model.interop.hf_files import weight_files
 from model.interop.minimind import config_beside, config_from_state
@@ -258,9 +258,11 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None = None) -> Tokenizer:
-    """The tokenizer that the weights were trained with. path: the directory to look in (--tokenizer_path)."""
+    """The tokenizer that the weights were trained with. path: the directory to look in, or a model on a hub
+    (--tokenizer_path)."""
     rows = checkpoint.config.vocab_size
-    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), rows, path)
+    place = None if path is None else str(find_path(path))
+    tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), rows, place)
     # Without a hash only the size can tell; embeddings are padded a little (Qwen: 151,936 rows for 151,669 tokens).
     if "hash" not in checkpoint.tokenizer and tokenizer.vocab_size < 0.99 * rows:
         raise UserError(

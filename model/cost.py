@@ -103,18 +103,22 @@ def frozen_bytes(config: ModelConfig, width: int, bits: int | None = None) -> in
     return total
 
 
-def batch_bytes(config: ModelConfig, rows: int, length: int, width: int, checkpointed: bool = False) -> int:
+def batch_bytes(
+    config: ModelConfig, rows: int, length: int, width: int, checkpointed: bool = False, frozen_head: bool = False
+) -> int:
     """What `rows` rows of `length` keep for the backward pass, an estimate. width: bytes of a number.
 
     Per position and layer: eight vectors of the hidden size (norms, queries, attention, residuals), keys and values,
     and three vectors of the feed-forward (gate, up, their product). Then the logits and their gradient in fp32; of more
     than 2 x LOGITS_AT_ONCE logits a chunk, which takes as much with all that is made of it.
     checkpointed: of each layer only the input, and all of the one that is computed again, with its gradients.
+    frozen_head: of LOGITS_AT_ONCE logits at most, these and two of their gradients (model/head.py).
     """
     kept = 8 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim + 3 * _active_width(config)
     whole, inputs = (2, config.num_hidden_layers) if checkpointed else (config.num_hidden_layers, 0)
-    logits = min(rows * length * config.vocab_size, 2 * LOGITS_AT_ONCE)
-    return rows * length * (whole * kept + inputs * config.hidden_size) * width + 2 * 4 * logits
+    logits = rows * length * config.vocab_size
+    of_logits = 3 * width * min(logits, LOGITS_AT_ONCE) if frozen_head else 2 * 4 * min(logits, 2 * LOGITS_AT_ONCE)
+    return rows * length * (whole * kept + inputs * config.hidden_size) * width + of_logits
 
 
 def cache_bytes(config: ModelConfig, rows: int, length: int, width: int) -> int:
@@ -137,7 +141,7 @@ def training_bytes(
     """
     d, per_layer = config.hidden_size, _layer_matrices(config)
     converted = 0 if bits == 8 * width else width * sum(out * inside for out, inside in per_layer)
-    rows_bytes = batch_bytes(config, rows, length, width, checkpointed=True)
+    rows_bytes = batch_bytes(config, rows, length, width, checkpointed=True, frozen_head=lora_rank > 0)
     if not lora_rank:
         weights = state_bytes(count_parameters(config), 0, moments=2)
         converted += width * config.vocab_size * d if width < 4 else 0

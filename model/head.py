@@ -1,9 +1,13 @@
 """The loss of the output head without all of its logits: made, used and forgotten a chunk of positions at a time.
 
 With 151,936 words, the logits of 4 x 2,048 positions are 1.2 billion numbers, and a plain loss keeps five copies of
-them: in bf16, in fp32, as log-probabilities, and two gradients. Here the forward pass keeps nothing but its input. The
-backward pass makes each chunk's logits again, and from them at once the gradients of input and weight. This costs one
-more product with the head's weight, which is why `CausalLM` calls it only where there are many logits.
+them: in bf16, in fp32, as log-probabilities, and two gradients. Here the forward pass keeps nothing but its input.
+
+    trained head  the backward pass makes each chunk's logits again, and from them at once the gradients of input and
+                  weight. This costs one more product with the head's weight, which is why `CausalLM` calls it only
+                  where there are many logits.
+    frozen head   (LoRA) the forward pass computes the gradient of its input at once, and keeps only that. The backward
+                  pass multiplies it by the weight that each position has in the loss. This costs nothing more.
 
 N = positions, d = hidden size, V = words
 """
@@ -18,16 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Loss = Callable[[Tensor, slice], Tensor]  # (fp32 logits (n, V) of some positions, which ones) -> (n, ...) fp32
+# (logits (n, V) of some positions in the compute dtype, which positions) -> (n, ...) fp32
+Loss = Callable[[Tensor, slice], Tensor]
+PIECE = 1 << 19  # logits that a CPU's core works on at once: in fp32 small enough to stay in its cache
 
 
 def loss_in_chunks(x: Tensor, weight: Tensor, loss: Loss, size: int) -> Tensor:
     """x (N, d), weight (V, d) -> (N, ...): `loss` of the logits x @ weight.T, `size` positions at a time.
 
-    `loss` is called again in the backward pass, and has to return the same. Nothing it uses gets a gradient but its
-    logits.
+    What `loss` returns for a position may depend on the logits of that position only, and nothing it uses gets a
+    gradient but its logits. It is called again in the backward pass of a trained weight, and has to return the same.
     """
-    return _LossInChunks.apply(x, weight, loss, size)  # pyright: ignore[reportReturnType]
+    frozen = x.requires_grad and not weight.requires_grad and torch.is_grad_enabled()
+    function = _LossOfFrozenHead if frozen else _LossInChunks
+    return function.apply(x, weight, loss, size)  # pyright: ignore[reportReturnType]
 
 
 class _LossInChunks(torch.autograd.Function):
@@ -36,7 +44,7 @@ class _LossInChunks(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.loss, ctx.size = loss, size
         cast = weight.to(x.dtype)
-        return torch.cat([loss(F.linear(x[rows], cast).float(), rows) for rows in _chunks(len(x), size)])
+        return torch.cat([loss(F.linear(x[rows], cast), rows) for rows in _chunks(len(x), size)])
 
     @staticmethod
     @once_differentiable
@@ -48,7 +56,7 @@ class _LossInChunks(torch.autograd.Function):
         for rows in _chunks(len(x), ctx.size):
             logits = F.linear(x[rows], cast).requires_grad_()
             with torch.enable_grad():
-                out = ctx.loss(logits.float(), rows)
+                out = ctx.loss(logits, rows)
             (of_logits,) = torch.autograd.grad(out, logits, grad[rows])  # (n, V)
             del logits, out
             if grad_x is not None:
@@ -58,5 +66,73 @@ class _LossInChunks(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
+class _LossOfFrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, loss: Loss, size: int) -> Tensor:
+        cast, found, gradients = weight.to(x.dtype), [], []
+        for rows in _chunks(len(x), size):
+            logits = F.linear(x[rows], cast).requires_grad_()
+            with torch.enable_grad():
+                out = loss(logits, rows)
+                sums = [number.sum() for number in (out.flatten(1).unbind(1) if out.dim() > 1 else [out])]
+            gradients.append(x.new_empty(len(sums), *x[rows].shape))
+            for i, number in enumerate(sums):
+                (of_logits,) = torch.autograd.grad(number, logits, retain_graph=i + 1 < len(sums))
+                torch.mm(of_logits, cast, out=gradients[-1][i])
+            found.append(out.detach())
+            del logits, out, sums, number, of_logits
+        ctx.save_for_backward(torch.cat(gradients, dim=1))  # (m, N, d)
+        return torch.cat(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        (gradients,) = ctx.saved_tensors
+        weights = grad.reshape(len(grad), -1).T[..., None]  # (m, N, 1) fp32
+        return (gradients * weights).sum(0).to(gradients.dtype), None, None, None
+
+
 def _chunks(positions: int, size: int) -> list[slice]:
-    return [slice(begin, min(begin + size, positions)) for begin in range(0, positions, size)]
+    """As few as possible, and all of about one length: products of a few positions are slow."""
+    count = max(-(-positions // size), 1)
+    size = max(-(-positions // count), 1)
+    return [slice(size * i, min(size * (i + 1), positions)) for i in range(count)]
+
+
+# ---- cross-entropy
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (n, V) in any dtype, targets (n,), -100: none -> (n,) fp32, computed in fp32."""
+    if torch.compiler.is_compiling():  # which makes one loop of it
+        return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="none")
+    return _CrossEntropy.apply(logits, targets)  # pyright: ignore[reportReturnType]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """As F.cross_entropy, which makes six tensors (n, V), most of them in fp32. Here each position's gradient (its
+    probabilities, with 1 subtracted at the target) is made together with its loss, and kept in the dtype of the logits.
+    On a CPU that happens while the numbers are in its cache: four times as fast with 151,936 words."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        losses = torch.empty(len(targets), device=logits.device)
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        rows = max(PIECE // logits.shape[1], 1) * torch.get_num_threads() if logits.is_cpu else max(len(targets), 1)
+        for here in _chunks(len(targets), rows):
+            ignored = (targets[here] == -100)[:, None]
+            target = targets[here, None].masked_fill(ignored, 0)
+            log_p = logits[here].log_softmax(-1, dtype=torch.float32)
+            of_target = log_p.gather(1, target)
+            losses[here] = -of_target.masked_fill(ignored, 0)[:, 0]
+            if gradient is not None:
+                p = log_p.exp_().scatter_(1, target, of_target.expm1())
+                gradient[here] = p.masked_fill_(ignored, 0)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None].to(gradient.dtype), None

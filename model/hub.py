@@ -1,6 +1,7 @@
 """Models of a hub: which of a repository's files are fetched, and where they are on this disk.
 
 find_model("Qwen/Qwen2-0.5B")     # models/Qwen2-0.5B, or the copy in Hugging Face's cache, or fetched now
+find_path("out/lora_model")       # a path stays itself; of a name on a hub as above
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 from common.console import UserError
 from common.fetch import announce, download, unfinished
 from common.files import ROOT, put_in_place
-from common.hubs import RemoteFile, Repository, check_id, default_source, list_files, pick
+from common.hubs import RemoteFile, Repository, check_id, default_source, is_id, list_files, pick, typed_name
+from tokenizer.text import Tokenizer
 
 MODELS = ROOT / "models"
 ABOUT = ".fetched.json"  # in a fetched folder: what it is a copy of
@@ -24,6 +26,7 @@ ABOUT = ".fetched.json"  # in a fetched folder: what it is a copy of
 # (*.py) is never fetched: the families are built in.
 TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*")
 PICKLES = ("pytorch_model*.bin", "*.pth")
+CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter
 
 
 class Part(NamedTuple):
@@ -43,6 +46,17 @@ KNOWN = {  # short names, each a folder in models/
         ),
     )
 }
+
+
+def find_path(path: Path | str) -> Path:
+    """A path as it is. Where OWNER/NAME was typed and there is no such path, the folder of that model on a hub."""
+    name = typed_name(path)
+    return find_model(name) if is_id(name) and not Path(path).exists() else Path(path)
+
+
+def load_tokenizer(path: Path | str | None) -> Tokenizer:
+    """--tokenizer_path: a path, or a model on a hub; None: the tokenizer of this repository."""
+    return Tokenizer.load(None if path is None else find_path(path))
 
 
 def find_model(id: str) -> Path:
@@ -144,8 +158,8 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a copy that somebody else made has a config.json and all the weights that its index names."""
-    if not (folder / "config.json").is_file():
+    """Whether a copy that somebody else made has its settings, and all the weights that its index names."""
+    if not any((folder / name).is_file() for name in CONFIGS):
         return False
     for index in folder.glob("*.index.json"):
         try:

@@ -6,7 +6,9 @@ quantised on the way. So the most that is in memory is the model as it will be, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from model.quant import quantize_model, quantized
 from model.tensor_files import Place, StoredTensors
 from model.transformer import CausalLM, equal_weights
 
+READERS = min(4, os.cpu_count() or 1)  # tensors that are read at the same time
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -58,13 +61,14 @@ def load_model(
     weights, sizes = model.state_dict(), {name: _bytes(stored.places[name]) for name in packed}
     # one for all: between packed layers, memory of dense ones that are freed would remain in pieces that nothing fits
     dense = torch.empty(max(sizes.values(), default=0), dtype=torch.uint8, device=device)
-    for name, place in stored.places.items():
-        if name in packed:
-            weight = dense[: sizes[name]].view(place.dtype).view(shapes[name])
-            stored.read_into(name, weight)
-            packed[name].quantize_(weight)
-        else:
-            stored.read_into(name, weights[name])
+    for name, layer in packed.items():
+        weight = dense[: sizes[name]].view(stored.places[name].dtype).view(shapes[name])
+        stored.read_into(name, weight)
+        layer.quantize_(weight)
+    del dense
+    with ThreadPoolExecutor(READERS) as pool:  # one looks through its numbers while another waits for the disk
+        others = (name for name in stored if name not in packed)
+        list(pool.map(lambda name: stored.read_into(name, weights[name]), others))  # raises the first error
     return model
 
 

@@ -40,7 +40,7 @@ from model.transformer import Head, Linear
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
 CELLS = 32  # in an interval of length 1, see `_cells`
-PIECE = 1 << 19  # weights converted at once on a CPU: small enough to stay in its cache
+PIECE = 1 << 17  # weights that a CPU's core converts at once: in fp32 small enough to stay in its cache
 
 # Quantiles of N(0, 1) scaled to [-1, 1], with an exact 0 (QLoRA, appendix E)
 # fmt: off
@@ -143,7 +143,7 @@ def dequantize_nf4(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
     def unpack(codes: Tensor, scales: Tensor) -> Tensor:
         values = pairs.index_select(0, codes.reshape(-1).int())  # one look-up gives two weights
-        return values.view(torch.float32).view(-1, BLOCK) * scales
+        return values.view(torch.float32).view(-1, BLOCK).mul_(scales)
 
     weight = torch.empty(blocks, BLOCK, dtype=dtype, device=packed.codes.device)
     _convert(unpack, weight, _in_blocks(packed.codes, BLOCK // 2), scales)
@@ -167,7 +167,7 @@ def quantize_int8(weight: Tensor) -> Int8:
 def dequantize_int8(packed: Int8, dtype: torch.dtype) -> Tensor:
     """-> the weight (out, in) in this dtype. Computed in fp32 and rounded once."""
     weight = torch.empty(packed.codes.shape, dtype=dtype, device=packed.codes.device)
-    return _convert(lambda codes, scale: codes * scale * (1 / 127), weight, packed.codes, packed.scales[:, None])
+    return _convert(lambda codes, scale: (codes * scale).mul_(1 / 127), weight, packed.codes, packed.scales[:, None])
 
 
 # ---- both
@@ -228,7 +228,7 @@ def _convert(function: Callable[..., Tensor], out: Tensor, *inputs: Tensor) -> T
     size. A GPU is faster with all at once, and so is the compiler, which makes one kernel of it."""
     rows = len(out)
     if out.is_cpu and not torch.compiler.is_compiling():
-        rows = max(1, PIECE // out.shape[-1])
+        rows = max(1, PIECE * torch.get_num_threads() // out.shape[-1])
     for here, *there in zip(out.split(rows), *(tensor.split(rows) for tensor in inputs)):
         here.copy_(function(*there))
     return out

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import AttentionMask, Segments, build_mask, causal_attention, has_flash, load_varlen
 from model.config import ModelConfig
 from model.cost import LOGITS_AT_ONCE, idle_parameters
-from model.head import Loss, loss_in_chunks
+from model.head import Loss, cross_entropy, loss_in_chunks
 from model.moe import MoE
 from model.rope import apply_rope, count_positions, inverse_frequencies, local_frequencies, rope_table
 
@@ -259,26 +259,23 @@ class CausalLM(nn.Module):
         self, x: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor, slice], Tensor] | None
     ) -> Tensor:
         """x (N, d), targets (N,) -> (N,), or (N, ...) of the criterion."""
-        words = self.config.vocab_size
-        if criterion is None and len(x) * words <= 2 * LOGITS_AT_ONCE:
-            return self.token_loss(x, targets)
+        words, frozen = self.config.vocab_size, not self.lm_head.weight.requires_grad
         if criterion is None:
+            if len(x) * words <= 2 * LOGITS_AT_ONCE and not frozen:
+                return self.token_loss(x, targets)
             return self.lm_head(
                 x, lambda logits, rows: self.cross_entropy(logits, targets[rows]), positions_at_once(words)
             )
         # a criterion may need several more tensors of the logits' size: another model's, distances between the two
         return self.lm_head(
-            x, lambda logits, rows: criterion(logits, targets[rows], rows), positions_at_once(4 * words)
+            x, lambda logits, rows: criterion(logits.float(), targets[rows], rows), positions_at_once(4 * words)
         )
 
     def token_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """x (N, d), targets (N,) -> (N,) fp32. A function of its own, so that it can be compiled."""
-        return self.cross_entropy(self.lm_head(x).float(), targets)
+        return self.cross_entropy(self.lm_head(x), targets)
 
-    @staticmethod
-    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-        """(N, V), (N,) -> (N,). As `token_loss`, for logits that are made in chunks."""
-        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+    cross_entropy = staticmethod(cross_entropy)  # an attribute, so that it can be compiled
 
     def _kernel(self, x: Tensor, masked: bool) -> str:
         """masked: a query does not see all that stands before it."""

@@ -66,9 +66,9 @@ def main():
     from dataset.doctor.duplicates import hashes_of
     from dataset.doctor.examine import examine
     from dataset.read.mapping import read_mapping
-    from tokenizer.text import Tokenizer
+    from model.hub import load_tokenizer
 
-    tokenizer, mapping = Tokenizer.load(config.tokenizer_path), read_mapping(config.data_mapping)
+    tokenizer, mapping = load_tokenizer(config.tokenizer_path), read_mapping(config.data_mapping)
     options = dict(mapping=mapping, cache_dir=config.cache_dir)
     known = [hashes_of(path, **options) for path in config.val_path]
     known = np.sort(np.concatenate(known)) if known else None

@@ -251,13 +251,14 @@ def convert_adapter(adapter: "AdapterFile", target: Path, config: ConvertConfig)
     from model.adapter import find_base, load_adapter
     from model.checkpoint import find_tokenizer, find_weights
     from model.export import save_adapter_minimind, save_adapter_pth, write_peft
+    from model.hub import load_tokenizer
 
     folders = (Path(config.save_dir), ROOT / "out")
     named = find_weights(config.weight, *folders) if config.weight else None
     base = find_base(adapter, named, *folders) if named or adapter.knows_base else None
     if base is None and config.to == "pth":
         raise UserError(f"{adapter.path}: does not say which weights it belongs to; name them with --weight")
-    tokenizer = config.tokenizer_path
+    tokenizer = load_tokenizer(config.tokenizer_path).path if config.tokenizer_path else None
     if base and not tokenizer:
         base.tokenizer = base.tokenizer or adapter.tokenizer
         tokenizer = find_tokenizer(base).path

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 from common.console import UserError, run, say
 from common.files import ROOT
-from common.hubs import is_id, typed_name
 from common.options import Options, option, parse
 
 
@@ -88,9 +87,9 @@ def main():
     val_target = target.with_name("val.jsonl" if target.name == "train.jsonl" else f"{target.stem}.val.jsonl")
     tokenizer = None
     if config.max_seq_len:  # loaded first, so that nothing is written if it cannot be loaded
-        from tokenizer.text import Tokenizer
+        from model.hub import load_tokenizer
 
-        tokenizer = Tokenizer.load(tokenizer_folder(config.tokenizer_path))
+        tokenizer = load_tokenizer(config.tokenizer_path)
     report = prepare(
         [find_data(path) for path in config.data_path],
         [find_data(path) for path in config.identity_data],
@@ -128,15 +127,6 @@ def main():
         )
     if config.max_seq_len:
         tokenise(target, report.kind, tokenizer, config)
-
-
-def tokenizer_folder(path: str | None) -> str | Path | None:
-    """The folder of the tokenizer; that of a model on a hub, where OWNER/NAME was typed and there is no such path."""
-    from model.hub import find_model
-
-    if path is None or Path(path).exists() or not is_id(typed_name(path)):
-        return path
-    return find_model(typed_name(path))
 
 
 def tokenise(path: Path, kind: str, tokenizer, config: PrepareConfig) -> None:

@@ -29,14 +29,14 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from common.console import UserError, note, run
 from common.files import ROOT
 from common.options import option, parse
-from inference.options import DeviceOptions, SamplingOptions
+from inference.options import DeviceOptions, LowBitOptions, SamplingOptions
 
 MODES = ("pretrain", "full_sft", "rlhf", "reason")  # what --model_mode means, as in eval_model.py
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
-class ServeConfig(DeviceOptions, SamplingOptions):
+class ServeConfig(DeviceOptions, LowBitOptions, SamplingOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -103,6 +103,18 @@ def hosts(config: ServeConfig) -> tuple[str, ...]:
     return (*LOOPBACK, config.host, *config.allowed_hosts)
 
 
+def open_more_files() -> None:
+    """Connections are files. At the usual limit of 1,024, idle ones would keep everybody else out."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
@@ -119,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     from serve.models import load_table
     from serve.server import Limits
 
+    open_more_files()
     listener = socket.create_server((config.host, config.port), family=family(config.host), backlog=2048)
     names = config.weight
     if not names and (config.model_mode is not None or not config.lora_name):
@@ -131,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         max_seq_len=config.max_seq_len,
         device=config.device,
         dtype=config.dtype,
+        four=config.load_in_4bit,
+        eight=config.load_in_8bit,
         tokenizer_path=config.tokenizer_path,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,

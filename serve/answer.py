@@ -38,8 +38,7 @@ class Scanner:
             end, at, word = min(found)
             before, self.held = self.held[:at], self.held[end:]
             yield before, word
-        beginnings = (word[:n] for word in self.words for n in range(1, len(word)))
-        keep = 0 if final else max((len(part) for part in beginnings if self.held.endswith(part)), default=0)
+        keep = 0 if final else max((_begun(self.held, word) for word in self.words), default=0)
         shown = self.held[: len(self.held) - keep]
         self.held = self.held[len(shown) :]
         if shown:
@@ -152,13 +151,20 @@ class Answer:
             name, arguments = call["name"], call["arguments"]
             if not isinstance(name, str) or not isinstance(arguments, dict):
                 raise TypeError
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # JSON has no NaN, Python reads it
         except (ValueError, KeyError, TypeError, RecursionError):
             yield {"content": CALL[0] + text + (CALL[1] if whole else "")}
             return
-        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        function = {"name": name, "arguments": arguments}
         identity = {"index": self.calls, "id": f"call_{token_hex(12)}", "type": "function"}
         self.calls += 1
         yield {"tool_calls": [identity | {"function": function}]}
+
+
+def _begun(text: str, word: str) -> int:
+    """How many of the word's characters, but not all, the text ends with."""
+    most = min(len(text), len(word) - 1)
+    return next((n for n in range(most, 0, -1) if word.startswith(text[-n:])), 0)
 
 
 def _is_open(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:

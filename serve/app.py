@@ -19,8 +19,17 @@ from inference.sampling import Sampling
 from serve.chat import chat
 from serve.completions import complete
 from serve.models import Served
-from serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest, Refused, TokenizeRequest, refusal
-from serve.server import Json, Limits, Server
+from serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Error,
+    Refused,
+    TokenizeRequest,
+    refusal,
+    words,
+)
+from serve.server import Json, Limits, Server, check_length, too_long
 from serve.static import PAGES, page
 from tokenizer.chat import encode_chat
 
@@ -31,11 +40,13 @@ async def tokenize(server: Server, body: TokenizeRequest) -> Response:
         raise Refused("give either prompt or messages", "prompt")
     try:
         if body.prompt is not None:
+            check_length(served, [body.prompt], "prompt")
             ids = await asyncio.to_thread(served.tokenizer.encode, body.prompt)
         else:
             messages, tools = ChatRequest.model_validate(
                 {"messages": body.messages, "tools": body.tools}
             ).conversation()
+            check_length(served, words(messages, tools), "messages")
             prompt = dict(add_generation_prompt=body.add_generation_prompt)
             ids = (await asyncio.to_thread(encode_chat, served.tokenizer, messages, tools, **prompt)).ids
     except UserError as error:
@@ -58,7 +69,8 @@ def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling) -> F
         server.runner.stop()
 
     # no pages with the API's documentation: FastAPI's load scripts from elsewhere
-    app = FastAPI(title="Sparrow", lifespan=lifespan, docs_url=None, redoc_url=None)
+    errors: dict = {"4XX": {"model": Error}, "5XX": {"model": Error}}
+    app = FastAPI(title="Sparrow", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors)
     app.state.server = server
 
     @app.post("/v1/chat/completions")
@@ -75,7 +87,10 @@ def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling) -> F
 
     @app.post("/detokenize")
     async def text_of_tokens(body: DetokenizeRequest):
-        return Json({"prompt": server.find(body.model).tokenizer.decode(body.tokens)})
+        served = server.find(body.model)
+        if len(body.tokens) > served.engine.capacity:
+            raise too_long(served, f"{len(body.tokens)}", "tokens")
+        return Json({"prompt": await asyncio.to_thread(served.tokenizer.decode, body.tokens)})
 
     @app.get("/v1/models")
     async def models():

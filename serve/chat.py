@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from secrets import token_hex
 
 from fastapi import Request
@@ -13,8 +13,8 @@ from starlette.responses import Response
 from common.console import UserError
 from serve.answer import CALL, Answer, join
 from serve.choices import Choice, chat_logprobs
-from serve.requests import ChatRequest, refusal
-from serve.server import FINGERPRINT, Json, Server, check_length, event, failure, opened, whole
+from serve.requests import ChatRequest, refusal, words
+from serve.server import FINGERPRINT, Json, Server, check_length, check_listed, event, failure, opened, whole
 from tokenizer.chat import encode_chat
 
 
@@ -22,7 +22,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     served = server.find(body.model)
     try:
         messages, tools = body.conversation()
-        check_length(served, (text for m in messages for text in m.values() if isinstance(text, str)), "messages")
+        check_length(served, words(messages, tools), "messages")
         call = body.forced_call()
         thinking = body.thinking if call is None or body.thinking is None else False  # a call is not a thought
         encoded = await asyncio.to_thread(
@@ -41,6 +41,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     answers = [Answer(tokenizer, ids, stops, bool(tools), call) for _ in range(n)]
     about = {"id": f"chatcmpl-{token_hex(12)}", "created": int(time.time()), "model": body.model or served.name}
     about["system_fingerprint"] = FINGERPRINT
+    check_listed(requests)
     work = server.answering(served, requests, answers, one_call=body.parallel_tool_calls is False)
     if body.stream:
         return await opened(_chat_stream(work, about, body))
@@ -60,7 +61,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
         return Json(about | {"object": "chat.completion", "choices": listed, "usage": choices.usage()})
 
 
-async def _chat_stream(work, about: dict, body: ChatRequest) -> AsyncIterator[bytes]:
+async def _chat_stream(work, about: dict, body: ChatRequest) -> AsyncGenerator[bytes]:
     about = about | {"object": "chat.completion.chunk"}
     usage = {"usage": None} if body.wants_usage else {}
 

@@ -62,7 +62,7 @@ class Choices:
             except asyncio.TimeoutError:
                 for choice in running:
                     choice.sequence.cancel()
-                await asyncio.wait_for(self.event.wait(), 60)  # for the engine to say that they are
+                await self.event.wait()  # for the engine to say that they are
             self.event.clear()
             for choice in running:
                 before, deltas = choice.seen, choice.advance()
@@ -117,10 +117,21 @@ def chat_logprobs(tokenizer: Tokenizer, found: list[tuple[int, LogProb]]) -> dic
     }
 
 
-def text_logprobs(tokenizer: Tokenizer, found: list[tuple[int, LogProb | None]], offset: int) -> dict:
-    """offset: of the first token's text, in characters."""
+class TextOffsets:
+    """Where the text of each token begins, in characters. A character of several tokens is counted with the last."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.stream, self.next = tokenizer.stream(skip_control=True), 0
+
+    def push(self, token: int) -> int:
+        offset = self.next
+        self.next += len(self.stream.push(token))
+        return offset
+
+
+def text_logprobs(tokenizer: Tokenizer, found: list[tuple[int, LogProb | None]], offsets: TextOffsets) -> dict:
+    """offsets: after the tokens that were told before."""
     lists: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    stream = tokenizer.stream(skip_control=True)
     for token, logprob in found:
         text, _ = token_text(tokenizer, token)
         top = None
@@ -130,8 +141,7 @@ def text_logprobs(tokenizer: Tokenizer, found: list[tuple[int, LogProb | None]],
         lists["tokens"].append(text)
         lists["token_logprobs"].append(None if logprob is None else _finite(logprob.value))
         lists["top_logprobs"].append(top)
-        lists["text_offset"].append(offset)
-        offset += len(stream.push(token))
+        lists["text_offset"].append(offsets.push(token))
     return lists
 
 

@@ -12,10 +12,10 @@ from starlette.responses import Response
 
 from common.console import UserError
 from serve.answer import Answer, join
-from serve.choices import Choice, text_logprobs
+from serve.choices import Choice, TextOffsets, text_logprobs
 from serve.models import Served
 from serve.requests import CompletionRequest, Refused
-from serve.server import FINGERPRINT, Json, Server, check_length, event, failure, opened, whole
+from serve.server import FINGERPRINT, Json, Server, check_length, check_listed, event, failure, opened, whole
 
 
 async def complete(server: Server, body: CompletionRequest, request: Request) -> Response:
@@ -39,23 +39,25 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
         ids, hidden = prompts[choice.index]
         return tokenizer.decode(ids[hidden:], skip_control=True) if body.echo else ""
 
+    offsets = [TextOffsets(tokenizer) for _ in requests]
+
     def told(choice: Choice, start: int, first: bool) -> dict | None:
         """The log-probabilities of the tokens from `start` on, and first of the prompt's."""
         if body.logprobs is None:
             return None
         found: list = choice.logprobs(start)
-        offset = 0 if first else len(begin(choice) + tokenizer.decode(choice.sequence.tokens[:start], True))
         if choice.finish_reason and choice.sequence.end is not None and not choice.answer.stopped:
             found.append((choice.sequence.end, choice.sequence.logprobs[-1]))  # the end token is a token, too
         if first and body.echo:
             ids, hidden = prompts[choice.index]
             found = [*zip(ids, [None, *choice.sequence.prompt_logprobs])][hidden:] + found
-        return text_logprobs(tokenizer, found, offset)
+        return text_logprobs(tokenizer, found, offsets[choice.index])
 
     def entry(choice: Choice, text: str, logprobs: dict | None) -> dict:
         about_it = {"index": choice.index, "text": text, "logprobs": logprobs}
         return about_it | {"finish_reason": choice.finish_reason}
 
+    check_listed(requests)
     if body.stream:
         return await opened(_text_stream(work, about, body, begin, told, entry))
     async with work as choices:
@@ -86,6 +88,7 @@ def _prompt_ids(served: Served, prompt: str | list[int]) -> tuple[list[int], int
 async def _text_stream(work, about: dict, body: CompletionRequest, begin: Callable, told: Callable, entry: Callable):
     usage = {"usage": None} if body.wants_usage else {}
     async with work as choices:
+        yield b""  # it is accepted; its first token may come much later
         seen = dict.fromkeys(range(len(choices.choices)), 0)
         fresh = set(seen)
         async for choice, deltas in choices.follow():

@@ -4,7 +4,8 @@
   header tells.
 - Origin: a browser says which page a request comes from. Only pages of this server and those allowed may ask.
 - key: compared in a time that does not depend on how much of it is right.
-- body: read here, up to a size and within a time.
+- body: read here, up to a size and within a time; all that are in progress together have a limit, too.
+- answer: a connection whose client does not read is broken off.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import h11
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.metrics import Metrics
 from serve.requests import Refused
+from serve.server import overloaded
 from serve.static import PAGES
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/health", *PAGES)  # paths that need no key
+SMALL = 64 << 10  # bytes: what a request has beyond counts towards a limit for all together
+BODIES = 16  # of the largest size that may be in progress at a time. As Python's objects they take up to 20 times more
+LINGER_SECONDS, LINGER_BYTES = 2.0, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Guard:
 
     def __init__(self, app, rules: Rules, metrics: Metrics, paths: frozenset[str]):
         self.app, self.rules, self.metrics, self.paths = app, rules, metrics, paths
+        self.held = 0  # bytes of the requests in progress, each without its first SMALL
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -67,17 +75,19 @@ class Guard:
                 status = message["status"]
             await send(message)
 
+        body = bytearray()
         try:
             self.check(scope)
-            body = await self.read(scope, receive)
-            await asyncio.wait_for(self.app(scope, replay(body, receive), noted), self.rules.total_seconds)
+            await self.read(scope, receive, body)
+            await asyncio.wait_for(self.app(scope, replay(bytes(body), receive), noted), self.rules.total_seconds)
         except Refused as refused:
-            await refuse(refused, noted)
+            await refuse(refused, noted, receive)
         except asyncio.TimeoutError:
             if status:
                 raise ConnectionAbortedError("the client did not read its answer") from None
             await refuse(Refused("The answer took too long", code="timeout", status=504, kind="server_error"), noted)
         finally:
+            self.held -= max(len(body) - SMALL, 0)
             self.metrics.respond(path, status)
 
     def check(self, scope) -> None:
@@ -96,28 +106,32 @@ class Guard:
                 how = {"WWW-Authenticate": "Bearer"}
                 raise Refused("Incorrect API key provided", code="invalid_api_key", status=401, headers=how)
 
-    async def read(self, scope, receive) -> bytes:
+    async def read(self, scope, receive, body: bytearray) -> None:
+        """Reads the request's body into `body`."""
         limit = self.rules.body_bytes
         too_large = Refused(f"The body is larger than {limit:,} bytes", code="body_too_large", status=413)
         for name, value in scope["headers"]:
             if name == b"content-length" and (not value.isdigit() or int(value[:20]) > limit):
                 raise too_large
         try:
-            return await asyncio.wait_for(self._collect(receive, too_large), self.rules.body_seconds)
+            await asyncio.wait_for(self._collect(receive, body, too_large), self.rules.body_seconds)
         except asyncio.TimeoutError:
             raise Refused("The body did not arrive in time", code="timeout", status=408) from None
 
-    async def _collect(self, receive, too_large: Refused) -> bytes:
-        body = bytearray()
+    async def _collect(self, receive, body: bytearray, too_large: Refused) -> None:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Refused("The client left", status=499)
+            before = max(len(body) - SMALL, 0)
             body += message.get("body", b"")
+            self.held += (large := max(len(body) - SMALL, 0)) - before
             if len(body) > self.rules.body_bytes:
                 raise too_large
+            if large and self.held > BODIES * self.rules.body_bytes:
+                raise overloaded()
             if not message.get("more_body"):
-                return bytes(body)
+                return
 
 
 def name_of(host: str) -> str:
@@ -149,27 +163,61 @@ def replay(body: bytes, receive: Callable[[], Awaitable[dict]]) -> Callable[[], 
     return again
 
 
-async def refuse(refused: Refused, send) -> None:
-    """Sends the error and closes the connection, whose body may not have been read."""
+async def refuse(refused: Refused, send, receive=None) -> None:
+    """Sends the error and closes the connection. With `receive`, what may still come of the body is thrown away for a
+    while first: a connection that is closed while data arrives takes the answer with it."""
     body = json.dumps(refused.body).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
     pairs = [(name.lower().encode(), value.encode()) for name, value in (headers | (refused.headers or {})).items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if receive is not None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_throw_away(receive), LINGER_SECONDS)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _throw_away(receive) -> None:
+    size, more = 0, True
+    while more and size < LINGER_BYTES:
+        message = await receive()
+        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's, which lets a client take as long as it likes for its headers. Here it has HEADER_SECONDS, about."""
+    """uvicorn's, which lets a client take as long as it likes for its headers, and to read its answer. Here it has
+    PATIENCE_SECONDS to twice that."""
 
-    HEADER_SECONDS = 20
+    PATIENCE_SECONDS = 20
 
     def connection_made(self, transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        self.loop.call_later(self.HEADER_SECONDS, self._look, None)
+        self.pauses = 0  # of writing, since its buffer was full
+        self.loop.call_later(self.PATIENCE_SECONDS, self._look, None, None)
 
-    def _look(self, before) -> None:
-        """Closes the connection if no request has begun since the last look, and none is being answered."""
-        if self.cycle is before and (before is None or before.response_complete):
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.pauses += 1
+
+    def _look(self, cycle_before, unread_before) -> None:
+        """Closes the connection if since the last look no request has begun and none is being answered, or if nothing
+        was read of an answer that waits to be read."""
+        if self not in self.connections:
+            return
+        cycle, waits = self.cycle, self.flow.write_paused or self.transport.is_closing()
+        unread = (self.transport.get_write_buffer_size(), self.pauses) if waits else None  # nothing is added to it
+        if unread is not None and unread == unread_before:
+            self.transport.abort()
+        elif cycle is cycle_before and (cycle is None or cycle.response_complete):
             self.transport.close()
-        elif not self.transport.is_closing():
-            self.loop.call_later(self.HEADER_SECONDS, self._look, self.cycle)
+        self.loop.call_later(self.PATIENCE_SECONDS, self._look, cycle, unread)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP gets an error in the same form as all others."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the middle of an answer
+            return self.transport.abort()
+        body = json.dumps(Refused(msg).body).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

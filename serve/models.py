@@ -19,6 +19,7 @@ from model.adapter import AdapterFile, find_base, load_adapter
 from model.checkpoint import Checkpoint, check_stated, find_tokenizer, find_weights, load_weights, same_weights
 from model.lora import activate
 from model.precision import pick_device, pick_dtype, prepare_for_inference
+from model.quant import choose_bits
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 
@@ -38,10 +39,12 @@ class Served:
 class Base:
     """Weights that one model or several adapters compute with."""
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype, bits: int | None, device: torch.device
+    ):
         self.checkpoint, self.tokenizer = checkpoint, tokenizer
-        self.hash = checkpoint.hash
-        self.model: CausalLM = checkpoint.build(dtype, device=device)
+        self.hash, self.bits = checkpoint.hash, bits
+        self.model: CausalLM = checkpoint.build(dtype, bits, device)
         checkpoint.release()
         self.active: str | None = None
         self.name: str | None = None  # under which it is served without an adapter
@@ -70,12 +73,15 @@ def load_table(
     max_seq_len: int,
     device: str = "auto",
     dtype: str = "auto",
+    four: bool | None = None,
+    eight: bool | None = None,
     tokenizer_path: str | None = None,
     **stated,
 ) -> tuple[dict[str, Served], list[str]]:
     """-> (table, remarks to print).
 
     weights, adapters  each `NAME=WHAT` or WHAT; WHAT is a name in the folders, a file or a directory
+    four, eight        keep the weights in so many bits; None: if the adapter for which they are loaded was trained so
     stated             hidden_size, use_moe, ...: choose among weights of one name, and must agree with them
     """
     names = [named(entry)[0] for entry in (*weights, *adapters)]
@@ -84,15 +90,17 @@ def load_table(
     pick = dict(hidden_size=stated.get("hidden_size"), moe=stated.get("use_moe"))
     where = pick_device(device)
     kind, remark = pick_dtype(dtype, where)
+    remarks = [remark] if remark else []
     bases: list[Base] = []
     plan: list[tuple[str, Base, str | None, int]] = []  # (name, base, adapter, created)
 
-    def base_of(checkpoint: Checkpoint) -> Base:
+    def base_of(checkpoint: Checkpoint, trained: int | None = None) -> Base:
         for base in bases:
             if same_weights(base.hash, checkpoint.hash):
                 return base
         check_stated(checkpoint, **stated)
-        bases.append(Base(checkpoint, find_tokenizer(checkpoint, tokenizer_path), kind, where))
+        bits = choose_bits(four, eight, trained)
+        bases.append(Base(checkpoint, find_tokenizer(checkpoint, tokenizer_path), kind, bits, where))
         return bases[-1]
 
     for entry in weights:
@@ -114,19 +122,24 @@ def load_table(
         else:
             checkpoint = find_base(adapter, None, *folders)
             checkpoint.tokenizer = checkpoint.tokenizer or adapter.tokenizer
-            base = base_of(checkpoint)
+            base = base_of(checkpoint, adapter.bits)
+        if adapter.bits and base.bits != adapter.bits:
+            remarks.append(
+                f"{name}: was trained beside weights in {adapter.bits} bits, here they are in "
+                f"{base.bits or 'more'}; --load_in_{adapter.bits}bit keeps them so"
+            )
         base.add(adapter, name)
         plan.append((name, base, name, int(path.stat().st_mtime)))
 
     for base in bases:
         base.model = prepare_for_inference(base.model, kind).to(where)
     table: dict[str, Served] = {}
-    remarks = [remark] if remark else []
     for name, base, adapter, created in plan:
         engine = Engine(base.model, rows, max_seq_len, base.switch(adapter))
         table[name] = Served(name, engine, base.tokenizer, base.name if adapter else None, created)
         on = f", the adapter on {base.checkpoint.path}" if adapter else f": {base.checkpoint.path}"
-        remarks.append(f"{name}{on}, {base.model.num_parameters() / 1e6:.1f}M parameters")
+        bits = f" in {base.bits} bits" if base.bits else ""
+        remarks.append(f"{name}{on}, {base.model.num_parameters() / 1e6:.1f}M parameters{bits}")
     return table, remarks
 
 

@@ -5,12 +5,13 @@ Numbers are limited here: a request is refused before anything is computed for i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.console import UserError
-from dataset.read.turns import read_turn
+from dataset.read.turns import REASONING, read_turn
 from inference.sampling import Sampling
 from tokenizer.messages import dumps
 
@@ -36,6 +37,19 @@ class Refused(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """Every answer with a status of 400 or more."""
+
+    error: ErrorBody
+
+
 class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
@@ -53,7 +67,7 @@ class Common(BaseModel):
     min_p: Number | None = Field(None, ge=0, lt=1)
     presence_penalty: Number | None = Field(None, ge=-100, le=100)
     frequency_penalty: Number | None = Field(None, ge=-100, le=100)
-    repetition_penalty: Number | None = Field(None, gt=0, le=100)
+    repetition_penalty: Number | None = Field(None, ge=0.01, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=CHOICES)
@@ -126,8 +140,7 @@ class ChatRequest(Common):
             raise Refused(f"response_format {found}", "response_format", "unsupported_value")
         messages: list[dict] = []
         for i, message in enumerate(self.messages):
-            silent = not any(message.get(key) for key in ("content", "tool_calls", "reasoning_content", "reasoning"))
-            if message.get("role") == "assistant" and silent:
+            if message.get("role") == "assistant" and _is_silent(message):
                 continue  # an answer that was stopped before it began
             messages += read_turn({"role": None, **message}, f"messages[{i}]")
         if not messages:
@@ -167,6 +180,8 @@ class CompletionRequest(Common):
         prompts = given if many else [given]
         if not 0 < len(prompts) <= PROMPTS:
             raise Refused(f"prompt: at least one and at most {PROMPTS}", "prompt")
+        if len(prompts) * (self.n or 1) > PROMPTS:
+            raise Refused(f"prompt: at most {PROMPTS} answers, these are {len(prompts)} times n = {self.n}", "n")
         return prompts  # pyright: ignore[reportReturnType]
 
 
@@ -185,6 +200,27 @@ class DetokenizeRequest(BaseModel):
 
     model: str | None = Field(None, max_length=256)
     tokens: list[Token] = Field(max_length=1_000_000)
+
+
+def words(messages: list[dict], tools: list[dict] | None) -> Iterator[str]:
+    """All text of a conversation."""
+    for message in messages:
+        yield from (text for text in message.values() if isinstance(text, str))
+        yield from (dumps(call) for call in message.get("tool_calls", ()))
+    yield from map(dumps, tools or ())
+
+
+def _is_silent(message: dict) -> bool:
+    """Whether it has no calls, and no words but blanks. Models answer so, and clients send it back."""
+    if any(message.get(key) for key in ("tool_calls", "function_call")):
+        return False
+    for key in ("content", *REASONING):
+        parts = message.get(key)
+        for part in parts if isinstance(parts, list) else [parts]:
+            said = part.get("text", part) if isinstance(part, dict) else part
+            if said.strip() if isinstance(said, str) else said:
+                return False
+    return True
 
 
 def refusal(error: UserError) -> Refused:

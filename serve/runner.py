@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 
 from inference.engine import Engine, Request, Sequence
 
@@ -81,8 +82,9 @@ class Runner:
                 try:
                     moved = engine.step()
                 except Exception as error:  # e.g. out of memory: these requests fail, the next ones are served
-                    traceback.print_exception(error)
                     moved = engine.fail(error)
+                for error in {sequence.error for sequence in moved} - {None}:
+                    traceback.print_exception(error)
                 news.update(moved)
                 urgent = urgent or any(s.finish_reason or len(s.tokens) == 1 for s in moved)
             if urgent or time.monotonic() - told > TELL_SECONDS:
@@ -90,8 +92,9 @@ class Runner:
                 told = time.monotonic()
 
     def _tell(self, news: set[Sequence]) -> None:
-        if news and self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._wake, list(news))
+        if news and self.loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: the server stops
+                self.loop.call_soon_threadsafe(self._wake, list(news))
         news.clear()
 
     def _wake(self, sequences: list[Sequence]) -> None:

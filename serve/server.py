@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import traceback
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from serve.requests import ChatRequest, Common, Refused
 from serve.runner import Busy, Runner
 
 FINGERPRINT = "sparrow"
+LISTED = 2**19  # log-probabilities in an answer: about 300 MB while it is written
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,17 @@ def check_length(served: Served, texts: Iterable[str], param: str) -> None:
         raise too_long(served, f"more than {least}", param)
 
 
+def check_listed(requests: list[EngineRequest]) -> None:
+    """Refuses what would list more log-probabilities than LISTED."""
+    asked = [r for r in requests if r.logprobs is not None]
+    tokens = sum(r.max_new_tokens + (len(r.prompt) if r.prompt_logprobs else 0) for r in asked)
+    if (found := tokens * (1 + max((r.logprobs or 0 for r in asked), default=0))) > LISTED:
+        what = (
+            f"these are up to {found:,} log-probabilities and {LISTED:,} are allowed: ask for fewer tokens or choices"
+        )
+        raise Refused(f"logprobs: {what}", "logprobs")
+
+
 def overloaded() -> Refused:
     why, code, kind = (
         "The server has more requests than it can take; try later",
@@ -151,11 +163,26 @@ def failure() -> Refused:
     return Refused("The model failed on this request; the server's log says why", None, None, 500, "server_error")
 
 
-async def opened(stream: AsyncIterator[bytes]) -> Response:
+class Events(StreamingResponse):
+    """Closes what it sends also if it never began, because the client had left."""
+
+    def __init__(self, content: AsyncGenerator[bytes], source: AsyncGenerator[bytes]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self.source = source
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.source.aclose()
+
+
+async def opened(stream: AsyncGenerator[bytes]) -> Response:
     """A streaming response. What is wrong with the request shows before the stream begins, as an error of its own."""
     first = await anext(stream)
 
-    async def everything() -> AsyncIterator[bytes]:
+    async def everything() -> AsyncGenerator[bytes]:
         try:
             yield first
             async for chunk in stream:
@@ -165,8 +192,5 @@ async def opened(stream: AsyncIterator[bytes]) -> Response:
                 traceback.print_exception(error)
                 error = failure()
             yield event(error.body)
-        finally:
-            await stream.aclose()  # pyright: ignore[reportAttributeAccessIssue] (it is a generator)
 
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(everything(), media_type="text/event-stream", headers=headers)
+    return Events(everything(), stream)

@@ -16,6 +16,7 @@ from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, check_stated, open_weights
 from model.config import MIXTURE, PRESETS, ModelConfig, architecture_options
+from model.hub import load_tokenizer
 from model.precision import pick_device, pick_dtype
 from model.resize import add_tokens
 from model.transformer import CausalLM
@@ -161,7 +162,7 @@ def open_model(
     """
     wanted = config.from_weight or weights
     if wanted is None:
-        tokenizer = required or Tokenizer.load(config.tokenizer_path)
+        tokenizer = required or load_tokenizer(config.tokenizer_path)
         preset = config.preset or ("nano" if choose_files(config, kind)[1] else "small")
         model = CausalLM(architecture(config, tokenizer, preset))
         return None, model, tokenizer, f"from: a fresh {preset}"
@@ -196,7 +197,7 @@ def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer
     path = None if config.resize_vocab else config.tokenizer_path  # of a smaller one, which the new one continues
     parent, tokenizer = open_weights(wanted, *folders, tokenizer_path=path, **stated)
     if config.resize_vocab:
-        larger = Tokenizer.load(config.tokenizer_path)
+        larger = load_tokenizer(config.tokenizer_path)
         if not larger.continues(tokenizer):
             raise UserError(
                 f"--resize_vocab: {larger.path} does not continue {tokenizer.path}, the tokenizer of {parent.path}: "

@@ -10,6 +10,7 @@ RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5. Tens
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import accumulate
@@ -214,6 +215,10 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
         found["rotary_fraction"] = scaling.pop(share, None) or values.get(share, 1.0)
     harmless = dict(truncate=True, finetuned=True, partial_rotary_factor=1.0)
     scaling = {key: value for key, value in scaling.items() if value is not None and harmless.get(key) != value}
+    if kind == "dynamic":  # frequencies change beyond max_position_embeddings, which no text here is longer than
+        kind, scaling = "default", {}
+    if kind == "yarn":
+        scaling = _with_attention_factor(scaling)
     if strange := [f"{key}={value!r}" for key, value in scaling.items() if key not in ROPE_KEYS]:
         raise UserError(f"config.json: RoPE scaling not supported: {', '.join(strange)}")
     if kind == "yarn":
@@ -221,6 +226,16 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
         if "factor" in scaling:  # Qwen2.5's files state the trained length as the longest one
             found["max_position_embeddings"] = int(scaling["factor"] * trained)
     return found | dict(rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling})
+
+
+def _with_attention_factor(scaling: dict[str, Any]) -> dict[str, Any]:
+    """YaRN's temperature as one number where a file gives DeepSeek's two."""
+    scaling = dict(scaling)
+    mscale, all_dim = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
+    if mscale and all_dim and "attention_factor" not in scaling:
+        grown = 0.1 * math.log(max(scaling["factor"], 1))
+        scaling["attention_factor"] = (grown * mscale + 1) / (grown * all_dim + 1)
+    return scaling
 
 
 def load_hf(directory: str | Path) -> tuple[ModelConfig, StoredTensors]:

@@ -1,6 +1,5 @@
 """lm-evaluation-harness on our weights gives the numbers of its own adapter for transformers on the exported ones."""
 
-import json
 import subprocess
 import sys
 
@@ -10,20 +9,8 @@ import torch
 from common.files import ROOT
 from model.checkpoint import load_weights, save_weights
 from model.export import save_hf
+from tests.helpers.harness import check_same_numbers, evaluate, write_tasks
 from tests.helpers.models import TOKENIZER, small_model
-
-TASKS = {  # each of the harness's three kinds of request, from a local file
-    "choices": "output_type: multiple_choice\ndoc_to_text: 'Q: {{q}}\\nA:'\ndoc_to_choice: '{{options}}'\n"
-    "doc_to_target: right\nmetric_list: [{metric: acc}, {metric: acc_norm}]",
-    "text": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
-    "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]",
-    "said": "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{text}}'\n"
-    "generation_kwargs: {until: ['e'], max_gen_toks: 12}\nmetric_list: [{metric: exact_match}]",
-}
-ROWS = [
-    {"q": f"what is {n}?", "options": ["yes", "perhaps, or not", "no"], "right": n % 3, "text": f"once {n} upon a time"}
-    for n in range(12)
-]
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +29,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    for name, content in TASKS.items():
-        data = (
-            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: '{folder / 'rows.jsonl'}'}}}}\ntest_split: test"
-        )
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{data}\n{content}\n")
-    return folder
-
-
-def evaluate(lm, tasks):
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    return simple_evaluate(model=lm, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, log_samples=True)
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def test_the_numbers_of_transformers_own_adapter(lm_eval, weights, tasks, tmp_path, monkeypatch):
@@ -75,13 +47,7 @@ def test_the_numbers_of_transformers_own_adapter(lm_eval, weights, tasks, tmp_pa
     prefix = TOKENIZER.end_of_text
     options = dict(dtype="float32", device="cpu", batch_size=4, prefix_token_id=prefix)
     theirs = evaluate(HFLM(pretrained=str(tmp_path / "hf"), **options), tasks)
-    for task in TASKS:
-        for metric, value in theirs["results"][task].items():
-            if isinstance(value, float):
-                assert ours["results"][task][metric] == pytest.approx(value, rel=1e-4), (task, metric)
-        for own, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
-            for a, b in zip(own["filtered_resps"], other["filtered_resps"], strict=True):
-                assert a == b if isinstance(a, str) else a == pytest.approx(b, rel=1e-4), task
+    check_same_numbers(ours, theirs)
 
 
 def test_greedy_is_known_for_each_continuation(lm_eval, weights):

@@ -234,6 +234,42 @@ def test_after_a_step_that_failed_the_cache_is_right(model, way, monkeypatch, ca
         assert [sequence.tokens] == generate(model, [sequence.request.prompt], GREEDY, max_new_tokens=8)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, top_p=0.8, seed=1)])
+def test_nan_ends_its_own_sequence_only(sampling, way):
+    """Token 7 has NaN for its embedding, as after an overflow in fp16. Its slot is used again afterwards: what is left
+    in it of the NaN, in columns that are read with weight 0, would make the next ones NaN too."""
+    model = model_of()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(97, 32, generator=torch.Generator().manual_seed(0)))
+    engine = Engine(model, rows=2, capacity=100)
+    healthy = Request([1, 2, 3] * 4, sampling, 12)
+    alone = serve(engine, [healthy])[0].tokens
+    good = engine.submit(healthy)
+    engine.step()
+    (bad,) = serve(engine, [Request([4] * 9 + [7] * 20, sampling, 5, prompt_logprobs=True)])
+    assert good.tokens == alone and bad.finish_reason == "error" and bad.tokens == []
+    assert "NaN" in str(bad.error) and not any(slot.busy for slot in engine.slots.slots)
+    assert [s.tokens for s in serve(engine, [healthy, Request([9] * 2, sampling, 30), healthy])][::2] == [alone] * 2
+    with pytest.raises(ValueError, match="--dtype float32"):
+        list(follow(engine, engine.submit(Request([7], sampling, 5))))
+
+
+def test_a_sequence_for_which_no_slot_can_be_claimed_is_not_lost(model, monkeypatch):
+    """It had left the queue already: nobody was told, and who waited for it waited for ever."""
+    engine = Engine(model, rows=1, capacity=50)
+    monkeypatch.setattr(engine.slots, "claim", lambda *args: [][0])
+    sequence = engine.submit(Request([1, 2], GREEDY, 3))
+    with pytest.raises(IndexError):
+        engine.step()
+    assert engine.fail(IndexError()) == [sequence] and sequence.finish_reason == "error"
+
+
+def test_more_likeliest_tokens_than_there_are(model, way):
+    (sequence,) = serve(Engine(model, rows=1, capacity=50), [Request([1, 2], GREEDY, 1, logprobs=500)])
+    assert len(sequence.logprobs[0].likeliest) == 97
+
+
 def test_one_can_be_followed_while_others_run(model, way):
     engine = Engine(model, rows=2, capacity=100)
     other = engine.submit(Request([4, 5], GREEDY, 40))

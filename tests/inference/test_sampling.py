@@ -73,6 +73,21 @@ def test_top_p_over_more_tokens_than_are_looked_at_first():
     assert 560 < drawn.unique().numel() and drawn.max() < 600
 
 
+def test_a_temperature_of_almost_nothing_takes_the_likeliest():
+    """1e-39 made the logits infinite, the probabilities NaN, and top_p look for the token at place -1."""
+    logits = torch.tensor([[1.0, 3.0, -2.0], [5.0, 0.0, 4.9]])
+    for temperature in (0, 1e-320, 1e-39, 1e-6, 1e-4):
+        drawn = Sampling(temperature=temperature, top_p=0.5, min_p=0.1, top_k=2).draw(logits, torch.Generator())
+        assert drawn.tolist() == [1, 0]
+
+
+def test_nan_is_drawn_from_without_an_error():
+    """On a GPU an index of -1 would end the whole process. Who asks learns of the NaN from inference/engine.py."""
+    logits = torch.tensor([[0.0, float("nan"), 1.0], [0.0, 9.0, 1.0]])
+    settings = SamplingRows.of([Sampling(temperature=1.0, top_p=0.5, top_k=2, min_p=0.1)] * 2)
+    assert draw(logits, settings, torch.full((2, 3), 0.5))[1] == 1
+
+
 def test_impossible_settings_are_refused_together():
     with pytest.raises(ValueError, match="temperature -1 must be 0 .greedy. or more; top_p 2 must be"):
         Sampling(temperature=-1, top_p=2)

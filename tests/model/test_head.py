@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model import transformer
-from model.head import loss_in_chunks
+from model.head import cross_entropy, loss_in_chunks
 from model.lora import LoRASettings, add_lora, freeze
 from tests.helpers.compare import assert_same_gradients
 from tests.helpers.models import TINY_TOKENS, tiny_model
@@ -63,20 +63,23 @@ def test_a_frozen_head_gets_no_gradient(monkeypatch):
     assert_same_gradients(of_chunks, expected, 1e-5)
 
 
-def test_a_criterion_may_return_several_numbers():
+@pytest.mark.parametrize("frozen", (False, True))
+def test_a_criterion_may_return_several_numbers(frozen):
     """Of each position the loss and something beside it, each with a gradient of its own."""
     torch.manual_seed(0)
-    x, weight = torch.randn(10, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    x, weight = torch.randn(10, 6, requires_grad=True), torch.randn(9, 6, requires_grad=not frozen)
     targets = torch.randint(9, (10,))
+    trained = (x,) if frozen else (x, weight)
 
     def both(logits, rows):
         return torch.stack([F.cross_entropy(logits, targets[rows], reduction="none"), logits.logsumexp(1)], 1)
 
-    (both(x @ weight.T, slice(None)) * torch.tensor([2.0, 0.3])).sum().backward()
-    expected = x.grad.clone(), weight.grad.clone()
-    x.grad = weight.grad = None
-    (loss_in_chunks(x, weight, both, 4) * torch.tensor([2.0, 0.3])).sum().backward()
-    torch.testing.assert_close((x.grad, weight.grad), expected)
+    def gradients(found):
+        return torch.autograd.grad((found * torch.tensor([2.0, 0.3])).sum(), trained)
+
+    torch.testing.assert_close(
+        gradients(loss_in_chunks(x, weight, both, 4)), gradients(both(x @ weight.T, slice(None)))
+    )
 
 
 def test_no_more_logits_than_a_chunk(monkeypatch):
@@ -90,6 +93,37 @@ def test_no_more_logits_than_a_chunk(monkeypatch):
         gradients(model, monkeypatch, True, targets=TARGETS)
     assert sizes == 2 * [7, 7, 7, 7, 7, 5]
     assert all(len(tensor) <= 7 for tensor in kept)
+
+
+def test_a_frozen_head_makes_its_logits_once(monkeypatch):
+    """With LoRA the gradient of the head's input comes with the loss, and is all that is kept: 40 positions of 24."""
+    model, sizes = tiny_model(), []
+    freeze(model)
+    cross_entropy = model.cross_entropy
+    model.cross_entropy = lambda logits, targets: sizes.append(len(logits)) or cross_entropy(logits, targets)
+    monkeypatch.setattr(transformer, "positions_at_once", lambda numbers: 16)
+    x = torch.randn(40, 24, requires_grad=True)
+    losses = model._losses(x, TARGETS.flatten(), None)
+    assert [tensor.shape for tensor in losses.grad_fn.saved_tensors] == [(1, 40, 24)]
+    model.cross_entropy = None  # not called again
+    (losses * torch.arange(40.0)).sum().backward()
+    assert sizes == [14, 14, 12], "chunks of about the same length"
+    expected = F.cross_entropy(model.lm_head(x), TARGETS.flatten(), reduction="none")
+    torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_gradient_is_made_with_the_loss(dtype, monkeypatch):
+    """Piece by piece, and where there is no target both are 0: what torch computes in fp32, gradients rounded once."""
+    monkeypatch.setattr("model.head.PIECE", 3 * 67)
+    logits = (5 * torch.randn(40, 67, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+    weights = torch.linspace(0.5, 2, 40)
+    expected = F.cross_entropy(logits.float(), TARGETS.flatten(), reduction="none")
+    found = cross_entropy(logits, TARGETS.flatten())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    (expected,), (found,) = (torch.autograd.grad((loss * weights).sum(), logits) for loss in (expected, found))
+    assert found.dtype == dtype and not found[TARGETS.flatten() < 0].any()
+    torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
 
 
 def test_few_logits_are_made_at_once(monkeypatch):

@@ -36,6 +36,7 @@ FAMILIES = {
     "llama3 rope": ("Llama", dict(rope_parameters=dict(LLAMA3, rope_theta=5e5))),
     "linear rope": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4))),
     "yarn rope": ("Llama", dict(rope_parameters=YARN)),
+    "yarn rope, its temperature given": ("Qwen3", dict(head_dim=16, rope_parameters=dict(YARN, attention_factor=0.8))),
     "llama, one key head": ("Llama", dict(num_key_value_heads=1)),
     "llama, no shared keys": ("Llama", dict(num_key_value_heads=6, tie_word_embeddings=True)),
     "mistral, windows": ("Mistral", dict(head_dim=12, sliding_window=16)),
@@ -163,6 +164,29 @@ def test_logits_equal_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "rope",
+    [
+        dict(YARN, mscale=1.3, mscale_all_dim=0.7),  # DeepSeek's temperature, in two parts
+        dict(YARN, mscale=1.3),  # one alone is ignored
+        dict(YARN, mscale=1.3, mscale_all_dim=0.7, attention_factor=0.8),
+        dict(rope_type="dynamic", factor=2.5, rope_theta=1e4),  # as none, up to max_position_embeddings
+    ],
+)
+def test_ropes_that_are_written_in_another_way(rope, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY | dict(rope_parameters=rope))).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    theirs.save_pretrained(tmp_path)
+    ours = load_weights(tmp_path).build()
+    tokens = torch.randint(1, TINY["vocab_size"], (2, TINY["max_position_embeddings"]))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert config_from_hf(config_to_hf(ours.config)) == ours.config
+
+
+@pytest.mark.parametrize(
     "family, changes, ours",
     [
         (
@@ -287,9 +311,9 @@ def test_yarn_reaches_factor_times_the_trained_length():
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
         (dict(use_sliding_window=True), "use_sliding_window=True"),
         (dict(quantization_config=dict(quant_method="gptq", bits=4)), "weights quantised by gptq"),
-        (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "rope_scaling kind 'dynamic' is not one of linear"),
+        (dict(rope_scaling=dict(type="longrope", factor=2.0)), "rope_scaling kind 'longrope' is not one of linear"),
         (dict(rope_scaling=dict(type="yarn")), "rope_scaling of kind yarn lacks factor"),
-        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, mscale=0.7)), "RoPE scaling not supported: mscale=0.7"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=4.0, mscale=0.7)), "RoPE scaling not supported: mscale=0.7"),
     ],
 )
 def test_what_would_change_the_mathematics_is_refused_by_name(changes, named):

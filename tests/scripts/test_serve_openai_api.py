@@ -1,5 +1,7 @@
 """The server as it is started: what is served under which name, who may reach it, and how it stops."""
 
+import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -11,14 +13,17 @@ import pytest
 import torch
 
 from inference.decode import generate
+from inference.engine import Request
 from inference.sampling import Sampling
 from model.adapter import save_adapter
 from model.checkpoint import load_weights, save_weights
 from model.lora import LoRASettings, activate, add_lora
+from model.quant import quantized
 from scripts import serve_openai_api
 from serve.models import load_table, named
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.models import small_model
+from tests.helpers.servers import running
 
 KNOWN = dict(path="tokenizer", hash=tokenizer.hash)
 GREEDY = Sampling(temperature=0)
@@ -63,8 +68,6 @@ def test_names_and_places():
 
 def test_adapters_share_their_base_and_do_not_mix(out):
     """Requests to a base and its two adapters at the same time: each gets what it alone would get."""
-    from inference.engine import Request
-
     table, remarks = load_table(
         ["full_sft", "other=reason"], ["lora_one", "second=lora_two"], (out,), rows=2, max_seq_len=128, dtype="float32"
     )
@@ -90,6 +93,89 @@ def test_an_adapter_alone_is_on_its_own_base(out):
     assert list(table) == ["lora_one"] and table["lora_one"].base is None
     with pytest.raises(ValueError, match="two models are called 'lora_one'"):
         load_table([], ["lora_one", str(out / "lora/lora_one_32.pth")], (out,), rows=1, max_seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def crowd(out):
+    """The base and its two adapters behind one server."""
+    names = (["full_sft"], ["lora_one", "lora_two"], (out,))
+    table, _ = load_table(*names, rows=3, max_seq_len=256, dtype="float32")
+    with running(*table.values()) as server:
+        server.table = table
+        yield server
+
+
+def test_adapters_under_load_answer_as_alone(crowd):
+    """45 requests to a base and its adapters at once, streamed or not. Weights are switched between any two steps, and
+    each greedy answer is the one that the model gives alone."""
+    names = ("full_sft", "lora_one", "lora_two")
+    questions = [f"question {n} " * (n % 5 + 1) for n in range(15)]
+
+    async def ask() -> dict:
+        async with httpx.AsyncClient(base_url=crowd.url, timeout=60) as client:
+
+            async def one(name: str, question: str, stream: bool) -> str:
+                body = {"model": name, "prompt": question, "max_tokens": 12, "stream": stream}
+                answer = await client.post("/v1/completions", json=body)
+                assert answer.status_code == 200
+                if not stream:
+                    return answer.json()["choices"][0]["text"]
+                events = [event.removeprefix("data: ") for event in answer.text.split("\n\n")[:-2]]
+                return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+            asked = [(name, question) for question in questions for name in names]
+            said = await asyncio.gather(*(one(*pair, stream=n % 2 == 0) for n, pair in enumerate(asked)))
+            return dict(zip(asked, said))
+
+    said = asyncio.run(ask())
+    model = crowd.table["full_sft"].engine.model
+    for name in names:
+        crowd.table[name].engine.before_step()
+        for question in questions:
+            ids = [tokenizer.end_of_text, *tokenizer.encode(question)]
+            (alone,) = generate(model, [ids], GREEDY, max_new_tokens=12, stop=tokenizer.stop_ids)
+            assert said[name, question] == tokenizer.decode(alone, skip_control=True)
+    assert len({said[name, questions[0]] for name in names}) == 3
+
+
+def test_a_crowd_at_one_adapter_does_not_starve_another(crowd):
+    """12 long answers of one name are written or wait; a short one of another name comes long before their end."""
+    ends: list[str] = []
+    endless = {str(token): -1000 for token in tokenizer.stop_ids}
+
+    def ask(name: str, count: int) -> None:
+        body = {"model": name, "prompt": "once", "max_tokens": count, "logit_bias": endless}
+        assert httpx.post(crowd.url + "/v1/completions", json=body, timeout=60).status_code == 200
+        ends.append(name)
+
+    threads = [threading.Thread(target=ask, args=("lora_one", 200)) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    while not crowd.table["lora_one"].engine.waiting:
+        pass
+    ask("lora_two", 10)
+    assert ends == ["lora_two"]
+    for thread in threads:
+        thread.join()
+
+
+def test_weights_in_few_bits(out, tmp_path):
+    """As in eval_model.py: asked for, or because the adapter was trained beside such."""
+    table, remarks = load_table(["full_sft"], ["lora_one"], (out,), rows=1, max_seq_len=64, four=True)
+    assert {layer.bits for layer in quantized(table["full_sft"].engine.model).values()} == {4}
+    assert all("in 4 bits" in remark for remark in remarks[-2:])
+    assert table["lora_one"].engine.model is table["full_sft"].engine.model
+    for one in table.values():
+        assert finish(one.engine, one.engine.submit(Request([5, 6], GREEDY, 3)))
+    adapted, settings = small_model(std=0.2), LoRASettings(rank=2)
+    add_lora(adapted, settings)
+    base = dict(path=str(out / "full_sft_32.pth"), hash=load_weights(out / "full_sft_32.pth").hash, bits=8)
+    path = save_adapter(tmp_path / "q_32.pth", adapted, settings, base=base, tokenizer=KNOWN, lineage=[])
+    alone, _ = load_table([], [str(path)], (out,), rows=1, max_seq_len=64)
+    assert {layer.bits for layer in quantized(alone["q"].engine.model).values()} == {8}
+    beside, remarks = load_table(["full_sft"], [str(path)], (out,), rows=1, max_seq_len=64)
+    assert not quantized(beside["q"].engine.model)
+    assert any("trained beside weights in 8 bits" in remark and "--load_in_8bit" in remark for remark in remarks)
 
 
 def refused(capsys, *argv) -> str:

@@ -1,23 +1,19 @@
 """Who may ask, how much, and for how long; and that a client who leaves, lingers or lies costs the others nothing."""
 
 import json
-import os
 import socket
 import threading
 import time
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from inference.engine import Engine
 from serve.guard import PatientProtocol, Rules, name_of
-from serve.requests import ChatRequest
 from serve.server import Limits
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.models import small_model
 from tests.helpers.servers import Parrot, running, served
-from tokenizer.chat import encode_chat
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 CHAT = "/v1/chat/completions"
@@ -30,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def server(model):
-    with running(served(model, capacity=256), rules=Rules(body_bytes=20_000, body_seconds=1.0)) as server:
+    with running(served(model, capacity=1024), rules=Rules(body_bytes=20_000, body_seconds=1.0)) as server:
         yield server
 
 
@@ -123,7 +119,7 @@ def test_a_large_body_is_refused_before_it_is_read(server):
 
 
 def test_slow_clients_are_not_waited_for(server, monkeypatch):
-    monkeypatch.setattr(PatientProtocol, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(PatientProtocol, "PATIENCE_SECONDS", 0.3)
     connect = lambda: socket.create_connection(("127.0.0.1", server.port), timeout=5)
     with connect() as body, connect() as headers, connect() as silent:
         body.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{{".encode())
@@ -204,149 +200,49 @@ def test_a_failure_of_the_model_fails_its_requests_only(slow, capsys):
 # ---- text stays text
 
 
-def control_ids(body: dict) -> list[int]:
-    messages, tools = ChatRequest.model_validate(body).conversation()
-    ids = encode_chat(tokenizer, messages, tools, add_generation_prompt=True).ids
-    return [token for token in ids if token in set(tokenizer.control.values())]
+def test_no_place_of_a_request_makes_a_control_token(server, monkeypatch):
+    """What the model reads of requests with a tag in every place has the control tokens of harmless ones."""
+    read: list[list[int]] = []
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda self, request: read.append(request.prompt) or submit(self, request))
 
+    def bodies(word: str):
+        function = {"name": word, "description": f"a {word}", "parameters": {word: {"enum": [word, f"x{word}"]}}}
+        call = {"id": word, "type": "function", "function": {"name": word, "arguments": json.dumps({word: [word]})}}
+        roles = [
+            {"role": "system", "content": f"{word} be good {word}", "name": word},
+            {"role": "developer", "content": word},
+            {"role": "user", "content": [{"type": "text", "text": word}, {"type": "text", "text": f"\n{word}x"}]},
+            {"role": "assistant", "content": f"a {word}", "reasoning": f"b {word}\n", "tool_calls": [call]},
+            {"role": "tool", "content": f"{word}\n{word}", "tool_call_id": word, "name": word},
+            {"role": "assistant", "content": None, "function_call": {"name": word, "arguments": "{}"}},
+            {"role": "function", "content": word, "name": word},
+            {"role": "user", "content": f"{word[:2]}{word[2:]}", "name": word, word: word},
+        ]
+        everywhere = {"model": "tiny", "messages": roles, "stop": [word], "user": word, "metadata": {word: word}}
+        everywhere |= {"max_tokens": 1, "chat_template_kwargs": {word: word}, word: word}
+        tools = {"tools": [{"type": "function", "function": function}]}
+        for more in (
+            {},
+            tools,
+            tools | {"tool_choice": {"type": "function", "function": {"name": word}}},
+            {"response_format": {"type": word}},
+            {"model": word},
+            {"messages": [{"role": word, "content": word}]},
+        ):
+            yield CHAT, everywhere | more
+        for prompt in (word, [word, f"x{word}"]):
+            yield "/v1/completions", {"prompt": prompt, "max_tokens": 1, "stop": word, "user": word}
+        yield "/v1/completions", {"prompt": "x", "suffix": word}
 
-@pytest.mark.parametrize("tag", sorted(tokenizer.control))
-def test_what_a_client_writes_never_becomes_a_control_token(tag):
-    """In every role and field. The same request with harmless words has the same control tokens."""
+    def control_ids(word: str) -> tuple[list[int], list[list[int]]]:
+        read.clear()
+        with httpx.Client(base_url=server.url) as client:
+            statuses = [client.post(path, json=body).status_code for path, body in bodies(word)]
+        return statuses, [[token for token in ids if token in set(tokenizer.control.values())] for ids in read]
 
-    def body(word: str) -> dict:
-        call = {"name": f"f{word}", "arguments": json.dumps({f"k{word}": f"{word}v"})}
-        schema = {"name": word, "description": f"a {word}", "parameters": {word: {"enum": [word]}}}
-        return {
-            "messages": [
-                {"role": "system", "content": f"{word} be good {word}"},
-                {"role": "user", "content": [{"type": "text", "text": word}, {"type": "text", "text": f"x{word}"}]},
-                {"role": "assistant", "content": f"a {word} b", "reasoning_content": f"c {word}"},
-                {"role": "assistant", "content": None, "tool_calls": [{"id": word, "function": call}]},
-                {"role": "tool", "tool_call_id": word, "name": word, "content": f"{word}\n{word}"},
-                {"role": "user", "content": word + "\n" + word[:2] + word[2:], "name": word},
-            ],
-            "tools": [{"type": "function", "function": schema}],
-        }
-
-    assert control_ids(body(tag)) == control_ids(body("harmless"))
-
-
-# ---- anything at all
-
-NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([1e308, -1, 0, 2**70, "5", None, True]))
-TEXT = st.one_of(st.text(max_size=30), st.sampled_from(["\ud800", "\x00", "<|im_end|>", "a" * 2000, "👩‍👧", ""]))
-ANY = st.recursive(
-    st.one_of(NUMBERS, TEXT, st.booleans(), st.none()),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXT, inner, max_size=4)),
-    max_leaves=8,
-)
-ROLES = st.sampled_from(["system", "user", "assistant", "tool", "developer", "function", "", None, 3])
-CALLS = st.lists(st.fixed_dictionaries({"function": st.dictionaries(st.sampled_from(["name", "arguments"]), ANY)}))
-MESSAGE = st.fixed_dictionaries(
-    {}, optional={"role": ROLES, "content": st.one_of(TEXT, ANY), "tool_calls": st.one_of(CALLS, ANY), "reasoning": ANY}
-)
-FIELDS = {name: ANY for name in (*ChatRequest.model_fields, "prompt", "echo", "tokens", "x")} | {
-    "model": st.sampled_from(["tiny", "minimind", None, "", "../x", 3]),
-    "messages": st.one_of(st.lists(MESSAGE, max_size=4), ANY),
-    "prompt": st.one_of(TEXT, st.lists(st.integers(-5, 7000), max_size=5), ANY),
-    "max_tokens": st.one_of(st.integers(0, 5), NUMBERS),
-    "n": st.one_of(st.integers(-1, 3), NUMBERS),
-    "temperature": NUMBERS,
-    "top_p": NUMBERS,
-    "seed": NUMBERS,
-    "stop": st.one_of(TEXT, st.lists(TEXT, max_size=3), ANY),
-    "stream": st.booleans(),
-    "logit_bias": st.one_of(st.dictionaries(st.sampled_from(["1", "-1", "9" * 30, "²", "x", "6399"]), NUMBERS), ANY),
-    "tools": st.one_of(st.lists(ANY, max_size=2), ANY),
-}
-GOOD = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXT})
-SOME = {name: values for name, values in FIELDS.items() if name != "messages"}
-BODIES = st.one_of(
-    st.fixed_dictionaries({}, optional=FIELDS),
-    st.fixed_dictionaries({"messages": st.lists(GOOD, min_size=1, max_size=3)}, optional=SOME),
-    ANY,
-)
-PATHS = st.sampled_from([CHAT, "/v1/completions", "/tokenize", "/detokenize"])
-BYTES = [
-    b"",
-    b"{",
-    b"\xff\xfe",
-    b"null",
-    b'{"n":1e999}',
-    b'{"a":' + b"[" * 5000,
-    b"[" * 9000 + b"]" * 9000,
-    b"1" * 9000,
-]
-
-
-def check_answer(answer: httpx.Response) -> None:
-    assert answer.status_code < 500, f"{answer.text} to {answer.request.url.path} {answer.request.content[:2000]!r}"
-    if answer.status_code != 200:
-        error = answer.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"} and error["message"]
-
-
-def fuzz(server, examples: int) -> None:
-    with httpx.Client(base_url=server.url, timeout=20) as client:
-        headers = {"Content-Type": "application/json"}
-
-        @settings(
-            max_examples=examples,
-            deadline=None,
-            database=None,
-            derandomize=examples < 1000,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(path=PATHS, body=BODIES)
-        def ask(path, body):
-            limits = {"max_tokens": 3} if isinstance(body, dict) and "max_tokens" not in body else {}
-            body = body | limits if isinstance(body, dict) else body
-            check_answer(client.post(path, content=json.dumps(body).encode(), headers=headers))
-
-        ask()
-        for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize"):
-            for content in BYTES:
-                check_answer(client.post(path, content=content, headers=headers))
-                check_answer(client.post(path, content=content, headers={"Content-Type": "text/plain"}))
-    assert works(server)
-
-
-def test_no_request_breaks_the_server(server):
-    fuzz(server, 60)
-
-
-@pytest.mark.soak
-def test_ten_thousand_requests_do_not_break_the_server(server):
-    fuzz(server, 10_000)
-
-
-@pytest.mark.soak
-def test_a_hundred_leave_and_two_hundred_ask_at_once(model):
-    """A thousand open sockets, 100 clients that leave in mid-answer, 200 that ask at the same time: whoever is served
-    gets the answer of one who is alone, the others are told to come again, and no thread or sequence is left."""
-    with running(served(model, rows=8, capacity=256), limits=Limits(max_waiting=64)) as server:
-        alone = httpx.post(server.url + CHAT, json=HELLO).json()["choices"][0]["message"]
-        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(1000)]
-        body = json.dumps(HELLO | {"stream": True, "max_tokens": 200})
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        for _ in range(100):
-            with socket.create_connection(("127.0.0.1", server.port)) as connection:
-                connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-                connection.recv(100)
-        engine = server.state.table["tiny"].engine
-        until(lambda: not engine.busy, 30)
-        threads = threading.active_count()
-        answers = []
-        ask = lambda: answers.append(httpx.post(server.url + CHAT, json=HELLO, timeout=60))
-        clients = [threading.Thread(target=ask) for _ in range(200)]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
-        assert {answer.status_code for answer in answers} <= {200, 429}
-        assert all(a.json()["choices"][0]["message"] == alone for a in answers if a.status_code == 200)
-        until(lambda: not engine.busy and not server.state.runner.events)
-        assert threading.active_count() <= threads + (os.cpu_count() or 1) + 4  # asyncio's pool, which tokenises
-        for connection in idle:
-            connection.close()
+    statuses, harmless = control_ids("harmless")
+    assert len(harmless) == 6  # three chats and three texts, two of them in one request; the others are refused
+    assert statuses == [200, 200, 200, 400, 404, 400, 200, 200, 400]
+    for tag in tokenizer.control:
+        assert control_ids(tag) == (statuses, harmless), tag

@@ -1,6 +1,5 @@
 """The official client against a real server: whatever it can ask is answered in the types it expects."""
 
-import asyncio
 import json
 
 import httpx
@@ -12,14 +11,10 @@ from inference.decode import generate
 from inference.sampling import Sampling
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.models import small_model
-from tests.helpers.servers import GREEDY, Parrot, running, served
+from tests.helpers.servers import GREEDY, WEATHER, Parrot, expected, running, say, served
 from tokenizer.chat import encode_chat
 
 HELLO = [{"role": "user", "content": "你好, how are you?"}]
-WEATHER = {
-    "type": "function",
-    "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
-}
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +36,6 @@ def server(model, parrot):
 @pytest.fixture(scope="module")
 def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
-
-
-def expected(model, messages, n=12):
-    ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
-    (reply,) = generate(model, [ids], GREEDY, max_new_tokens=n, stop=tokenizer.stop_ids)
-    return ids, reply, tokenizer.decode(reply, skip_control=True)
-
-
-def say(parrot, *pieces):
-    parrot.script = []
-    for piece in pieces:
-        parrot.script += [tokenizer.control[piece]] if piece in tokenizer.control else tokenizer.encode(piece)
 
 
 # ---- chat
@@ -132,23 +115,6 @@ def test_log_probabilities_of_a_chat(client, model):
     assert [one.token for one in streamed] == [one.token for one in content]
 
 
-def test_the_asynchronous_client_and_many_at_once(server, model):
-    questions = [[{"role": "user", "content": f"question {n} " * (n + 1)}] for n in range(9)]
-
-    async def ask():
-        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as client:
-
-            async def one(messages):
-                stream = await client.chat.completions.create(
-                    model="tiny", messages=messages, max_tokens=12, stream=True
-                )
-                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-
-            return await asyncio.gather(*map(one, questions))
-
-    assert asyncio.run(ask()) == [expected(model, question)[2] for question in questions]
-
-
 # ---- thoughts and tools
 
 
@@ -193,6 +159,32 @@ def test_a_tool_is_called_and_its_result_sent_back(client, parrot):
         tokenizer, [*HELLO, canonical, {"role": "tool", "content": "sunny"}], add_generation_prompt=True
     ).ids
     assert client.chat.completions.create(model="parrot", messages=history).usage.prompt_tokens == len(ids)
+
+
+def test_arguments_that_are_not_json_are_text(client, parrot):
+    """Python reads and writes NaN, and 1e999 as infinity. JSON has neither, and JavaScript's clients fail on them."""
+    for value in ("NaN", "-Infinity", "1e999"):
+        call = f'{{"name": "get_weather", "arguments": {{"city": {value}}}}}'
+        say(parrot, "<tool_call>", call, "</tool_call>")
+        message = client.chat.completions.create(model="parrot", messages=HELLO, tools=[WEATHER]).choices[0].message
+        assert message.tool_calls is None and message.content == f"<tool_call>{call}</tool_call>"
+
+
+def test_an_answer_of_blanks_may_be_sent_back(client):
+    """Models say nothing but blanks now and then, and clients keep it in the history: it was status 400."""
+    empty = [
+        {"role": "assistant", "content": text} for text in ("", " \n", "\u3000", [{"type": "text", "text": " "}], None)
+    ]
+    empty += [
+        {"role": "assistant", "content": "", key: " \n"} for key in ("reasoning_content", "reasoning", "thinking")
+    ]
+    count = lambda messages: (
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=1).usage.prompt_tokens
+    )
+    for message in empty:
+        assert count([HELLO[0], message, HELLO[0]]) == count([HELLO[0], HELLO[0]])
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    assert count([HELLO[0], called, HELLO[0]]) > count([HELLO[0], HELLO[0]])  # it was left out
 
 
 def test_a_demanded_tool_is_called(client, parrot):
@@ -265,21 +257,6 @@ def test_models_are_listed_and_chosen(client):
         with pytest.raises(openai.NotFoundError) as error:
             client.chat.completions.create(model=name, messages=HELLO)
         assert error.value.code == "model_not_found" and error.value.param == "model"
-
-
-def test_minimind_s_client_as_it_is(client, model):
-    """Its loop: the last messages of the history, streamed, `delta.content or ""` of every chunk."""
-    history = []
-    for query in ("hello", "and then?"):
-        history.append({"role": "user", "content": query})
-        response = client.chat.completions.create(
-            model="minimind", messages=history[-2:], stream=True, temperature=0, max_tokens=12, top_p=0.9
-        )
-        answer = ""
-        for chunk in response:
-            answer += chunk.choices[0].delta.content or ""
-        assert answer == expected(model, history[-2:])[2]
-        history.append({"role": "assistant", "content": answer})
 
 
 def test_content_in_parts_and_other_roles(client):

@@ -12,9 +12,11 @@ from common.files import ROOT
 from common.options import parse
 from dataset.read import hub as data
 from model import hub as models
-from model.checkpoint import open_weights
+from model.checkpoint import load_weights, open_weights
 from model.config import ModelConfig
 from model.interop.hf import config_to_hf, hf_tensors
+from model.interop.peft import save_peft
+from model.lora import LoRASettings, add_lora, lora_state
 from model.transformer import CausalLM
 from scripts import lora_quickstart
 from tests.helpers.chatglm import write_chatglm3
@@ -54,6 +56,31 @@ def write_qwen2(folder) -> None:
     save_file(hf_tensors(config, state), folder / "model.safetensors")
     for path in TOKENIZER_FILES.values():
         shutil.copy(path, folder)
+
+
+def test_a_tokenizer_and_an_adapter_by_their_names(home, tmp_path, monkeypatch):
+    """Wherever a tokenizer or an adapter is named."""
+    folder, adapter = tmp_path / "models/Qwen2-tiny", tmp_path / "models/qwen-lora"
+    write_qwen2(folder)
+    model = load_weights(folder).build()
+    names = add_lora(model, LoRASettings(rank=2, targets=("q_proj",)))
+    adapter.mkdir()
+    save_peft(adapter, LoRASettings(rank=2).to_dict(), lora_state(model), dict(path=None, hash=None), len(names))
+    write_sft(home / "chats.jsonl", 4)
+    (home / "texts.jsonl").write_text(json.dumps(dict(text="hello world")) + "\n", encoding="utf-8")
+    shape = "--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2"
+    for script, *words in (
+        ("trainer/train_pretrain.py", "--data_path=texts.jsonl", f"--save_dir={home}", *SMALL, *shape),
+        ("scripts/check_data.py", "chats.jsonl"),
+    ):
+        status, _, err = run_script(script, *words, "--tokenizer_path", "Qwen/Qwen2-tiny")
+        assert status == 0, err
+    assert load_weights(home / "pretrain_16.pth").tokenizer["path"] == str(folder)
+    words = "--weight Qwen/Qwen2-tiny --lora_path someone/qwen-lora --prompt hi --max_new_tokens 2 --device cpu".split()
+    status, _, err = run_script("eval_model.py", *words)
+    assert status == 0 and f"{adapter}: rank 2, on its base {folder}" in err, err
+    status, _, err = run_script("scripts/check_data.py", "chats.jsonl", "--tokenizer_path", "no/such")
+    assert status == 2 and "no/such: no such file or directory; as a model on a hub: " in err
 
 
 def files_of(folder) -> dict[str, bytes]:

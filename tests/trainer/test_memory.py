@@ -1,20 +1,16 @@
 """docs/models.md: the tables are what the formula gives, and the formula is what a training takes."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks import memory_table
 from common.files import ROOT
 from model.config import ModelConfig
 from model.cost import count_parameters, training_bytes
 from tests.helpers.rows import chat, jsonl
-
-spec = importlib.util.spec_from_file_location("memory_table", ROOT / "docs/memory_table.py")
-memory_table = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(memory_table)
 
 PUBLISHED = {  # parameters that their makers state, or that add up from the tensors of their files
     "Qwen2-0.5B": 494_032_768,
@@ -23,6 +19,7 @@ PUBLISHED = {  # parameters that their makers state, or that add up from the ten
     "Qwen2-1.5B": 1_543_714_304,
     "Qwen3-4B": 4_022_468_096,
     "ChatGLM3-6B": 6_243_584_000,
+    "Llama-2-7B": 6_738_415_616,
     "Mistral-7B": 7_241_732_096,
     "Qwen2-7B": 7_615_616_512,
     "Llama-3.1-8B": 8_030_261_248,
@@ -40,7 +37,7 @@ def test_the_shapes_are_those_of_the_published_models():
 def test_the_page_shows_what_the_script_prints():
     page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     for table in (memory_table.memory_table(), memory_table.length_table()):
-        assert table in page, "python docs/memory_table.py prints it"
+        assert table in page, "python benchmarks/memory_table.py prints it"
 
 
 def test_bytes_of_a_training_by_hand():
@@ -63,6 +60,7 @@ def test_bytes_of_a_training_by_hand():
     # an adapter of rank 2 beside seven matrices: 2 x (4 x 8 + 2 x 4 + 3 x 24 + ...) numbers, trained
     inner = 2 * (2 * (8 + 8) + 2 * (4 + 8) + 3 * (16 + 8))
     lora = row + 100 * 2 * 2 * (8 + 4 + 4 + 8 + 16 + 16 + 8)  # the adapters' outputs, and the sums
+    lora += 100 * 10 * (3 * 2 - 2 * 4)  # the frozen head's logits and two gradients in bf16
     others = 80 * 2 + 24 * 4  # the embedding in bf16, norms in fp32
     assert training_bytes(shape, 100, bits=16, lora_rank=2) == 576 * 2 + others + inner * 16 + lora
     # 8 bits: a byte a weight and 4 for each row

@@ -1,6 +1,6 @@
 """Prints the tables of docs/models.md: how much memory the training of which model takes, and what fits on which card.
 
-python docs/memory_table.py
+python benchmarks/memory_table.py
 """
 
 import sys
@@ -58,6 +58,15 @@ MODELS = {  # published shapes; tests/model/test_cost.py compares their paramete
         intermediate_size=13696,
         vocab_size=65024,
         attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "Llama-2-7B": ModelConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=11008,
+        vocab_size=32000,
         tie_word_embeddings=False,
     ),
     "Mistral-7B": ModelConfig(
