@@ -1,10 +1,16 @@
-"""What a person waits for before anything happens: `--help`, against `import torch` alone.
+"""What a person waits for: `--help`, against `import torch` alone, and the first optimiser step of a training.
 
-python benchmarks/startup.py
+    python benchmarks/startup.py
+
+The trainings are `nano` on the tiny world, with the tokens cached already and `--compile off`. Their time is from the
+command to the line of the first step. The first round fills the caches and does not count.
 """
 
+import argparse
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -13,22 +19,50 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from benchmarks.common import machine, seconds, spread
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = {
-    "import torch": ["-c", "import torch"],
-    "train_pretrain.py --help": [str(ROOT / "trainer/train_pretrain.py"), "--help"],
-    "eval_model.py --help": [str(ROOT / "eval_model.py"), "--help"],
-}
+FLAGS = "--compile off --max_steps 2 --log_interval 1 --batch_size 8 --max_seq_len 256".split()
+
+
+def until_first_step(script: str, *flags: str) -> float:
+    """Seconds from the command to the line of its first optimiser step."""
+    begin = time.perf_counter()
+    command = [sys.executable, "-u", str(ROOT / script), *FLAGS, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step 1/"):
+                waited = time.perf_counter() - begin
+                process.communicate()  # it writes its weights, which the next stage starts from
+                return waited
+    sys.exit("".join(lines))
 
 
 def main():
-    times = {name: [] for name in SIDES}
-    for _ in range(7):
-        for name, command in SIDES.items():
-            run = lambda: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)  # noqa: B023
-            times[name].append(seconds(run))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=6)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        here = ["--save_dir", folder]
+        call = lambda *words: (
+            lambda: seconds(lambda: subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL))
+        )
+        sides = {
+            "import torch": call("-c", "import torch"),
+            "train_pretrain.py --help": call(str(ROOT / "trainer/train_pretrain.py"), "--help"),
+            "eval_model.py --help": call(str(ROOT / "eval_model.py"), "--help"),
+            "train_pretrain.py: first step": lambda: until_first_step(
+                "trainer/train_pretrain.py", "--preset", "nano", *here
+            ),
+            "train_full_sft.py: first step": lambda: until_first_step("trainer/train_full_sft.py", *here),
+        }
+        times = {name: [] for name in sides}
+        for _ in range(rounds + 1):
+            for name, measure in sides.items():
+                times[name].append(measure())
     print(machine())
     for name, values in times.items():
-        print(f"{name:26} {spread(values[1:])} s")  # the first one fills the disk's cache
+        print(f"{name:30} {spread(values[1:])} s")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
@@ -138,6 +139,17 @@ def hash_file(path: Path | str) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """A hash of the sources that decide what a training computes. Any edit to them changes it, in a clone without git,
+    too."""
+    digest = hashlib.sha256()
+    for folder in ("common", "tokenizer", "model", "dataset", "inference", "trainer"):
+        for source in sorted((ROOT / folder).rglob("*.py"), key=Path.as_posix):
+            digest.update(source.relative_to(ROOT).as_posix().encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def allow_many_files() -> None:

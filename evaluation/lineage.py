@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.console import UserError
-from common.files import ROOT, hash_file, relative_to_root
+from common.files import ROOT, code_version, hash_file, relative_to_root
 from model.adapter import AdapterFile, find_by_hash, open_model_file
 from model.checkpoint import Checkpoint
 from tokenizer.find import tokenizer_of
@@ -114,6 +114,26 @@ def _elsewhere(recorded: str, found: str) -> str:
     return "" if same else relative_to_root(found)
 
 
+RESUMING = " --from_resume auto"  # at the end of a command: it makes no other weights
+
+
+def is_complete(entry: dict) -> bool:
+    """Whether a stage took all its steps. Of weights from older versions, which lack `total`, nobody knows."""
+    return "total" in entry and entry.get("steps") == entry["total"]
+
+
+def reasons_to_repeat(history: History, typed: str) -> list[str]:
+    """What has changed since the last stage ran, so that `typed` would make other weights now. Empty: nothing has.
+
+    typed: script and flags, as they are recorded, relative paths from the repository's root
+    """
+    last = history.stages[-1] if history.known else {}
+    found = [] if last.get("command", "").removesuffix(RESUMING) == typed else ["the command"]
+    found += [] if last.get("code") == code_version() else ["the code"]
+    # a parent that is found elsewhere only is a backup: at its own place there is another one now
+    return found + [f"{part.what} {part.path}" for part in check(history) if part.status != UNCHANGED or part.where]
+
+
 # ---- shown
 
 
@@ -122,13 +142,19 @@ def facts(entry: dict) -> list[str]:
     losses = [f"{name} {value:.4f}" for name, value in entry.get("losses", {}).items()]
     said = [
         f"{entry['rows']:,} rows" if "rows" in entry else "",
-        f"{entry['steps']:,} steps" if "steps" in entry else "",
+        _steps(entry),
         f"{entry['tokens']:,} tokens" if "tokens" in entry else "",
         *losses,
         f"seed {entry['seed']}" if "seed" in entry else "",
         f"{entry['processes']} processes" if entry.get("processes", 1) > 1 else "",
     ]
     return [phrase for phrase in said if phrase]
+
+
+def _steps(entry: dict) -> str:
+    if "total" in entry and not is_complete(entry):
+        return f"{entry['steps']:,} of {entry['total']:,} steps"
+    return f"{entry['steps']:,} steps" if "steps" in entry else ""
 
 
 def as_text(history: History, parts: list[Part] | None = None) -> str:

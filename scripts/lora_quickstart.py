@@ -15,17 +15,15 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import os
 import re
 import shlex
-import signal
-import subprocess
 import time
 from dataclasses import dataclass, replace
 
 from common.console import UserError, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
+from scripts.commands import call
 
 MINIMIND = "MiniMind2-PyTorch"  # in the table of model/hub.py
 
@@ -178,7 +176,10 @@ def train(config: QuickstartConfig, base: Path) -> Path:
     say(f"  - LoRA名称: {config.lora_name}\n  - 训练轮次: {config.epochs}")
     print(f"  - 批次大小: {config.batch_size}\n  - 学习率: {config.learning_rate:g}")
     print("🔄 加载模型和分词器...", flush=True)
-    call([ROOT / "trainer/train_lora.py", *(f"--{name}={value}" for name, value in flags.items())], translate)
+    call(
+        [ROOT / "trainer/train_lora.py", *(f"--{name}={value}" for name, value in flags.items())],
+        lambda line: say(translate(line)),
+    )
     return folder
 
 
@@ -187,30 +188,10 @@ def translate(line: str) -> str:
     if found := re.match(r"model: ([\d,]+) parameters.*?, ([\d,]+) trained", line):
         every, trained = (int(number.replace(",", "")) / 1e6 for number in found.groups())
         share = f"📊 可训练参数: {trained:.2f}M / {every:.1f}M ({trained / every:.2%})"
-        return f"✅ 模型加载完成\n📊 模型参数数量: {every:.1f}M\n{share}\n"
+        return f"✅ 模型加载完成\n📊 模型参数数量: {every:.1f}M\n{share}"
     if found := re.match(r"device: (\w+)", line):
-        return f"💻 使用设备: {found[1]}\n🔥 开始训练...\n"
+        return f"💻 使用设备: {found[1]}\n🔥 开始训练..."
     return line
-
-
-def call(command: list, shown=lambda line: line) -> None:
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
-    )
-    # The terminal sends Ctrl-C to the training as well, which then saves. SIGTERM comes to us alone and is passed on.
-    before = [
-        signal.signal(signal.SIGINT, lambda *_: None),
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-    ]
-    try:
-        for line in process.stdout:
-            print(shown(line), end="", flush=True)
-        if process.wait():
-            raise SystemExit(process.returncode)
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
 
 
 def quick_test(config: QuickstartConfig) -> QuickstartConfig:
@@ -229,7 +210,10 @@ def quick_test(config: QuickstartConfig) -> QuickstartConfig:
         base = find_weights("full_sft", ROOT / "out")
     except ValueError:
         flags = [f"--data_path={files['pretrain']}", f"--save_dir={folder}", "--preset=nano", "--max_steps=20"]
-        call([ROOT / "trainer/train_pretrain.py", *flags, "--data_limit=2000", "--batch_size=8", "--max_seq_len=128"])
+        call(
+            [ROOT / "trainer/train_pretrain.py", *flags, "--data_limit=2000", "--batch_size=8", "--max_seq_len=128"],
+            say,
+        )
         base = find_weights("pretrain", folder)
     return replace(
         config,

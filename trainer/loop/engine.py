@@ -331,6 +331,7 @@ class Engine:
         return dict(
             **self.job.origin(),
             steps=self.step,
+            total=self.total,
             tokens=self.tokens,
             losses=self.losses,
             processes=self.backend.world,

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from common.files import relative_to_root
+from common.files import code_version, relative_to_root
 from dataset.batches.loader import Batch, Loader
 from model.checkpoint import Checkpoint
 from model.transformer import CausalLM
@@ -74,4 +74,5 @@ class Job:
             parent_path=relative_to_root(str(parent.path)) if parent else None,
             seed=self.config.seed,
             command=shlex.join(sys.argv),
+            code=code_version(),
         )
