@@ -1,6 +1,7 @@
 # make demo     trains a small model from nothing and shows what it learned (set-up included)
 # make chat     talks to it
-# make serve    serves it: a chat page at http://127.0.0.1:8998/, OpenAI's API for programs at /v1
+# make serve    serves it at http://127.0.0.1:8998: a chat page at /, training curves at /runs (also before there is a
+#               model), OpenAI's API for programs at /v1
 # make test     the quick tests        make soak   the long ones       make bench   the benchmarks       make lint
 #
 # make test WORKERS=4   in four processes instead of two; each needs about 2 GB of memory

@@ -12,35 +12,26 @@ Answers go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TextIO
+from typing import TYPE_CHECKING, ClassVar
 
-from common.console import UserError, printable, run
+from common.console import UserError, run
 from common.files import ROOT
 from common.options import option, parse
-from inference.options import DeviceOptions, LowBitOptions, SamplingOptions
+from inference.conversation import Conversation
+from inference.options import EngineOptions, LowBitOptions, SamplingOptions
+from inference.terminal import Screen, answer_all, chat, read_lines, show, typed
 
 if TYPE_CHECKING:  # torch is imported after the command line is checked: --help is instant
-    from inference.sampling import Sampling
-    from inference.session import Session
     from model.adapter import AdapterFile
     from model.checkpoint import Checkpoint
     from model.transformer import CausalLM
     from tokenizer.text import Tokenizer
 
 MODES = ("pretrain", "full_sft", "rlhf", "reason")
-COMMANDS = {
-    "/reset": "forget the conversation",
-    "/system": "/system <text> sets the system prompt, /system alone removes it",
-    "/help": "this list; Ctrl-C stops an answer, Ctrl-D leaves",
-    "/exit": "leave",
-}
 
 
 def compares(_value: object) -> dict:
@@ -49,7 +40,7 @@ def compares(_value: object) -> dict:
 
 
 @dataclass(frozen=True)
-class EvalConfig(DeviceOptions, LowBitOptions, SamplingOptions):
+class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
@@ -98,6 +89,7 @@ class EvalConfig(DeviceOptions, LowBitOptions, SamplingOptions):
     png: str | None = option(None, "draw the figures of --eval_data into this file", path=True)
     web: bool = option(False, "talk in the browser: starts scripts/serve_openai_api.py, which gets all flags")
     system: str = option("", "system prompt")
+    tools: str | None = option(None, "let the model call tools: a calculator and the date", choices=("demo",))
     enable_thinking: bool | None = option(None, "let the model think first, or keep it from it")
     max_new_tokens: int | None = option(
         None,
@@ -119,8 +111,8 @@ class EvalConfig(DeviceOptions, LowBitOptions, SamplingOptions):
             found.append("--lora_name and --lora_path: both name an adapter; give one of them")
         if self.merge_lora and not (self.lora_name or self.lora_path):
             found.append("--merge_lora: needs --lora_name or --lora_path")
-        if self.model_mode == 0 and (self.system or self.enable_thinking is not None):
-            what = "system" if self.system else "enable_thinking"
+        chats = dict(system=self.system, tools=self.tools, enable_thinking=self.enable_thinking is not None)
+        if self.model_mode == 0 and (what := next(filter(chats.get, chats), None)):
             found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")
         if self.metrics:
             from evaluation.metrics import chosen
@@ -142,6 +134,7 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     from model.lora import merge
     from model.precision import pick_device, pick_dtype, prepare_for_inference
     from model.quant import choose_bits
+    from model.quant_cpu import quantize_for_cpu
 
     checkpoint, adapter = find_checkpoint(config)
     check_stated(checkpoint, **{k: getattr(config, k) for k in ("hidden_size", "num_hidden_layers", "use_moe")})
@@ -162,7 +155,8 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
         screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}{kept}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage
     model = prepare_for_inference(model, dtype).to(device)
-    screen.note("\n".join(filter(None, (checkpoint.describe(model), remark))))
+    packed = quantize_for_cpu(model, config.quantize) if config.quantize else ""
+    screen.note("\n".join(filter(None, (checkpoint.describe(model), packed, remark))))
     return model, tokenizer, checkpoint
 
 
@@ -183,157 +177,6 @@ def find_checkpoint(config: EvalConfig) -> tuple[Checkpoint, AdapterFile | None]
     base = find_base(adapter, named, *folders)
     base.tokenizer = base.tokenizer or adapter.tokenizer  # a base of MiniMind's does not tell
     return base, adapter
-
-
-# ---- a conversation
-
-
-@dataclass
-class Conversation:
-    """The messages so far, and how they become a prompt. `session` (inference/session.py) computes the answers."""
-
-    session: Session
-    tokenizer: Tokenizer
-    sampling: Sampling
-    max_new_tokens: int = 1024
-    completes: bool = False  # continues a text instead of answering a message
-    system: str = ""
-    enable_thinking: bool | None = None
-    turns: list[dict] = field(default_factory=list)
-
-    def answer(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yields (piece of text, whether it is a thought). Also an interrupted answer is kept in the history."""
-        limit = self.session.model.config.max_position_embeddings
-        while len(ids := self.encode(text)) > limit - min(self.max_new_tokens, limit // 4) and self.turns:
-            del self.turns[:2]  # forget the oldest question and its answer
-        if len(ids) >= limit:
-            raise UserError(f"a prompt of {len(ids)} tokens fills the model's {limit} positions: shorten it")
-        return self._stream(text, ids, min(self.max_new_tokens, limit - len(ids)))
-
-    def encode(self, text: str) -> list[int]:
-        if self.completes:  # as in pretraining, where a document follows the end of another
-            return [self.tokenizer.end_of_text, *self.tokenizer.encode(text)]
-        from tokenizer.chat import encode_chat
-
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, *self.turns, {"role": "user", "content": text}]
-        prompt = dict(add_generation_prompt=True, enable_thinking=self.enable_thinking)
-        return encode_chat(self.tokenizer, messages, **prompt).ids
-
-    def _stream(self, text: str, ids: list[int], room: int) -> Iterator[tuple[str, bool]]:
-        opens, closes = (self.tokenizer.control.get(tag) for tag in ("<think>", "</think>"))
-        begun = thinking = next((token == opens for token in reversed(ids) if token in (opens, closes)), False)
-        stream, said = self.tokenizer.stream(), []
-        reply = self.session.reply(ids, self.sampling, max_new_tokens=room, stop=self.tokenizer.stop_ids)
-        try:
-            for token in reply:
-                said.append(token)
-                thought = thinking or token == opens
-                thinking = thought and token != closes
-                yield stream.push(token), thought
-            yield stream.flush(), thinking
-        finally:
-            if said and not self.completes:
-                content = ("<think>\n" if begun else "") + self.tokenizer.decode(said)
-                self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
-
-
-@dataclass(frozen=True)
-class Screen:
-    """Where this script prints: answers to `out`, remarks to `notes`."""
-
-    out: TextIO
-    notes: TextIO
-
-    def write(self, text: str, dim: bool = False) -> None:
-        self._print(text, dim, self.out)
-
-    def note(self, text: str) -> None:
-        self._print(text, True, self.notes)
-        self._print("\n", False, self.notes)
-
-    @staticmethod
-    def _print(text: str, dim: bool, out: TextIO) -> None:
-        text = printable(text)
-        dim = dim and text and out.isatty() and not os.environ.get("NO_COLOR")
-        out.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
-        out.flush()
-
-
-def show(talk: Conversation, text: str, screen: Screen) -> None:
-    """Prints one answer as it is made. Ctrl-C raises KeyboardInterrupt after the history is completed."""
-    with closing(talk.answer(text)) as pieces:
-        for piece, thought in pieces:
-            screen.write(piece, dim=thought)
-
-
-def chat(talk: Conversation, lines: Iterable[str], screen: Screen) -> None:
-    """Answers line after line. Ctrl-C stops the answer, not the conversation."""
-    for line in map(str.strip, lines):
-        word, _, rest = line.partition(" ")
-        if word == "/exit":
-            return
-        if word in COMMANDS or re.fullmatch(r"/[a-z]+", line):
-            screen.note(run_command(talk, word, rest.strip()))
-        elif line:
-            ended = ""
-            try:
-                show(talk, line, screen)
-            except KeyboardInterrupt:
-                ended = "(stopped) "
-            except ValueError as error:  # a text that cannot be encoded, or is too long
-                screen.note(f"error: {error}")
-                continue
-            screen.write("\n")
-            screen.note(ended + talk.session.speed)
-
-
-def run_command(talk: Conversation, word: str, rest: str) -> str:
-    """Runs a /command -> a remark to print."""
-    if word == "/reset":
-        talk.turns.clear()
-        return "the conversation begins anew"
-    if word == "/system":
-        talk.system = rest
-        return f"system prompt: {rest}" if rest else "no system prompt"
-    unknown = "" if word == "/help" else f"there is no {word}\n"
-    return unknown + "\n".join(f"{name:<9}{meaning}" for name, meaning in COMMANDS.items())
-
-
-def typed() -> Iterator[str]:
-    """Lines typed at the prompt, until Ctrl-D or Ctrl-C."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 (gives input() arrow keys and a history)
-    while True:
-        try:
-            yield input(">>> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-
-
-# ---- without a terminal
-
-
-def read_lines(file: Iterable[str]) -> Iterator[str]:
-    """The prompts on standard input."""
-    try:
-        yield from filter(None, map(str.strip, file))
-    except UnicodeDecodeError:
-        raise UserError("standard input: not UTF-8; save it as UTF-8") from None
-
-
-def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> None:
-    """Answers each prompt on its own, without the ones before. Never waits for input."""
-    answered = False
-    for prompt in prompts:
-        talk.turns.clear()
-        screen.write(f"> {prompt}\n")
-        show(talk, prompt, screen)
-        screen.write("\n\n")
-        answered = True
-    if not answered:
-        raise UserError("there is no prompt to answer; give --prompt or --prompts_file, or run it in a terminal")
 
 
 # ---- main
@@ -367,14 +210,17 @@ def main(argv: list[str] | None = None) -> None:
 
     sampling = config.sampling(config.seed)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
-    talk = Conversation(Session(model), tokenizer, sampling, config.max_new_tokens or 1024, **said)
+    said |= dict(tools=config.tools is not None)
+    session = Session(model, config.prompt_lookup_num_tokens)
+    talk = Conversation(session, tokenizer, sampling, config.max_new_tokens or 1024, **said)
     if config.prompt:
         show(talk, config.prompt, screen)
         screen.write("\n")
     elif prompts is not None:
         answer_all(talk, prompts, screen)
     else:
-        screen.note(("each line is continued; " if completes else "") + "/help lists the commands, Ctrl-D leaves")
+        hint = "/help lists the commands, Ctrl-D leaves; --web talks in the browser"
+        screen.note(("each line is continued; " if completes else "") + hint)
         chat(talk, typed(), screen)
 
 

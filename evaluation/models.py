@@ -26,6 +26,7 @@ from model.adapter import AdapterFile, find_base, open_model_file
 from model.checkpoint import Checkpoint, find_tokenizer, find_weights, same_weights
 from model.lora import activate, adapted
 from model.precision import pick_device, pick_dtype, prepare_for_inference
+from model.quant_cpu import quantize_for_cpu
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 
@@ -99,6 +100,7 @@ def open_models(
     tokenizer_path: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
 ) -> list[Contender]:
     """Loads what is named, in that order. Weights that several share are loaded once.
 
@@ -128,6 +130,8 @@ def open_models(
     for _, model, _ in opened:
         activate(model, None)
         prepare_for_inference(model, precision).to(on)
+        if quantize:
+            note(quantize_for_cpu(model, quantize))
     return contenders
 
 

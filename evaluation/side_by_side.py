@@ -8,13 +8,14 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 
 from common.console import note, printable
 from evaluation.columns import GAP, Columns, cut, width_of
 from evaluation.models import Contender
 from inference.sampling import Sampling
 from inference.session import Session
+from inference.terminal import typed
 
 NARROWEST = 24  # characters of a column; below that, the answers are printed one after the other
 
@@ -121,14 +122,4 @@ def show(talks: Sequence[Talk], line: str) -> None:
 
 def _typed() -> Iterator[str]:
     """Lines of standard input; at a terminal, with a prompt."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    with suppress(ImportError):
-        import readline  # noqa: F401 (gives input() arrow keys and a history)
-    while True:
-        try:
-            yield input(">>> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    yield from typed() if sys.stdin.isatty() else sys.stdin

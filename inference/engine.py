@@ -24,8 +24,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,45 +31,15 @@ from torch import Tensor
 from common.console import UserError
 from inference.drawn import Drawn, LogProb, LogProbs, to_device
 from inference.graphs import DecodeGraphs
-from inference.sampling import Said, Sampling, SamplingRows, draw
-from inference.slots import Decoding, Reading, Slot, Slots, common_length
+from inference.lookup import Lookup
+from inference.request import Request, Sequence, lookup_of, slot_of
+from inference.sampling import SamplingRows, draw
+from inference.slots import Decoding, Reading, Slots, common_length
 from model.transformer import CausalLM
 
 READ_ALONE, READ_BESIDE = 512, 256  # positions of prompts that a step reads: if no sequence is running, and if some are
 WORTH_WAITING = 64  # tokens: a beginning that another prompt is just reading is not read a second time
 MOST_LOGITS = 2**24  # that are kept at a time where the log-probabilities of a prompt are asked for: 64 MB
-
-
-@dataclass(frozen=True)
-class Request:
-    prompt: list[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = 1024  # 0: only read the prompt
-    stop: AbstractSet[int] = frozenset()  # tokens that end the answer
-    logprobs: int | None = None  # how many of the likeliest tokens to list with each token's log-probability
-    prompt_logprobs: bool = False  # the same for the prompt's tokens
-
-
-class Sequence:
-    """A request and what has become of it. Other threads may read it at any time."""
-
-    def __init__(self, request: Request, generator: torch.Generator | None):
-        self.request, self.generator = request, generator
-        self.tokens: list[int] = []  # without the token that ended it
-        self.logprobs: list[LogProb] = []  # of tokens, and of `end` if there is one
-        self.prompt_logprobs: list[LogProb] = []  # of prompt[1:]
-        self.end: int | None = None  # the stop token that ended it
-        self.finish_reason: str | None = None  # None while it runs | stop | length | cancelled | error
-        self.error: BaseException | None = None
-        self.cached_tokens = 0  # of the prompt, that did not have to be read
-        self.submitted, self.first_token = time.perf_counter(), 0.0  # seconds
-        self.cancelled = False
-        self.slot: Slot | None = None
-        self.said = Said(request.sampling, request.prompt, request.stop) if Said.needed(request.sampling) else None
-
-    def cancel(self) -> None:
-        """It will get no further token than the one that is being computed."""
-        self.cancelled = True
 
 
 class Engine:
@@ -81,7 +49,8 @@ class Engine:
     capacity     tokens that prompt and answer of one sequence may have; None: the model's max_position_embeddings
     before_step  called at the beginning of each step. Engines that share a model activate their adapter with it.
     late         tokens are read a step after they were drawn, so that a GPU has the next step to do meanwhile. A token
-                 that is computed after an answer's end is thrown away. None: on CUDA
+                 that is computed after an answer's end is thrown away. None: on CUDA. Without guesses only
+    prompt_lookup_num_tokens  of a sequence that are guessed and computed together (inference/lookup.py); 0: none
     """
 
     def __init__(
@@ -90,9 +59,10 @@ class Engine:
         rows: int = 16,
         capacity: int | None = None,
         before_step: Callable[[], None] = lambda: None,
+        prompt_lookup_num_tokens: int = 0,
         late: bool | None = None,
     ):
-        self.model, self.before_step = model, before_step
+        self.model, self.before_step, self.most_guessed = model, before_step, prompt_lookup_num_tokens
         weight, limit = model.model.embed_tokens.weight, model.config.max_position_embeddings
         self.device, self.rows = weight.device, rows
         dtype = model.compute_dtype or weight.dtype
@@ -101,7 +71,7 @@ class Engine:
         self.reading: list[Sequence] = []  # in the order they came
         self.running: list[Sequence] = []  # running[i] is in row i
         on_cuda = self.device.type == "cuda"
-        self.late = on_cuda if late is None else late
+        self.late = (on_cuda if late is None else late) and not self.most_guessed
         self.graphs = DecodeGraphs(model, self.slots) if on_cuda else None
         self.unread: Drawn | None = None  # of the last step, for all that run
         self.settings: SamplingRows | None = None  # of the rows that were drawn last
@@ -138,15 +108,19 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Computes the next token of every running sequence -> the sequences that got a token or came to an end."""
+        """Computes the next token of every running sequence, or the next ones where they were guessed -> the sequences
+        that got a token or came to an end."""
         self.steps += 1
         self.before_step()
         moved = self._drop_cancelled()
         self._admit()
         logits: list[Tensor] = []
         drawing = list(self.running)
+        guesses = self._guesses()
+        ahead = torch.empty(0)
         if self.running:
-            logits.append(self._decode())
+            ahead = self._decode(guesses)
+            logits.append(ahead[:, 0])
         parts = self._parts()
         if parts:
             logits.append(self._read(parts))
@@ -168,23 +142,27 @@ class Engine:
             self.unread = drawn
         elif drawn is not None:
             moved += self._enter_all(drawn, computed=False)
+        self._keep_right(drawing[: len(guesses)], guesses, ahead)
         self._drop_finished()
         if not self.running:
             self.unread = None
         return moved
 
-    def _decode(self) -> Tensor:
-        """-> logits (B, V) after the last token of each running sequence, whether the host has read it or not."""
+    def _decode(self, guesses: list[list[int]]) -> Tensor:
+        """-> logits (B, T, V) after the last token of each running sequence, whether the host has read it or not, and
+        after the guesses that follow it."""
+        T = 1 + max(map(len, guesses))
         if self.unread is None:
-            tokens = to_device([sequence.tokens[-1] for sequence in self.running], self.device)
+            fed = [[s.tokens[-1], *guess] + [0] * (T - 1 - len(guess)) for s, guess in zip(self.running, guesses)]
+            tokens = to_device(fed, self.device)
         else:
-            tokens = self.unread.tokens
+            tokens = self.unread.tokens[:, None]
             if self.unread.sequences != self.running:
                 place = {sequence: i for i, sequence in enumerate(self.unread.sequences)}
                 tokens = tokens[to_device([place[sequence] for sequence in self.running], self.device)]
-        if self.graphs is not None:
-            return self.graphs.logits(tokens[:, None])
-        return self.model(tokens[:, None], cache=Decoding(self.slots, len(tokens))).logits[:, -1]
+        if self.graphs is not None and T == 1:
+            return self.graphs.logits(tokens)[:, None]
+        return self.model(tokens, cache=Decoding(self.slots, len(tokens), T)).logits
 
     def fail(self, error: BaseException) -> list[Sequence]:
         """Ends all sequences with this error -> those sequences. What the slots hold is not trusted any more."""
@@ -239,6 +217,46 @@ class Engine:
                 sequence.slot.ids.clear()  # the logits at all its positions are needed
             sequence.cached_tokens = len(sequence.slot.ids)
             self.reading.append(sequence)
+
+    # ---- guessing tokens
+
+    def _guesses(self) -> list[list[int]]:
+        """Tokens that may follow, for each running sequence."""
+        if not self.most_guessed or not self.running:
+            return [[] for _ in self.running]
+        room = self.capacity - max(len(slot_of(sequence).ids) for sequence in self.running) - 1
+        found = []
+        for sequence in self.running:
+            request, said = sequence.request, sequence.tokens
+            lookup = sequence.lookup = sequence.lookup or Lookup(request.prompt)
+            lookup.extend(said[len(lookup.ids) - len(request.prompt) :])
+            found.append(
+                lookup.guess(min(self.most_guessed, 2 * lookup.right + 1, request.max_new_tokens - len(said) - 1, room))
+            )
+        return found
+
+    def _keep_right(self, sequences: list[Sequence], guesses: list[list[int]], logits: Tensor) -> None:
+        """Draws the tokens after each guess that was right. logits (B, T, V), of which the first are drawn from.
+
+        A token is drawn as it would be without guesses, from the same logits and random numbers, and compared. This is
+        speculative sampling (arXiv:2211.17192) for a draft that is certain of its tokens.
+        """
+        going = [row for row, guess in enumerate(guesses) if guess]
+        for row in going:
+            lookup_of(sequences[row]).right = 0
+        for i in range(logits.shape[1] - 1 if going else 0):
+            right = []
+            for row in going:
+                sequence, guess = sequences[row], guesses[row]
+                if not sequence.finish_reason and i < len(guess) and sequence.tokens[-1] == guess[i]:
+                    right.append(row)
+                    sequence.guessed += 1
+                    lookup_of(sequence).right = i + 1
+                    slot_of(sequence).ids.append(guess[i])
+            going = right
+            if not going:
+                return
+            self._enter_all(self._draw([sequences[row] for row in going], logits[going, i + 1]), computed=False)
 
     # ---- reading prompts
 
@@ -348,11 +366,6 @@ class Engine:
         sequence.tokens.append(token)
         if len(sequence.tokens) == request.max_new_tokens:
             self._finish(sequence, "length")
-
-
-def slot_of(sequence: Sequence) -> Slot:
-    assert sequence.slot is not None
-    return sequence.slot
 
 
 def _is_read(sequence: Sequence, more: int = 0) -> bool:

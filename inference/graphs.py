@@ -31,17 +31,18 @@ class FixedDecoding(Decoding):
 
     def __init__(self, slots: Slots, ends: Tensor, columns: int):
         """ends (B, 1): where each row's new token comes; all of them below `columns`."""
-        self.slots, self.rows, self.columns, self.ends = slots, len(ends), columns, ends
+        self.slots, self.rows, self.columns, self.places = slots, len(ends), columns, ends
+        self.lengths = []
 
     def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        self.index = torch.arange(self.rows, device=tokens.device)
-        return self.ends
+        self.index = torch.arange(self.rows, device=tokens.device)[:, None]
+        return self.places
 
     def mask(self, window: int | None) -> AttentionMask:
-        column = torch.arange(self.columns, device=self.ends.device)
-        seen = column <= self.ends
+        column = torch.arange(self.columns, device=self.places.device)
+        seen = column <= self.places
         if window is not None and window < self.columns:
-            seen &= column > self.ends - window
+            seen &= column > self.places - window
         return AttentionMask("sdpa", additive(seen[:, None, None], self.slots.keys.dtype))  # (B, 1, 1, S)
 
 

@@ -12,7 +12,7 @@ removed or interrupted without telling the session.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from inference.engine import Engine, Request, follow
 from inference.sampling import Sampling
@@ -22,16 +22,17 @@ from model.transformer import CausalLM
 class Session:
     """An engine with one sequence, whose memory grows with the conversation."""
 
-    def __init__(self, model: CausalLM):
-        self.model = model
+    def __init__(self, model: CausalLM, prompt_lookup_num_tokens: int = 0):
+        self.model, self.most_guessed = model, prompt_lookup_num_tokens
         self.engine: Engine | None = None
         self.speed = ""  # of the last reply, as a sentence
 
-    def reply(self, ids: list[int], sampling: Sampling, *, max_new_tokens: int, stop: set[int]) -> Iterator[int]:
+    def reply(self, ids: list[int], sampling: Sampling, *, max_new_tokens: int, stop: Set[int]) -> Iterator[int]:
         """Yields the ids of the reply to the prompt `ids`. May be abandoned at any time (close(), an exception)."""
         most, limit = len(ids) + max_new_tokens, self.model.config.max_position_embeddings
         if self.engine is None or self.engine.capacity < most:
-            self.engine = Engine(self.model, rows=1, capacity=max(most, min(2 * most, limit)))
+            capacity = max(most, min(2 * most, limit))
+            self.engine = Engine(self.model, 1, capacity, prompt_lookup_num_tokens=self.most_guessed)
         sequence = self.engine.submit(Request(ids, sampling, max_new_tokens, frozenset(stop)))
         try:
             yield from follow(self.engine, sequence)
@@ -43,3 +44,5 @@ class Session:
                 f"{first - sequence.submitted:.2f} s, wrote {said} at {max(said - 1, 0) / max(end - first, 1e-9):.0f} "
                 "tokens/s"
             )
+            if self.most_guessed:
+                self.speed += f", {sequence.guessed} of them guessed from the text"

@@ -100,32 +100,40 @@ def common_length(a: Sequence[int], b: Sequence[int], most: int) -> int:
 
 
 class Decoding:
-    """The first B slots as the model's cache for one more token each (model.transformer.Cache)."""
+    """The first B slots as the model's cache for T more tokens each (model.transformer.Cache).
 
-    def __init__(self, slots: Slots, rows: int):
-        self.slots, self.rows = slots, rows
+    There must be room for T tokens in each slot, also where the last of them only fill up the row: those are written
+    behind its end, and no other token sees them.
+    """
+
+    def __init__(self, slots: Slots, rows: int, tokens: int = 1):
+        self.slots, self.rows, self.tokens = slots, rows, tokens
         self.lengths = [len(slot.ids) for slot in slots.slots[:rows]]
-        self.columns = max(self.lengths) + 1  # S
+        self.columns = max(self.lengths) + tokens  # S
 
     def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        self.ends = to_device(self.lengths, tokens.device)[:, None]  # (B, 1): where the new token comes
-        self.index = torch.arange(self.rows, device=tokens.device)
-        return self.ends
+        ends = to_device(self.lengths, tokens.device)[:, None]
+        self.places = ends if self.tokens == 1 else ends + torch.arange(self.tokens, device=tokens.device)  # (B, T)
+        self.index = torch.arange(self.rows, device=tokens.device)[:, None]  # (B, 1)
+        return self.places
 
     def mask(self, window: int | None) -> AttentionMask:
-        column = torch.arange(self.columns, device=self.ends.device)
+        column, place = torch.arange(self.columns, device=self.places.device), self.places[..., None]  # (B, T, 1)
         if window is not None and window < self.columns:
-            seen = (column <= self.ends) & (column > self.ends - window)
-        elif min(self.lengths) + 1 < self.columns:
-            seen = column <= self.ends
+            seen = (column <= place) & (column > place - window)
+        elif self.tokens > 1 or min(self.lengths) + 1 < self.columns:
+            seen = column <= place
         else:
             return AttentionMask("sdpa")
-        return AttentionMask("sdpa", additive(seen[:, None, None], self.slots.keys.dtype))  # (B, 1, 1, S)
+        return AttentionMask("sdpa", additive(seen[:, None], self.slots.keys.dtype))  # (B, 1, T, S)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for stored, new in ((self.slots.keys[layer], k), (self.slots.values[layer], v)):
-            stored[self.index, self.ends[:, 0]] = new[:, 0].to(stored.dtype)
+            if self.rows == 1 and self.lengths:  # no index to look up: this is done often
+                stored[0, self.lengths[0] : self.columns] = new[0]
+            else:
+                stored[self.index, self.places] = new.to(stored.dtype)
             found.append(stored[: self.rows, : self.columns])
         return found[0], found[1]
 

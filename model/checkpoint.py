@@ -52,6 +52,10 @@ MADE_BY = {  # the usual names of weights, for messages: who looks for one has n
 WITHOUT_EFFECT = ("max_position_embeddings", "router_aux_loss_coef")  # settings that no logit depends on
 
 
+class NoWeights(UserError):
+    """There are none of the name that was asked for."""
+
+
 @dataclass
 class Checkpoint:
     path: Path
@@ -248,7 +252,7 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     adapters = [path for folder in map(Path, folders) for path in folder.glob(f"lora/{glob.escape(weight)}_*.pth")]
     if adapters:
         advice = f"{adapters[0]} is an adapter, which eval_model.py takes as --lora_name {weight}"
-    raise UserError(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
+    raise NoWeights(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -55,7 +55,12 @@ class Linear(nn.Linear):
     """Computes in the dtype of its input, whatever dtype the weight is kept in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        single = x.numel() == self.in_features and x.is_cpu and x.dtype == torch.bfloat16
+        if single and torch.is_inference_mode_enabled():  # one position: nearly twice as fast as F.linear
+            y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+            return y if bias is None else y + bias
+        return F.linear(x, weight, bias)
 
 
 class Head(Linear):
@@ -77,6 +82,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
+        if torch.is_inference_mode_enabled():  # torch's own is the same in fewer operations
+            return F.rms_norm(x32, self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * self.weight.float()).to(x.dtype)
 
@@ -290,8 +297,10 @@ class CausalLM(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         """Tied weights count once. active: only the experts that one token passes through."""
         total = sum(p.numel() for p in self.parameters())
+        # model/quant.py and quant_cpu.py keep these in buffers; a tied head was counted as the embedding
+        counted = self.lm_head if self.config.tie_word_embeddings else None
         packed = (m for m in self.modules() if isinstance(m, Linear) and getattr(m, "weight", None) is None)
-        total += sum(m.in_features * m.out_features for m in packed)  # model/quant.py keeps these in buffers
+        total += sum(m.in_features * m.out_features for m in packed if m is not counted)
         return total - idle_parameters(self.config) if active else total
 
 

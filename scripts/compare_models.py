@@ -6,6 +6,7 @@
     python scripts/compare_models.py --base_model full_sft --finetuned_model lora_a lora_b --questions_file mine.txt
     python scripts/compare_models.py --base_model pretrain --finetuned_model full_sft --eval_data val.jsonl
     python scripts/compare_models.py --output out/compare/full_sft-rlhf.json --votes votes.json
+    python scripts/compare_models.py --votes votes.json                                 # of the server's page /compare
 
 A report is an .html that loads nothing from anywhere, and the same as .json. In it: the answers and where they begin to
 differ, how surprised each model is by the others' words, figures with error bars, what was forgotten (--eval_data), and
@@ -55,7 +56,9 @@ class CompareConfig(DeviceOptions, SamplingOptions):
     eval_data: tuple[str, ...] = option(
         (), "held-out files whose loss is compared: what has been forgotten?", path=True, aliases=("val_path",)
     )
-    votes: tuple[str, ...] = option((), "files that the page of --output has saved: count them", path=True)
+    votes: tuple[str, ...] = option(
+        (), "files that the page of --output, or the server's, has saved: count them", path=True
+    )
     output: str | None = option(
         None, "the report, .json or .html; both are written (default: in compare/ of save_dir)", path=True
     )
@@ -69,8 +72,6 @@ class CompareConfig(DeviceOptions, SamplingOptions):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.votes and not self.output:
-            found.append("--votes: name the report that they are about with --output")
         if not self.votes and not self.finetuned_model:
             found.append("--finetuned_model: name the model to compare, for instance --finetuned_model rlhf")
         if self.interactive and (self.eval_data or self.output):
@@ -93,7 +94,9 @@ def main():
     from evaluation.models import base_of, open_models
 
     names = [config.base_model or base_of(config.finetuned_model[0], config.save_dir), *config.finetuned_model]
-    places = dict(tokenizer_path=config.tokenizer_path, device=config.device, dtype=config.dtype)
+    places = dict(
+        tokenizer_path=config.tokenizer_path, device=config.device, dtype=config.dtype, quantize=config.quantize
+    )
     contenders = open_models(names, config.save_dir, **places)
     if questions is None:
         from evaluation.side_by_side import converse
@@ -131,9 +134,12 @@ def summary(result: dict[str, Any]) -> str:
 
 def count_votes(config: CompareConfig) -> None:
     from evaluation.compare import FORMAT, write_report
-    from evaluation.votes import as_text, read_votes, tally
+    from evaluation.votes import as_text, read_page_votes, read_votes, tally
 
-    path = Path(config.output or "").with_suffix(".json")
+    if not config.output:  # those of the server's page, which are about no report
+        names, votes = read_page_votes(config.votes)
+        return say(as_text(tally(votes, len(names)), names))
+    path = Path(config.output).with_suffix(".json")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["format"] != FORMAT:

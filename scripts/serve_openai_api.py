@@ -5,7 +5,8 @@
     python scripts/serve_openai_api.py --lora_name lora_identity med=out/lora/lora_medical_512.pth
     python scripts/serve_openai_api.py --host 0.0.0.0 --api_key KEY       # for other machines; a key is required
 
-The chat page is at http://127.0.0.1:8998/ then; --web opens it.
+The chat page is at http://127.0.0.1:8998/ then; --web opens it. At /runs are the curves of what is being trained;
+that page also works before there are any weights.
 
     curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"model": "full_sft", "messages": [{"role": "user", "content": "hello"}]}'
@@ -29,19 +30,20 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from common.console import UserError, note, run
 from common.files import ROOT
 from common.options import option, parse
-from inference.options import DeviceOptions, LowBitOptions, SamplingOptions
+from inference.options import EngineOptions, LowBitOptions, SamplingOptions
 
 MODES = ("pretrain", "full_sft", "rlhf", "reason")  # what --model_mode means, as in eval_model.py
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
-class ServeConfig(DeviceOptions, LowBitOptions, SamplingOptions):
+class ServeConfig(LowBitOptions, SamplingOptions, EngineOptions):
     """Options of this script"""
 
     needless: ClassVar[dict[str, str]] = {
         "load_from": "a file says itself what it holds",
         "load": "a file says itself what it holds",
+        "tools": "the chat page has them under Settings",
         "inference_rope_scaling": "the weights say whether their positions are stretched",
     }
 
@@ -119,6 +121,12 @@ def family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
+def can_show() -> bool:
+    """Whether a browser has a screen to appear on; one for terminals would take this one."""
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or os.environ.get("BROWSER")
+    return bool(display) or sys.platform in ("win32", "darwin")
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(ServeConfig, argv, description=__doc__)
     try:
@@ -126,9 +134,11 @@ def main(argv: list[str] | None = None) -> None:
         import uvicorn
     except ImportError as error:
         raise UserError(f"the server needs {error.name}; pip install fastapi uvicorn") from None
+    from model.checkpoint import NoWeights
     from serve.app import build_app
     from serve.guard import PatientProtocol, Rules, guarded
     from serve.models import load_table
+    from serve.runs import Runs
     from serve.server import Limits
 
     open_more_files()
@@ -136,25 +146,34 @@ def main(argv: list[str] | None = None) -> None:
     names = config.weight
     if not names and (config.model_mode is not None or not config.lora_name):
         names = (MODES[1 if config.model_mode is None else config.model_mode],)
-    table, remarks = load_table(
-        list(names),
-        [name for name in config.lora_name if name != "None"],  # MiniMind's way to say: no adapter
-        (Path(config.save_dir), ROOT / "out"),
-        rows=config.max_num_seqs,
-        max_seq_len=config.max_seq_len,
-        device=config.device,
-        dtype=config.dtype,
-        four=config.load_in_4bit,
-        eight=config.load_in_8bit,
-        tokenizer_path=config.tokenizer_path,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        use_moe=config.use_moe,
-    )
+    folders = (Path(config.save_dir), ROOT / "out")
+    runs = Runs([folder / "runs" for folder in folders])
+    try:
+        table, remarks = load_table(
+            list(names),
+            [name for name in config.lora_name if name != "None"],  # MiniMind's way to say: no adapter
+            folders,
+            rows=config.max_num_seqs,
+            max_seq_len=config.max_seq_len,
+            device=config.device,
+            dtype=config.dtype,
+            quantize=config.quantize,
+            prompt_lookup_num_tokens=config.prompt_lookup_num_tokens,
+            four=config.load_in_4bit,
+            eight=config.load_in_8bit,
+            tokenizer_path=config.tokenizer_path,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            use_moe=config.use_moe,
+        )
+    except NoWeights as error:  # the first model is still being trained: that can be watched
+        if config.weight or config.lora_name or not runs.overview():
+            raise
+        table, remarks = {}, [f"{error}; until this is started again, only the runs are shown"]
     for remark in remarks:
         note(remark)
     limits = Limits(config.max_new_tokens, config.max_waiting, config.request_seconds)
-    app = build_app(table, limits, config.sampling())
+    app = build_app(table, limits, config.sampling(), runs)
     rules = Rules(
         hosts(config),
         config.cors_origins,
@@ -173,9 +192,13 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has drained
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # all addresses are not one to go to
     url = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
-    note(f"serving {', '.join(table)} at {url}/v1; the chat page is {url}/; Ctrl-C stops")
-    if config.web:  # in a thread: a browser for terminals returns only when it is left
-        threading.Thread(target=webbrowser.open, args=(f"{url}/",), daemon=True).start()
+    page = f"{url}/" if table else f"{url}/runs"
+    pages = f"the chat page is {page}; runs are at {url}/runs" if table else f"the page is {page}"
+    note(f"serving {', '.join(table) or 'no model'} at {url}/v1; {pages}; Ctrl-C stops")
+    if config.web and can_show():  # in a thread: some browsers return only when they are left
+        threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
+    elif config.web:
+        note(f"there is no display here to open a browser on; open {page} in one that reaches this machine")
     uvicorn.Server(settings).run(sockets=[listener])
 
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from common.console import UserError
 from inference.sampling import Sampling
+from inference.tools import ROUNDS, TOOLS, run_tool
 from serve.chat import chat
 from serve.completions import complete
 from serve.models import Served
@@ -26,9 +27,11 @@ from serve.requests import (
     Error,
     Refused,
     TokenizeRequest,
+    ToolRequest,
     refusal,
     words,
 )
+from serve.runs import Runs
 from serve.server import Json, Limits, Server, check_length, too_long
 from serve.static import PAGES, page
 from tokenizer.chat import encode_chat
@@ -59,7 +62,8 @@ def model_entry(served: Served) -> dict:
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "sparrow"} | more
 
 
-def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling) -> FastAPI:
+def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling, runs: Runs = Runs(())) -> FastAPI:  # noqa: B008
+    """table may be empty: then only the runs can be looked at."""
     server = Server(table, limits, defaults)
 
     @asynccontextmanager
@@ -108,6 +112,25 @@ def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling) -> F
     @app.get("/metrics")
     async def metrics():
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/tools/demo")
+    async def demo_tools():
+        return Json({"tools": TOOLS, "rounds": ROUNDS})
+
+    @app.post("/tools/demo")
+    async def use_demo_tool(body: ToolRequest):
+        return Json({"content": run_tool(body.name, body.arguments)})
+
+    @app.get("/runs/data")
+    async def list_of_runs():
+        return Json({"data": await asyncio.to_thread(runs.overview)})
+
+    @app.get("/runs/data/{name}")
+    async def series_of_run(name: str):
+        found = await asyncio.to_thread(runs.read, name)
+        if found is None:
+            raise Refused("There is no such run", "name", "run_not_found", 404)
+        return Json(found)
 
     for path in PAGES:
         app.add_api_route(path, partial(page, path), include_in_schema=False)

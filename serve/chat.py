@@ -11,10 +11,10 @@ from fastapi import Request
 from starlette.responses import Response
 
 from common.console import UserError
-from serve.answer import CALL, Answer, join
 from serve.choices import Choice, chat_logprobs
 from serve.requests import ChatRequest, refusal, words
 from serve.server import FINGERPRINT, Json, Server, check_length, check_listed, event, failure, opened, whole
+from tokenizer.answer import CALL, Answer, join
 from tokenizer.chat import encode_chat
 
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from inference.engine import LogProb, Request, Sequence
-from serve.answer import Answer, token_text
 from serve.runner import Runner
+from tokenizer.answer import Answer, token_text
 from tokenizer.text import Tokenizer
 
 LEAST = -9999.0  # stands for minus infinity, which JSON does not have
@@ -25,7 +25,7 @@ class Choice:
         self.finish_reason: str | None = None
 
     def advance(self) -> list[dict]:
-        """What has come since the last time, as deltas (serve/answer.py)."""
+        """What has come since the last time, as deltas (tokenizer/answer.py)."""
         if self.finish_reason:
             return []
         reason, deltas = self.sequence.finish_reason, []  # read before the tokens: none can follow
@@ -55,19 +55,20 @@ class Choices:
 
     async def follow(self) -> AsyncIterator[tuple[Choice, list[dict]]]:
         """Yields (choice, its new deltas) until all are finished, the time is up, or nobody follows any more."""
-        while running := [choice for choice in self.choices if not choice.finish_reason]:
-            left = self.deadline - time.monotonic()
-            try:
-                await asyncio.wait_for(self.event.wait(), max(left, 0.001))
-            except asyncio.TimeoutError:
+        # not asyncio.wait_for: up to Python 3.11 it forgets that it was cancelled if the event is set at that moment
+        alarm = asyncio.get_running_loop().call_later(self.deadline - time.monotonic(), self.event.set)
+        try:
+            while running := [choice for choice in self.choices if not choice.finish_reason]:
+                await self.event.wait()
+                self.event.clear()
                 for choice in running:
-                    choice.sequence.cancel()
-                await self.event.wait()  # for the engine to say that they are
-            self.event.clear()
-            for choice in running:
-                before, deltas = choice.seen, choice.advance()
-                if deltas or choice.finish_reason or choice.seen > before:
-                    yield choice, deltas
+                    if time.monotonic() >= self.deadline:
+                        choice.sequence.cancel()  # the engine says so in its next step
+                    before, deltas = choice.seen, choice.advance()
+                    if deltas or choice.finish_reason or choice.seen > before:
+                        yield choice, deltas
+        finally:
+            alarm.cancel()
 
     @property
     def failed(self) -> BaseException | None:

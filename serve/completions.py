@@ -11,11 +11,11 @@ from fastapi import Request
 from starlette.responses import Response
 
 from common.console import UserError
-from serve.answer import Answer, join
 from serve.choices import Choice, TextOffsets, text_logprobs
 from serve.models import Served
 from serve.requests import CompletionRequest, Refused
 from serve.server import FINGERPRINT, Json, Server, check_length, check_listed, event, failure, opened, whole
+from tokenizer.answer import Answer, join
 
 
 async def complete(server: Server, body: CompletionRequest, request: Request) -> Response:

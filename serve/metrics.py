@@ -43,6 +43,7 @@ class Metrics:
             self.tokens["prompt"] += len(sequence.request.prompt)
             self.tokens["cached"] += sequence.cached_tokens
             self.tokens["generated"] += choice.seen
+            self.tokens["guessed"] += sequence.guessed
             self.request.add(time.perf_counter() - sequence.submitted)
             if sequence.first_token:
                 self.first_token.add(sequence.first_token - sequence.submitted)
@@ -63,7 +64,7 @@ class Metrics:
             (
                 "sparrow_tokens_total",
                 "counter",
-                "tokens of prompts, those of them found in the cache, and written",
+                "tokens of prompts, those of them found in the cache, written, and those of them guessed before",
                 tokens,
             ),
             ("sparrow_sequences_running", "gauge", "answers in the making", running),

@@ -20,6 +20,7 @@ from model.checkpoint import Checkpoint, check_stated, find_tokenizer, find_weig
 from model.lora import activate
 from model.precision import pick_device, pick_dtype, prepare_for_inference
 from model.quant import choose_bits
+from model.quant_cpu import quantize_for_cpu
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 
@@ -73,6 +74,8 @@ def load_table(
     max_seq_len: int,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
+    prompt_lookup_num_tokens: int = 0,
     four: bool | None = None,
     eight: bool | None = None,
     tokenizer_path: str | None = None,
@@ -133,9 +136,11 @@ def load_table(
 
     for base in bases:
         base.model = prepare_for_inference(base.model, kind).to(where)
+        if quantize:
+            remarks.append(f"{base.checkpoint.path}: {quantize_for_cpu(base.model, quantize)}")
     table: dict[str, Served] = {}
     for name, base, adapter, created in plan:
-        engine = Engine(base.model, rows, max_seq_len, base.switch(adapter))
+        engine = Engine(base.model, rows, max_seq_len, base.switch(adapter), prompt_lookup_num_tokens)
         table[name] = Served(name, engine, base.tokenizer, base.name if adapter else None, created)
         on = f", the adapter on {base.checkpoint.path}" if adapter else f": {base.checkpoint.path}"
         bits = f" in {base.bits} bits" if base.bits else ""

@@ -202,6 +202,13 @@ class DetokenizeRequest(BaseModel):
     tokens: list[Token] = Field(max_length=1_000_000)
 
 
+class ToolRequest(BaseModel):
+    """A call of one of the page's own tools."""
+
+    name: str = Field(max_length=256)
+    arguments: str | dict[str, Any] = Field("{}", max_length=10_000)
+
+
 def words(messages: list[dict], tools: list[dict] | None) -> Iterator[str]:
     """All text of a conversation."""
     for message in messages:

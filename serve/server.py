@@ -16,12 +16,12 @@ from starlette.responses import Response, StreamingResponse
 from common.console import UserError
 from inference.engine import Request as EngineRequest
 from inference.sampling import Sampling
-from serve.answer import Answer
 from serve.choices import Choices, answering
 from serve.metrics import Metrics
 from serve.models import DEFAULTS, Served
 from serve.requests import ChatRequest, Common, Refused
 from serve.runner import Busy, Runner
+from tokenizer.answer import Answer
 
 FINGERPRINT = "sparrow"
 LISTED = 2**19  # log-probabilities in an answer: about 300 MB while it is written
@@ -58,11 +58,12 @@ class Server:
         self.metrics = Metrics(table)
 
     def find(self, name: str | None) -> Served:
-        first = next(iter(self.table.values()))
+        if not self.table:
+            raise Refused("No model is served: there were no weights yet", "model", "model_not_found", 404)
         if name in self.table:
             return self.table[name]
         if name in (None, "", *DEFAULTS):
-            return first
+            return next(iter(self.table.values()))
         known = ", ".join(self.table)
         raise Refused(f"The model {name!r} does not exist; there are {known}", "model", "model_not_found", 404)
 

@@ -1,4 +1,4 @@
-"""The chat page: the files in serve/page, as they are. Nothing is built, and nothing is fetched from elsewhere.
+"""The pages: the files in serve/page, as they are. Nothing is built, and nothing is fetched from elsewhere.
 
 The Content-Security-Policy lets the browser run our own scripts only, and ask this server only. With Trusted Types a
 script cannot turn text into HTML either: what a model said stays text (https://www.w3.org/TR/trusted-types/).
@@ -12,8 +12,10 @@ from starlette.responses import Response
 
 FOLDER = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-NAMES = ("style.css", "app.js", "api.js", "conversations.js", "markdown.js", "words.js", "icon.svg")
-PAGES = {"/": "index.html"} | {f"/page/{name}": name for name in NAMES}  # path -> file
+HTML = {"/": "index.html", "/compare": "compare.html", "/runs": "runs.html"}
+SCRIPTS = "answers api app chart compare conversations markdown runs settings votes words".split()
+NAMES = ("style.css", "icon.svg", *(f"{name}.js" for name in SCRIPTS))
+PAGES = HTML | {f"/page/{name}": name for name in NAMES}  # path -> file
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "

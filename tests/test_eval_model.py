@@ -1,5 +1,6 @@
 """eval_model.py as people and scripts use it: nothing blocks, nothing is lost, no model text steers the terminal."""
 
+import copy
 import io
 import json
 import os
@@ -18,8 +19,11 @@ from eval_model import Conversation, Screen, chat
 from evaluation import benchmark
 from inference.decode import generate
 from inference.sampling import Sampling
+from inference.tools import ROUNDS
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
+from model.precision import prepare_for_inference
+from model.quant_cpu import quantize_for_cpu
 from model.transformer import CausalLM
 from tests.helpers.models import small_model
 from tokenizer.chat import encode_chat
@@ -369,6 +373,49 @@ def test_the_stream_joined_is_the_decoded_reply(tokenizer):
     assert "".join(pieces) == tokenizer.decode(ids) and all("\ufffd" not in piece for piece in pieces[:-1])
 
 
+# ---- tools
+
+
+def called(tokenizer, name, arguments):
+    """The ids of a call, as a model that was trained on them writes it."""
+    body = json.dumps({"name": name, "arguments": arguments})
+    tags = [tokenizer.control[tag] for tag in ("<tool_call>", "</tool_call>")]
+    return [tags[0], *tokenizer.encode(f"\n{body}\n"), tags[1]]
+
+
+def test_tools_are_called_and_their_results_answered(tokenizer):
+    call = called(tokenizer, "calculator", {"expression": "6 * 7"})
+    session = Scripted(call, tokenizer.encode("It is 42."), tokenizer.encode("fine"))
+    talk, text = talk_with(tokenizer, session, ["What is 6 * 7?", "thanks"], tools=True)
+    assert "[calculator] 42\nIt is 42.\n" in text
+    second = tokenizer.decode(session.prompts[1])
+    assert '"name": "calculator"' in second.partition("user\n")[0], "the tools are described in the system turn"
+    assert second.endswith("<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    assert '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call><|im_end|>' in second
+    assert [turn["role"] for turn in talk.turns] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    # without --tools the same answer is text, and nothing is called
+    _, text = talk_with(tokenizer, Scripted(call), ["What is 6 * 7?"])
+    assert "[calculator]" not in text and "<tool_call>" in text
+
+
+def test_a_model_that_only_calls_tools_is_stopped(tokenizer):
+    call = called(tokenizer, "evil\x1b[31m", {"a": "\u202e"})
+    session = Scripted(*[list(call) for _ in range(9)])
+    talk, text = talk_with(tokenizer, session, ["go"], tools=True)
+    assert len(session.prompts) == ROUNDS + 1 and text.count("error: there is no tool") == ROUNDS
+    assert f"(it may call tools {ROUNDS} times)" in text and "\x1b" not in text and "\u202e" not in text
+
+
+def test_with_tools_the_oldest_question_goes_with_all_that_belongs_to_it(tokenizer):
+    call = called(tokenizer, "date", {})
+    replies = [reply for i in range(4) for reply in (list(call), tokenizer.encode(f"reply {i}"))]
+    session = Scripted(*replies, limit=420)
+    talk, _ = talk_with(tokenizer, session, [f"question {i}" for i in range(4)], tools=True)
+    roles = [turn["role"] for turn in talk.turns]
+    assert roles == ["user", "assistant", "tool", "assistant"] * (len(roles) // 4) and 4 <= len(roles) < 16
+    assert talk.turns[-1]["content"] == "reply 3"
+
+
 # ---- the exam
 
 
@@ -386,6 +433,16 @@ def test_the_exam_report(say, monkeypatch, tmp_path):
     assert figures["score"] == 80 / 600 and figures["question_seed"] == 5 and len(figures["answers"]) == 840
     assert figures["scores"]["model"]["sum zh"] == 1 and figures["scores"]["model"]["fact en"] == 0
     assert figures["lineage"][-1]["stage"] == "full_sft"
+
+
+def test_weights_in_int8_and_guessed_tokens(say, model, tokenizer):
+    quick = ["--quantize", "int8", "--prompt_lookup_num_tokens", 4, "--prompt", "你好", "--device", "cpu"]
+    status, answer, remarks = say(*quick)
+    packed = prepare_for_inference(copy.deepcopy(model), torch.float32)
+    said = quantize_for_cpu(packed, "int8")
+    assert (status, answer) == (0, expected(packed, tokenizer, "你好") + "\n") and said in remarks
+    status, _, remarks = say(*quick, "--load_in_4bit")
+    assert status == 2 and "--quantize: keeps the weights in other 4 or 8 bits" in remarks
 
 
 def test_in_bf16_it_is_the_model_that_was_trained(out):

@@ -1,5 +1,7 @@
 // The server's API, as any other client uses it.
 
+import { word } from './words.js';
+
 export class ApiError extends Error {
   constructor(message, status) {
     super(message);
@@ -19,7 +21,30 @@ export async function models(key) {
   return (await (await ask('v1/models', key)).json()).data;
 }
 
-// Asks for an answer and calls onDelta({content} or {reasoning_content}) for each piece of it.
+// The tools that the page offers a model, and in how many rounds of calls (inference/tools.py).
+export async function demoTools(key, signal) {
+  return (await ask('tools/demo', key, { signal })).json();
+}
+
+export async function callTool(call, key, signal) {
+  return (await (await ask('tools/demo', key, { method: 'POST', body: JSON.stringify(call), signal })).json()).content;
+}
+
+export async function runs(key) {
+  return (await (await ask('runs/data', key)).json()).data;
+}
+
+export async function run(name, key) {
+  return (await ask(`runs/data/${encodeURIComponent(name)}`, key)).json();
+}
+
+// What went wrong, in words. begun: an answer had begun to come.
+export function explain(error, begun = false) {
+  if (!(error instanceof ApiError)) return `${word(begun ? 'broken' : 'no_server')} (${error.message})`;
+  return error.status === 401 ? word('need_key') : error.message;
+}
+
+// Asks for an answer and calls onDelta({content}, {reasoning_content} or {tool_calls}) for each piece of it.
 // -> {finish: OpenAI's finish_reason or null if the stream broke off, tokens: their number}
 export async function stream(body, key, signal, onDelta) {
   body = { ...body, stream: true, stream_options: { include_usage: true } };
@@ -39,7 +64,7 @@ export async function stream(body, key, signal, onDelta) {
       if (chunk.error) throw new ApiError(String(chunk.error.message), 500);
       if (chunk.usage) result.tokens = chunk.usage.completion_tokens;
       const [choice] = chunk.choices;
-      if (choice?.delta.content || choice?.delta.reasoning_content) onDelta(choice.delta);
+      if (choice?.delta.content || choice?.delta.reasoning_content || choice?.delta.tool_calls) onDelta(choice.delta);
       result.finish = choice?.finish_reason ?? result.finish;
     }
   }

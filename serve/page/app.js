@@ -1,30 +1,26 @@
 // The chat page: what is on it, and what its buttons do.
 
-import { ApiError, models, stream } from './api.js';
+import { answerInto, figures, thoughts } from './answers.js';
+import { callTool, demoTools, explain, models } from './api.js';
 import * as talk from './conversations.js';
-import { element, render, visible } from './markdown.js';
-import { language, word } from './words.js';
+import { download, element, fit, render, submitOnEnter, visible } from './markdown.js';
+import { apiKey, sampling, set, settings, settingsDialog } from './settings.js';
+import { translate, word } from './words.js';
 
 const $ = (id) => document.getElementById(id);
-const unfolded = new WeakSet(); // messages whose thoughts are open
-const FIELDS = [...$('settings').querySelectorAll('[name]')];
 
 const state = {
   list: talk.saved(),
   open: null, // the conversation on the page
   editing: null, // the question that is being edited
   running: null, // {message, controller} while an answer is made
-  settings: read('sparrow.settings'),
 };
 state.open = state.list[0] ?? talk.conversation();
 
-function read(name) {
-  try {
-    return JSON.parse(localStorage.getItem(name)) ?? {};
-  } catch {
-    return {};
-  }
-}
+const openSettings = settingsDialog({
+  system: { get: () => state.open.system, set: (text) => { state.open.system = text; keep(); } },
+  onKey: listModels,
+});
 
 // ---- small parts
 
@@ -104,19 +100,16 @@ function fill(box, message, parent) {
   if (state.editing === message) return box.replaceChildren(editor(message, parent));
   const running = state.running?.message === message;
   const parts = [];
-  if (message.reasoning) {
-    const thought = element('details', '', { open: unfolded.has(message) });
-    const summary = element('summary', word(running && !message.content ? 'thinking' : 'thought'));
-    summary.onclick = () => unfolded[thought.open ? 'delete' : 'add'](message); // before it opens or closes
-    thought.append(summary, render(message.reasoning, word('copy')));
-    parts.push(thought);
-  }
+  if (message.reasoning) parts.push(thoughts(message, running));
   const text = element('div', '', { className: 'text', dir: 'auto' });
-  if (message.role === 'user') text.textContent = visible(message.content);
-  else text.append(render(message.content, word('copy')));
-  parts.push(text);
+  if (message.role === 'assistant') text.append(render(message.content, word('copy')));
+  else text.textContent = visible(message.content);
+  if (message.content || !message.calls) parts.push(text);
+  for (const { function: called } of message.calls ?? []) {
+    parts.push(element('p', `${called.name}(${called.arguments})`, { className: 'call', title: word('called') }));
+  }
   if (message.error) parts.push(element('p', message.error, { className: 'error' }));
-  if (!running) parts.push(footer(message, parent));
+  if (!running && message.role !== 'tool') parts.push(footer(message, parent));
   box.replaceChildren(...parts);
   box.classList.toggle('running', running);
 }
@@ -138,15 +131,6 @@ function footer(message, parent) {
   if (navigator.clipboard) row.append(button('copy', () => navigator.clipboard.writeText(message.content)));
   if (message.role === 'assistant') row.append(element('span', figures(message), { className: 'figures' }));
   return row;
-}
-
-function figures({ model, tokens, rate, first, ending }) {
-  const parts = [model];
-  if (tokens) parts.push(`${tokens} ${word('tokens')}`);
-  if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} ${word('per_second')}`);
-  if (first) parts.push(`${first.toFixed(2)} ${word('first')}`);
-  if (ending === 'stopped' || ending === 'length') parts.push(word(ending));
-  return parts.filter(Boolean).join(' · ');
 }
 
 function edit(message) {
@@ -184,119 +168,89 @@ function question(parent, text) {
   answer(talk.add(parent, talk.message('user', text)));
 }
 
-// Asks for a new answer to `asked`, beside those it may have.
+// What the model is shown of the messages.
+function sent({ role, content, calls, call }) {
+  if (role === 'tool') return { role, content, tool_call_id: call };
+  return { role, content, ...(calls ? { tool_calls: calls } : {}) };
+}
+
+// Asks for a new answer to `asked`, beside those it may have. If the answer calls tools, it gets their results and is
+// asked again.
 async function answer(asked) {
   if (state.running) return;
   notice();
   const root = state.open;
-  const said = talk.path(root).map((entry) => entry.message);
-  const history = said.slice(0, said.indexOf(asked) + 1).filter((m) => m.content.trim()).map(({ role, content }) => ({ role, content }));
-  const system = root.system ? [{ role: 'system', content: root.system }] : [];
-  const model = $('model').value;
-  const message = talk.add(asked, talk.message('assistant', '', { model }));
-  const running = { message, controller: new AbortController() };
+  const running = { message: null, controller: new AbortController() };
   state.running = running;
   keep(root);
   showList();
   showMessages();
-
-  const box = $('messages').lastElementChild;
-  const begun = performance.now();
-  let first = 0;
-  let due = false;
-  const onDelta = (delta) => {
-    first ||= performance.now();
-    message.content += delta.content ?? '';
-    message.reasoning += delta.reasoning_content ?? '';
-    if (!due) requestAnimationFrame(draw);
-    due = true;
-  };
-  const draw = () => {
-    due = false;
-    if (state.running !== running) return;
-    const log = $('messages');
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    fill(box, message, asked);
-    if (atEnd) log.scrollTop = log.scrollHeight;
-  };
   try {
-    const body = { ...(model ? { model } : {}), messages: [...system, ...history], ...sampling() };
-    const { finish, tokens } = await stream(body, apiKey(), running.controller.signal, onDelta);
-    message.ending = finish ?? '';
-    message.tokens = tokens;
-    if (first) message.first = (first - begun) / 1000;
-    const seconds = (performance.now() - first) / 1000;
-    if (first && seconds > 0.2) message.rate = tokens / seconds; // pieces come every 20 ms: less time says nothing
-    if (finish === null) message.error = word('broken');
-    else if (!message.content.trim()) message.error = word('empty');
+    const demo = settings.tools === 'demo' ? await demoTools(apiKey(), running.controller.signal) : null;
+    for (let round = 1; ; round++) {
+      const message = await reply(root, asked, running, demo?.tools);
+      if (!message.calls || message.ending !== 'tool_calls') break;
+      if (round > demo.rounds) {
+        message.error = word('rounds');
+        break;
+      }
+      asked = message;
+      for (const { id, function: called } of message.calls) {
+        const result = await callTool(called, apiKey(), running.controller.signal);
+        asked = talk.add(asked, talk.message('tool', result, { call: id }));
+      }
+    }
   } catch (error) {
-    if (error.name === 'AbortError') message.ending = 'stopped';
-    else message.error = explain(error, Boolean(first));
+    if (error.name !== 'AbortError') notice(explain(error));
+    if (error.status === 401) openSettings(true);
   }
   state.running = null;
   keep(root);
   showMessages();
 }
 
-function explain(error, begun = false) {
-  if (!(error instanceof ApiError)) return `${word(begun ? 'broken' : 'no_server')} (${error.message})`;
-  if (error.status !== 401) return error.message;
-  $('key_row').hidden = false;
-  return word('need_key');
+// Streams one message of the model's -> the message, with what became of it.
+async function reply(root, asked, running, tools) {
+  const said = talk.path(root).map((entry) => entry.message);
+  const history = said.slice(0, said.indexOf(asked) + 1).filter((m) => m.content.trim() || m.calls).map(sent);
+  const system = root.system ? [{ role: 'system', content: root.system }] : [];
+  const model = $('model').value;
+  const message = talk.add(asked, talk.message('assistant', '', { model }));
+  running.message = message;
+  keep(root);
+  showMessages();
+
+  const box = $('messages').lastElementChild;
+  const draw = () => {
+    if (running.message !== message || state.running !== running) return;
+    const log = $('messages');
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    fill(box, message, asked);
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  };
+  const body = { ...(model ? { model } : {}), messages: [...system, ...history], ...sampling(), ...(tools ? { tools } : {}) };
+  if (await answerInto(message, body, apiKey(), running.controller.signal, draw) === 401) openSettings(true);
+  return message;
 }
 
-// ---- settings
-
-const apiKey = () => sessionStorage.getItem('sparrow.api_key') ?? '';
-
-function sampling() {
-  const said = Object.entries(state.settings).filter(([name, value]) => value !== '' && FIELDS.some((f) => f.name === name));
-  return Object.fromEntries(said.map(([name, value]) => [name, name === 'enable_thinking' ? value === 'true' : Number(value)]));
-}
-
-function openSettings() {
-  for (const field of FIELDS) field.value = state.settings[field.name] ?? '';
-  $('system').value = state.open.system;
-  $('api_key').value = apiKey();
-  $('theme').value = state.settings.theme ?? '';
-  $('settings').showModal();
-}
-
-function takeSettings() {
-  for (const field of FIELDS) if (field.checkValidity()) state.settings[field.name] = field.value;
-  state.settings.theme = $('theme').value;
-  localStorage.setItem('sparrow.settings', JSON.stringify(state.settings));
-  state.open.system = $('system').value;
-  keep();
-  const changed = $('api_key').value !== apiKey();
-  sessionStorage.setItem('sparrow.api_key', $('api_key').value);
-  theme();
-  if (changed) listModels();
-}
-
-function theme() {
-  document.documentElement.dataset.theme = state.settings.theme ?? '';
-}
+// ---- models
 
 async function listModels() {
   try {
     const found = await models(apiKey());
     $('model').replaceChildren(...found.map(({ id, parent }) => element('option', parent ? `${id} (${word('on')} ${parent})` : id, { value: id })));
-    if (found.some(({ id }) => id === state.settings.model)) $('model').value = state.settings.model;
-    notice();
+    if (found.some(({ id }) => id === settings.model)) $('model').value = settings.model;
+    notice(found.length ? '' : word('no_model'));
   } catch (error) {
     notice(explain(error));
-    if (error.status === 401) openSettings();
+    if (error.status === 401) openSettings(true);
   }
 }
 
 // ---- files
 
 function save() {
-  const blob = new Blob([talk.toFile(state.list)], { type: 'application/json' });
-  const link = element('a', '', { href: URL.createObjectURL(blob), download: 'sparrow-conversations.json' });
-  link.click();
-  URL.revokeObjectURL(link.href);
+  download('sparrow-conversations.json', talk.toFile(state.list), 'application/json');
 }
 
 async function load(file) {
@@ -310,33 +264,15 @@ async function load(file) {
   }
 }
 
-// ---- keys
-
-function submitOnEnter(event, form) {
-  // while a Chinese or Japanese word is being composed, Enter belongs to the input method
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-  event.preventDefault();
-  form.requestSubmit();
-}
-
-function fit(box) {
-  box.style.height = 'auto';
-  box.style.height = `${Math.min(box.scrollHeight + 2, innerHeight / 3)}px`;
-}
-
 function begin() {
-  document.documentElement.lang = language === 'zh' ? 'zh-CN' : 'en';
-  for (const part of document.querySelectorAll('[data-word]')) part.textContent = word(part.dataset.word);
-  for (const part of document.querySelectorAll('[data-label]')) part.setAttribute('aria-label', word(part.dataset.label));
-  for (const part of document.querySelectorAll('[data-placeholder]')) part.placeholder = word(part.dataset.placeholder);
+  translate();
   $('new').onclick = () => choose(talk.conversation());
   $('export').onclick = save;
   $('import').onclick = () => $('file').click();
   $('file').onchange = async () => { await load($('file').files[0]); $('file').value = ''; };
   $('menu').onclick = () => $('side').classList.toggle('open');
-  $('open').onclick = openSettings;
-  $('settings').onclose = takeSettings;
-  $('model').onchange = () => { state.settings.model = $('model').value; localStorage.setItem('sparrow.settings', JSON.stringify(state.settings)); };
+  $('open').onclick = () => openSettings();
+  $('model').onchange = () => set('model', $('model').value);
   $('stop').onclick = () => state.running?.controller.abort();
   $('ask').onsubmit = (event) => {
     event.preventDefault();
@@ -359,7 +295,6 @@ function begin() {
   document.addEventListener('keydown', (event) => {
     if (event.key === 'Escape' && !$('settings').open) state.running?.controller.abort();
   });
-  theme();
   showList();
   showMessages();
   listModels();

@@ -16,6 +16,15 @@ export function conversation() {
   return { id, changed: Date.now(), system: '', replies: [], shown: 0 };
 }
 
+// Tool calls as the API writes them, with nothing else in them.
+export function calls(list) {
+  return (Array.isArray(list) ? list.slice(0, 64) : []).map((call) => ({
+    id: string(call?.id),
+    type: 'function',
+    function: { name: string(call?.function?.name), arguments: string(call?.function?.arguments) },
+  }));
+}
+
 export function add(parent, reply) {
   parent.shown = parent.replies.push(reply) - 1;
   return reply;
@@ -77,10 +86,11 @@ function clean(root) {
   while (waiting.length) {
     const [from, to, depth] = waiting.pop();
     for (const reply of Array.isArray(from.replies) && depth < DEEPEST ? from.replies : []) {
-      if (reply?.role !== 'user' && reply?.role !== 'assistant') continue;
+      if (!['user', 'assistant', 'tool'].includes(reply?.role)) continue;
       const kept = message(reply.role, string(reply.content), { reasoning: string(reply.reasoning) });
-      for (const key of ['model', 'ending', 'error']) if (reply[key]) kept[key] = string(reply[key]);
+      for (const key of ['model', 'ending', 'error', 'call']) if (reply[key]) kept[key] = string(reply[key]);
       for (const key of ['tokens', 'rate', 'first']) if (reply[key]) kept[key] = number(reply[key]);
+      if (reply.calls) kept.calls = calls(reply.calls);
       to.replies.push(kept);
       waiting.push([reply, kept, depth + 1]);
     }

@@ -75,3 +75,25 @@ export function render(text, copyWord) {
   close();
   return out;
 }
+
+// ---- small parts that pages share
+
+// A file that the reader saves: made here, sent nowhere.
+export function download(name, content, type) {
+  const link = element('a', '', { href: URL.createObjectURL(new Blob([content], { type })), download: name });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+export function submitOnEnter(event, form) {
+  // while a Chinese or Japanese word is being composed, Enter belongs to the input method
+  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  event.preventDefault();
+  form.requestSubmit();
+}
+
+// A text box as high as its text.
+export function fit(box) {
+  box.style.height = 'auto';
+  box.style.height = `${Math.min(box.scrollHeight + 2, innerHeight / 3)}px`;
+}

@@ -176,7 +176,7 @@ def test_mistakes_are_one_line(home, tmp_path):
         ([], "--finetuned_model: name the model"),
         (["--finetuned_model", "rlhf", "--base_model", "nobody"], "no weights called 'nobody'"),
         (["--base_model", "full_sft", "--finetuned_model", "rlhf", "--questions_file", "gone.json"], "gone.json"),
-        (["--votes", tmp_path / "v.json"], "--votes: name the report"),
+        (["--votes", tmp_path / "v.json"], "v.json: no such file"),
     ]:
         status, _, err = run_script("scripts/compare_models.py", "--save_dir", home, *words)
         assert status == 2 and expected in err and len(err.splitlines()) == 1, err
@@ -211,6 +211,30 @@ def test_votes_come_back_into_the_report(result, tmp_path):
         (tmp_path / "v.json").write_text(json.dumps(content | change), encoding="utf-8")
         status, _, err = run_script("scripts/compare_models.py", "--output", report, "--votes", tmp_path / "v.json")
         assert status == 2 and expected in err
+
+
+def test_votes_of_the_servers_page_name_their_models_themselves(tmp_path):
+    """Two files, in which the same two models have other numbers."""
+    content = dict(format="sparrow-votes-1", report="page", models=["a", "b"], questions=[{}, {}])
+    votes = [dict(question=0, left=0, right=1, choice="right"), dict(question=1, left=1, right=0, choice="left")]
+    turned = [dict(question=0, left=0, right=1, choice="left")] * 4 + [dict(question=1, left=0, right=1, choice="tie")]
+    files = [tmp_path / "1.json", tmp_path / "2.json"]
+    files[0].write_text(json.dumps(content | dict(votes=votes)), encoding="utf-8")
+    files[1].write_text(json.dumps(content | dict(models=["b", "a"], votes=turned)), encoding="utf-8")
+    status, out, err = run_script("scripts/compare_models.py", "--votes", *files)
+    assert status == 0 and "a preferred 0 times, b 6 times, 1 ties" in out and "p = 0.0312" in out, err
+    for change, expected in [
+        (dict(report="1234"), "about a comparison; name it with --output"),
+        (dict(models=[1, 2]), "does not say which models"),
+        (dict(models=None), "does not say which models"),
+        (dict(votes=[dict(question=0, left=0, right=2, choice="left")]), "names a question or a model"),
+        (dict(votes=[dict(question=0, left=0, right=1.0, choice="left")]), "names a question or a model"),
+        (dict(votes=[dict(question=0, left=0)]), "not votes"),
+        (dict(votes=7), "not votes"),
+    ]:
+        files[0].write_text(json.dumps(content | dict(votes=votes) | change), encoding="utf-8")
+        status, _, err = run_script("scripts/compare_models.py", "--votes", files[0])
+        assert status == 2 and expected in err and len(err.splitlines()) == 1, err
 
 
 # ---- the page

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -103,6 +104,16 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    def until(self, condition: str, seconds: float = 10.0) -> None:
+        """Waits until an expression is true."""
+        end = time.monotonic() + seconds
+        while not self.evaluate(condition):
+            assert time.monotonic() < end, f"not within {seconds} s: {condition}\n{self.text()}\n{self.errors}"
+            time.sleep(0.02)
+
+    def click(self, selector: str) -> None:
+        self.evaluate(f"document.querySelector({selector!r}).click()")
 
     def text(self, selector: str = "body") -> str:
         return self.evaluate(f"[...document.querySelectorAll({selector!r})].map((e) => e.innerText).join('\\n')")

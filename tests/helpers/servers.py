@@ -23,6 +23,7 @@ from inference.slots import Reading
 from serve.app import build_app
 from serve.guard import PatientProtocol, Rules, guarded
 from serve.models import Served
+from serve.runs import Runs
 from serve.server import Limits
 from tests.helpers.models import TOKENIZER
 from tokenizer.chat import encode_chat
@@ -42,9 +43,9 @@ def served(model, name="tiny", rows=4, capacity=512, base=None, before_step=lamb
 
 
 @contextmanager
-def running(*models: Served, limits: Limits = Limits(), defaults: Sampling = GREEDY, rules: Rules = Rules()):  # noqa: B008
-    """Yields `url` (without a path), `app` and `port`."""
-    app = build_app({one.name: one for one in models}, limits, defaults)
+def running(*models: Served, limits=Limits(), defaults=GREEDY, rules=Rules(), runs=Runs(())):  # noqa: B008
+    """Yields `url` (without a path), `port`, `app`, its `state`, and the `uvicorn` server."""
+    app = build_app({one.name: one for one in models}, limits, defaults, runs)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     settings = uvicorn.Config(guarded(app, rules), http=PatientProtocol, ws="none", log_level="error")
     server = uvicorn.Server(settings)
@@ -54,7 +55,9 @@ def running(*models: Served, limits: Limits = Limits(), defaults: Sampling = GRE
         time.sleep(0.01)
     port = listener.getsockname()[1]
     try:
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", app=app, port=port, state=app.state.server)
+        yield SimpleNamespace(
+            url=f"http://127.0.0.1:{port}", app=app, port=port, state=app.state.server, uvicorn=server
+        )
     finally:
         server.should_exit = True
         thread.join(10)

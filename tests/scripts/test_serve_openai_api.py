@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+from common.console import UserError
 from inference.decode import generate
 from inference.engine import Request
 from inference.sampling import Sampling
@@ -139,7 +141,7 @@ def test_adapters_under_load_answer_as_alone(crowd):
 
 
 def test_a_crowd_at_one_adapter_does_not_starve_another(crowd):
-    """12 long answers of one name are written or wait; a short one of another name comes long before their end."""
+    """8 long answers of one name are written or wait; a short one of another name comes long before their end."""
     ends: list[str] = []
     endless = {str(token): -1000 for token in tokenizer.stop_ids}
 
@@ -148,12 +150,12 @@ def test_a_crowd_at_one_adapter_does_not_starve_another(crowd):
         assert httpx.post(crowd.url + "/v1/completions", json=body, timeout=60).status_code == 200
         ends.append(name)
 
-    threads = [threading.Thread(target=ask, args=("lora_one", 200)) for _ in range(12)]
+    threads = [threading.Thread(target=ask, args=("lora_one", 100)) for _ in range(8)]
     for thread in threads:
         thread.start()
     while not crowd.table["lora_one"].engine.waiting:
         pass
-    ask("lora_two", 10)
+    ask("lora_two", 4)
     assert ends == ["lora_two"]
     for thread in threads:
         thread.join()
@@ -199,6 +201,53 @@ def test_help_does_not_wait_for_torch(root):
     script = f"import sys; {start}\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, encoding="utf-8")
     assert done.stdout.endswith("False\n") and "--drain_seconds" in done.stdout
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, capsys):
+    """Starts the script up to where it would serve -> what it printed, and the pages it opened."""
+    opened = []
+    monkeypatch.setattr(serve_openai_api, "ROOT", tmp_path)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: sockets[0].close())
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(*argv):
+        serve_openai_api.main([*argv, "--port", "0", "--device", "cpu", "--save_dir", str(tmp_path / "out")])
+        for thread in threading.enumerate():
+            if thread.daemon and thread is not threading.current_thread():
+                thread.join(1)
+        return capsys.readouterr().err, opened
+
+    return start
+
+
+def test_without_weights_the_runs_alone_are_shown(start, tmp_path):
+    """Who trains a first model wants to watch it. Named weights, or no runs either: then it is a mistake."""
+    with pytest.raises(UserError, match="no weights called 'full_sft'"):
+        start()
+    (tmp_path / "out/runs/pretrain-1").mkdir(parents=True)
+    (tmp_path / "out/runs/pretrain-1/run.json").write_text("{}")
+    said, _ = start()
+    assert "no weights called 'full_sft'" in said and "until this is started again, only the runs are shown" in said
+    assert re.search(
+        r"serving no model at http://127.0.0.1:\d+/v1; the page is http://127.0.0.1:\d+/runs; Ctrl-C", said
+    )
+    with pytest.raises(UserError, match="no weights called 'mine'"):
+        start("--weight", "mine")
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="there is always a display")
+def test_a_browser_is_opened_only_where_there_is_a_display(start, tmp_path, monkeypatch):
+    (tmp_path / "out/runs/pretrain-1").mkdir(parents=True)
+    (tmp_path / "out/runs/pretrain-1/run.json").write_text("{}")
+    said, opened = start("--web")
+    assert not opened and re.search(r"no display here .* open http://127.0.0.1:\d+/runs in one", said)
+    monkeypatch.setenv("DISPLAY", ":0")
+    said, opened = start("--web", "--tools", "demo")  # as `eval_model.py --web --tools demo` hands it on
+    assert len(opened) == 1 and opened[0].endswith("/runs") and "no display" not in said
 
 
 def test_when_it_is_stopped_answers_are_finished(root, out, tmp_path):

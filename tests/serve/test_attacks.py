@@ -1,12 +1,15 @@
 """Clients that mean harm, one at a time: what each can take of memory, time and places is bounded."""
 
+import asyncio
 import json
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from serve.choices import Choices
 from serve.guard import PatientProtocol, Rules
 from serve.server import Limits
 from tests.helpers.models import TOKENIZER as tokenizer
@@ -25,7 +28,7 @@ def model():
 def test_who_does_not_read_is_broken_off_and_who_reads_slowly_is_not(monkeypatch):
     """An answer of 8 MB. The program had handed it over, so no limit of its own applied: who never read it kept it in
     memory for as long as the connection stood."""
-    monkeypatch.setattr(PatientProtocol, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(PatientProtocol, "PATIENCE_SECONDS", 2)
     model = small_model(std=0.2, max_position_embeddings=500_000).eval()
     with running(served(model, capacity=500_000), rules=Rules(body_bytes=8 << 20)) as server:
         longest = max(range(tokenizer.vocab_size), key=lambda token: len(tokenizer.decode([token])))
@@ -42,7 +45,10 @@ def test_who_does_not_read_is_broken_off_and_who_reads_slowly_is_not(monkeypatch
                 assert part, "the slow one was broken off"
                 size += len(part)
             assert size > 5e6
-            time.sleep(2)
+            connections, end = server.uvicorn.server_state.connections, time.monotonic() + 30
+            while any(one.transport.get_write_buffer_size() for one in list(connections)):
+                assert time.monotonic() < end, "the silent one is still there"
+                time.sleep(0.1)
             got = 0
             with suppress(ConnectionResetError):
                 while part := silent.recv(1 << 20):
@@ -82,6 +88,31 @@ def test_nested_objects_are_answered(model, depth):
             answer = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
             assert answer.status_code in (200, 400), answer.text
         assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_who_leaves_just_when_a_token_comes_is_not_followed_on(turns):
+    """asyncio.wait_for of Python 3.11 took the token and forgot the cancellation: some answers went on to their end."""
+
+    async def leave() -> None:
+        event = asyncio.Event()
+        choice = SimpleNamespace(finish_reason=None, seen=0, advance=list)
+        choices = Choices(None, [choice], event, time.monotonic() + 60)
+
+        async def follow() -> None:
+            async for _ in choices.follow():
+                pass
+
+        task = asyncio.create_task(follow())
+        await asyncio.sleep(0.01)
+        event.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+        assert task.cancelled()
+
+    asyncio.run(leave())
 
 
 def test_a_refused_body_gets_its_answer(model):
@@ -129,7 +160,7 @@ def test_what_is_not_http_is_refused_in_the_same_form(model):
 
 def test_long_stop_words_cost_little():
     """16 words of 1,000 characters: at each token all beginnings of all words were tried, 3 ms on the event loop."""
-    from serve.answer import Scanner
+    from tokenizer.answer import Scanner
 
     words = ["a" * n + "b" for n in range(984, 1000)]
     scanner, begin = Scanner(words), time.process_time()

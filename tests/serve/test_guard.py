@@ -131,7 +131,8 @@ def test_slow_clients_are_not_waited_for(server, monkeypatch):
 
 def test_a_full_queue_says_so(slow):
     """One is answered and two wait; the fourth is told when to come again."""
-    ask = lambda: httpx.post(slow.url + CHAT, json=HELLO | {"max_tokens": 20}, timeout=30)
+    client = httpx.Client(timeout=30)  # one for all: each takes a while to make, and they must come in time
+    ask = lambda: client.post(slow.url + CHAT, json=HELLO | {"max_tokens": 60})
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(ask().status_code)) for _ in range(3)]
     for n, thread in enumerate(threads):
@@ -143,6 +144,7 @@ def test_a_full_queue_says_so(slow):
     for thread in threads:
         thread.join()
     assert answers == [200] * 3 and ask().status_code == 200
+    client.close()
 
 
 def test_an_answer_that_takes_too_long_is_ended(model):

@@ -7,8 +7,9 @@ import time
 import httpx
 import pytest
 
+from inference.tools import ROUNDS
 from serve.guard import Rules
-from serve.static import FOLDER, NAMES, PAGES, POLICY
+from serve.static import FOLDER, PAGES, POLICY
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.models import small_model
 from tests.helpers.servers import Parrot, running, served
@@ -37,15 +38,8 @@ def page(browser, server):
     browser.open(server.url + "/")
     browser.evaluate("localStorage.clear(); sessionStorage.clear()")
     browser.open(server.url + "/")
-    until(browser, "document.querySelector('#model').options.length == 2")
+    browser.until("document.querySelector('#model').options.length == 2")
     return browser
-
-
-def until(page, condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not page.evaluate(condition):
-        assert time.monotonic() < end, f"not within {seconds} s: {condition}\n{page.text()}\n{page.errors}"
-        time.sleep(0.02)
 
 
 def says(server, text):
@@ -59,11 +53,7 @@ def ask(page, text, wait=True):
     page.evaluate(f"document.querySelector('#question').value = {json.dumps(text)}")
     page.evaluate("document.querySelector('#ask').requestSubmit()")
     if wait:
-        until(page, IDLE)
-
-
-def click(page, selector):
-    page.evaluate(f"document.querySelector({selector!r}).click()")
+        page.until(IDLE)
 
 
 def answers(page):
@@ -78,7 +68,7 @@ def questions(page):
 
 
 def test_every_file_is_served_under_a_strict_policy_and_names_nothing_elsewhere(server):
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted([*NAMES, "index.html"])
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(PAGES.values())
     for path in PAGES:
         answer = httpx.get(server.url + path)
         assert answer.status_code == 200 and answer.headers["content-security-policy"] == POLICY
@@ -95,9 +85,11 @@ def test_both_languages_have_every_word(page):
         "import('./page/words.js').then(({ WORDS }) => [Object.keys(WORDS.en), Object.keys(WORDS.zh)])"
     )
     assert words[0] == words[1]
-    used = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("app.js", "index.html"))
-    used = re.findall(r"data-(?:word|label|placeholder)=\"(\w+)\"|word\('(\w+)'\)|button\('(\w+)'", used)
-    assert {name for names in used for name in names if name} <= set(words[0])
+    files = [path.read_text(encoding="utf-8") for path in FOLDER.iterdir() if path.name != "words.js"]
+    used = r"data-(?:word|label|placeholder)=\"(\w+)\"|word\('(\w+)'\)|button\('(\w+)'"
+    used = {name for names in re.findall(used, "".join(files)) for name in names if name}
+    assert used <= set(words[0]) and len(used) > 40
+    assert page.evaluate("[...document.querySelectorAll('#settings span, #settings option')].every((e) => e.innerText)")
 
 
 # ---- what a model says is text
@@ -111,7 +103,7 @@ def test_hostile_text_is_shown_and_does_nothing(page, server):
     for again in (False, True):
         if again:
             page.open(server.url + "/")
-            until(page, "document.querySelectorAll('article').length == 2")
+            page.until("document.querySelectorAll('article').length == 2")
         (answer,) = answers(page)
         for piece in (
             "<script>window.hit = 1</script>",
@@ -139,7 +131,7 @@ def test_the_policy_stops_what_the_page_would_let_through(page):
     page.evaluate("try { document.body.innerHTML = '<b>x</b>' } catch (error) { window.refused = error.name }")
     assert page.evaluate("window.refused") == "TypeError"
     page.evaluate("void fetch('https://evil.example/').catch((error) => { window.refused = 'fetch' })")
-    until(page, "window.refused == 'fetch'")
+    page.until("window.refused == 'fetch'")
 
 
 def test_markdown(page, server):
@@ -163,22 +155,22 @@ def test_edit_again_and_the_versions_of_a_message(page, server):
     says(server, "first")
     ask(page, "one")
     says(server, "second")
-    click(page, "article.assistant button[title=Again]")
-    until(page, IDLE)
+    page.click("article.assistant button[title=Again]")
+    page.until(IDLE)
     assert answers(page) == ["second"] and "2/2" in page.text("article.assistant footer")
-    click(page, "button[title='Previous version']")
+    page.click("button[title='Previous version']")
     assert answers(page) == ["first"]
     page.press("ArrowUp")  # in the empty box: edits the last question
-    until(page, "document.querySelector('.edit textarea')?.value == 'one'")
+    page.until("document.querySelector('.edit textarea')?.value == 'one'")
     says(server, "third")
     page.evaluate("document.querySelector('.edit textarea').value = 'two'")
-    click(page, ".edit button[type=submit]")
-    until(page, IDLE)
+    page.click(".edit button[type=submit]")
+    page.until(IDLE)
     assert (questions(page), answers(page)) == (["two"], ["third"])
-    click(page, "article.user button[title='Previous version']")
+    page.click("article.user button[title='Previous version']")
     assert (questions(page), answers(page)) == (["one"], ["first"])  # the branch is as it was left
     page.open(server.url + "/")
-    until(page, "document.querySelectorAll('article').length == 2")
+    page.until("document.querySelectorAll('article').length == 2")
     assert (questions(page), answers(page)) == (["one"], ["first"])
 
 
@@ -187,10 +179,10 @@ def test_thoughts_stay_unfolded_while_they_grow_and_after(page, server):
     think, end = tokenizer.control["<think>"], tokenizer.control["</think>"]
     says(server, [think, *tokenizer.encode("hm " * 40), end, *tokenizer.encode("fine")])
     ask(page, "why?", wait=False)
-    until(page, "document.querySelector('summary')?.innerText == 'Thinking …'")
+    page.until("document.querySelector('summary')?.innerText == 'Thinking …'")
     assert not page.evaluate("document.querySelector('details').open")
-    click(page, "summary")
-    until(page, IDLE)
+    page.click("summary")
+    page.until(IDLE)
     assert page.evaluate("document.querySelector('details').open") and page.text("details").count("hm") == 40
     assert answers(page) == ["fine"]
 
@@ -199,9 +191,9 @@ def test_an_answer_streams_and_stops(page, server):
     server.parrot.seconds = 0.02
     says(server, "word " * 400)
     ask(page, "go on", wait=False)
-    until(page, "document.querySelector('.assistant .text')?.innerText.includes('word word word')")
+    page.until("document.querySelector('.assistant .text')?.innerText.includes('word word word')")
     page.press("Escape")
-    until(page, IDLE)
+    page.until(IDLE)
     assert "stopped" in page.text(".figures") and 3 <= answers(page)[0].count("word") < 300
     end = time.monotonic() + 5
     while server.state.table["tiny"].engine.busy:
@@ -214,12 +206,12 @@ def test_settings_and_the_model_reach_the_server(page, server):
         "window.bodies = []; const plain = window.fetch;"
         "window.fetch = (url, options) => { window.bodies.push(options.body); return plain(url, options); }"
     )
-    click(page, "#open")
+    page.click("#open")
     page.evaluate("document.querySelector('#system').value = 'Be brief.'")
     page.evaluate("document.querySelector('[name=temperature]').value = '.5'")
     page.evaluate("document.querySelector('[name=enable_thinking]').value = 'false'")
-    click(page, "dialog button")
-    until(page, "localStorage['sparrow.settings']?.includes('.5')")
+    page.click("dialog button")
+    page.until("localStorage['sparrow.settings']?.includes('.5')")
     page.evaluate("document.querySelector('#model').value = 'other'")
     says(server, "word " * 20)
     server.parrot.seconds = 0.02
@@ -261,6 +253,61 @@ def test_files_go_out_and_in_and_a_hostile_one_is_cleaned(page, server):
     assert cleaned["replies"] == [{"role": "user", "content": "", "reasoning": "", "replies": [], "shown": 0}]
 
 
+def called(name, arguments):
+    """The ids of a tool call, as a model that was trained on them writes it."""
+    body = json.dumps({"name": name, "arguments": arguments})
+    tags = [tokenizer.control[tag] for tag in ("<tool_call>", "</tool_call>")]
+    return [tags[0], *tokenizer.encode(f"\n{body}\n"), tags[1]]
+
+
+def with_tools(page, server):
+    page.evaluate("localStorage.setItem('sparrow.settings', JSON.stringify({ tools: 'demo' }))")
+    page.open(server.url + "/")
+    page.until("document.querySelector('#model').options.length == 2")
+
+
+def test_a_tool_is_called_and_its_result_answered(page, server):
+    """The browser waits with the call until the model has its next words."""
+    with_tools(page, server)
+    page.evaluate(
+        "window.bodies = []; const plain = window.fetch; window.fetch = async (url, options) => {"
+        "  if (options.body) window.bodies.push(options.body);"
+        "  while (options.body && url === 'tools/demo' && !window.go) await new Promise((r) => setTimeout(r, 10));"
+        "  return plain(url, options); }"
+    )
+    says(server, called("calculator", {"expression": "30 * 365 / 1000"}))
+    ask(page, "How much is it?", wait=False)
+    page.until("window.bodies.length == 2")
+    says(server, "It is 10.95 kg.")
+    page.evaluate("window.go = true")
+    page.until(IDLE)
+    assert answers(page) == ["It is 10.95 kg."] and page.text("article.tool") == "10.95"
+    assert page.text(".call") == 'calculator({"expression": "30 * 365 / 1000"})'
+    first, call, second = (json.loads(body) for body in page.evaluate("window.bodies"))
+    assert [tool["function"]["name"] for tool in first["tools"]] == ["calculator", "date"]
+    assert call == {"name": "calculator", "arguments": '{"expression": "30 * 365 / 1000"}'}
+    asked, answer, result = second["messages"]
+    assert (asked["role"], answer["tool_calls"][0]["function"]) == ("user", call)
+    assert result == {"role": "tool", "content": "10.95", "tool_call_id": answer["tool_calls"][0]["id"]}
+    page.open(server.url + "/")
+    page.until("document.querySelectorAll('article').length == 4")
+    assert page.text("article.tool") == "10.95" and "calculator" in page.text(".call"), "it is kept"
+    assert not page.errors
+
+
+def test_a_model_that_only_calls_tools_is_stopped_and_its_calls_are_text(page, server):
+    evil = "<img src=x onerror=window.hit=1>\u202e\x1b[31m"
+    with_tools(page, server)
+    says(server, called(evil, {evil: evil}))
+    ask(page, "go")
+    assert page.evaluate("document.querySelectorAll('article.tool').length") == ROUNDS
+    assert "No further round of tool calls" in page.text(".error")
+    shown = r"<img src=x onerror=window.hit=1>\u202e\u001b[31m"
+    assert shown in page.text(".call") and "error: there is no tool '<img src=x onerror" in page.text("article.tool")
+    assert page.evaluate("window.hit ?? null") is None and not page.evaluate("document.images.length")
+    assert not page.errors
+
+
 def test_after_an_empty_answer_the_conversation_goes_on(page, server):
     """One of blanks alone is refused by the server as an assistant that says nothing."""
     says(server, " \n ")
@@ -281,10 +328,10 @@ def test_a_server_with_a_key_asks_for_it(browser):
     with running(served(parrot, rows=1), rules=Rules(key="secret")) as server:
         assert httpx.get(server.url + "/v1/models").status_code == 401
         browser.open(server.url + "/")
-        until(browser, "document.querySelector('#settings').open && !document.querySelector('#key_row').hidden")
+        browser.until("document.querySelector('#settings').open && !document.querySelector('#key_row').hidden")
         browser.evaluate("document.querySelector('#api_key').value = 'secret'")
-        click(browser, "dialog button")
-        until(browser, "document.querySelector('#model').value == 'tiny'")
+        browser.click("dialog button")
+        browser.until("document.querySelector('#model').value == 'tiny'")
         parrot.script = tokenizer.encode("fine")
         ask(browser, "hi")
         assert answers(browser) == ["fine"] and "secret" not in browser.evaluate("JSON.stringify(localStorage)")

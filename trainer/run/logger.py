@@ -93,6 +93,8 @@ class RunLogger(NoLogger):
         """Training continues after `step`. What a killed process logged for later steps is removed."""
         self.total, self.began, self.earlier_seconds = total, time.monotonic(), 0.0
         self.recent = deque([(self.began, step)], maxlen=50)  # (time, step) of this process only, for the ETA
+        self.run_info["total_steps"] = total  # for who watches the run
+        self._try("run.json", self._write_run_info)
         self._try("metrics.jsonl", self._open_metrics, step)
         for name in TRACKERS:
             if getattr(self.config, f"use_{name}", False):

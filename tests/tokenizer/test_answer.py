@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve.answer import Answer, Scanner, join, token_text
 from serve.choices import Choice
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.tokenizers import without_tags
+from tokenizer.answer import Answer, Scanner, join, token_text
 
 CITY = {"name": "get_weather", "arguments": {"city": "东京", "days": 2}}
 

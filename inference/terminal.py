@@ -1,0 +1,118 @@
+"""A conversation in a terminal, or with lines from a pipe: what eval_model.py prints and which commands it knows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import TextIO
+
+from common.console import UserError, printable
+from inference.conversation import Conversation
+
+COMMANDS = {
+    "/reset": "forget the conversation",
+    "/system": "/system <text> sets the system prompt, /system alone removes it",
+    "/help": "this list; Ctrl-C stops an answer, Ctrl-D leaves",
+    "/exit": "leave",
+}
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where it is printed: answers to `out`, remarks to `notes`."""
+
+    out: TextIO
+    notes: TextIO
+
+    def write(self, text: str, dim: bool = False) -> None:
+        self._print(text, dim, self.out)
+
+    def note(self, text: str) -> None:
+        self._print(text, True, self.notes)
+        self._print("\n", False, self.notes)
+
+    @staticmethod
+    def _print(text: str, dim: bool, out: TextIO) -> None:
+        text = printable(text)
+        dim = dim and bool(text) and out.isatty() and not os.environ.get("NO_COLOR")
+        out.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
+        out.flush()
+
+
+def show(talk: Conversation, text: str, screen: Screen) -> None:
+    """Prints one answer as it is made. Ctrl-C raises KeyboardInterrupt after the history is completed."""
+    with closing(talk.answer(text)) as pieces:
+        for piece, aside in pieces:
+            screen.write(piece, dim=aside)
+
+
+def chat(talk: Conversation, lines: Iterable[str], screen: Screen) -> None:
+    """Answers line after line. Ctrl-C stops the answer, not the conversation."""
+    for line in map(str.strip, lines):
+        word, _, rest = line.partition(" ")
+        if word == "/exit":
+            return
+        if word in COMMANDS or re.fullmatch(r"/[a-z]+", line):
+            screen.note(run_command(talk, word, rest.strip()))
+        elif line:
+            ended = ""
+            try:
+                show(talk, line, screen)
+            except KeyboardInterrupt:
+                ended = "(stopped) "
+            except ValueError as error:  # a text that cannot be encoded, or is too long
+                screen.note(f"error: {error}")
+                continue
+            screen.write("\n")
+            screen.note(ended + talk.session.speed)
+
+
+def run_command(talk: Conversation, word: str, rest: str) -> str:
+    """Runs a /command -> a remark to print."""
+    if word == "/reset":
+        talk.turns.clear()
+        return "the conversation begins anew"
+    if word == "/system":
+        talk.system = rest
+        return f"system prompt: {rest}" if rest else "no system prompt"
+    unknown = "" if word == "/help" else f"there is no {word}\n"
+    return unknown + "\n".join(f"{name:<9}{meaning}" for name, meaning in COMMANDS.items())
+
+
+def typed() -> Iterator[str]:
+    """Lines typed at the prompt, until Ctrl-D or Ctrl-C."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives input() arrow keys and a history)
+    while True:
+        try:
+            yield input(">>> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+# ---- without a terminal
+
+
+def read_lines(file: Iterable[str]) -> Iterator[str]:
+    """The prompts on standard input."""
+    try:
+        yield from filter(None, map(str.strip, file))
+    except UnicodeDecodeError:
+        raise UserError("standard input: not UTF-8; save it as UTF-8") from None
+
+
+def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> None:
+    """Answers each prompt on its own, without the ones before. Never waits for input."""
+    answered = False
+    for prompt in prompts:
+        talk.turns.clear()
+        screen.write(f"> {prompt}\n")
+        show(talk, prompt, screen)
+        screen.write("\n\n")
+        answered = True
+    if not answered:
+        raise UserError("there is no prompt to answer; give --prompt or --prompts_file, or run it in a terminal")
