@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
+from inference.drawn import Drawn, LogProb, LogProbs, to_device
+from inference.graphs import DecodeGraphs
 from inference.lookup import Lookup
-from inference.request import LogProb, Request, Sequence, lookup_of, slot_of
+from inference.request import Request, Sequence, lookup_of, slot_of
 from inference.sampling import SamplingRows, draw
 from inference.slots import Decoding, Reading, Slots, common_length
 from model.transformer import CausalLM
@@ -46,6 +48,8 @@ class Engine:
     rows         sequences that run at the same time; more wait in a queue
     capacity     tokens that prompt and answer of one sequence may have; None: the model's max_position_embeddings
     before_step  called at the beginning of each step. Engines that share a model activate their adapter with it.
+    late         tokens are read a step after they were drawn, so that a GPU has the next step to do meanwhile. A token
+                 that is computed after an answer's end is thrown away. None: on CUDA. Without guesses only
     prompt_lookup_num_tokens  of a sequence that are guessed and computed together (inference/lookup.py); 0: none
     """
 
@@ -56,6 +60,7 @@ class Engine:
         capacity: int | None = None,
         before_step: Callable[[], None] = lambda: None,
         prompt_lookup_num_tokens: int = 0,
+        late: bool | None = None,
     ):
         self.model, self.before_step, self.most_guessed = model, before_step, prompt_lookup_num_tokens
         weight, limit = model.model.embed_tokens.weight, model.config.max_position_embeddings
@@ -65,6 +70,10 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.reading: list[Sequence] = []  # in the order they came
         self.running: list[Sequence] = []  # running[i] is in row i
+        on_cuda = self.device.type == "cuda"
+        self.late = (on_cuda if late is None else late) and not self.most_guessed
+        self.graphs = DecodeGraphs(model, self.slots) if on_cuda else None
+        self.unread: Drawn | None = None  # of the last step, for all that run
         self.settings: SamplingRows | None = None  # of the rows that were drawn last
         self.drawn: list[Sequence] = []
         self.steps = 0
@@ -103,23 +112,21 @@ class Engine:
         that got a token or came to an end."""
         self.steps += 1
         self.before_step()
-        ended = self._drop_cancelled()
+        moved = self._drop_cancelled()
         self._admit()
         logits: list[Tensor] = []
         drawing = list(self.running)
         guesses = self._guesses()
         ahead = torch.empty(0)
         if self.running:
-            T = 1 + max(map(len, guesses))
-            fed = [[s.tokens[-1], *guess] + [0] * (T - 1 - len(guess)) for s, guess in zip(self.running, guesses)]
-            cache = Decoding(self.slots, len(self.running), T)
-            ahead = self.model(torch.tensor(fed, device=self.device), cache=cache).logits  # (B, T, V)
+            ahead = self._decode(guesses)
             logits.append(ahead[:, 0])
         parts = self._parts()
         if parts:
             logits.append(self._read(parts))
         # from here on nothing fails halfway: what was computed is entered
-        for sequence in self.running:
+        before, self.unread = self.unread, None
+        for sequence in self.running if before is None else ():
             slot_of(sequence).ids.append(sequence.tokens[-1])
         for sequence, part in parts:
             slot_of(sequence).ids.extend(part)
@@ -128,18 +135,41 @@ class Engine:
             self.slots.move(slot_of(sequence), len(self.running))
             self.running.append(sequence)
             drawing.append(sequence)
-        if drawing:
-            self._draw(drawing, torch.cat(logits))
+        drawn = self._draw(drawing, torch.cat(logits)) if drawing else None
+        if before is not None:
+            moved += self._enter_all(before, computed=True)
+        if drawn is not None and self.late and not any(map(_cannot_wait, self.running)):
+            self.unread = drawn
+        elif drawn is not None:
+            moved += self._enter_all(drawn, computed=False)
         self._keep_right(drawing[: len(guesses)], guesses, ahead)
         self._drop_finished()
-        return ended + drawing
+        if not self.running:
+            self.unread = None
+        return moved
+
+    def _decode(self, guesses: list[list[int]]) -> Tensor:
+        """-> logits (B, T, V) after the last token of each running sequence, whether the host has read it or not, and
+        after the guesses that follow it."""
+        T = 1 + max(map(len, guesses))
+        if self.unread is None:
+            fed = [[s.tokens[-1], *guess] + [0] * (T - 1 - len(guess)) for s, guess in zip(self.running, guesses)]
+            tokens = to_device(fed, self.device)
+        else:
+            tokens = self.unread.tokens[:, None]
+            if self.unread.sequences != self.running:
+                place = {sequence: i for i, sequence in enumerate(self.unread.sequences)}
+                tokens = tokens[to_device([place[sequence] for sequence in self.running], self.device)]
+        if self.graphs is not None and T == 1:
+            return self.graphs.logits(tokens)[:, None]
+        return self.model(tokens, cache=Decoding(self.slots, len(tokens), T)).logits
 
     def fail(self, error: BaseException) -> list[Sequence]:
         """Ends all sequences with this error -> those sequences. What the slots hold is not trusted any more."""
         everyone = [*self.running, *self.reading]
         while self.waiting:
             everyone.append(self.waiting.popleft())
-        self.running, self.reading = [], []
+        self.running, self.reading, self.unread = [], [], None
         for sequence in everyone:
             sequence.error = error
             self._finish(sequence, "error")
@@ -226,7 +256,7 @@ class Engine:
             going = right
             if not going:
                 return
-            self._draw([sequences[row] for row in going], logits[going, i + 1])
+            self._enter_all(self._draw([sequences[row] for row in going], logits[going, i + 1]), computed=False)
 
     # ---- reading prompts
 
@@ -245,7 +275,7 @@ class Engine:
 
     def _read(self, parts: list[tuple[Sequence, list[int]]]) -> Tensor:
         """-> logits (B, V) after the last token of each prompt that is complete with this."""
-        tokens = torch.tensor([[token for _, part in parts for token in part]], device=self.device)  # (1, T)
+        tokens = to_device([[token for _, part in parts for token in part]], self.device)  # (1, T)
         cache = Reading(self.slots, [(slot_of(sequence), len(part)) for sequence, part in parts])
         wanted, last, start = [], [], 0  # places in the row
         for sequence, part in parts:
@@ -257,23 +287,25 @@ class Engine:
             if _is_read(sequence, len(part)):
                 last.append(len(wanted) - 1)
             start = stop
-        logits = self.model(tokens, selected=torch.tensor(wanted, device=self.device).long(), cache=cache).logits
+        places = to_device(torch.tensor(wanted, dtype=torch.int64), self.device)
+        logits = self.model(tokens, selected=places, cache=cache).logits
         start = 0
         for sequence, part in parts:
             if sequence.request.prompt_logprobs:
                 done = len(slot_of(sequence).ids)
                 targets = sequence.request.prompt[done + 1 : done + 1 + len(part)]
                 rows = logits[start : start + len(targets)]
-                sequence.prompt_logprobs += _log_probs(rows, torch.tensor(targets), sequence.request.logprobs or 0)
+                chosen = to_device(torch.tensor(targets, dtype=torch.int64), self.device)
+                sequence.prompt_logprobs += LogProbs.of(rows, chosen, sequence.request.logprobs or 0).read()
                 start += len(part)
             elif _is_read(sequence, len(part)):
                 start += 1
-        return logits[last]
+        return logits[to_device(torch.tensor(last, dtype=torch.int64), self.device)]
 
     # ---- drawing tokens
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Gives each sequence its next token. The one place in a step that waits for the device."""
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> Drawn:
+        """The next token of each sequence."""
         if sequences != self.drawn:
             self.settings = SamplingRows.of([s.request.sampling for s in sequences], self.device)
             self.drawn = sequences
@@ -295,11 +327,21 @@ class Engine:
         drawn = draw(adjusted, self.settings, noise)
         broken = ~logits.float().sum(-1).isfinite()  # (B,)
         most = max((s.request.logprobs for s in sequences if s.request.logprobs is not None), default=None)
-        logprobs = [None] * len(sequences) if most is None else _log_probs(logits, drawn, most)
-        tokens = torch.where(broken, -1, drawn).tolist()
+        return Drawn(sequences, drawn, broken, None if most is None else LogProbs.of(logits, drawn, most))
+
+    def _enter_all(self, drawn: Drawn, computed: bool) -> list[Sequence]:
+        """Gives the sequences their tokens. The one place in a step that waits for the device.
+
+        computed: the slots hold keys and values of these tokens already
+        """
+        tokens, logprobs = drawn.read()
         now = time.perf_counter()
-        for sequence, token, logprob in zip(sequences, tokens, logprobs):
+        going = [own for own in zip(drawn.sequences, tokens, logprobs) if not own[0].finish_reason]
+        for sequence, token, logprob in going:
             self._enter(sequence, token, logprob, now)
+            if computed and not sequence.finish_reason:
+                slot_of(sequence).ids.append(token)
+        return [sequence for sequence, *_ in going]
 
     def _enter(self, sequence: Sequence, token: int, logprob: LogProb | None, now: float) -> None:
         """token: -1 where the logits are not finite."""
@@ -330,15 +372,9 @@ def _is_read(sequence: Sequence, more: int = 0) -> bool:
     return len(slot_of(sequence).ids) + more >= len(sequence.request.prompt)
 
 
-def _log_probs(logits: Tensor, chosen: Tensor, most: int) -> list[LogProb]:
-    """logits (N, V), chosen (N,) -> for each row the log-probability of the chosen token, and the `most` likeliest."""
-    log_p = logits.float().log_softmax(-1)
-    values, ids = log_p.topk(min(most, log_p.shape[-1]))
-    of_chosen = log_p.gather(-1, chosen.to(logits.device)[:, None])
-    return [
-        LogProb(value, list(zip(tokens, likeliest)))
-        for (value,), tokens, likeliest in zip(of_chosen.tolist(), ids.tolist(), values.tolist())
-    ]
+def _cannot_wait(sequence: Sequence) -> bool:
+    """Whether its newest token has to be read now: the next one's penalties depend on it, or it is the last one."""
+    return sequence.said is not None or len(sequence.tokens) + 1 >= sequence.request.max_new_tokens
 
 
 def follow(engine: Engine, sequence: Sequence) -> Iterator[int]:

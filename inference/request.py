@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
+from inference.drawn import LogProb
 from inference.lookup import Lookup
 from inference.sampling import Said, Sampling
 from inference.slots import Slot
@@ -22,13 +22,6 @@ class Request:
     stop: AbstractSet[int] = frozenset()  # tokens that end the answer
     logprobs: int | None = None  # how many of the likeliest tokens to list with each token's log-probability
     prompt_logprobs: bool = False  # the same for the prompt's tokens
-
-
-class LogProb(NamedTuple):
-    """Of the model itself: at temperature 1, before penalties and biases."""
-
-    value: float
-    likeliest: list[tuple[int, float]]  # (token, log-probability), falling
 
 
 class Sequence:

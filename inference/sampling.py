@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
+from inference.drawn import to_device
 
 # Sorting a vocabulary takes a CPU 1 ms a row. The most likely tokens nearly always hold top_p's probability alone, and
 # picking them out takes a tenth of that.
@@ -112,12 +113,12 @@ class SamplingRows(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> SamplingRows:
         def column(values: list[float], off: float) -> Tensor | None:
-            return None if all(v == off for v in values) else torch.tensor(values, device=device)[:, None]
+            return None if all(v == off for v in values) else to_device(values, device)[:, None]
 
         greedy = [s.greedy for s in rows]
         return cls(
             column([1.0 if s.greedy else s.temperature for s in rows], off=1.0),
-            torch.tensor(greedy, device=device) if any(greedy) else None,
+            to_device(greedy, device) if any(greedy) else None,
             column([s.top_k for s in rows], off=0),
             max(s.top_k for s in rows),
             column([s.top_p for s in rows], off=1.0),

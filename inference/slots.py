@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.drawn import to_device
 from model.attention import AttentionMask, additive, is_causal_works
 from model.config import ModelConfig
 
@@ -69,9 +70,9 @@ class Slots:
         return chosen
 
     def wipe(self, slot: Slot) -> None:
-        """Forgets what it holds, which may be NaN."""
+        """Forgets what it holds, which may be NaN, and a token that was computed too many (Engine.late)."""
         for stored in (self.keys, self.values):
-            stored[:, slot.row, : len(slot.ids)] = 0
+            stored[:, slot.row, : len(slot.ids) + 1] = 0
         slot.ids.clear()
 
     def move(self, slot: Slot, row: int) -> None:
@@ -111,7 +112,7 @@ class Decoding:
         self.columns = max(self.lengths) + tokens  # S
 
     def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        ends = torch.tensor(self.lengths, device=tokens.device)[:, None]
+        ends = to_device(self.lengths, tokens.device)[:, None]
         self.places = ends if self.tokens == 1 else ends + torch.arange(self.tokens, device=tokens.device)  # (B, T)
         self.index = torch.arange(self.rows, device=tokens.device)[:, None]  # (B, 1)
         return self.places
@@ -129,7 +130,7 @@ class Decoding:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for stored, new in ((self.slots.keys[layer], k), (self.slots.values[layer], v)):
-            if self.rows == 1:  # no index to look up: this is done often
+            if self.rows == 1 and self.lengths:  # no index to look up: this is done often
                 stored[0, self.lengths[0] : self.columns] = new[0]
             else:
                 stored[self.index, self.places] = new.to(stored.dtype)
@@ -152,7 +153,8 @@ class Reading:
         arange = lambda start, stop: torch.arange(start, stop, device=tokens.device)
         self.queries = torch.cat([arange(start, stop) for _, start, stop in self.spans])  # (T,) positions
         self.keys = torch.cat([arange(0, stop) for _, _, stop in self.spans])  # (S,)
-        number = lambda sizes: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(tokens.device)
+        count = lambda sizes: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        number = lambda sizes: to_device(count(sizes), tokens.device)
         self.query_part = number([stop - start for _, start, stop in self.spans])  # (T,)
         self.key_part = number([stop for *_, stop in self.spans])  # (S,)
         return self.queries[None]

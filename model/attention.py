@@ -143,9 +143,14 @@ def build_mask(
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Booleans -> numbers to be added to the scores, 0 or -inf. Of booleans sdpa would make these itself, and keep them
-    for the backward pass, in every layer."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
+    """Booleans (..., T, S) -> numbers to be added to the scores, 0 or -inf.
+
+    Of booleans sdpa would make these itself, and keep them for the backward pass, in every layer. So it would on GPUs
+    with copies of a mask whose rows begin at odd places: here they begin at multiples of 8.
+    """
+    *outer, keys = visible.shape
+    room = torch.zeros(*outer, -(-keys // 8) * 8, dtype=dtype, device=visible.device)
+    return room[..., :keys].masked_fill_(~visible, float("-inf"))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

@@ -173,12 +173,12 @@ def lora(bench: Bench) -> dict:
 
 
 def decode(bench: Bench) -> dict:
-    """Tokens per second of greedy answers: one stream, 64 streams, and transformers' generate."""
+    """Tokens per second of greedy answers: one stream, 64 streams, one without graphs, and transformers' generate."""
     import torch
 
     from benchmarks.common import hugging_face_llama
     from benchmarks.gpu.bench import spread
-    from inference.decode import generate
+    from inference.engine import Engine, Request
     from inference.sampling import Sampling
     from model.precision import prepare_for_inference
 
@@ -187,10 +187,20 @@ def decode(bench: Bench) -> dict:
     theirs = hugging_face_llama(model)[0].to(bench.device, bench.dtype).eval()
     model = prepare_for_inference(model, bench.dtype).to(bench.device)
     prompt = list(range(100, 132))
-    ours = lambda streams: generate(model, [prompt] * streams, Sampling(temperature=0), max_new_tokens=new)
+    request = Request(prompt, Sampling(temperature=0), new)
+    engines = {name: Engine(model, rows, len(prompt) + new) for name, rows in (("all", 64), ("plain", 1))}
+    engines["plain"].graphs = None
+
+    def ours(streams: int, engine: str = "all") -> None:
+        for _ in range(streams):
+            engines[engine].submit(request)
+        while engines[engine].busy:
+            engines[engine].step()
+
     ids = torch.tensor([prompt], device=bench.device)
     options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
     sides = {"one stream": lambda: ours(1), "64 streams": lambda: ours(64)}
+    sides["one stream without graphs"] = lambda: ours(1, "plain")
     sides["transformers, one stream"] = lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
     times = {name: [] for name in sides}
     for work in sides.values():

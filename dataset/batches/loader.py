@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from operator import mul
 from typing import Any
 
@@ -55,6 +56,7 @@ class Batch:
     extras: dict[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
     segments: Segments | None = field(default=None, kw_only=True)  # where the documents begin and end
     whole_rows: bool = field(default=False, kw_only=True)  # each row is one document, so no mask is needed
+    copy: Copy | None = field(default=None, kw_only=True)  # the one on the GPU, if it was made ahead
 
     def context(self) -> dict[str, Any]:
         """The model's keyword arguments: what it needs besides the tokens."""
@@ -66,6 +68,8 @@ class Batch:
         """This batch on the device. For CUDA through pinned memory, so that copying overlaps with computing."""
         if torch.device(device).type == "cpu":
             return self
+        if self.copy is not None:
+            return self.copy.get()
         cuda = torch.device(device).type == "cuda"
         return (self.pinned() if cuda else self)._map(lambda tensor: tensor.to(device, non_blocking=cuda))
 
@@ -86,6 +90,36 @@ class Batch:
         return replace(self, **{own.name: changed(getattr(self, own.name)) for own in fields(self)})
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A batch on a GPU, which another stream is perhaps still copying."""
+
+    batch: Batch
+    done: torch.cuda.Event
+
+    def get(self) -> Batch:
+        """The batch, for work that is queued from now on: the GPU waits for the copy, and this thread does not."""
+        stream = torch.cuda.current_stream(self.batch.tokens.device)
+        stream.wait_event(self.done)
+        # its memory belongs to the copying stream, which would else use it again while this one still reads
+        self.batch._map(lambda tensor: tensor.record_stream(stream) or tensor)
+        return self.batch
+
+
+class Copier:
+    """Copies batches to a GPU, on a stream of its own: neither the loop nor the kernels that it queues wait for it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch, which stays on the CPU, with its copy."""
+        with torch.cuda.stream(self.stream):
+            there, done = batch.pinned().to(self.device), torch.cuda.Event()
+            done.record(self.stream)
+        return replace(batch, copy=Copy(there, done))
+
+
 class Loader:
     """The batches of every step.
 
@@ -94,7 +128,7 @@ class Loader:
     accumulation_steps  batches of a step; with batch_size and world it tells the examples of a step
     rank, world         which process this is, of how many
     shuffle             False: in the data set's order, for validation
-    pin_memory          `prefetch` makes batches ready for a copy to a GPU that nothing waits for
+    device              a GPU: `prefetch` also copies batches there, and Batch.to has nothing left to do
     """
 
     ROWS_PER_EXAMPLE = 1  # length of the longest example, in multiples of max_seq_len
@@ -112,13 +146,14 @@ class Loader:
         world: int = 1,
         seed: int = 42,
         shuffle: bool = True,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
     ):
         if len(dataset) == 0 or int(dataset.lengths.max()) > self.ROWS_PER_EXAMPLE * max_seq_len + 1:
             raise UserError(f"rows of {max_seq_len} do not hold this data set: {dataset.summary}")
         self.dataset, self.packing, self.max_seq_len = dataset, packing, max_seq_len
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        self.seed, self.shuffle, self.pin_memory = seed, shuffle, pin_memory
+        self.seed, self.shuffle = seed, shuffle
+        self.copier = Copier(device) if device is not None and device.type == "cuda" else None
         self.examples_per_step = batch_size * accumulation_steps * world
         self.steps_per_epoch = -(-len(dataset) // self.examples_per_step)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -166,8 +201,10 @@ class Loader:
         return batches
 
     def prefetch(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(step, batches) for start <= step < stop. One thread prepares them; its errors are raised here."""
-        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        """(step, batches) for start <= step < stop. One thread prepares and copies them; its errors are raised here."""
+        # a thread begins on GPU 0. Pinned memory would take room there for every process
+        begin = partial(torch.cuda.set_device, self.copier.device) if self.copier else None
+        pool = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=begin)
         try:
             waiting = deque()
             for step in range(start, stop):
@@ -182,7 +219,7 @@ class Loader:
 
     def _ready(self, step: int) -> list[Batch]:
         batches = self.batches(step)
-        return [batch.pinned() for batch in batches] if self.pin_memory else batches
+        return [self.copier(batch) for batch in batches] if self.copier else batches
 
     def _some_steps(self) -> Sequence[int]:
         """All steps of an epoch, or 64 of them, evenly spread."""

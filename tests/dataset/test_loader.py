@@ -10,6 +10,7 @@ import torch
 from dataset.batches.loader import IGNORED, Batch, Loader, batch_sizes, select
 from dataset.tokens.examples import TokenDataset
 from dataset.tokens.order import shuffled
+from tests.helpers.streams import Streams
 
 END = 0
 
@@ -84,15 +85,27 @@ def test_a_batch_moves_with_all_its_tensors():
     assert moved.examples == batch.examples
 
 
-def test_the_loaders_thread_pins_what_a_gpu_will_read(monkeypatch):
-    """It was done by the loop, which waits for it: allocating page-locked memory takes longer than copying."""
-    pinned = []
-    monkeypatch.setattr(Batch, "pinned", lambda batch: pinned.append(threading.current_thread().name) or batch)
-    ds = chat("xY", "abCD")
-    list(loader(ds).prefetch(0, 2))
-    assert not pinned
-    list(loader(ds, pin_memory=True).prefetch(0, 2))
-    assert pinned and all(name.startswith("loader") for name in pinned)
+def test_the_loaders_thread_copies_to_a_gpu(monkeypatch):
+    """The loop queued the copies, between two batches' kernels. Now they have a stream of their own. So the loop's
+    stream has to wait for each, and the allocator has to know that the loop's stream reads the tensors: else it gives
+    their memory to the next copy while they are still read."""
+    streams, ds = Streams(monkeypatch), chat("xY", "abCD")
+    list(loader(ds, device=torch.device("cpu")).prefetch(0, 2))
+    assert not streams.log, "on a CPU nothing is copied"
+    cuda = loader(ds, device=torch.device("cuda", 1))
+    cuda.copier.device = torch.device("meta")  # in the place of the card
+    for step, (batch,) in cuda.prefetch(0, 2):
+        assert not batch.tokens.is_meta, "numbers that the host reads are still there"
+        tensors = sum(isinstance(v, torch.Tensor) for v in vars(batch).values()) + 2  # and those of `segments`
+        pinned = [(where, thread) for what, where, thread in streams.log if what == "pin"]
+        assert len(pinned) >= (step + 1) * tensors and set(pinned) == {(cuda.copier.stream, "loader")}
+        assert ("record", batch.copy.done, "loader") in streams.log
+        before = len(streams.log)
+        there = batch.to(torch.device("meta"))
+        mine = [entry for entry in streams.log[before:] if entry[2] == "MainThread"]
+        assert mine == [("wait", batch.copy.done, "MainThread")] + [("used on", streams.main, "MainThread")] * tensors
+        assert there.tokens.is_meta and there.examples == batch.examples
+    assert streams.log[0][::2] == ("device", "loader"), "a thread begins on GPU 0, and takes memory there"
 
 
 def test_few_shapes_for_compiled_code():

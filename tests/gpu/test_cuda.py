@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inference.decode import generate
+from inference.engine import Engine, Request
 from inference.sampling import Sampling
 from model import attention, moe, transformer
 from model.checkpoint import load_weights, save_weights
@@ -19,8 +20,8 @@ from model.quant import dequantize, quantize
 from tests.helpers.models import TOKENIZER, random_model, small_model
 from tests.helpers.rows import write_dpo, write_pretrain, write_reason, write_sft
 from tests.helpers.runs import run_stage, sft_engine
+from trainer.loop import engine as training
 from trainer.loop.backend import Backend
-from trainer.loop.engine import Engine
 from trainer.run import resume
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -170,6 +171,29 @@ def test_greedy_answers_are_the_cpus():
     assert generate(model.to(CUDA), prompts, **options) == generate(model.to("cpu"), prompts, **options)
 
 
+def test_graphs_say_what_the_cpu_says_and_nothing_waits_for_them():
+    """Seven answers go through four rows. Then, while three are written, torch's watch for synchronisation is on: the
+    tokens of the step before are waited for by an event, which it allows."""
+    model = prepare_for_inference(random_model(ModelConfig(**SHAPE), std=0.2), torch.float32)
+    prompts = [[5, 6, 7], [9, 10, 11, 12, 13], [3], [8, 8], [7, 6, 5, 4], [40], [100, 3]]
+    greedy = Sampling(temperature=0)
+    expected = [generate(model, [prompt], greedy, max_new_tokens=20)[0] for prompt in prompts]
+    engine = Engine(model.to(CUDA), rows=4, capacity=128)
+    sequences = [engine.submit(Request(prompt, greedy, 20)) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+    assert [sequence.tokens for sequence in sequences] == expected
+    assert engine.late and engine.graphs.works and engine.graphs.graphs, "and not by the way round"
+    sampled = [engine.submit(Request(prompt, Sampling(1.0, 0.9, top_k=20, seed=1), 40)) for prompt in prompts[:3]]
+    for step in range(20):
+        torch.cuda.set_sync_debug_mode("error" if step > 5 else "default")
+        try:
+            engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(len(sequence.tokens) == 19 for sequence in sampled), "the 20th is not read yet"
+
+
 # ---- training
 
 STAGES = {
@@ -195,7 +219,7 @@ def train(folder, name: str, out: str, *flags: str, watch: bool = False) -> list
         weights = save_weights(folder / "start.pth", small_model(num_experts=experts), tokenizer=about, lineage=[])
         more = [f"--from_weight={weights}", *(flag.format(weights=weights) for flag in more)]
     data = write(folder / "data.jsonl", 24)
-    update, results = Engine.train_step, []
+    update, results = training.Engine.train_step, []
 
     def kept(engine, batches):
         torch.cuda.set_sync_debug_mode("error" if watch and results else "default")
@@ -206,7 +230,7 @@ def train(folder, name: str, out: str, *flags: str, watch: bool = False) -> list
         return results[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "train_step", kept)
+        patch.setattr(training.Engine, "train_step", kept)
         steps = ["--max_steps=4", "--batch_size=4", "--learning_rate=1e-3"]
         run_stage(stage, f"--data_path={data}", f"--save_dir={folder / out}", *steps, *more, *flags)
     return [float(result.metrics["loss"]) / result.units for result in results]

@@ -12,14 +12,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dataset.batches.loader import Batch
+from dataset.batches.loader import Copier
+from model import quant
 from model.attention import find_segments
 from model.checkpoint import save_weights
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import write_dpo, write_pretrain, write_reason, write_sft
 from tests.helpers.runs import run_stage
+from tests.helpers.streams import Streams
 from trainer.loop import engine as engine_module
 from trainer.loop import optim, processes
+from trainer.loop.engine import Engine
 from trainer.losses import preference
 
 CARD = torch.device("meta")
@@ -33,24 +36,29 @@ STAGES = {  # stage, its rows, experts of the weights it starts from, further fl
     "full_sft": ("full_sft", write_sft, 0, ["--accumulation_steps=2"]),
     "recomputed": ("full_sft", write_sft, 4, ["--activation_checkpointing"]),
     "lora": ("lora", write_sft, 0, ["--lora_rank=4"]),
+    "lora in 4 bits": ("lora", write_sft, 0, ["--load_in_4bit"]),
+    "lora in 8 bits": ("lora", write_sft, 0, ["--load_in_8bit"]),
     "dpo": ("dpo", write_dpo, 0, []),
+    "dpo in fp16": ("dpo", write_dpo, 0, ["--dtype=float16"]),
     "dpo with lora": ("dpo", write_dpo, 0, LORA),
+    "ipo": ("dpo", write_dpo, 0, ["--loss_type=ipo"]),
     "simpo": ("dpo", write_dpo, 4, ["--loss_type=simpo"]),
+    "orpo": ("dpo", write_dpo, 0, ["--loss_type=orpo"]),
+    "cpo": ("dpo", write_dpo, 0, ["--loss_type=cpo"]),
     "reasoning": ("distill_reason", write_reason, 0, []),
     "distillation": ("distillation", write_sft, 0, ["--teacher={weights}"]),
 }
 
 
 class Card(TorchDispatchMode):
-    """Refuses operations that mix a card's tensors with others, and copies to the card except of whole batches."""
-
-    moving = False  # whether a batch is on its way
+    """Refuses operations that mix a card's tensors with others, and copies to the card. Batches are not copied in the
+    loop: the loader's thread has done it, which this does not see."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         there = [t for t in (*given, *tree_leaves(out)) if isinstance(t, torch.Tensor) and t.device == CARD]
-        if there and not self.moving:  # a number may come along with the operation; a tensor may not
+        if there:  # a number may come along with the operation; a tensor may not
             left = [t for t in given if t.device != CARD and t.dim() > 0]
             assert not left, f"{func}: {[tuple(t.shape) for t in left]} is not on the card"
         return out
@@ -58,15 +66,6 @@ class Card(TorchDispatchMode):
 
 @contextmanager
 def watched(monkeypatch):
-    card, to = Card(), Batch.to
-
-    def move(batch, device):
-        card.moving = True
-        try:
-            return to(batch, device)
-        finally:
-            card.moving = False
-
     make = torch.tensor
 
     def from_python(*arguments, **options):
@@ -74,8 +73,7 @@ def watched(monkeypatch):
         assert made.device != CARD, "numbers of Python's are copied to the card, which waits"
         return made
 
-    with monkeypatch.context() as patch, card:
-        patch.setattr(Batch, "to", move)
+    with monkeypatch.context() as patch, Card():
         patch.setattr(torch, "tensor", from_python)
         yield
 
@@ -105,25 +103,30 @@ def without_numbers(needed, *_, **__):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Replaces the run of an engine by three steps on the card -> the results."""
-    results = []
+    """Runs an engine's own loop for three steps on the card -> the results. Logging and saving are left out, which wait
+    for the card: only the steps after which they are due are checked."""
+    results, run, sound, train_step = [], Engine.run, Engine._is_sound, Engine.train_step
 
     def dry_run(engine):
         assert engine.backend.device == CARD and all(p.device == CARD for p in engine.model.parameters())
         engine.model.attention_kernel = "varlen"
-        engine.model.train()
-        for _, batches in engine.loader.prefetch(0, min(3, engine.total)):
-            with watched(monkeypatch):
-                engine._set_learning_rate()
-                result = engine.train_step(batches)
-                engine._record(result)
-                if not engine.watch.scaled:  # in fp16 the next step's loss scale depends on this one: it does wait
-                    engine._is_sound(set())
-            results.append(result)
+        engine.total, performed = min(3, engine.total), []
+        engine.loader.copier = Copier(CARD)
+        for table in (quant.DYNAMIC_CODE, quant.NF4_PAIRS):  # a run copies these once, when they are first used
+            quant._copy_on(table, CARD)
+        with monkeypatch.context() as patch, watched(monkeypatch):
+            patch.setattr(Engine, "train_step", lambda *given: results.append(train_step(*given)) or results[-1])
+            # in fp16 the next step's loss scale depends on this one: it does wait
+            patch.setattr(Engine, "_is_sound", lambda _, due: bool(due) or engine.watch.scaled or sound(engine, due))
+            patch.setattr(Engine, "_perform", lambda *_: performed.append(engine.step))
+            patch.setattr(Engine, "_finish", lambda _: None)
+            run(engine)
+        assert performed == [n for n in range(1, engine.total + 1) if n % 2 == 0 or n == engine.total]
 
+    Streams(monkeypatch)
     monkeypatch.setattr(processes, "pick_device", lambda *_: CARD)
     monkeypatch.setattr(engine_module, "build_optimizers", on_the_card)
-    monkeypatch.setattr(engine_module.Engine, "run", dry_run)
+    monkeypatch.setattr(Engine, "run", dry_run)
     monkeypatch.setattr(preference, "add_reference", without_numbers)
     monkeypatch.setattr("model.moe._has_grouped_mm", lambda _: True)
     return results
@@ -135,7 +138,7 @@ def flags(folder, write, experts, more):
         about = dict(path=TOKENIZER.path, hash=TOKENIZER.hash)
         weights = save_weights(folder / "start.pth", small_model(num_experts=experts), tokenizer=about, lineage=[])
         more = [f"--from_weight={weights}", *(flag.format(weights=weights) for flag in more)]
-    return [*found, "--dtype=bfloat16", *more]
+    return [*found, "--dtype=bfloat16", "--log_interval=2", *more]
 
 
 @pytest.mark.parametrize("name", STAGES)

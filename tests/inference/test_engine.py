@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from inference import engine as engine_file
+from inference import graphs
 from inference.decode import generate
 from inference.engine import Engine, Request, follow
 from inference.sampling import Sampling
 from model.config import ModelConfig
 from tests.helpers.models import random_model
+from tests.helpers.tape import record
 
 SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 KINDS = {
@@ -36,6 +38,21 @@ def model():
     return model_of()
 
 
+@pytest.fixture(params=("at once", "late", "graphs"))
+def way(request, monkeypatch):
+    """How an engine reads its tokens: at once as on CPUs, or a step late and with graphs as on CUDA."""
+    begin = Engine.__init__
+
+    def begin_so(engine, *arguments, **options):
+        begin(engine, *arguments, **dict(late=request.param != "at once") | options)
+        if request.param == "graphs" and engine.late:
+            engine.graphs = graphs.DecodeGraphs(engine.model, engine.slots, record)
+
+    monkeypatch.setattr(Engine, "__init__", begin_so)
+    monkeypatch.setattr(graphs, "COLUMNS", 16)
+    return request.param
+
+
 def serve(engine: Engine, requests: list[Request], arrivals: random.Random | None = None):
     """Runs the requests to their end, submitted at once or, with `arrivals`, a few at a time."""
     waiting, sequences = list(requests), []
@@ -57,7 +74,7 @@ def some_prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_answers_are_those_of_one_at_a_time(kind, monkeypatch):
+def test_greedy_answers_are_those_of_one_at_a_time(kind, way, monkeypatch):
     """18 requests of different lengths come and go through 4 rows; prompts are read in parts of 7 tokens."""
     monkeypatch.setattr(engine_file, "READ_ALONE", 7)
     monkeypatch.setattr(engine_file, "READ_BESIDE", 7)
@@ -74,23 +91,26 @@ def test_greedy_answers_are_those_of_one_at_a_time(kind, monkeypatch):
         short = len(sequence.tokens) < request.max_new_tokens
         assert (sequence.finish_reason, sequence.end) == (("stop", 5) if short else ("length", None))
     assert not engine.busy and not any(slot.busy for slot in engine.slots.slots)
+    assert way != "graphs" or 3 < len(engine.graphs.graphs) <= 3 * 4  # 1, 2, 4 rows; 16, 32, 64, 100 columns
 
 
-def test_a_seed_says_the_same_in_any_company(model):
+def test_a_seed_says_the_same_in_any_company(model, way):
     """With every setting of sampling, alone and among others that have their own."""
     settings = [
         Sampling(1.3, 1.0, seed=1),
         Sampling(1.0, 0.9, top_k=20, seed=2),
         Sampling(0.8, 1.0, min_p=0.05, presence_penalty=0.5, frequency_penalty=0.3, seed=3),
         Sampling(1.5, 0.95, repetition_penalty=1.3, logit_bias={7: 3.0, 8: -100}, seed=4),
+        Sampling(temperature=0, frequency_penalty=5.0),  # the second of two equal tokens shows whether it was applied
+        Sampling(temperature=0, repetition_penalty=1.5),
         Sampling(1.0, 1.0),
         GREEDY,
     ]
-    requests = [Request(prompt, sampling, 12) for prompt, sampling in zip(some_prompts(6, seed=5), settings)]
-    together = serve(Engine(model, rows=6, capacity=100), requests, random.Random(1))
+    requests = [Request(prompt, sampling, 12) for prompt, sampling in zip(some_prompts(8, seed=5), settings)]
+    together = serve(Engine(model, rows=8, capacity=100), requests, random.Random(1))
     for sequence, sampling in zip(together, settings):
-        if sampling.seed is not None:
-            (alone,) = serve(Engine(model, rows=1, capacity=100), [sequence.request])
+        if sampling.seed is not None or sampling.temperature == 0:
+            (alone,) = serve(Engine(model, rows=1, capacity=100, late=False), [sequence.request])
             assert alone.tokens == sequence.tokens
     assert 8 not in together[3].tokens
     other = Request(requests[0].prompt, Sampling(1.3, 1.0, seed=9), 12)
@@ -115,7 +135,7 @@ def test_a_beginning_that_was_read_is_not_read_again(model):
         assert [sequence.tokens] == generate(model, [sequence.request.prompt], GREEDY, max_new_tokens=1)
 
 
-def test_the_next_turn_reads_only_what_is_new(model):
+def test_the_next_turn_reads_only_what_is_new(model, way):
     """Also after another conversation was served, and after one that shares a part has taken a row for itself."""
     engine = Engine(model, rows=2, capacity=200)
     first = some_prompts(1)[0] * 3
@@ -142,7 +162,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(model):
     assert steps == -(-1500 // engine_file.READ_BESIDE)
 
 
-def test_log_probabilities_are_the_models_own(model):
+def test_log_probabilities_are_the_models_own(model, way):
     """Of the prompt's tokens, the answer's and the one that ends it; before temperature and penalties. The reference
     is one pass over all of it."""
     prompt = some_prompts(1, seed=2)[0]
@@ -166,13 +186,13 @@ def test_log_probabilities_are_the_models_own(model):
         assert [p for _, p in likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_reading_only(model):
+def test_reading_only(model, way):
     request = Request([1, 2, 3, 4], GREEDY, 0, logprobs=0, prompt_logprobs=True)
     (sequence,) = serve(Engine(model, rows=1, capacity=4), [request])
     assert (sequence.tokens, sequence.finish_reason, len(sequence.prompt_logprobs)) == ([], "length", 3)
 
 
-def test_who_leaves_gets_no_further_token_and_disturbs_nobody(model):
+def test_who_leaves_gets_no_further_token_and_disturbs_nobody(model, way):
     engine = Engine(model, rows=3, capacity=200)
     prompts = some_prompts(5, seed=8)
     sequences = [engine.submit(Request(prompt, GREEDY, 30)) for prompt in prompts]  # two of them have to wait
@@ -190,8 +210,8 @@ def test_who_leaves_gets_no_further_token_and_disturbs_nobody(model):
     assert not any(slot.busy for slot in engine.slots.slots)
 
 
-@pytest.mark.parametrize("call", [1, 2, 5])
-def test_after_a_step_that_failed_the_cache_is_right(model, monkeypatch, call):
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_after_a_step_that_failed_the_cache_is_right(model, way, monkeypatch, call):
     """The failure comes in the second layer, when the first has already stored its keys."""
     engine, calls = Engine(model, rows=2, capacity=100), []
     prompts = some_prompts(2, seed=4)
@@ -215,7 +235,7 @@ def test_after_a_step_that_failed_the_cache_is_right(model, monkeypatch, call):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, top_p=0.8, seed=1)])
-def test_nan_ends_its_own_sequence_only(sampling):
+def test_nan_ends_its_own_sequence_only(sampling, way):
     """Token 7 has NaN for its embedding, as after an overflow in fp16. Its slot is used again afterwards: what is left
     in it of the NaN, in columns that are read with weight 0, would make the next ones NaN too."""
     model = model_of()
@@ -245,12 +265,12 @@ def test_a_sequence_for_which_no_slot_can_be_claimed_is_not_lost(model, monkeypa
     assert engine.fail(IndexError()) == [sequence] and sequence.finish_reason == "error"
 
 
-def test_more_likeliest_tokens_than_there_are(model):
+def test_more_likeliest_tokens_than_there_are(model, way):
     (sequence,) = serve(Engine(model, rows=1, capacity=50), [Request([1, 2], GREEDY, 1, logprobs=500)])
     assert len(sequence.logprobs[0].likeliest) == 97
 
 
-def test_one_can_be_followed_while_others_run(model):
+def test_one_can_be_followed_while_others_run(model, way):
     engine = Engine(model, rows=2, capacity=100)
     other = engine.submit(Request([4, 5], GREEDY, 40))
     request = Request([1, 2, 3], GREEDY, 6)

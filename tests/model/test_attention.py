@@ -219,6 +219,15 @@ def test_the_mask_is_kept_once_and_not_in_every_layer():
     assert len(places) >= 4 and len(set(places)) == 1
 
 
+def test_the_rows_of_a_mask_begin_where_a_gpu_reads_them():
+    """torch's memory-efficient kernel wants strides of 8 numbers, and copies other masks in every layer. MiniMind's
+    usual row length is 340 = 42 * 8 + 4."""
+    seen = torch.ones(3, 1, 340, 340, dtype=torch.bool).tril()
+    mask = attention.additive(seen, torch.float16)
+    assert mask.shape == seen.shape and mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    assert torch.equal(mask == 0, seen) and torch.equal(mask.isneginf(), ~seen)
+
+
 def test_a_rope_table_is_made_once_for_each_theta(monkeypatch):
     """Of a head's 8 numbers MIXED rotates R = 4, so the second frequency is theta ** (-2 / 4)."""
     made = []

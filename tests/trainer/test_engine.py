@@ -48,8 +48,10 @@ def test_two_ranks_give_the_same_gradient(tmp_path):
     expected = first_gradients(sft_engine(tmp_path, 16, 1))
     torchrun(ROOT / "tests" / "helpers" / "gradients_run.py", tmp_path)
     assert_same_gradients(torch.load(tmp_path / "two_ranks.pth", weights_only=True), expected, 5e-6)
+    assert_same_gradients(torch.load(tmp_path / "two_ranks_compiled.pth", weights_only=True), expected, 5e-6)
     # a loss that is infinite on rank 1 only: rank 0, where everything is finite, has to leave the step out as well
     found = json.loads((tmp_path / "rank_0.json").read_text())
+    assert found.pop("buckets") == 1, "of a step with two micro-batches: only after the last one"
     trained = sum(batch.trained_tokens for batch in sft_engine(tmp_path, 16, 1).loader.batches(0))
     assert found.pop("units") == found.pop("tokens") == trained, "of both ranks"
     assert found == dict(bad=1.0, moved=False, own_gradient_is_finite=True, own=[True, True])

@@ -130,6 +130,8 @@ class DDP(Backend):
         wrapper = nn.parallel.DistributedDataParallel
         newer = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # torch 2.13 warns about the old name
         options = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # our buffers never change
+        # Buckets are exchanged while the rest of the backward pass goes on. static_graph would add nothing, since every
+        # parameter is used in every step, and torch's does not survive a first micro-batch under no_sync (torch 2.13).
         return wrapper(model, gradient_as_bucket_view=True, **options, **on_device)
 
     def accumulate(self, model, last):

@@ -130,7 +130,7 @@ class Engine:
             world=self.backend.world,
             seed=self.config.seed,
             shuffle=shuffle,
-            pin_memory=self.backend.device.type == "cuda",
+            device=None if self.job.rollout else self.backend.device,  # a rollout makes other batches of them
         )
 
     def _prepare(self) -> float:
