@@ -211,10 +211,12 @@ class Race:
     def steps(self, name: str) -> int:
         """So many steps fit into the side's time, as a short training of it tells."""
         side = Side(self.command(name, 200), self.folder / f"calibrate_{name}")
-        answer = side.turn(self.args.slice)
-        while answer["seconds"] - answer["setup"] < self.args.slice / 2 and not answer["done"]:
+        try:
             answer = side.turn(self.args.slice)
-        side.close()
+            while answer["seconds"] - answer["setup"] < self.args.slice / 2 and not answer["done"]:
+                answer = side.turn(self.args.slice)
+        finally:
+            side.close()
         seconds = 60 * self.args.minutes * (self.args.share if name == "sparrow" else 1) - answer["setup"]
         return max(2, round(seconds * answer["steps"] / (answer["seconds"] - answer["setup"])))
 
@@ -283,6 +285,7 @@ def main():
     if not args.minimind:
         print("left out: give the directory of a checkout of github.com/jingyaogong/minimind")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no stopped process is left behind
     results, start, out = {}, None, Path(args.out)
     with tempfile.TemporaryDirectory() as folder:
         for phase in args.phases:

@@ -185,6 +185,5 @@ def test_the_whole_comparison(minimind, tmp_path):
         for curve in results[phase].values():
             assert [p["steps"] for p in curve] == sorted({p["steps"] for p in curve})
             assert all(p["bpb"] > 0 for p in curve)
-    assert results["pretrain"]["sparrow"][-1]["bpb"] < results["pretrain"]["sparrow"][0]["bpb"]
     assert "| MiniMind as shipped (fp32) |" in (tmp_path / "out/results.md").read_text(encoding="utf-8")
     assert (tmp_path / "out/results.png").stat().st_size > 10_000
