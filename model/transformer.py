@@ -266,7 +266,7 @@ class CausalLM(nn.Module):
         self, x: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor, slice], Tensor] | None
     ) -> Tensor:
         """x (N, d), targets (N,) -> (N,), or (N, ...) of the criterion."""
-        words, frozen = self.config.vocab_size, not self.lm_head.weight.requires_grad
+        words, frozen = self.config.vocab_size, not any(p.requires_grad for p in self.lm_head.parameters())
         if criterion is None:
             if len(x) * words <= 2 * LOGITS_AT_ONCE and not frozen:
                 return self.token_loss(x, targets)
