@@ -81,6 +81,9 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
         (), "ppl, bpb, bleu, rouge, exact, f1, number, choice, letter, ... (default: what the files allow)"
     )
     data_limit: int = option(0, "use only the first N rows of each file", aliases=("max_samples",), within="[0, inf)")
+    num_fewshot: int = option(
+        0, "show N solved questions of the dev file before each one of multiple choice", within="[0, inf)"
+    )
     window: int = option(512, "tokens of a document that are read together", within="[2, inf)")
     against: str | None = option(None, "an earlier --json: print the change, with error bars", path=True)
     benchmark: str | None = option(None, "score the model on an exam", choices=("tiny_world",))
@@ -118,7 +121,12 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
             from evaluation.metrics import chosen
 
             chosen(self.metrics)
-        idle = [] if self.eval_data else ["metrics", "png", "against", "data_limit"]
+        if self.eval_data:  # before a model is loaded
+            from dataset.read.jsonl import require_file
+
+            for path in self.eval_data:
+                require_file(path)
+        idle = [] if self.eval_data else ["metrics", "png", "against", "data_limit", "num_fewshot"]
         idle += [] if self.benchmark else ["question_seed"]
         idle += [] if self.eval_data or self.benchmark else ["json"]
         takes = {"json": "--eval_data or --benchmark takes", "question_seed": "only --benchmark takes"}

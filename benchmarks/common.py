@@ -6,21 +6,53 @@ or one after the other, round by round (A B A B ...), and reports ratios of medi
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from common.files import atomic_file
 from dataset.tokens.examples import TokenDataset
+from trainer.run.logger import git_commit
+
+FOLDER = Path("out/benchmarks")  # what `show` writes; in the current directory
+_rows: list[dict[str, Any]] = []  # of this program
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):  # Linux knows more
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        cpu = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), cpu)
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return dict(
+        cpu=cpu,
+        cores=os.cpu_count(),
+        **({"gpus": gpus} if gpus else {}),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        system=platform.platform(),
+        commit=git_commit(),
+        load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # of other programs, too
+    )
 
 
 def machine() -> str:
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads{load}"
+    known = environment()
+    load = "" if known["load"] is None else f", load {known['load']}"
+    return f"{known['cpu']}, {known['cores']} cores, torch {known['torch']}, {known['threads']} threads{load}"
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -34,6 +66,55 @@ def seconds(work: Callable[[], None]) -> float:
 def spread(values: list[float]) -> str:
     """Median and, in brackets, the least and the greatest."""
     return f"{statistics.median(values):.4g} [{min(values):.4g} .. {max(values):.4g}]"
+
+
+def show(name: str, values: float | list[float], unit: str = "", aim: str = "") -> None:
+    """Prints a row of the table, and writes the table so far with its environment: <script>.json, .md and .png in
+    out/benchmarks.
+
+    values  of the rounds, or a single one
+    aim     what was aimed at, in words
+    """
+    values = [float(value) for value in (values if isinstance(values, list) else [values])]
+    median, least, most = statistics.median(values), min(values), max(values)
+    shown = spread(values) if len(values) > 1 else f"{median:.4g}"
+    print(f"{name:<40} {shown} {unit}".rstrip() + (f"   (aim: {aim})" if aim else ""), flush=True)
+    _rows.append(dict(name=name, median=median, least=least, most=most, unit=unit, aim=aim, values=values))
+    _write(Path(sys.argv[0]).stem or "benchmark")
+
+
+def _write(script: str) -> None:
+    known = environment()
+    content = dict(benchmark=script, command=shlex.join(sys.orig_argv), environment=known, rows=_rows)
+    with atomic_file(FOLDER / f"{script}.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    lines = [f"# {script}", "", f"`{content['command']}`", ""]
+    lines += [f"- {name}: {', '.join(value) if isinstance(value, list) else value}" for name, value in known.items()]
+    lines += ["", "| | median | lowest | highest | unit | aim |", "|---|---|---|---|---|---|"]
+    for row in _rows:
+        figures = " | ".join(f"{row[key]:.4g}" for key in ("median", "least", "most"))
+        lines.append(f"| {row['name']} | {figures} | {row['unit']} | {row['aim']} |")
+    with atomic_file(FOLDER / f"{script}.md") as temporary:
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    with atomic_file(FOLDER / f"{script}.png") as temporary:
+        _draw(temporary, script, f"{machine()}, {known['commit']}")
+
+
+def _draw(path: Path, title: str, remark: str) -> None:
+    """A panel for each unit, as their scales differ: bars of the medians, lines from the lowest to the highest."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    units = list(dict.fromkeys(row["unit"] for row in _rows))
+    heights = [sum(row["unit"] == unit for row in _rows) for unit in units]
+    figure = Figure(figsize=(8, 1 + 0.45 * sum(heights) + 0.6 * len(units)), dpi=120, layout="constrained")
+    figure.suptitle(f"{title}\n{remark}", fontsize=8)
+    panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=[height + 1 for height in heights])[:, 0]
+    for axes, unit in zip(panels, units):
+        rows = [row for row in _rows if row["unit"] == unit][::-1]
+        far = [[row["median"] - row["least"] for row in rows], [row["most"] - row["median"] for row in rows]]
+        axes.barh([row["name"] for row in rows], [row["median"] for row in rows], xerr=far, color="#4c78a8", capsize=3)
+        axes.set_xlabel(unit or "ratio")
+    figure.savefig(path, format="png")
 
 
 def hugging_face_llama(model):

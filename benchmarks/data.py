@@ -26,7 +26,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import numpy as np
 import torch  # noqa: F401  it is part of every start's baseline
 
-from benchmarks.common import machine, spread
+from benchmarks.common import machine, show
 from dataset.batches.loader import Loader
 from dataset.read.jsonl import Jsonl
 from dataset.tokens import token_cache
@@ -102,11 +102,6 @@ def run_start(path: Path) -> dict:
 # ---- the report
 
 
-def report(what: str, figure: str, target: str = "", met: bool = True) -> None:
-    verdict = f"  (target {target}: {'met' if met else 'MISSED'})" if target else ""
-    print(f"{what:<38} {figure}{verdict}", flush=True)
-
-
 def tokenising(path: Path, folder: Path, sample: int, rounds: int) -> None:
     """Our token cache (reading, parsing, writing included) in turns with the bare library on the same texts."""
     tokenizer = Tokenizer.load()
@@ -128,9 +123,9 @@ def tokenising(path: Path, folder: Path, sample: int, rounds: int) -> None:
             tokenizer._plain.encode_batch(texts[i : i + 10_000], add_special_tokens=False)
         bare.append(size / 1e6 / (time.perf_counter() - began))
     ratio = statistics.median(ours) / statistics.median(bare)
-    report("token cache, MB/s", spread(ours))
-    report("tokenizers.encode_batch alone, MB/s", spread(bare))
-    report("token cache against it", f"{ratio:.2f}", ">= 0.9", ratio >= 0.9)
+    show("token cache", ours, "MB/s")
+    show("tokenizers.encode_batch alone", bare, "MB/s")
+    show("token cache against it", ratio, "", ">= 0.9")
 
 
 def main() -> None:
@@ -153,21 +148,17 @@ def main() -> None:
             began = time.perf_counter()
             rows = len(Jsonl(path, cache_dir=folder / f"index{turn}"))
             rates.append(size / (time.perf_counter() - began))
-        rate = statistics.median(rates)
-        report(f"{size:,.0f} MB, {rows:,} rows: indexing, MB/s", spread(rates), ">= 200", rate >= 200)
+        show(f"indexing {size:,.0f} MB, {rows:,} rows", rates, "MB/s", ">= 200")
         tokenising(path, folder, args.sample_mb * 1_000_000, args.rounds)
         allowed = 150 + 32 * rows / MIB
         for name in ("first start (tokenises)", "second start"):
             found = run_start(path)
-            target, soon = "<= 2" if name == "second start" else "", found["first_batch"] <= 2
-            report(f"{name}: first batch, s", f"{found['first_batch']:.2f}", target, soon)
-            peak = found["memory"] / MIB
-            report(f"{name}: peak over baseline, MiB", f"{peak:.0f}", f"<= {allowed:.0f}", peak <= allowed)
-        report("batches from the cache, tokens/s", f"{found['rate']:,.0f}")
+            show(f"{name}: first batch", found["first_batch"], "s", "<= 2" if name == "second start" else "")
+            show(f"{name}: peak over baseline", found["memory"] / MIB, "MiB", f"<= {allowed:.0f}")
+        show("batches from the cache", found["rate"], "tokens/s")
         began = time.perf_counter()
         shuffled(10_000_000, 42, 0)[9_999_999]
-        seek = time.perf_counter() - began
-        report("seek to row 10,000,000, s", f"{seek:.2f}", "<= 1", seek <= 1)
+        show("seek to row 10,000,000", time.perf_counter() - began, "s", "<= 1")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -11,7 +11,6 @@ compared before any time is taken; rounds alternate. Each side's peak memory is 
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import data_flags, machine, seconds, spread
+from benchmarks.common import data_flags, machine, seconds, show
 from common.options import parse
 from dataset.batches.preference import PairLoader, PreferenceDataset
 from model.checkpoint import Checkpoint
@@ -189,9 +188,9 @@ def main():
             rates["theirs"].append(pairs / seconds(lambda: [theirs(ours.examples(s)) for s in steps]))  # noqa: B023
     print(f"\n{machine()}; {args.preset}, {args.batch_size} pairs a step, length {args.length:,}")
     for name, values in rates.items():
-        print(f"{name:7} {spread(values)} pairs/s")
+        show(name, values, "pairs/s")
     ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"])]
-    print(f"ours is {spread(ratios)} times as fast (median of ratios {statistics.median(ratios):.2f})")
+    show("ours against theirs", ratios, "times as fast", "2")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The speed of evaluation: answers in a batch and one by one, likelihoods and the forward pass of training, the exam.
+"""The speed of evaluation: answers in a batch and one by one, likelihoods and the forward pass of training, the exam,
+two models compared.
 
 python benchmarks/evaluation.py                               # preset small; about five minutes on two cores
 python benchmarks/evaluation.py --preset nano --rounds 3
@@ -8,6 +9,7 @@ python benchmarks/evaluation.py --weight out/full_sft_192.pth # the exam too, wi
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,14 +18,19 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import machine, seconds, spread
-from dataset.batches.loader import Loader
+from benchmarks.common import machine, seconds, show
+from common.files import ROOT
+from dataset.read.questions import read_questions
 from dataset.tiny_world import exam
 from evaluation import likelihood
 from evaluation.benchmark import run_benchmark
+from evaluation.compare import compare, write_report
 from evaluation.likelihood import log_likelihoods
+from evaluation.measure import Settings
+from evaluation.models import open_models
+from evaluation.shared_prompts import Bundle, BundleLoader, Bundles
 from inference.answers import answers_to_ids, prompt_ids
-from model.checkpoint import load_weights
+from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.precision import pick_device, pick_dtype, prepare_for_inference
 from model.transformer import CausalLM
@@ -46,8 +53,9 @@ def answers_ratio(model, tokenizer, rows: int, tokens: int, rounds: int) -> None
         together.append(rows * tokens / seconds(lambda: run(prompts, rows)))
         alone.append(4 * tokens / seconds(lambda: run(prompts[:: rows // 4][:4], 1)))
     ratio = statistics.median(together) / statistics.median(alone)
-    print(f"answers, {rows} at once    {spread(together)} tokens/s")
-    print(f"answers, one by one  {spread(alone)} tokens/s    ratio {ratio:.1f}")
+    show(f"answers, {rows} at once", together, "tokens/s")
+    show("answers, one by one", alone, "tokens/s")
+    show("at once against one by one", ratio, "times as fast", ">= 15 at 64 rows")
 
 
 def likelihood_ratio(model, tokenizer, count: int, rounds: int) -> None:
@@ -60,9 +68,9 @@ def likelihood_ratio(model, tokenizer, count: int, rounds: int) -> None:
         answer = {"role": "assistant", "content": " ".join([q.answer] * (1 + n % 9))}
         rows.append(Encoded(*encode_chat(tokenizer, [{"role": "user", "content": q.prompt}, answer])))
     positions = sum(len(row.ids) - 1 for row in rows)
-    data = likelihood._InMemory(rows)
+    data = Bundles(rows, [Bundle([], [n], len(row.ids) - 1) for n, row in enumerate(rows)])
     options = dict(packing=True, batch_size=likelihood.ROWS, max_seq_len=likelihood.WINDOW, shuffle=False)
-    batches = Loader(data, accumulation_steps=-(-count // likelihood.ROWS), **options).batches(0)
+    batches = BundleLoader(data, accumulation_steps=-(-count // likelihood.ROWS), **options).batches(0)
     device = model.model.embed_tokens.weight.device
 
     @torch.no_grad()
@@ -74,9 +82,30 @@ def likelihood_ratio(model, tokenizer, count: int, rounds: int) -> None:
     for _ in range(rounds):
         ours.append(positions / seconds(lambda: log_likelihoods(model, rows)))
         training.append(positions / seconds(forward))
-    print(f"likelihoods          {spread(ours)} tokens/s")
-    ratio = statistics.median(ours) / statistics.median(training)
-    print(f"training's forward   {spread(training)} tokens/s    ratio {ratio:.2f}")
+    show("likelihoods", ours, "tokens/s")
+    show("training's forward pass", training, "tokens/s")
+    show("likelihoods against it", statistics.median(ours) / statistics.median(training), "times as fast", ">= 0.9")
+
+
+def comparison(args) -> None:
+    """Two models of the preset answer the 50 questions, each reads what the other said, and the report is written.
+    The models are untrained, so no answer ends before --compare tokens: the most that it can take."""
+    tokenizer = Tokenizer.load()
+    recorded = dict(path=tokenizer.path, hash=tokenizer.hash)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, name in enumerate(("full_sft", "rlhf")):
+            torch.manual_seed(seed)
+            model = CausalLM(ModelConfig.preset(args.preset))
+            save_weights(Path(folder, f"{name}.pth"), model, tokenizer=recorded, lineage=[dict(stage=name)])
+
+        def compare_both() -> None:
+            paths = [str(Path(folder, f"{name}.pth")) for name in ("full_sft", "rlhf")]
+            models = open_models(paths, folder, dtype=args.dtype)
+            questions = read_questions(ROOT / "configs/test_questions.json")
+            result = compare(models, questions, Settings(max_new_tokens=args.compare))
+            write_report(Path(folder, "report.html"), result)
+
+        show(f"comparing two models, 50 questions, {args.compare} tokens", seconds(compare_both), "s", "180 on 2 cores")
 
 
 def main():
@@ -88,6 +117,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--count", type=int, default=512, help="rows whose likelihood is computed")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compare", type=int, default=256, help="tokens of an answer, where two models are compared")
     args = parser.parse_args()
     tokenizer, device = Tokenizer.load(), pick_device()
     torch.manual_seed(0)
@@ -102,7 +132,9 @@ def main():
         begin = time.perf_counter()
         result = run_benchmark(model, tokenizer)
         took = time.perf_counter() - begin
-        print(f"the exam             {result['seconds']} s for {len(result['answers'])} answers, {took:.1f} s in all")
+        show(f"the exam, {len(result['answers'])} answers", result["seconds"], "s", "6 with nano")
+        show("the exam, in all", took, "s")
+    comparison(args)
 
 
 if __name__ == "__main__":

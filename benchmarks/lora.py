@@ -22,7 +22,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import RandomRows, data_flags, hugging_face_step, machine, seconds, spread
+from benchmarks.common import RandomRows, data_flags, hugging_face_step, machine, seconds, show
 from common.options import parse
 from dataset.tokens.examples import SFTDataset
 from model.checkpoint import Checkpoint
@@ -77,9 +77,9 @@ def compare(
         for name, side in zip(names, (ours, theirs)):
             times[name].append(seconds(lambda: [side(step) for step in steps]) / len(steps))  # noqa: B023
     for name, values in times.items():
-        print(f"{name:9} {spread(values)} s a step")
+        show(f"{name}: {title}", values, "s a step")
     ratios = [b / a for a, b in zip(*times.values())]
-    print(f"{names[0]} is {spread(ratios)} times as fast")
+    show(f"{names[0]} against {names[1]}", ratios, "times as fast")
 
 
 def their_model(state: dict, shape: ModelConfig, folder: Path):

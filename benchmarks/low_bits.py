@@ -27,7 +27,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.common import machine, seconds, spread
+from benchmarks.common import machine, seconds, show
 from benchmarks.memory_table import MODELS
 from model.checkpoint import load_weights
 from model.config import ModelConfig
@@ -180,27 +180,27 @@ def main():
 
         loads = [apart(measure_loading, folder) for _ in range(args.rounds)]
         ratio = [one["loading"] / one["reading"] for one in loads]
-        print(f"1. loading in bf16: {spread([one['loading'] for one in loads])} s, {spread(ratio)} times reading")
-        print(f"   peak above the process before: {apart(measure_peak, folder):.3f} times the model")
+        show("loading in bf16", [one["loading"] for one in loads], "s")
+        show("loading against reading", ratio, "times as long", "1.2")
+        show("peak above the process before", apart(measure_peak, folder), "times the model")
 
         runs = {mode: [] for mode in args.modes}
         for _ in range(args.rounds):
             for mode, found in runs.items():
                 found.append(apart(measure_training, mode, folder, args.batches, args.steps, args.recompute))
-        print(f"2. LoRA{', recomputing' if args.recompute else ''}; speed compared with {args.modes[0]}")
+        print(f"LoRA{', recomputing' if args.recompute else ''}; speed compared with {args.modes[0]}")
         for mode, found in runs.items():
             loaded = max(one["loaded"] for one in found) / base
-            print(
-                f"   {mode:>4}: loaded in {spread([one['loading'] for one in found])} s, {loaded:.2f} bytes a parameter"
-            )
+            show(f"{mode}: loading", [one["loading"] for one in found], "s")
+            show(f"{mode}: loaded", loaded, "bytes a parameter")
             for i, (rows, length) in enumerate(args.batches):
-                speeds = [one["tokens"][i] for one in found]
-                ratios = [one["tokens"][i] / first["tokens"][i] for one, first in zip(found, runs[args.modes[0]])]
-                most, loss = max(one["peak"][i] for one in found), found[0]["loss"][i]
-                print(
-                    f"   {rows:4} x {length}: {spread(speeds)} tokens/s, {spread(ratios)} times; at most "
-                    f"{most / base:.2f} bytes a parameter ({most / 2**30:.2f} GiB), first loss {loss:.3f}"
-                )
+                name, first = f"{mode}, {rows} x {length}", runs[args.modes[0]]
+                show(name, [one["tokens"][i] for one in found], "tokens/s")
+                show(name, [one["tokens"][i] / other["tokens"][i] for one, other in zip(found, first)], "times as fast")
+                most = max(one["peak"][i] for one in found)
+                show(f"{name}: at most", most / base, "bytes a parameter")
+                show(f"{name}: at most", most / 2**30, "GiB")
+                print(f"{name}: first loss {found[0]['loss'][i]:.3f}")
 
 
 if __name__ == "__main__":

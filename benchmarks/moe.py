@@ -12,7 +12,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import machine, seconds, spread
+from benchmarks.common import machine, seconds, show
 from model.config import ModelConfig
 from model.precision import pick_dtype
 from model.transformer import CausalLM
@@ -54,8 +54,8 @@ def main():
             times[experts].append(seconds(lambda: step(tokens)))  # noqa: B023
     print(f"\n{machine()}")
     for experts, values in times.items():
-        print(f"{experts:2} experts: {spread(values)} s a step")
-    print(f"16 experts take {spread([b / a for a, b in zip(times[4], times[16])])} times as long")
+        show(f"{experts} experts", values, "s a step")
+    show("16 experts against 4", [b / a for a, b in zip(times[4], times[16])], "times as long", "1.3 at most")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import machine
+from benchmarks.common import machine, show
 from common.files import ROOT
 
 MEMORY, TIME = 0.10, 0.15
@@ -65,6 +65,8 @@ def main():
             train(stage, *flags)
             for what, limit, plan, fact in zip(("GiB", "s"), (MEMORY, TIME), expected, real(Path(folder, stage))):
                 off = plan / fact - 1
+                show(f"{stage}, planned", plan, what)
+                show(f"{stage}, real", fact, what)
                 print(f"{stage:9} planned {plan:7.2f} {what:3}  real {fact:7.2f} {what:3}  {off:+.0%}", flush=True)
                 missed += [f"{stage} {what}"] * (abs(off) > limit)
     if missed:

@@ -82,6 +82,7 @@ def worker(folder: Path) -> None:
         PretrainConfig,
         [
             *flags,
+            "--recipe=classic",
             f"--save_dir={folder}",
             "--device=cpu",
             "--dtype=float32",
@@ -112,6 +113,8 @@ def worker(folder: Path) -> None:
 
 
 def measure(preset: str) -> None:
+    from benchmarks.common import show
+
     print("\nmeasured: tensors alive on each of 2 processes before the update, fp32, against the formula")
     for backend in BACKENDS:
         flags = [f"--preset={preset}", "--backend=ddp" if backend == "ddp" else f"--zero_stage={backend[-1]}"]
@@ -134,8 +137,8 @@ def measure(preset: str) -> None:
             )
             ranks = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in (0, 1)]
         expected = sum(kept(backend, 2).values()) * ranks[0][1]
-        figures = ", ".join(f"{bytes_ / 2**20:,.0f} MiB ({bytes_ / expected:.2f})" for bytes_, _ in ranks)
-        print(f"  {backend:6} formula {expected / 2**20:6,.0f} MiB; rank 0 and 1: {figures}")
+        show(f"{backend}, formula", expected / 2**20, "MiB")
+        show(f"{backend}, both ranks", [bytes_ / 2**20 for bytes_, _ in ranks], "MiB")
 
 
 def main():

@@ -175,7 +175,7 @@ def main() -> None:
         return asyncio.run(be_clients(config.clients, asked, config.new))
     import tempfile
 
-    from benchmarks.common import machine, spread
+    from benchmarks.common import machine, show
     from inference.engine import Engine
 
     model = build(config)
@@ -218,7 +218,7 @@ def main() -> None:
                 note(f"{at_once}: median first token, s", statistics.median(crowd["first"]))
     print(f"{machine()}; {config.weight or config.preset}, {config.prompt} + {config.new} tokens")
     for name, values in figures.items():
-        print(f"{name:70} {spread(values)}")
+        show(name, values)
 
 
 if __name__ == "__main__":

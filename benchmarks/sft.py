@@ -9,7 +9,6 @@ compared.
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import data_flags, machine, seconds, spread
+from benchmarks.common import data_flags, machine, seconds, show
 from common.options import parse
 from dataset.tokens.examples import SFTDataset
 from model.config import ModelConfig
@@ -61,7 +60,7 @@ def main():
             *data_flags(args.data_path),
             *("--save_dir", folder, "--cache_dir", folder, "--device", "cpu"),
             *("--batch_size", str(args.batch_size), "--max_seq_len", str(args.length), "--compile", args.compile),
-            *("--schedule", "constant", "--warmup_steps", "0"),
+            *("--recipe", "classic", "--schedule", "constant", "--warmup_steps", "0"),
         ]
         config, tokenizer = parse(SFTConfig, flags), Tokenizer.load()
         torch.manual_seed(0)
@@ -111,9 +110,9 @@ def main():
         share = f"{trained / positions:.0%} of the padded positions are trained on"
         print(f"\n{machine()}; {args.preset}, {args.batch_size} examples a step, {share}")
         for name, values in rates.items():
-            print(f"{name:7} {spread(values)} trained tokens/s")
+            show(name, values, "trained tokens/s")
         ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"])]
-        print(f"ours is {spread(ratios)} times as fast (median of ratios {statistics.median(ratios):.2f})")
+        show("ours against theirs", ratios, "times as fast", "6")
 
 
 if __name__ == "__main__":

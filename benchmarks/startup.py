@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import machine, seconds, spread
+from benchmarks.common import machine, seconds, show
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = "--compile off --max_steps 2 --log_interval 1 --batch_size 8 --max_seq_len 256".split()
@@ -62,7 +62,7 @@ def main():
                 times[name].append(measure())
     print(machine())
     for name, values in times.items():
-        print(f"{name:30} {spread(values[1:])} s")
+        show(name, values[1:], "s")  # the first one fills the disk's cache
 
 
 if __name__ == "__main__":

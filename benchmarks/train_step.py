@@ -8,7 +8,6 @@ and SDPA, as the usual trainer calls it. The losses of the first steps are compa
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import RandomRows, hugging_face_llama, hugging_face_step, machine, seconds, spread
+from benchmarks.common import RandomRows, hugging_face_llama, hugging_face_step, machine, seconds, show
 from common.options import parse
 from model.config import ModelConfig
 from model.cost import step_flops
@@ -36,7 +35,7 @@ def our_engine(args, shape: ModelConfig, folder: str) -> Engine:
     flags = [
         *("--save_dir", folder, "--batch_size", str(args.rows), "--max_seq_len", str(args.length), "--device", "cpu"),
         *("--compile", args.compile, "--dtype", args.dtype, "--schedule", "constant", "--warmup_steps", "0"),
-        *("--max_steps", "100000"),
+        *("--max_steps", "100000", "--recipe", "classic"),
     ]
     torch.manual_seed(0)
     model = CausalLM(shape)
@@ -111,15 +110,14 @@ def main():
         print(f"\n{machine()}; {args.preset}, {args.rows} x {args.length}, {precision}, compile {args.compile}")
         for name, values in times.items():
             shares = [flops / t / max(rates[2 * i], rates[2 * i + 1]) for i, t in enumerate(values)]
-            print(
-                f"{name:7} {spread(values)} s a step, {positions / statistics.median(values):,.0f} tokens/s, "
-                f"share of the GEMM rate {spread(shares)}"
-            )
-        print(f"GEMM rate {spread([rate / 1e9 for rate in rates])} GFLOP/s")
+            show(name, values, "s a step")
+            show(name, [positions / value for value in values], "tokens/s")
+            show(name, shares, "of the GEMM rate")
+        show("GEMM rate", [rate / 1e9 for rate in rates], "GFLOP/s")
         ratios = [b / a for a, b in zip(times["ours"], times["theirs"])]
-        print(
-            f"ours is {spread(ratios)} times as fast" + ("" if bf16 else " (no bf16 on this CPU: reported, not judged)")
-        )
+        show("ours against theirs", ratios, "times as fast")
+        if not bf16:
+            print("no bf16 on this CPU: reported, not judged")
 
 
 if __name__ == "__main__":

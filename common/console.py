@@ -11,9 +11,10 @@ import os
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.files import ROOT, allow_many_files
 
@@ -56,6 +57,23 @@ class UserError(ValueError):
     """
 
 
+def width_of(text: str) -> int:
+    """Places that it takes in a terminal: two for Chinese characters, none for accents that are added."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cut(text: str, width: int) -> str:
+    """At most so wide."""
+    while width_of(text) > width:
+        text = text[:-1]
+    return text
+
+
+def takes_colour(stream: TextIO) -> bool:
+    """Whether colours belong into it: a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
 def run(main: Callable[[], Any]) -> None:
     """Calls main(). A user's mistake is printed in one line, a bug with its traceback.
 
@@ -63,6 +81,7 @@ def run(main: Callable[[], Any]) -> None:
     The exit status is 2 after a mistake, 130 after Ctrl-C, 141 if whoever read the output (`| head`) has closed it.
     """
     allow_many_files()
+    sys.excepthook = _print_traceback
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console that lacks a character must not end the program
@@ -81,6 +100,13 @@ def run(main: Callable[[], Any]) -> None:
             raise
         print(f"error: {printable(explain(error), one_line=True)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    """As Python does it, but a text of a file in the message cannot steer the terminal."""
+    import traceback
+
+    print(printable("".join(traceback.format_exception(kind, error, frames))), file=sys.stderr, end="", flush=True)
 
 
 def _raised_in_our_code(error: OSError) -> bool:

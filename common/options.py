@@ -138,7 +138,7 @@ def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, 
         prog=prog,
         description=description,
         usage="%(prog)s [--config file.yaml] [--option value ...]",
-        epilog=_help(known),
+        epilog=_help(known, cls()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -337,8 +337,11 @@ def describe(config: Options) -> str:
     )
 
 
-def _help(known: dict[str, Spec]) -> str:
-    """The text of --help: a block for each class that introduced options, the script's own first."""
+def _help(known: dict[str, Spec], default: Options) -> str:
+    """The text of --help: a block for each class that introduced options, the script's own first.
+
+    default: an instance without arguments, since some defaults follow from other options
+    """
     width = min(shutil.get_terminal_size((110, 24)).columns, 120)
     blocks: dict[type, list[str]] = {}
     for spec in known.values():
@@ -346,8 +349,9 @@ def _help(known: dict[str, Spec]) -> str:
             continue
         kind = {bool: "", int: "N", float: "X", str: "PATH" if spec.path else "TEXT"}[spec.kind]
         kind = ("|".join(spec.choices) if spec.choices else kind) + (" ..." if spec.many else "")
-        default = show(spec.default).removeprefix(str(ROOT) + os.sep)
-        text = spec.help if spec.default in (None, (), "") else f"{spec.help} [{default}]"
+        value = getattr(default, spec.name)
+        shown = show(value).removeprefix(str(ROOT) + os.sep)
+        text = spec.help if value in (None, (), "") else f"{spec.help} [{shown}]"
         if spec.aliases:
             text += "; also " + " ".join(f"--{name}" for name in spec.spellings()[1:])
         text = textwrap.fill(text, width, initial_indent=" " * 32, subsequent_indent=" " * 32, break_on_hyphens=False)

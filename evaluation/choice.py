@@ -5,15 +5,16 @@
 
 Three ways to choose, each usual somewhere: `choice` by the log-likelihood of the option's text; `choice_norm` by the
 same per byte, so that long options are not at a disadvantage (lm-evaluation-harness's acc and acc_norm); `letter` by
-that of A, B, C or D after a prompt that lists the options (C-Eval's, CMMLU's and MMLU's own way). No examples are shown
-before a question. A model that chats gets the question as a user's turn, and the end of its answer counts too; other
-models continue a text.
+that of A, B, C or D after a prompt that lists the options (C-Eval's, CMMLU's and MMLU's own way). A model that chats
+gets the question as a user's turn, and the end of its answer counts too; other models continue a text. Examples, if
+there are any, stand before the question: as earlier turns, or in the same text.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,22 @@ def read_choices(path: str | Path, limit: int = 0) -> list[Choice]:
             break
     if not found:
         raise UserError(f"{path}: there is no question in it")
+    return found
+
+
+def read_examples(path: str | Path, count: int) -> list[Choice]:
+    """The first `count` solved questions that belong to a file: of C-Eval's val/physics_val.csv those in
+    dev/physics_dev.csv, of CMMLU's test/anatomy.csv those in dev/anatomy.csv. UserError if there are not so many."""
+    path = Path(path)
+    name = re.sub("_(val|test)$", "", path.stem)
+    names = [f"{name}_dev{path.suffix}", f"{name}{path.suffix}"]
+    places = [folder / own for own in names for folder in (path.parent, path.parent.parent / "dev")]
+    file = next((place for place in places if place.is_file() and place.resolve() != path.resolve()), None)
+    if file is None:
+        raise UserError(f"--num_fewshot {count}: {path} has no examples; put them into {places[0]} or {places[1]}")
+    found = read_choices(file, count)
+    if len(found) < count:
+        raise UserError(f"--num_fewshot {count}: {file} has only {len(found)} questions")
     return found
 
 
@@ -120,12 +137,23 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def score(
-    model: CausalLM, tokenizer: Tokenizer, questions: Sequence[Choice], *, chats: bool = True
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    questions: Sequence[Choice],
+    *,
+    chats: bool = True,
+    examples: Sequence[Choice] = (),
 ) -> dict[str, np.ndarray]:
-    """{way: (n, 2)}: whether the way finds the right option, and 1, for each question. chats: with a chat template."""
+    """{way: (n, 2)}: whether the way finds the right option, and 1, for each question.
+
+    chats: with a chat template. examples: solved questions that are shown before each.
+    """
     encode = _chat_row if chats else _text_row
-    rows = [encode(tokenizer, q, q.question, option) for q in questions for option in q.options]
-    rows += [encode(tokenizer, q, q.listed, letter) for q in questions for letter in LETTERS[: len(q.options)]]
+    solved = [(example.question, example.options[example.right]) for example in examples]
+    lettered = [(example.listed, LETTERS[example.right]) for example in examples]
+    rows = [encode(tokenizer, [*solved, (q.question, option)]) for q in questions for option in q.options]
+    letters_of = lambda q: LETTERS[: len(q.options)]
+    rows += [encode(tokenizer, [*lettered, (q.listed, letter)]) for q in questions for letter in letters_of(q)]
     sums = np.array([logp.sum(dtype=np.float64) for logp in log_likelihoods(model, rows, progress="options")])
     texts, letters = np.split(sums, 2)
     found = {way: np.ones((len(questions), 2)) for way in WAYS}
@@ -139,15 +167,23 @@ def score(
     return found
 
 
-def _chat_row(tokenizer: Tokenizer, choice: Choice, question: str, option: str) -> Encoded:
-    return encode_chat(tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": option}])
+def _chat_row(tokenizer: Tokenizer, shown: list[tuple[str, str]]) -> Encoded:
+    """shown: questions with their answers; of the last answer the likelihood counts."""
+    turns = []
+    for question, answer in shown:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "train": False}]
+    del turns[-1]["train"]
+    return encode_chat(tokenizer, turns)
 
 
-def _text_row(tokenizer: Tokenizer, choice: Choice, question: str, option: str) -> Encoded:
+def _text_row(tokenizer: Tokenizer, shown: list[tuple[str, str]]) -> Encoded:
     """The option is what comes after the ids of the prompt, as in lm-evaluation-harness."""
-    chinese = language(choice.question) == "zh"
+    chinese = language(shown[-1][0]) == "zh"
     asks, answers = WORDS["zh" if chinese else "en"]
-    before = asks.format(question) + answers
-    ids = prompt_ids(tokenizer, before + ("" if chinese else " ") + option)
+    space = "" if chinese else " "
+    solved = "".join(asks.format(question) + answers + space + answer + "\n\n" for question, answer in shown[:-1])
+    question, option = shown[-1]
+    before = solved + asks.format(question) + answers
+    ids = prompt_ids(tokenizer, before + space + option)
     known = min(len(prompt_ids(tokenizer, before)), len(ids) - 1)
     return Encoded(ids, [i >= known for i in range(len(ids))])

@@ -9,10 +9,9 @@ than the screen or go into a file.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 
-from common.console import printable
+from common.console import printable, width_of
 
 GAP = " │ "
 
@@ -68,15 +67,3 @@ class Columns:
 
     def _row(self, cells: list[str]) -> str:
         return GAP.join(cell + " " * (width - width_of(cell)) for cell, width in zip(cells, self.widths)).rstrip()
-
-
-def width_of(text: str) -> int:
-    """Places that it takes in a terminal: two for Chinese characters, none for accents that are added."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def cut(text: str, width: int) -> str:
-    """At most so wide."""
-    while width_of(text) > width:
-        text = text[:-1]
-    return text

@@ -199,7 +199,8 @@ def _figures(questions: Sequence[Question], said: Sequence[Sequence[Answer]]) ->
     known = [n for n, q in enumerate(questions) if q.references]
     if known:
         references = [questions[n].references for n in known]
-        names = [name for name, metric in METRICS.items() if metric.of == "answers" and _installed(name)]
+        usual = [name for name, metric in METRICS.items() if metric.of == "answers" and metric.usual]
+        names = [name for name in usual if _installed(name)]
         if not any("####" in q.references[0] for q in questions if q.references):
             names.remove("number")
         for name in names:

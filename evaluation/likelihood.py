@@ -5,8 +5,8 @@
     sums = totals(tokenizer, rows, logp)                                          # (rows, 3): nats, tokens, bytes
     print(METRICS["ppl"].value(sums.sum(0)), METRICS["bpb"].value(sums.sum(0)))   # evaluation/metrics.py
 
-Rows are packed and batched by the loader of the training stages. So the numbers of a row do not depend on its
-neighbours, and a position costs what it costs in a forward pass of training.
+Rows are packed and batched as in the training stages. So the numbers of a row do not depend on its neighbours, and a
+position costs what it costs in a forward pass of training. A prompt that several rows begin with is computed once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from common.console import Progress, UserError
-from dataset.batches.loader import IGNORED, Loader
-from dataset.tokens.examples import TokenDataset
+from dataset.batches.loader import IGNORED
+from evaluation.shared_prompts import BundleLoader, Bundles, bundled
 from model.transformer import CausalLM
 from tokenizer.chat import Encoded
 from tokenizer.text import Tokenizer
@@ -28,7 +28,7 @@ from tokenizer.text import Tokenizer
 Criterion = Callable[[Tensor, Tensor, slice], Tensor]
 WINDOW = 512  # positions of a packed row, unless an example is longer
 ROWS = 8  # packed rows of a forward pass
-AT_ONCE = 512  # examples that are packed together
+AT_ONCE = 512  # examples, with all rows of the same prompt, that are packed together
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int = WINDOW) -> list[Encoded]:
@@ -54,29 +54,28 @@ def log_likelihoods(
     UserError if a row has more targets than the model has positions.
     """
     found = [np.empty(0, np.float32)] * len(rows)
-    some = sorted((i for i, row in enumerate(rows) if any(row.trained[1:])), key=lambda i: -len(rows[i].ids))
-    limit = model.config.max_position_embeddings
-    if some and len(rows[some[0]].ids) - 1 > limit:
-        raise UserError(f"a row of {len(rows[some[0]].ids)} tokens exceeds the model's {limit} positions")
+    some = [i for i, row in enumerate(rows) if any(row.trained[1:])]
+    longest, limit = max((len(rows[i].ids) for i in some), default=0), model.config.max_position_embeddings
+    if longest - 1 > limit:
+        raise UserError(f"a row of {longest} tokens exceeds the model's {limit} positions")
+    bundles = sorted(bundled(rows, some, WINDOW), key=lambda bundle: -bundle.size)
     with closing(Progress(progress or "likelihoods", len(some), " rows")) as bar:
-        for begin in range(0, len(some), AT_ONCE):  # those alike in length: a row is as long as the longest of them
-            numbers = some[begin : begin + AT_ONCE]
-            for example, logp in _packed(model, [rows[i] for i in numbers], criterion):
-                found[numbers[example]] = logp
-            bar.advance(len(numbers))
+        for begin in range(0, len(bundles), AT_ONCE):  # those alike in length: a row is as long as the longest of them
+            for number, logp in _packed(model, Bundles(rows, bundles[begin : begin + AT_ONCE]), criterion):
+                found[number] = logp
+                bar.advance(1)
     return found
 
 
-def _packed(model: CausalLM, examples: list[Encoded], criterion: Criterion | None) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the example, log-probabilities of its trained ids)"""
-    data = _InMemory(examples)
+def _packed(model: CausalLM, data: Bundles, criterion: Criterion | None) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the row, log-probabilities of its trained ids)"""
     length = max(WINDOW, int(data.lengths.max()) - 1)
     at_once = max(1, ROWS * WINDOW // length)
-    loader = Loader(
+    loader = BundleLoader(
         data,
         packing=True,
         batch_size=at_once,
-        accumulation_steps=-(-len(examples) // at_once),  # all examples in one step, as they are packed together
+        accumulation_steps=-(-len(data) // at_once),  # all examples in one step, as they are packed together
         max_seq_len=length,
         shuffle=False,
     )
@@ -85,8 +84,9 @@ def _packed(model: CausalLM, examples: list[Encoded], criterion: Criterion | Non
         there = batch.to(device)
         loss = model(there.tokens, **there.context(), criterion=criterion).loss.cpu()  # (B, T)
         logp = -loss[batch.targets != IGNORED]
-        counts = [sum(examples[i].trained[1:]) for i in batch.examples]
-        yield from zip(batch.examples, np.split(logp.numpy(), np.cumsum(counts)[:-1]))
+        numbers = [number for example in batch.examples for number in data.bundles[example].rows]
+        counts = [sum(data.all[number].trained[1:]) for number in numbers]
+        yield from zip(numbers, np.split(logp.numpy(), np.cumsum(counts)[:-1]))
 
 
 def totals(tokenizer: Tokenizer, rows: Sequence[Encoded], logp: Sequence[np.ndarray]) -> np.ndarray:
@@ -96,20 +96,3 @@ def totals(tokenizer: Tokenizer, rows: Sequence[Encoded], logp: Sequence[np.ndar
         trained = np.array(row.ids[1:], np.int64)[np.array(row.trained[1:], bool)]
         total[:] = -own.sum(dtype=np.float64), len(own), tokenizer.token_bytes[trained].sum()
     return found
-
-
-class _InMemory(TokenDataset):
-    """Encoded rows as a data set, for the loader."""
-
-    fingerprint, summary, end_of_text = "", "rows in memory", 0
-
-    def __init__(self, rows: list[Encoded]):
-        self.rows = rows
-        self.order = np.arange(len(rows))
-        self.lengths = np.array([len(row.ids) for row in rows], np.int32)
-
-    def _tokens(self, example: int) -> np.ndarray:
-        return np.array(self.rows[example].ids)
-
-    def _trained(self, example: int) -> np.ndarray:
-        return np.array(self.rows[example].trained, bool)

@@ -24,7 +24,7 @@ from dataset.read.formats import layout_of
 from dataset.read.jsonl import require_file
 from dataset.read.parse import decode
 from dataset.read.questions import Question, read_questions, read_rows
-from evaluation.choice import read_choices, score
+from evaluation.choice import read_choices, read_examples, score
 from evaluation.likelihood import WINDOW, log_likelihoods, totals, windows
 from evaluation.metrics import METRICS
 from evaluation.statistics import bootstrap
@@ -49,6 +49,7 @@ class Settings:
     sampling: Sampling = GREEDY
     window: int = WINDOW  # tokens of a document that are read together
     limit: int = 0  # rows of each file that are used (0: all)
+    num_fewshot: int = 0  # solved questions that are shown before each one of multiple choice
     chats: bool = True  # False: questions are texts that the model continues
     system: str = ""
     enable_thinking: bool | None = None
@@ -133,7 +134,7 @@ def kind_of(path: Path) -> str:
 def _usual(found: Measured) -> list[str]:
     """What is measured if nobody says: numbers only where the file marks them as GSM8K does, with ####."""
     first = next(read_rows(found.path), ("", None))[1] if found.kind == "questions" else None
-    return [name for name in METRICS if name != "number" or "####" in str(first)]
+    return [name for name in METRICS if METRICS[name].usual and (name != "number" or "####" in str(first))]
 
 
 def _in_words(kind: str) -> str:
@@ -293,8 +294,9 @@ def _measure_choices(
 ) -> None:
     questions = read_choices(found.path, settings.limit)
     found.rows = len(questions)
-    counts = score(model, tokenizer, questions, chats=settings.chats)
+    examples = read_examples(found.path, settings.num_fewshot) if settings.num_fewshot else []
+    counts = score(model, tokenizer, questions, chats=settings.chats, examples=examples)
     chance = sum(1 / len(q.options) for q in questions) / len(questions)
     for name in names:
-        found.add(name, counts[name], [q.where for q in questions])
+        found.add(name, counts[name], [q.where for q in questions], f"{len(examples)}-shot")
     found.notes.append(f"guessing would find {chance:.1%} of the right options")

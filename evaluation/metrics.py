@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Metric:
     count: Callable[[Sequence[str], References], Counts] | None = None
     form: str = "{:.1%}"  # how it is printed
     better: int = 1  # 1: more is better; -1: less is
+    usual: bool = True  # measured where nobody says what to measure
 
 
 def chosen(names: Sequence[str]) -> list[str]:
@@ -106,15 +108,33 @@ class _RougeWords:
         return re.findall(f"[a-z0-9]+|[{HAN}]", text.lower())
 
 
-def count_rouge(kind: str) -> Callable[[Sequence[str], References], Counts]:
+class _RougeJieba:
+    """The same, with the Chinese words that jieba finds instead of characters."""
+
+    def __init__(self):
+        try:
+            import jieba
+        except ImportError:
+            raise UserError("--metrics rouge_jieba: needs a package, pip install jieba") from None
+        jieba.setLogLevel("ERROR")  # it tells how it loads its dictionary
+        self.cut = jieba.lcut
+
+    def tokenize(self, text: str) -> list[str]:
+        runs = re.findall(f"[a-z0-9]+|[{HAN}]+", text.lower())
+        return [word for run in runs for word in ([run] if run.isascii() else self.cut(run))]
+
+
+def count_rouge(
+    kind: str, words: Callable[[], Any] = _RougeWords, how: str = "characters"
+) -> Callable[[Sequence[str], References], Counts]:
     def count(replies: Sequence[str], references: References) -> Counts:
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError:
             raise UserError("--metrics rouge: needs a package, pip install rouge-score") from None
-        scorer = RougeScorer([kind], tokenizer=_RougeWords())
+        scorer = RougeScorer([kind], tokenizer=words())
         best = [scorer.score_multi(list(own), reply)[kind].fmeasure for reply, own in zip(replies, references)]
-        return _scores(best), "rouge_score, F-measure, Chinese by characters"
+        return _scores(best), f"rouge_score, F-measure, Chinese by {how}"
 
     return count
 
@@ -180,6 +200,7 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(found[0].replace(",", "")) if found else None
 
 
+BY_JIEBA = (_RougeJieba, "jieba's words")
 METRICS = {
     "ppl": Metric("perplexity", "likelihood", perplexity, form="{:.3f}", better=-1),
     "bpb": Metric("bits per byte", "likelihood", bits_per_byte, form="{:.4f}", better=-1),
@@ -187,6 +208,9 @@ METRICS = {
     "rouge1": Metric("ROUGE-1", "answers", ratio, count_rouge("rouge1")),
     "rouge2": Metric("ROUGE-2", "answers", ratio, count_rouge("rouge2")),
     "rougeL": Metric("ROUGE-L", "answers", ratio, count_rouge("rougeL")),
+    "rouge1_jieba": Metric("ROUGE-1", "answers", ratio, count_rouge("rouge1", *BY_JIEBA), usual=False),
+    "rouge2_jieba": Metric("ROUGE-2", "answers", ratio, count_rouge("rouge2", *BY_JIEBA), usual=False),
+    "rougeL_jieba": Metric("ROUGE-L", "answers", ratio, count_rouge("rougeL", *BY_JIEBA), usual=False),
     "exact": Metric("exact answers", "answers", ratio, count_exact),
     "f1": Metric("F1 of words", "answers", ratio, count_f1),
     "number": Metric("right numbers", "answers", ratio, count_number),
@@ -195,4 +219,9 @@ METRICS = {
     "letter": Metric("likeliest letter right", "choice", ratio),
     "preference": Metric("chosen likelier than rejected", "pairs", ratio),
 }
-GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "perplexity": ("ppl",), "accuracy": ("exact",)}
+GROUPS = {
+    "rouge": ("rouge1", "rouge2", "rougeL"),
+    "rouge_jieba": ("rouge1_jieba", "rouge2_jieba", "rougeL_jieba"),
+    "perplexity": ("ppl",),
+    "accuracy": ("exact",),
+}

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import UserError
+from common.console import UserError, width_of
 from common.files import atomic_file
-from evaluation.columns import width_of
 from evaluation.measure import Figure, Measured, figure
 from evaluation.metrics import METRICS
 from evaluation.statistics import paired_difference

@@ -9,7 +9,6 @@ from typing import Any
 
 from common.console import check_writable
 from common.files import atomic_file
-from dataset.read.jsonl import require_file
 from evaluation.benchmark import run_benchmark
 from evaluation.measure import Settings, measure
 from evaluation.metrics import chosen
@@ -34,14 +33,13 @@ def evaluate(
             check_writable(path, f"--{flag}", is_file=True)
     if config.benchmark:
         return take_exam(model, tokenizer, checkpoint, config, write)
-    for path in config.eval_data:
-        require_file(path)
     before = read_json(config.against) if config.against else None
     settings = Settings(
         max_new_tokens=config.max_new_tokens or Settings.max_new_tokens,
         sampling=Sampling(config.temperature or 0, config.top_p, config.top_k, config.repetition_penalty, config.seed),
         window=config.window,
         limit=config.data_limit,
+        num_fewshot=config.num_fewshot,
         chats=not completes,
         system=config.system,
         enable_thinking=config.enable_thinking,

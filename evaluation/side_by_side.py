@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 
-from common.console import note, printable
-from evaluation.columns import GAP, Columns, cut, width_of
+from common.console import cut, note, printable, width_of
+from evaluation.columns import GAP, Columns
 from evaluation.models import Contender
 from inference.sampling import Sampling
 from inference.session import Session

@@ -30,6 +30,7 @@ from model.interop.minimind import lora_from_minimind
 from model.interop.peft import CONFIG as PEFT_CONFIG
 from model.interop.peft import load_peft
 from model.lora import LoRASettings, activate, adapted, add_lora, linear_layers, lora_state
+from model.tensor_files import open_pickled
 from model.transformer import CausalLM
 
 FORMAT = "sparrow-lora-1"
@@ -159,12 +160,23 @@ def find_by_hash(
     for place in dict.fromkeys(places):
         if place.exists():
             try:
+                if not _may_be(place, wanted):
+                    continue
                 found = load_weights(place)
             except ValueError:  # a damaged file among others: go on looking
                 continue
             if same_weights(found.hash, wanted):
                 return found
     return None
+
+
+def _may_be(place: Path, wanted: str) -> bool:
+    """By the hash of the tensors that stands in a file: only one with the right one is read as a whole."""
+    if place.suffix != ".pth":
+        return True
+    content = open_pickled(place)
+    recorded = content["sha256"].get("model") if isinstance(content, dict) and "sha256" in content else None
+    return recorded in (None, wanted.partition(".")[0])
 
 
 def open_model_file(path: Path | str) -> Checkpoint | AdapterFile:

@@ -221,12 +221,16 @@ def _assistant(tag, message: dict) -> Iterator[int | str]:
 DIM, GREEN, BOLD, RESET = "\x1b[2m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
 
 
-def show_labels(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool]) -> Coloured:
-    """The row as text for a terminal: what is trained on in green, the rest dim, control tokens bold."""
+def show_labels(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool], *, colours: bool = True) -> str:
+    """The row as text for a terminal: what is trained on in green, the rest dim, control tokens bold. Without colours,
+    what is trained on stands between ⟦ and ⟧."""
     control = set(tokenizer.control.values())
     kinds = [(bool(label), int(i) in control) for i, label in zip(ids, trained)]
     shown = []
     for (label, is_control), group in groupby(zip(ids, kinds), key=lambda pair: pair[1]):
         text = printable(tokenizer.decode([i for i, _ in group]))
-        shown.append((GREEN if label else DIM) + (BOLD if is_control else "") + text + RESET)
-    return Coloured("".join(shown))
+        if colours:
+            shown.append((GREEN if label else DIM) + (BOLD if is_control else "") + text + RESET)
+        else:
+            shown.append(f"⟦{text}⟧" if label else text)
+    return Coloured("".join(shown)) if colours else "".join(shown).replace("⟧⟦", "")

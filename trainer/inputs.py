@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.console import UserError, check_writable
+from common.console import UserError, check_writable, takes_colour
 from common.files import ROOT
 from dataset.read.hub import KNOWN, find_data
 from dataset.read.mapping import read_mapping
@@ -94,7 +95,8 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
     for i in range(min(config.show_labels, len(train))):
         notes.append(f"--- {train.source(i)}")
         for tokens, trained in train.sequences(i):
-            notes.append(show_labels(tokenizer, tokens, [True] * len(tokens) if trained is None else trained))
+            trained = [True] * len(tokens) if trained is None else trained
+            notes.append(show_labels(tokenizer, tokens, trained, colours=takes_colour(sys.stdout)))
     return Data(train, val, builtin, notes)
 
 

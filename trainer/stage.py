@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from common.files import ROOT
 from common.options import Options, option
 from model.config import PRESETS
 from trainer.loop import launch
+from trainer.recipes import HELP, RECIPES, default_recipe, recipe_options
 from trainer.translated import TRANSLATED
 
 
@@ -111,6 +112,9 @@ class StageConfig(LoRAOptions):
         "save_strategy": "saving follows --save_interval",
     }
 
+    # recipe -> peak learning rate: the recipes that the stage can use, its default first
+    rates: ClassVar[dict[str, float]] = {"classic": 5e-4}
+
     # model and data
     from_weight: str | None = option(
         None,
@@ -157,12 +161,13 @@ class StageConfig(LoRAOptions):
     accumulation_steps: int = option(
         1, "batches summed into one optimiser step", within="[1, inf)", aliases=("gradient_accumulation_steps",)
     )
-    learning_rate: float = option(5e-4, "peak learning rate", within="(0, inf)")
-    optimizer: str = option("adamw", "update rule", choices=("adamw", "muon"))
+    recipe: str | None = option(None, HELP, choices=tuple(RECIPES))
+    learning_rate: float | None = option(None, "peak learning rate (default: the recipe's)", within="(0, inf)")
+    optimizer: str | None = option(None, "update rule (default: the recipe's)", choices=("adamw", "muon"))
     weight_decay: float = option(0.1, "decay of the matrices", within="[0, inf)")
-    schedule: str = option(
-        "cosine",
-        "learning rate after the warm-up",
+    schedule: str | None = option(
+        None,
+        "learning rate after the warm-up (default: the recipe's)",
         choices=("cosine", "wsd", "constant"),
         aliases=("lr_scheduler_type",),
     )
@@ -219,6 +224,7 @@ class StageConfig(LoRAOptions):
     measure_peak: bool = option(False, "measure what the device can do, and log the share of it that is used (MFU)")
     price_per_hour: float = option(0.0, "what an hour of the machine costs, for the cost of the run", within="[0, inf)")
     plan: bool = option(False, "run ten steps, say what the whole run would take, and save nothing")
+    profile: bool = option(False, "print where the time of a step goes, and write a trace of two into the run's folder")
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, npu")
     dtype: str = option(
@@ -246,6 +252,7 @@ class StageConfig(LoRAOptions):
     )
     seed: int = option(42, "seed of everything random", within="[0, inf)")
     local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N
+    by_recipe: tuple[str, ...] = option((), argparse.SUPPRESS)  # options that the user left open
 
     def __post_init__(self):
         super().__post_init__()
@@ -254,12 +261,32 @@ class StageConfig(LoRAOptions):
             object.__setattr__(self, "save_weight", self.lora_name)
         if self.output_dir and self.save_dir == StageConfig.save_dir:
             object.__setattr__(self, "save_dir", self.output_dir)
+        self._take_recipe()
+
+    def _take_recipe(self) -> None:
+        recipe = self.recipe or default_recipe(self)
+        left_open = dict.fromkeys(self.by_recipe)  # an ordered set
+        values = recipe_options(recipe, self.rates) if recipe in self.rates else {}
+        for name, value in dict(recipe=recipe, **values).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+                left_open[name] = None
+        object.__setattr__(self, "by_recipe", tuple(left_open))
+
+    def with_recipe(self, recipe: str) -> StageConfig:
+        """The same with another recipe, if the user has not named one. What the user has given stays."""
+        if "recipe" not in self.by_recipe:
+            return self
+        return replace(self, **dict.fromkeys(self.by_recipe) | dict(recipe=recipe))
 
     def with_launcher_settings(self) -> StageConfig:
-        return launch.with_launcher_settings(self)
+        config = launch.with_launcher_settings(self)
+        return config.with_recipe(default_recipe(config))
 
     def problems(self) -> list[str]:
         found = super().problems()
+        if self.recipe in RECIPES and self.recipe not in self.rates:
+            found.append(f"--recipe {self.recipe}: this stage has only {', '.join(self.rates)}; leave it out")
         found += [] if found else launch.problems(self)
         if self.resize_vocab and not self.tokenizer_path:
             found.append("--resize_vocab: for which tokenizer? --tokenizer_path names the larger one")

@@ -16,6 +16,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.console import UserError, run
 from common.options import option, parse
@@ -30,7 +31,7 @@ class ReasonConfig(StageConfig):
     epochs: int = 1
     batch_size: int = 8
     max_seq_len: int = 1024
-    learning_rate: float = 1e-4
+    rates: ClassVar[dict[str, float]] = {"classic": 1e-4}
     tag_weight: float = option(
         10.0, "how much <think> </think> <answer> </answer> count, words count 1", within="(0, inf)"
     )

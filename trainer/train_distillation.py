@@ -28,7 +28,6 @@ class DistillationConfig(StageConfig):
 
     save_weight: str = "full_dist"
     epochs: int = 6
-    learning_rate: float = 5e-4
     teacher: str | None = option(None, "weights of the teacher: a name in save_dir or out/, a file, a directory")
     distill_loss: str = option("forward_kl", "distance to the teacher", choices=("forward_kl", "reverse_kl", "js"))
     temperature: float = option(2.0, "flattens both distributions", within="(0, inf)")

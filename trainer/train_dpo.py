@@ -17,6 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from common.console import run
 from common.options import option, parse
@@ -42,7 +43,7 @@ class DPOConfig(StageConfig):
     epochs: int = 2
     batch_size: int = 4
     max_seq_len: int = 1024
-    learning_rate: float = 5e-6
+    rates: ClassVar[dict[str, float]] = {"classic": 5e-6}
     loss_type: str = option("sigmoid", "sigmoid is DPO; docs/preferences.md has them all", choices=tuple(LOSSES))
     beta: float | None = option(None, BETA_HELP, aliases=("dpo_beta",), within="(0, inf)")
     label_smoothing: float = option(

@@ -15,6 +15,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.console import run
 from common.options import parse
@@ -28,7 +29,7 @@ class SFTConfig(StageConfig):
     save_weight: str = "full_sft"
     epochs: int = 2
     batch_size: int = 16
-    learning_rate: float = 5e-5
+    rates: ClassVar[dict[str, float]] = {"classic": 5e-5, "modern": 1e-3}
 
 
 def main():

@@ -17,6 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.console import run
 from common.options import option, parse
@@ -35,7 +36,7 @@ class LoRAConfig(StageConfig):
     use_lora: bool | None = True
     epochs: int = 3
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    rates: ClassVar[dict[str, float]] = {"classic": 1e-3}
     weight_decay: float = 0.0
 
     def __post_init__(self):

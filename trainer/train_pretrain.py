@@ -15,6 +15,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass, make_dataclass
+from typing import ClassVar
 
 from common.console import run
 from common.options import parse
@@ -36,6 +37,7 @@ class PretrainConfig(ArchitectureOptions):
     """Options of pretraining"""
 
     save_weight: str = "pretrain"
+    rates: ClassVar[dict[str, float]] = {"modern": 2e-3, "classic": 5e-4}
 
 
 def main():

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.console import UserError, check_writable, run, say
+from common.console import UserError, check_writable, cut, run, say, width_of
 from common.files import ROOT, atomic_file, atomic_folder, hash_file, remove_folder
 from common.options import Options, option, parse
 
@@ -220,7 +220,9 @@ def report(corpus: Corpus, directory: str | Path) -> str:
     for place in sorted({place for place, _ in sums}):
         characters, size, tokens = (sums[place, unit] for unit in ("characters", "bytes", "tokens"))
         if tokens:
-            lines.append(f"{place:46.46}{characters / tokens:16.3f}{size / tokens:13.3f}{tokens:11,}")
+            name = cut(place, 46)
+            name += " " * (46 - width_of(name))
+            lines.append(f"{name}{characters / tokens:16.3f}{size / tokens:13.3f}{tokens:11,}")
     return "\n".join(lines)
 
 

@@ -85,6 +85,7 @@ class Bench:
         """As a stage builds it; random weights, none of them zero."""
         place = tempfile.mkdtemp(dir=self.folder)
         config = [f"--save_dir={place}", f"--batch_size={rows}", f"--max_seq_len={length}", "--save_interval=0"]
+        config += ["--recipe=classic"]
         config += ["--schedule=constant", "--warmup_steps=0", "--max_steps=100000", f"--device={self.device.type}"]
         config += [f"--compile={'off' if self.tiny else 'on'}", "--log_interval=100000", *flags]
         data = data if isinstance(data, Data) else Data(data, None, False, [])

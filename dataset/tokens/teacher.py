@@ -16,12 +16,17 @@ examples that it was made from: to their tokens, their order and their cuts.
 from __future__ import annotations
 
 import json
+import os
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from common.console import UserError
+from common.files import put_in_place
 from dataset.tokens.examples import SFTDataset
 from tokenizer.text import Tokenizer
 
@@ -46,6 +51,8 @@ def read_header(path: str | Path) -> dict:
         facts = {}
     if facts.get("format") != FORMAT:
         raise UserError(f"--teacher_logprobs {path}: not a file that --write_logprobs writes")
+    if "done" in facts:
+        raise UserError(f"--teacher_logprobs {path}: is not complete; start --write_logprobs again to continue it")
     if Path(path).stat().st_size != size:
         raise UserError(f"--teacher_logprobs {path}: truncated, it should have {size:,} bytes; write it again")
     return facts | {"path": str(path)}
@@ -92,11 +99,15 @@ def targets(trained: np.ndarray) -> np.ndarray:
 
 
 class Records:
-    """The records of a file that is being written: records[example] = ids, logprobs, in any order of examples."""
+    """The records of a file that is being written: records[example] = ids, logprobs, in any order of examples.
 
-    def __init__(self, file, begins: np.ndarray, dtype: np.dtype):
-        self.file, self.begins, self.dtype = file, begins, dtype
-        self.start = file.tell()
+    done  how many steps of the work are in the file
+    """
+
+    def __init__(self, file: BinaryIO, head: dict, begins: np.ndarray, dtype: np.dtype, done: int):
+        self.file, self.head, self.begins, self.dtype, self.done = file, head, begins, dtype, done
+        self.start = HEADER + begins.nbytes
+        self.saved = time.monotonic()
 
     def __setitem__(self, example: int, found: tuple[np.ndarray, np.ndarray]) -> None:
         values = np.empty(len(found[0]), self.dtype)
@@ -105,10 +116,29 @@ class Records:
         self.file.seek(self.start + int(self.begins[example]) * self.dtype.itemsize)
         values.tofile(self.file)
 
+    def finished(self, step: int) -> None:
+        """All records of this step are in the file. Every minute it is said there, so that a kill costs no more."""
+        self.done = step + 1
+        if time.monotonic() - self.saved > 60:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the header, after all that it speaks of is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.seek(0)
+        self.file.write(json.dumps(self.head | dict(done=self.done)).encode().ljust(HEADER))
+        self.file.flush()
+        self.saved = time.monotonic()
+
 
 @contextmanager
-def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, facts: dict):
-    """Creates the file `path` -> Records to fill it with. facts: what else a reader of the file has to know."""
+def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, facts: dict) -> Iterator[Records]:
+    """Creates the file `path` -> Records to fill it with. facts: what else a reader of the file has to know.
+
+    It is written as `path`.partial. If the block does not end, that file stays, and the next call with the same facts
+    about the same data continues it.
+    """
     counts = [int(targets(dataset._trained(example)).sum()) for example in range(dataset.distinct_count)]
     begins = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     dtype = record_type(top_k, tokenizer.vocab_size)
@@ -123,8 +153,31 @@ def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, f
         tokens=int(begins[-1]),
         bytes_per_token=dtype.itemsize,
     )
-    with open(path, "wb") as file:
-        file.write(json.dumps(head).encode().ljust(HEADER))
-        begins.tofile(file)
-        file.truncate(file.tell() + int(begins[-1]) * dtype.itemsize)
-        yield Records(file, begins, dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    done = _steps_done(partial, head)
+    with open(partial, "r+b" if done else "wb") as file:
+        records = Records(file, head, begins, dtype, done)
+        if not done:
+            records.save()
+            begins.tofile(file)
+            file.truncate(records.start + int(begins[-1]) * dtype.itemsize)
+        try:
+            yield records
+        except BaseException:  # Ctrl-C, too
+            records.save()
+            raise
+        records.file.seek(0)
+        records.file.write(json.dumps(head).encode().ljust(HEADER))
+    put_in_place(partial, path)
+
+
+def _steps_done(partial: Path, head: dict) -> int:
+    """Of an interrupted file with this header; 0 if there is none, or one about something else."""
+    try:
+        with open(partial, "rb") as file:
+            found = json.loads(file.read(HEADER).decode())
+        done = found.pop("done")
+        return done if found == json.loads(json.dumps(head)) else 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0

@@ -351,7 +351,7 @@ def test_an_empty_file_and_a_null_are_fine(tmp_path):
 def test_the_config_survives_json_without_what_only_the_launcher_says():
     kept = json.loads(json.dumps(read("--data_path", "a", "--local_rank=1").as_dict()))
     assert kept["data_path"] == [os.path.abspath("a")] and "local_rank" not in kept
-    assert kept.keys() == {item.name for item in fields(Stage)} - {"local_rank"}
+    assert kept.keys() == {item.name for item in fields(Stage)} - {"local_rank", "by_recipe"}
 
 
 def test_describe_marks_what_is_not_the_default():

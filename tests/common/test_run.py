@@ -47,6 +47,17 @@ def test_our_own_mistake_keeps_its_traceback(bug):
         run(bug)
 
 
+def test_a_traceback_cannot_steer_the_terminal():
+    """The message of a bug may quote a row of a file."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom common.console import run\n"
+        "def main():\n    raise RuntimeError('a \\x1b[2J row')\nrun(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert "RuntimeError: a ␛[2J row" in done.stderr and "\x1b" not in done.stderr
+
+
 def test_a_traceback_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("SPARROW_TRACEBACK", "1")
     with pytest.raises(ValueError):

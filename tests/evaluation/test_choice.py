@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.console import UserError
-from evaluation.choice import Choice, read_choices, score
+from evaluation.choice import Choice, _chat_row, _text_row, read_choices, read_examples, score
 from tests.helpers.models import TOKENIZER, small_model
 from tokenizer.chat import encode_chat
 
@@ -92,10 +92,62 @@ def test_the_three_ways_to_choose():
 
 
 def test_a_text_model_scores_what_follows_the_prompt():
-    from evaluation.choice import _text_row
-
-    row = _text_row(TOKENIZER, Choice("", "1+1?", ("two",), 0), "1+1?", "two")
+    row = _text_row(TOKENIZER, [("1+1?", "two")])
     trained = [i for i, label in zip(row.ids, row.trained) if label]
     assert TOKENIZER.decode(row.ids[1:]) == "Question: 1+1?\nAnswer: two" and TOKENIZER.decode(trained) == " two"
-    row = _text_row(TOKENIZER, Choice("", "一加一？", ("二",), 0), "一加一？", "二")
+    row = _text_row(TOKENIZER, [("一加一？", "二")])
     assert TOKENIZER.decode(row.ids[1:]) == "问题：一加一？\n答案：二"
+    row = _text_row(TOKENIZER, [("1+1?", "two"), ("2+2?", "four")])
+    assert TOKENIZER.decode(row.ids[1:]) == "Question: 1+1?\nAnswer: two\n\nQuestion: 2+2?\nAnswer: four"
+    assert TOKENIZER.decode([i for i, label in zip(row.ids, row.trained) if label]) == " four"
+
+
+# ---- with examples
+
+
+@torch.no_grad()
+def test_examples_stand_before_the_question_and_do_not_count():
+    """Two of them, as turns: the sum over the last answer and its end only, given all that is before."""
+    model = small_model(std=0.2).eval()
+    examples = [Choice("", "1+1?", OPTIONS, 1), Choice("", "2+2?", OPTIONS, 3)]
+    questions = [Choice("", f"question {n}?", ("yes", "no"), n % 2) for n in range(8)]
+    turn = lambda role, content: {"role": role, "content": content}
+
+    def likelihood(shown, question, answer):
+        before = [turn(*pair) for q, a in shown for pair in (("user", q), ("assistant", a))]
+        prompt = encode_chat(TOKENIZER, [*before, turn("user", question)], add_generation_prompt=True).ids
+        ids = [*prompt, *TOKENIZER.encode(answer), TOKENIZER.im_end]
+        logp = model(torch.tensor([ids[:-1]])).logits.log_softmax(-1)[0]
+        return sum(float(logp[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
+
+    found = score(model, TOKENIZER, questions, examples=examples)
+    listed = "1+1?\nA. one\nB. two\nC. three\nD. four"
+    for n, q in enumerate(questions):
+        sums = [likelihood([("1+1?", "two"), ("2+2?", "four")], q.question, option) for option in q.options]
+        assert found["choice"][n, 0] == (np.argmax(sums) == q.right)
+        shown = [(listed, "B"), (listed.replace("1+1", "2+2"), "D")]
+        letters = [likelihood(shown, q.listed, letter) for letter in "AB"]
+        assert found["letter"][n, 0] == (np.argmax(letters) == q.right)
+    row = _chat_row(TOKENIZER, [("1+1?", "two"), ("2+2?", "four")])
+    assert "two<|im_end|>" in TOKENIZER.decode(row.ids)
+    assert TOKENIZER.decode([i for i, label in zip(row.ids, row.trained) if label]) == "four<|im_end|>"
+
+
+def test_where_the_examples_of_a_file_are(tmp_path):
+    """C-Eval's val/x_val.csv has dev/x_dev.csv, CMMLU's test/y.csv has dev/y.csv; or the file lies beside."""
+    for folder in ("val", "test", "dev"):
+        (tmp_path / folder).mkdir()
+    question = FILES["ceval_val.csv"]
+    for name in ("val/x_val.csv", "dev/x_dev.csv", "test/y.csv", "dev/y.csv", "z_test.csv", "z_dev.csv", "alone.csv"):
+        (tmp_path / name).write_text(question.replace("1+1", name))
+    for name, expected in (
+        ("val/x_val.csv", "dev/x_dev.csv"),
+        ("test/y.csv", "dev/y.csv"),
+        ("z_test.csv", "z_dev.csv"),
+    ):
+        (example,) = read_examples(tmp_path / name, 1)
+        assert example.question == f"{expected}?"
+    with pytest.raises(UserError, match="x_dev.csv has only 1 questions"):
+        read_examples(tmp_path / "val/x_val.csv", 5)
+    with pytest.raises(UserError, match="--num_fewshot 5: .*alone.csv has no examples; put them into .*alone_dev.csv"):
+        read_examples(tmp_path / "alone.csv", 5)

@@ -52,6 +52,29 @@ def test_a_row_among_others_has_the_likelihood_that_it_has_alone(model, monkeypa
         np.testing.assert_allclose(found, alone(model, row), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [64, 16])
+def test_a_prompt_that_rows_share_is_computed_once(model, monkeypatch, window):
+    """Six answers to one question, two rows with a prompt of their own, and one too short to share: each as alone. In
+    the batches the question stands once for every bundle that fits into a row, also if it is longer than the window."""
+    monkeypatch.setattr(likelihood, "WINDOW", window)
+    question = "what does the sparrow say when it rains and nobody listens?"
+    rows = [chat(question, "tweet " * n) for n in (1, 2, 40, 3, 4, 5)]
+    rows += [
+        chat("hello, who are you and what can you do?", "me"),
+        chat("a", "b", "c", "d"),
+        Encoded([5, 6, 7], [True] * 3),
+    ]
+    computed = []
+    inner = model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens, **more: (computed.append(tokens), inner(tokens, **more))[1])
+    found = log_likelihoods(model, rows)
+    monkeypatch.undo()
+    for row, own in zip(rows, found, strict=True):
+        np.testing.assert_allclose(own, alone(model, row), rtol=1e-4, atol=1e-4)
+    text = TOKENIZER.decode([int(id) for batch in computed for id in batch.flatten()])
+    assert 1 < text.count("nobody listens") < 6
+
+
 def test_a_mixture_of_experts_too():
     model = small_model(std=0.2, num_experts=4).eval()
     for row, found in zip(ROWS[:5], log_likelihoods(model, ROWS[:5])):

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from common.files import hash_file
-from evaluation.lineage import CHANGED, MISSING, UNCHANGED, as_mermaid, as_text, check, read_lineage
+from evaluation.lineage import (
+    CHANGED,
+    MISSING,
+    UNCHANGED,
+    UNKNOWN,
+    as_mermaid,
+    as_text,
+    check,
+    command,
+    facts,
+    read_lineage,
+)
 from model.checkpoint import load_weights, save_weights
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import write_pretrain, write_sft
@@ -107,3 +118,49 @@ def test_weights_of_another_project_have_no_history(tmp_path):
     assert status == 1 and "no stages are recorded" in out
     status, _, err = run_script("scripts/lineage.py", "nothing_of_that_name", "--save_dir", tmp_path)
     assert status == 2 and "no weights called 'nothing_of_that_name'" in err
+
+
+def entry(stage: str, **more) -> dict:
+    return dict(stage=stage, steps=1, losses={}) | more
+
+
+def test_a_parent_beside_the_folder_of_the_best_weights(tmp_path):
+    """best/full_sft_32.pth was copied to another machine with the folder that it is in: its parent is one level up."""
+    save_weights(tmp_path / "pretrain_32.pth", small_model(), tokenizer={}, lineage=[])
+    parent = load_weights(tmp_path / "pretrain_32.pth").hash
+    stages = [entry("full_sft", parent=parent, parent_path="/elsewhere/out/pretrain_32.pth", files=[])]
+    save_weights(tmp_path / "best/full_sft_32.pth", small_model(0.07), tokenizer={}, lineage=stages)
+    part = next(part for part in check(read_lineage(tmp_path / "best/full_sft_32.pth")) if part.what == "parent")
+    assert part.status == UNCHANGED and part.where == str(tmp_path / "pretrain_32.pth")
+
+
+def test_a_command_can_be_typed_anywhere():
+    typed = "/home/anna/sparrow/trainer/train_full_sft.py --data_path 'my chats.jsonl'"
+    assert command(entry("x", command=typed)) == "python trainer/train_full_sft.py --data_path 'my chats.jsonl'"
+    two = entry("x", command=typed, processes=2, rows=3)
+    assert command(two).startswith("torchrun --nproc_per_node 2 trainer/train_full_sft.py ")
+    assert facts(two) == ["3 rows", "1 steps", "2 processes"] and facts(entry("x")) == ["1 steps"]
+    assert command(entry("x")) == "?"
+
+
+def test_a_tokenizer_that_is_there_and_differs_has_changed(tmp_path):
+    for folder, expected in (("other", CHANGED), ("gone", MISSING)):
+        if expected == CHANGED:
+            shutil.copytree(TOKENIZER.path, tmp_path / folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        recorded = dict(path=str(tmp_path / folder), hash="0" * 64)
+        save_weights(tmp_path / f"{folder}_32.pth", small_model(), tokenizer=recorded, lineage=[entry("pretrain")])
+        assert check(read_lineage(tmp_path / f"{folder}_32.pth"))[0].status == expected
+
+
+def test_what_older_versions_did_not_record_is_said(tmp_path):
+    save_weights(tmp_path / "x_32.pth", small_model(), tokenizer={}, lineage=[entry("pretrain", data="ab" * 32)])
+    history = read_lineage(tmp_path / "x_32.pth")
+    assert [(part.what, part.status) for part in check(history)] == [("tokenizer", UNKNOWN), ("data", UNKNOWN)]
+    assert "of pretrain  abababababab  not recorded" in as_text(history, check(history))
+
+
+def test_a_chart_begins_with_weights_from_elsewhere(tmp_path):
+    stages = [entry("lora", parent="12" * 32, parent_path="models/Qwen2-0.5B", files=[])]
+    save_weights(tmp_path / "x_32.pth", small_model(), tokenizer={}, lineage=stages)
+    chart = as_mermaid(read_lineage(tmp_path / "x_32.pth"))
+    assert 'parent["Qwen2-0.5B<br>121212121212"]' in chart and "parent --> stage1" in chart

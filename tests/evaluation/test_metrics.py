@@ -48,6 +48,18 @@ def test_rouge_equals_rouge_score(name):
     assert rows[:, 0].tolist() == theirs and METRICS[name].value(rows.sum(0)) == pytest.approx(np.mean(theirs))
 
 
+def test_rouge_of_the_words_that_jieba_finds():
+    """我 爱 北京 天安门 against 我 爱 北京: 3 of 4 words are right, 3 of 3 are found, F = 6/7. Of characters, 4 of
+    7 are right, 4 of 4 are found, F = 8/11."""
+    pytest.importorskip("jieba")
+    said, known = ["我爱北京天安门"], [["我爱北京。"]]
+    (words,), how = METRICS["rouge1_jieba"].count(said, known)
+    assert words.tolist() == [pytest.approx(6 / 7), 1] and how.endswith("Chinese by jieba's words")
+    (characters,), how = METRICS["rouge1"].count(said, known)
+    assert characters.tolist() == [pytest.approx(8 / 11), 1] and how.endswith("Chinese by characters")
+    assert chosen(["rouge_jieba"]) == ["rouge1_jieba", "rouge2_jieba", "rougeL_jieba"]
+
+
 def test_rouge_of_chinese_counts_characters():
     """rouge_score alone drops every character that is not a-z or 0-9: of Chinese nothing is left, and all is 0."""
     pytest.importorskip("rouge_score")

@@ -196,3 +196,47 @@ def test_128_tokens_of_small_stay_below_3_megabytes(tmp_path):
     assert len(figures["ids"]) >= 128
     page = write_page(tmp_path / "page.html", "xray", "x", figures)
     assert page.stat().st_size < 3e6
+
+
+def test_every_layer_has_a_guess_of_its_own():
+    """The lens by hand: the last norm and the head on what each layer leaves, from the embedding on."""
+    model = tiny_model().eval().requires_grad_(False)
+    seen = trace(model, IDS)
+    found = lens(model, seen)
+    assert len(found) == 3 and not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    embedded = model.model.embed_tokens(torch.tensor(IDS))
+    torch.testing.assert_close(found[0], model.lm_head(model.model.norm(embedded)), atol=1e-6, rtol=1e-5)
+    after = embedded + seen.attention_added[0] + seen.mlp_added[0]
+    torch.testing.assert_close(found[1], model.lm_head(model.model.norm(after)), atol=1e-5, rtol=1e-4)
+
+
+def test_the_figures_are_of_what_they_say(home):
+    """An adapter large enough that each figure differs from its neighbour."""
+    (mine,) = open_models(["mine"], home, device="cpu", dtype="float32")
+    torch.manual_seed(0)
+    for layer in adapted(mine.model).values():
+        torch.nn.init.normal_(layer.adapter(mine.adapter).B, std=3.0)
+    figures = xray(mine, "hello", max_new_tokens=3)
+    ids, lora = figures["ids"], figures["lora"]
+    assert figures["prompt_tokens"] == len(mine.encode("hello")) < len(ids)
+    with mine.active() as model:
+        seen = trace(model, ids)
+    (plain,) = open_models(["full_sft"], home, device="cpu", dtype="float32")
+    without = trace(plain.model, ids)
+    close = lambda found, expected: torch.testing.assert_close(torch.tensor(found), expected, atol=1e-6, rtol=2e-3)
+    close(figures["norms"]["attention"], seen.attention_added.norm(dim=-1))
+    close(figures["norms"]["mlp"], seen.mlp_added.norm(dim=-1))
+    close(lora["moved"], (seen.stream - without.stream).norm(dim=-1) / without.stream.norm(dim=-1))
+    p, q = seen.logits.double().softmax(-1), without.logits.double().softmax(-1)
+    close(lora["divergence"], ((p * (p / q).log2()).sum(-1)).float())
+    assert ((q * (q / p).log2()).sum(-1).float() - torch.tensor(lora["divergence"])).abs().max() > 5e-4, "not reversed"
+    assert lora["without"] == _predictions(without.logits, ids) != figures["next"]
+    used = {str(id) for position in lora["without"]["top"] for id, _ in position}
+    assert used <= figures["vocabulary"].keys(), "the page shows their texts"
+
+
+def test_the_answer_counts_for_what_a_page_can_show(home):
+    (plain,) = open_models(["full_sft"], home, device="cpu", dtype="float32")
+    xray(plain, "a " * 200, max_new_tokens=1)
+    with pytest.raises(ValueError, match="500 new ones are more than the 512"):
+        xray(plain, "a " * 200, max_new_tokens=500)

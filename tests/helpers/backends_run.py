@@ -80,9 +80,9 @@ def train(engine, until: int) -> list[float]:
     return losses
 
 
-def stop_and_resume(folder, name, device, rows, state=None):
+def stop_and_resume(folder, name, device, rows, state=None, optimizer="adamw"):
     """-> losses after a resume from `state` (default: own), whether they are the undisturbed run's, the state's path"""
-    options = dict(max_steps=WHOLE, save_dir=folder / name)
+    options = dict(max_steps=WHOLE, save_dir=folder / f"{name}_{optimizer}", optimizer=optimizer)
     whole = sft_engine(folder, rows, 1, make(name, device), **options)
     train(whole, HALF)
     whole.save()
@@ -106,9 +106,31 @@ def measure(folder, name, device, steps: int, world: int, state=None) -> dict:
     rows = 8 // world
     *losses, found["resumed_equal"], found["state"] = stop_and_resume(folder, name, device, rows)
     found["resumed"] = losses
+    if name in ("one", "ddp"):
+        found["muon"] = stop_and_resume(folder, name, device, rows, optimizer="muon")[:3]
+        found["update"] = muon_update()
     if state:
         found["from_one"] = stop_and_resume(folder, name + "_from_one", device, rows, state)[1]
     return found
+
+
+def muon_update() -> list:
+    """What three steps of Muon make of the same matrices and gradients on every rank: three and two of a shape, which
+    two processes cannot share evenly, and a stack of experts."""
+    import torch
+
+    from trainer.loop.optim import Muon
+
+    torch.manual_seed(0)
+    shapes = [(24, 40)] * 3 + [(40, 24)] * 2 + [(5, 16, 24)]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = Muon(parameters, weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = 0.02
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape)
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
 
 
 def sizes(engine) -> tuple[int, int]:

@@ -20,6 +20,7 @@ FLAGS = [
     "--max_seq_len=32",
     "--log_interval=2",
     "--save_interval=0",
+    "--recipe=classic",
     "--learning_rate=1e-2",
     "--num_workers=1",
 ]

@@ -81,6 +81,28 @@ def test_the_base_is_the_same_tensors_with_the_same_config(tmp_path):
         find_base(adapter, other)
 
 
+def test_only_the_right_file_is_read_as_a_whole(tmp_path, monkeypatch):
+    """The base was renamed. Among ten other weights it is found by the hashes that stand in the files."""
+    about, settings = dict(tokenizer={}, lineage=[]), LoRASettings(rank=2)
+    for n in range(10):
+        other = base()
+        torch.nn.init.constant_(other.model.norm.weight, n)
+        save_weights(tmp_path / f"other{n}_24.pth", other, **about)
+    parent = load_weights(save_weights(tmp_path / "renamed_24.pth", base(), **about))
+    adapter = load_adapter(
+        save_adapter(
+            tmp_path / "lora/a_24.pth",
+            with_adapter(settings),
+            settings,
+            base=dict(path="gone", hash=parent.hash),
+            **about,
+        )
+    )
+    read = []
+    monkeypatch.setattr("model.adapter.load_weights", lambda path: read.append(path.name) or load_weights(path))
+    assert find_base(adapter, None, tmp_path).path.name == "renamed_24.pth" and read == ["renamed_24.pth"]
+
+
 # ---- the same as peft
 
 

@@ -333,6 +333,8 @@ def test_show_labels(tokenizer):
     assert "\x1b[32m好😀\x1b[0m\x1b[32m\x1b[1m<|im_end|>\x1b[0m" in shown, "trained on: green; control token: bold"
     assert "a␛[31m" in shown, "a row cannot steer the terminal"
     assert re.sub(r"\x1b\[\d+m", "", shown).replace("␛", "\x1b") == tokenizer.decode(ids)
+    plain = show_labels(tokenizer, ids, trained, colours=False)
+    assert plain.endswith("assistant\n⟦好😀<|im_end|>⟧\n") and "\x1b" not in plain, "for a pipe"
 
 
 def test_the_template_is_the_shipped_file(tokenizer):

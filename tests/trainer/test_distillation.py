@@ -274,6 +274,39 @@ def test_a_file_for_something_else_is_refused(more, message, world):
         run_stage("distillation", *flags_of(world, f"--teacher_logprobs={path}", *more))
 
 
+def test_an_interrupted_file_is_continued(world, monkeypatch, capsys):
+    """Ctrl-C in the third step. What was asked before is not asked again, and the file is the same."""
+    flags = flags_of(world, "--teacher=teacher", "--top_k=2", "--batch_size=1")
+    run_stage("distillation", *flags, f"--write_logprobs={world / 'whole.lp'}")
+    asked, states = [], Teacher.states
+
+    def interrupted(teacher, batch):
+        asked.append(batch.examples)
+        if len(asked) == 17:  # a step has 8 batches
+            raise KeyboardInterrupt
+        return states(teacher, batch)
+
+    monkeypatch.setattr(Teacher, "states", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("distillation", *flags, f"--write_logprobs={world / 'parts.lp'}")
+    assert not (world / "parts.lp").exists()
+    with pytest.raises(ValueError, match="parts.lp.partial: is not complete"):
+        read_header(world / "parts.lp.partial")
+    run_stage("distillation", *flags, f"--write_logprobs={world / 'parts.lp'}")
+    assert "continues after 2 of" in capsys.readouterr().err
+    assert not set(asked[:16]) & set(asked[17:]) and asked[16] in asked[17:]
+    assert (world / "parts.lp").read_bytes() == (world / "whole.lp").read_bytes()
+    assert not (world / "parts.lp.partial").exists()
+    # an interrupted file of another teacher is not continued
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("distillation", *flags, f"--write_logprobs={world / 'other.lp'}")
+    monkeypatch.setattr(Teacher, "states", states)
+    flags[flags.index("--teacher=teacher")] = "--teacher=full_sft"
+    run_stage("distillation", *flags, f"--write_logprobs={world / 'other.lp'}")
+    assert "continues" not in capsys.readouterr().err
+
+
 def test_what_is_no_such_file_is_refused(world):
     with pytest.raises(ValueError, match="not a file that --write_logprobs writes"):
         run_stage("distillation", *flags_of(world, f"--teacher_logprobs={world / 'sft.jsonl'}"))

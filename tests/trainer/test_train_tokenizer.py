@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from common.console import width_of
 from tokenizer.chat import TEMPLATE, encode_chat
 from tokenizer.text import SHIPPED, Tokenizer, _from_byte_level
 from trainer import train_tokenizer as script
@@ -141,6 +142,15 @@ def test_report_counts_by_hand(tmp_path):
         [f"{name} text en"[:46], "1.000", "1.000", f"{en * 4:,}"],
         [f"{name} text zh"[:46], "0.333", "1.000", f"{zh * 3:,}"],
     ]
+
+
+def test_columns_stand_below_each_other(tmp_path):
+    """A Chinese name takes two places for each character in a terminal."""
+    save(train_bpe(iter([]), script.SMALLEST), tmp_path / "bytes")
+    rows = [{"id": n, "text": "abcd"} for n in range(200)]
+    files = [write(tmp_path / name, rows) for name in ("a.jsonl", "很长的名字.jsonl")]
+    lines = report(Corpus(TokenizerConfig(tuple(files), holdout=10)), tmp_path / "bytes").splitlines()
+    assert len({width_of(line) for line in lines}) == 1, lines
 
 
 def test_the_shipped_tokenizer_is_as_good_as_documented(shared):

@@ -34,6 +34,7 @@ from trainer.loop.job import Job
 from trainer.loop.opening import announce
 from trainer.loop.optim import build_optimizers, learning_rate
 from trainer.loop.periodic import PeriodicTasks
+from trainer.loop.profiling import open_profile
 from trainer.loop.step import StepResult, optimizer_step
 from trainer.loop.validation import validate
 from trainer.loop.watchdog import Watchdog
@@ -55,7 +56,6 @@ class Engine:
         self.model.compute_dtype = self.dtype
         self.model.recompute = config.activation_checkpointing
         lower_frozen(self.model, self.dtype)
-        self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.step, self.saved_step, self.tokens, self.best = 0, 0, 0, float("inf")
         self.written: set[Path] = set()
         self.writer = Writer(background=backend.device.type != "cpu")
@@ -67,10 +67,14 @@ class Engine:
         self.health = HealthCheck(config.health_prompts, job.data.train.kind, job.tokenizer, backend.main)
         states = self.save_dir / "resume" / Path(self.name).stem
         found = self._find(states)
+        if found:
+            self.config = config = job.config = resume.with_recipe_of(found, config)
         self.resumed = found is not None
+        self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.run_id = found.parent.name if found and resume.is_newest(found) else resume.new_run(states)
         self.states = states / self.run_id
-        self.loader = self._loader(job.data.train, self._accumulation(found), shuffle=True)
+        accumulation = resume.accumulation_of(found, config, backend.world) if found else config.accumulation_steps
+        self.loader = self._loader(job.data.train, accumulation, shuffle=True)
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
         self.meter = Meter(self.model, self.dtype, backend.device, config.measure_peak)
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
@@ -88,6 +92,7 @@ class Engine:
             run_dir / "bad_batches.jsonl",
             self.logger.print,
         )
+        self.profile = open_profile(config.profile and backend.main, run_dir, backend.device, self.logger.print)
         announce(self, notice)
         shapes = min(self.loader.count_shapes(), FEW_SHAPES)
         self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing, shapes)
@@ -104,7 +109,7 @@ class Engine:
         if self.backend.main:
             resume.clean(states, self.folder, self.folder / "best")
             try:
-                found = resume.find_state(states, self.config.from_resume, self._identity(), self.job.notes.append)
+                found = resume.find_state(states, self.config.from_resume, self._wanted(), self.job.notes.append)
             except ValueError as error:
                 failure = error
         found, message = self.backend.broadcast([str(found or ""), str(failure or "")])
@@ -141,20 +146,6 @@ class Engine:
         self.job.notes.append(self.job.prepare(now))
         return (time.perf_counter() - begin) * sum(steps for _, steps in needed) / sum(steps for _, steps in now)
 
-    def _accumulation(self, state: Path | None) -> int:
-        """Micro-batches in a step. A resumed run keeps the examples of a step (batch_size x accumulation_steps x
-        processes), also when the number of processes has changed."""
-        c, world = self.config, self.backend.world
-        if state is None:
-            return c.accumulation_steps
-        examples = resume.read_values(state)["examples"]
-        if examples % (c.batch_size * world):
-            raise UserError(
-                f"--batch_size {c.batch_size} x {world} processes does not divide the {examples} examples of a step "
-                f"in {state}"
-            )
-        return examples // (c.batch_size * world)
-
     # ---- one run ----
 
     def run(self) -> Path:
@@ -167,7 +158,8 @@ class Engine:
         self.model.train()
         self.meter.go()
         with catch_signals() as received, explained(config, self.model, self.backend.world):
-            for _, batches in self.loader.prefetch(self.step, self.total):
+            steps = self.loader.prefetch(self.step, self.total)
+            for _, batches in self.profile.steps(steps, self.total - self.step):
                 # agreed on before a rollout draws random numbers: a step that has begun is finished
                 stop, time_to_save = self.backend.sum(bool(received), self.backend.main and tasks.time_to_save())
                 if stop:
@@ -177,6 +169,7 @@ class Engine:
                     result = self.train_step(batches)
                 if failed:
                     break
+                self.profile.part("logging, validating, saving")
                 self._record(result)
                 self.writer.check()
                 due = tasks.due(self.step, bool(time_to_save))
@@ -192,9 +185,12 @@ class Engine:
     def train_step(self, batches: list[Batch]) -> StepResult:
         """One update from this rank's micro-batches, or from what the stage's rollout makes of them."""
         if self.job.rollout:
+            self.profile.part("rollout")
             batches = self.job.rollout(self.model, batches, self.step)
-        clip, scale = self.config.grad_clip, self.watch.scale
-        return optimizer_step(self.wrapped, batches, self.job.objective, self.backend, grad_clip=clip, loss_scale=scale)
+        clip, scale, part = self.config.grad_clip, self.watch.scale, self.profile.part
+        return optimizer_step(
+            self.wrapped, batches, self.job.objective, self.backend, grad_clip=clip, loss_scale=scale, part=part
+        )
 
     def _may_roll_back(self) -> bool:
         """Whether a Ctrl-C can make a step fail: the terminal also sends it to the processes that we have started, a
@@ -347,6 +343,13 @@ class Engine:
             **self.job.output.identity,
             **{name: getattr(self.config, name) for name in resume.FIXED},
         )
+
+    def _wanted(self) -> dict:
+        """The identity of a state to continue from: of any optimiser, if the recipe of the state has to say which."""
+        identity = self._identity()
+        if {"recipe", "optimizer"} <= set(self.config.by_recipe):
+            del identity["optimizer"]
+        return identity
 
     def _state(self) -> dict:
         machine = dict(torch=torch.__version__, threads=torch.get_num_threads(), world=self.backend.world)

@@ -1,7 +1,7 @@
 """Optimisers, the learning-rate schedule, and the check of the gradients before an update.
 
 AdamW moves everything, or, with `--optimizer muon`, Muon moves the matrices inside the blocks and AdamW the rest
-(embedding, head, norms, biases). Both take the same learning rate.
+(embedding, head, norms, biases). Both take the same learning rate: Muon's updates are scaled to the size of AdamW's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.precision import has_bf16
@@ -53,8 +55,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: all its directions get the same length (Jordan et al., 2024,
     https://kellerjordan.github.io/posts/muon), scaled to the size of AdamW's updates (arXiv:2502.16982, eq. 4).
 
-    Matrices of one shape are processed as one batch; a stack of experts is such a batch already. Like torch's fused
-    optimisers it reads `found_inf`, a scalar tensor on the device: if it is 1, nothing changes.
+    Matrices of one shape are processed as one batch; a stack of experts is such a batch already. Of several processes,
+    each makes its share of every batch orthogonal, which is nearly all of the cost. Like torch's fused optimisers it
+    reads `found_inf`, a scalar tensor on the device: if it is 1, nothing changes.
     """
 
     def __init__(self, params, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -70,7 +73,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
                 update = torch.stack([self._momentum(p, group["momentum"], bad) for p in params])
-                update = orthogonalise(update.view(-1, *shape[-2:])).view(-1, *shape)
+                update = orthogonalise_together(update.view(-1, *shape[-2:])).view(-1, *shape)
                 rate = group["lr"] if bad is None else group["lr"] * (1 - bad)
                 scale = 0.2 * math.sqrt(max(shape[-2:]))
                 for p, u in zip(params, update):
@@ -105,6 +108,19 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
+
+
+def orthogonalise_together(G: Tensor) -> Tensor:
+    """As `orthogonalise`, of matrices that all processes have: each computes its share and receives the others'."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return orthogonalise(G)
+    share = -(-len(G) // world)
+    padded = F.pad(G, (0, 0, 0, 0, 0, share * world - len(G)))
+    own = orthogonalise(padded[dist.get_rank() * share :][:share]).contiguous()
+    whole = own.new_empty(share * world, *own.shape[1:])
+    dist.all_gather_into_tensor(whole, own)
+    return whole[: len(G)]
 
 
 def clip_and_check(

@@ -8,6 +8,7 @@ anything is computed. So any split of the same examples into micro-batches and r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from dataset.batches.loader import Batch
 from trainer.loop.backend import Backend
+from trainer.loop.profiling import unprofiled
 from trainer.losses.base import Objective
 
 
@@ -39,20 +41,27 @@ def optimizer_step(
     *,
     grad_clip: float,
     loss_scale: float,
+    part: Callable[[str], None] = unprofiled,
 ) -> StepResult:
     """Counts, computes the gradient of all micro-batches, clips and checks it, and moves the weights if it is finite.
 
     model  what `backend.wrap` has returned
+    part   is told which part of the step begins
     """
     own_units, own_tokens = sum(map(objective.count, batches)), sum(batch.trained_tokens for batch in batches)
     units, tokens = backend.sum(own_units, own_tokens)
     losses, metrics = [], {}
     for i, batch in enumerate(batches):
         with backend.accumulate(model, last=i == len(batches) - 1):
-            loss, of_batch = objective(model, batch.to(backend.device))
+            part("data to the device")
+            there = batch.to(backend.device)
+            part("forward")
+            loss, of_batch = objective(model, there)
+            part("backward")
             backend.backward(loss * (backend.world / units), loss_scale)  # backends average over the ranks
         losses.append(loss.detach())
         for name, value in of_batch.items():
             metrics[name] = metrics[name] + value if name in metrics else value
+    part("optimiser")
     norm, bad = backend.update(grad_clip, loss_scale, torch.isfinite(metrics["loss"]))
     return StepResult(batches, units, int(tokens), losses, metrics, norm, bad)

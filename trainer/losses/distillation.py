@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.console import Progress, UserError
-from common.files import ROOT, atomic_file
+from common.console import Progress, UserError, note
+from common.files import ROOT
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from model.checkpoint import Checkpoint, find_tokenizer, find_weights, load_weights
@@ -170,12 +170,14 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
     )
     top_k, size = min(config.top_k, width), positions_at_once(4 * width)
     facts = dict(temperature=config.temperature, teacher=teacher.hash, weights=str(teacher))
+    facts |= dict(batch_size=config.batch_size)  # it decides what a step is: an interrupted file continues after one
     progress = Progress("asking the teacher", len(distinct), " examples")
-    with (
-        atomic_file(Path(config.write_logprobs)) as temporary,
-        writing(temporary, dataset, tokenizer, top_k, facts) as records,
-    ):
-        for step, batches in loader.prefetch(0, loader.steps_per_epoch):
+    with writing(Path(config.write_logprobs), dataset, tokenizer, top_k, facts) as records:
+        if records.done:
+            all_steps = f"{loader.steps_per_epoch:,} steps"
+            note(f"{config.write_logprobs}.partial: continues after {records.done:,} of {all_steps}")
+            progress.advance(sum(len(loader.examples(step)) for step in range(records.done)))
+        for step, batches in loader.prefetch(records.done, loader.steps_per_epoch):
             for batch in batches:
                 states = teacher.states(batch.to(backend.device))
                 # the selected positions are the trained ones, in order, and then padding
@@ -188,6 +190,7 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
                     stop = begin + int(records.begins[example + 1] - records.begins[example])
                     records[example] = ids[begin:stop], logprobs[begin:stop]
                     begin = stop
+            records.finished(step)
             progress.advance(len(loader.examples(step)))
     progress.close()
     tokens, width = int(records.begins[-1]), records.dtype.itemsize

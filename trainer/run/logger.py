@@ -240,21 +240,24 @@ class RunLogger(NoLogger):
         return "  ".join(parts)
 
 
+def git_commit() -> str:
+    """The commit, with -dirty if files differ from it; empty without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def describe_run(config: Options) -> dict[str, Any]:
     """What is needed to know later how these numbers came about."""
-    try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git here
-        git = ""
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}
     return {
         "command": shlex.join(sys.orig_argv),
         "directory": os.getcwd(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": config.as_dict(),
-        "versions": {"sparrow": git, "python": platform.python_version(), **versions},
+        "versions": {"sparrow": git_commit(), "python": platform.python_version(), **versions},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "ranks": os.environ.get("WORLD_SIZE", "1")},
     }
 

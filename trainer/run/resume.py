@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from common.console import UserError
 from common.files import atomic_folder, hash_file, remove_folder, rename, sweep
 from model.checkpoint import read_plain, same_weights
+from trainer.stage import StageConfig
 
 MANIFEST = "manifest.json"
 KEPT = 2  # states of a run that goes on, where --keep_last does not say otherwise
@@ -192,6 +193,30 @@ def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
 def read_values(path: Path) -> dict:
     """Only the plain values of a state."""
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def with_recipe_of(state: Path, config: StageConfig) -> StageConfig:
+    """A continued run keeps its recipe, unless the user names one: the default may be another today."""
+    values = read_values(state)
+    config = config.with_recipe(values["config"].get("recipe", "classic"))  # before there were recipes, it was this one
+    optimizer = values["identity"]["optimizer"]
+    if config.optimizer != optimizer:  # the run began with an optimiser that is not its recipe's
+        raise UserError(f"--from_resume {state}: this run was started with --optimizer {optimizer}; give it again")
+    if problems := config.problems():  # of the recipe with what the user has given: --zero_stage, for instance
+        raise UserError(f"--from_resume {state}: {'; '.join(problems)}")
+    return config
+
+
+def accumulation_of(state: Path, config: StageConfig, world: int) -> int:
+    """Micro-batches in a step. A continued run keeps the examples of a step (batch_size x accumulation_steps x
+    processes), also when the number of processes has changed."""
+    examples, at_once = read_values(state)["examples"], config.batch_size * world
+    if examples % at_once:
+        raise UserError(
+            f"--batch_size {config.batch_size} x {world} processes does not divide the {examples} examples of a step "
+            f"in {state}"
+        )
+    return examples // at_once
 
 
 def is_of(run: dict, weights: Path) -> bool:
