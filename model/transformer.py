@@ -51,13 +51,18 @@ class Output(NamedTuple):
     aux_loss: Tensor  # (B,) fp32 balancing loss of each row, summed over layers; 0 for dense models
 
 
+def _generating() -> bool:
+    """Whether this is generation. The compiler is not asked for the mode: it would split each block into two graphs."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 class Linear(nn.Linear):
     """Computes in the dtype of its input, whatever dtype the weight is kept in."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         single = x.numel() == self.in_features and x.is_cpu and x.dtype == torch.bfloat16
-        if single and torch.is_inference_mode_enabled():  # one position: nearly twice as fast as F.linear
+        if single and _generating():  # one position: nearly twice as fast as F.linear
             y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
@@ -82,7 +87,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        if torch.is_inference_mode_enabled():  # torch's own is the same in fewer operations
+        if _generating():  # torch's own is the same in fewer operations
             return F.rms_norm(x32, self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * self.weight.float()).to(x.dtype)
