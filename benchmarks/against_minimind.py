@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=8, help="of MiniMind's data loader")
     parser.add_argument(
         "--ours",
-        default="--optimizer muon --schedule wsd --learning_rate 2e-3 --batch_size 8",
+        default="--batch_size 8",
         help="flags of our pretraining",
     )
     parser.add_argument("--ours_sft", default="", help="flags of our fine-tuning")

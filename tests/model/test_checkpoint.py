@@ -242,9 +242,9 @@ def test_configurations_that_cannot_work():
         config_from_hf({"model_type": "llama", "attention_bias": True})
 
 
-@pytest.mark.parametrize("extra", (dict(mscale=1.0), dict(truncate=False), dict(partial_rotary_factor=0.5)))
+@pytest.mark.parametrize("extra", (dict(truncate=False), dict(partial_rotary_factor=0.5)))
 def test_rope_scaling_that_we_do_not_compute_is_refused(extra):
-    """DeepSeek's and gpt-oss's additions to YaRN: read over, the logits were wrong by 4 and more."""
+    """gpt-oss's additions to YaRN: read over, the logits were wrong by 4 and more."""
     values = dict(
         model_type="llama",
         vocab_size=64,
