@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
 
-    shape = ModelConfig.preset(args.preset)
+    shape = ModelConfig.preset(args.preset, qk_norm=False)  # Llama has no norms of queries and keys
     with tempfile.TemporaryDirectory() as folder:
         engine = our_engine(args, shape, folder)
         engine.model.train()
