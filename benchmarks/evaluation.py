@@ -30,7 +30,7 @@ from evaluation.measure import Settings
 from evaluation.models import open_models
 from evaluation.shared_prompts import Bundle, BundleLoader, Bundles
 from inference.answers import answers_to_ids, prompt_ids
-from model.checkpoint import load_weights, save_weights
+from model.checkpoint import open_weights, save_weights
 from model.config import ModelConfig
 from model.precision import pick_device, pick_dtype, prepare_for_inference
 from model.transformer import CausalLM
@@ -119,9 +119,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compare", type=int, default=256, help="tokens of an answer, where two models are compared")
     args = parser.parse_args()
-    tokenizer, device = Tokenizer.load(), pick_device()
+    device = pick_device()
     torch.manual_seed(0)
-    model = load_weights(Path(args.weight)).build() if args.weight else CausalLM(ModelConfig.preset(args.preset))
+    if args.weight:
+        checkpoint, tokenizer = open_weights(args.weight)
+        model = checkpoint.build()
+    else:
+        model, tokenizer = CausalLM(ModelConfig.preset(args.preset)), Tokenizer.load()
     dtype, _ = pick_dtype(args.dtype, device)
     model = prepare_for_inference(model, dtype).to(device)
     print(machine(), f"{model.num_parameters() / 1e6:.1f}M parameters, {dtype} on {device}", sep="\n")
