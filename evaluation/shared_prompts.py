@@ -1,10 +1,7 @@
 """Rows that begin with the same prompt are read together, the prompt once: options of a question, answers to it.
 
-    data = Bundles([Encoded(...), ...])                  # bundles of rows
-    loader = BundleLoader(data, packing=True, ...)       # batches like those of training
-
-A row of a batch holds the prompt but its last id, then each answer behind that last id. What an answer sees are its own
-positions and the prompt's, as in dataset/batches/preference.py. So it gets what it would get alone after its prompt.
+data = Bundles([Encoded(...), ...])                  # bundles of rows
+loader = BundleLoader(data, packing=True, ...)       # batches like those of training
 """
 
 from __future__ import annotations
@@ -13,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from dataset.batches.loader import IGNORED, Batch, Loader, select
+from dataset.batches.loader import IGNORED, Loader, select
+from dataset.batches.shared_prompts import Answer, PrefixBatch, Shared, fill_rows
 from dataset.tokens.examples import TokenDataset
 from model.attention import find_segments
 from tokenizer.chat import Encoded
@@ -60,12 +57,12 @@ class Bundles(TokenDataset):
         self.order = np.arange(len(bundles))
         self.lengths = np.array([bundle.size + 1 for bundle in bundles], np.int32)
 
-    def parts(self, example: int) -> tuple[list[int], list[Encoded]]:
-        """-> (the positions that several rows share, the rest of each of these rows)."""
+    def parts(self, example: int) -> Shared:
+        """-> the ids that several rows share, and the rest of each of these rows."""
         bundle = self.bundles[example]
         shared = len(bundle.prompt) - 1 if len(bundle.rows) > 1 else 0
         rows = [self.all[number] for number in bundle.rows]
-        return bundle.prompt[:shared], [Encoded(row.ids[shared:], row.trained[shared:]) for row in rows]
+        return Shared(bundle.prompt[:shared], [Answer(row.ids[shared:], row.trained[shared:]) for row in rows])
 
     def extras(self, i: int) -> dict[str, np.ndarray]:
         return {}
@@ -74,52 +71,23 @@ class Bundles(TokenDataset):
         pass
 
 
-@dataclass(frozen=True)
-class BundleBatch(Batch):
-    prefixes: torch.Tensor | None  # (B, T) int32; None: nothing is shared in this batch
-
-    def context(self):
-        return super().context() | ({} if self.prefixes is None else dict(prefixes=self.prefixes))
-
-
 class BundleLoader(Loader):
     dataset: Bundles
 
-    def _batch(self, rows: list[list[int]], length: int) -> BundleBatch:
-        shape = (len(rows), length)
-        tokens = np.full(shape, self.dataset.end_of_text, np.int64)
-        targets = np.full(shape, IGNORED, np.int64)
-        documents, prefixes = np.zeros((2, *shape), np.int32)
-        positions = np.zeros(shape, np.int64)
-        for r, row in enumerate(rows):
-            begin, document = 0, 0
-            for example in row:
-                shared, parts = self.dataset.parts(example)
-                document += 1
-                prefix, here = document, slice(begin, begin + len(shared))
-                tokens[r, here], positions[r, here] = shared, np.arange(len(shared))
-                documents[r, here] = prefixes[r, here] = prefix
-                for ids, trained in parts:
-                    document += 1
-                    here = slice(here.stop, here.stop + len(ids) - 1)
-                    tokens[r, here] = ids[:-1]
-                    targets[r, here] = np.where(trained[1:], ids[1:], IGNORED)
-                    positions[r, here] = np.arange(len(shared), len(shared) + len(ids) - 1)
-                    documents[r, here], prefixes[r, here] = document, prefix
-                begin = here.stop
-            positions[r, begin:] = np.arange(length - begin)
-        numbers = torch.from_numpy(documents)
-        shares = any(len(self.dataset.bundles[example].rows) > 1 for row in rows for example in row)
-        seen = torch.from_numpy(prefixes) if shares else None
-        return BundleBatch(
-            tokens=torch.from_numpy(tokens),
-            targets=torch.from_numpy(targets),
-            documents=numbers,
-            positions=torch.from_numpy(positions),
-            selected=select(targets),
-            trained_tokens=int((targets != IGNORED).sum()),
+    def _batch(self, rows: list[list[int]], length: int) -> PrefixBatch:
+        parts = [[self.dataset.parts(example) for example in row] for row in rows]
+        filled = fill_rows(parts, length, self.dataset.end_of_text)
+        several = any(len(shared.answers) > 1 for row in parts for shared in row)
+        prefixes = filled.prefixes if several else None
+        return PrefixBatch(
+            tokens=filled.tokens,
+            targets=filled.targets,
+            documents=filled.documents,
+            positions=filled.positions,
+            selected=select(filled.targets.numpy()),
+            trained_tokens=int((filled.targets != IGNORED).sum()),
             examples=tuple(example for row in rows for example in row),
-            segments=find_segments(numbers, seen),
-            whole_rows=not shares and bool((documents == documents[:, :1]).all()),
-            prefixes=seen,
+            prefixes=prefixes,
+            segments=find_segments(filled.documents, prefixes),
+            whole_rows=not several and bool((filled.documents == filled.documents[:, :1]).all()),
         )
