@@ -280,6 +280,47 @@ def dpo(bench: Bench) -> dict:
     return dict(about=f"small, {pairs} pairs a step", **{"pairs/s": spread([pairs / t for t in times])}, first=first)
 
 
+def distillation(bench: Bench) -> dict:
+    """Trained tokens per second of a student, from a file of its teacher's log-probabilities and from the teacher."""
+    from benchmarks.gpu.bench import spread
+    from common.options import parse
+    from dataset.tiny_world import files
+    from dataset.tokens.teacher import TaughtDataset, read_header
+    from model.checkpoint import Checkpoint
+    from tokenizer.text import Tokenizer
+    from trainer.inputs import Data
+    from trainer.loop.backend import Backend
+    from trainer.losses.distillation import Distill, Teacher, write_views
+    from trainer.train_distillation import DistillationConfig
+
+    place, tokenizer = Path(bench.folder) / "teacher.lp", Tokenizer.load()
+    path = files.generate(Path(bench.folder) / "world", files=("sft",))["sft"]
+    count, length, rows = (8, 128, 64) if bench.tiny else (128, 512, 4096)
+    options = dict(max_seq_len=length, cache_dir=bench.folder, data_limit=rows)
+    large = bench.shape("base")
+    teacher = Teacher(Checkpoint(place, bench.model(large).state_dict(), large), bench.dtype, bench.device)
+    flags = [f"--write_logprobs={place}", "--teacher=base", f"--batch_size={count}", f"--max_seq_len={length}"]
+    config, data = parse(DistillationConfig, flags), Data(TaughtDataset(path, tokenizer, **options), None, False, [])
+    writing = bench.seconds(lambda: write_views(config, data, tokenizer, teacher, Backend(bench.device)))
+    views, trained, steps = read_header(place), 0, {}
+    for name, asked in (("file", None), ("teacher", teacher)):
+        data = TaughtDataset(path, tokenizer, views=None if asked else views, **options)
+        objective = Distill("forward_kl", config.temperature, config.alpha, tokenizer.vocab_size, asked)
+        student = bench.model(bench.shape("small"))
+        engine = bench.engine(student, data, count, length, "--compile=off", objective=objective, packing=True)
+        steps[name], batches = bench.step_of(engine), [b for s in range(4) for b in engine.loader.batches(s)]
+        trained = sum(b.trained_tokens for b in batches) / 4
+        steps[name]()
+    peaks = {f"{name} peak GiB": bench.peak(step) for name, step in steps.items()}
+    times = bench.in_turns(steps)
+    return dict(
+        about=f"a base teaches a small, {count} short chats a step, {trained:,.0f} trained tokens a step",
+        **{f"{name}, trained tokens/s": spread([trained / t for t in own]) for name, own in times.items()},
+        **peaks,
+        **{"writing the file, tokens/s": views["tokens"] / writing, "bytes a token": views["bytes_per_token"]},
+    )
+
+
 def loop(bench: Bench) -> dict:
     """What logging every 10 steps costs, and whether a step waits for the card anywhere."""
     import torch
@@ -320,6 +361,7 @@ PARTS = {
     "lora": Part(lora, 120),
     "decode": Part(decode, 60),
     "memory": Part(memory, 120),
+    "distillation": Part(distillation, 90),
     "loop": Part(loop, 60),
     "dpo": Part(dpo, 90),
 }

@@ -47,6 +47,7 @@ STAGES = {  # stage, its rows, experts of the weights it starts from, further fl
     "cpo": ("dpo", write_dpo, 0, ["--loss_type=cpo"]),
     "reasoning": ("distill_reason", write_reason, 0, []),
     "distillation": ("distillation", write_sft, 0, ["--teacher={weights}"]),
+    "distillation from a file": ("distillation", write_sft, 0, ["--teacher_logprobs={weights}.lp"]),
 }
 
 
@@ -142,9 +143,17 @@ def flags(folder, write, experts, more):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_nothing_waits_and_nothing_is_left_behind(name, tmp_path, steps):
+def test_nothing_waits_and_nothing_is_left_behind(name, tmp_path, steps, monkeypatch):
     stage, write, experts, more = STAGES[name]
-    run_stage(stage, *flags(tmp_path, write, experts, more))
+    *others, last = words = flags(tmp_path, write, experts, more)
+    if last.startswith("--teacher_logprobs="):
+        place = last.partition("=")[2]
+        with monkeypatch.context() as patch:  # the file is written where there are numbers
+            patch.setattr(processes, "pick_device", lambda *_: torch.device("cpu"))
+            asked = [f"--teacher={place.removesuffix('.lp')}", f"--write_logprobs={place}", "--top_k=3"]
+            run_stage(stage, *others, *asked)
+        assert not steps
+    run_stage(stage, *words)
     assert 1 <= len(steps) <= 3
     for result in steps:
         assert all(tensor.device == CARD for tensor in (*result.losses, *result.metrics.values(), result.norm))
