@@ -48,6 +48,7 @@ def main():
         flags += ["--val_path", held_out, "--cache_dir", folder / "cache", "--max_seq_len", args.length]
         flags += ["--batch_size", args.batch_size, "--learning_rate", args.learning_rate, "--dtype", "bfloat16"]
         flags += ["--max_steps", args.steps, "--val_interval", args.steps, "--lora_rank", 8]
+        flags += ["--on_bad_row", "skip"]
         flags += ["--tokenizer_path", args.tokenizer_path] if args.tokenizer_path else []
         losses = {}
         for mode, more in MODES.items():
