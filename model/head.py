@@ -119,22 +119,21 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         rows = max(PIECE // logits.shape[1], 1) * torch.get_num_threads() if logits.is_cpu else max(len(targets), 1)
         for here in _chunks(len(targets), rows):
-            ignored = (targets[here] == -100)[:, None]
-            target = targets[here, None].masked_fill(ignored, 0)
+            target = targets[here, None].clamp(min=0)
             log_p = logits[here].log_softmax(-1, dtype=torch.float32)
             of_target = log_p.gather(1, target)
-            losses[here] = -of_target.masked_fill(ignored, 0)[:, 0]
+            losses[here] = -of_target[:, 0]
             if gradient is not None:
-                p = log_p.exp_().scatter_(1, target, of_target.expm1())
-                gradient[here] = p.masked_fill_(ignored, 0)
-        ctx.save_for_backward(gradient)
-        return losses
+                gradient[here] = log_p.exp_().scatter_(1, target, of_target.expm1())
+        ignored = targets == -100
+        ctx.save_for_backward(gradient, ignored)
+        return losses.masked_fill_(ignored, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None].to(gradient.dtype), None
+        gradient, ignored = ctx.saved_tensors
+        return gradient * grad.masked_fill(ignored, 0)[:, None].to(gradient.dtype), None
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):

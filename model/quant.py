@@ -137,7 +137,8 @@ def quantize_nf4(weight: Tensor) -> NF4:
 def dequantize_nf4(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """-> the weight, in this shape and dtype. Computed in fp32 and rounded once."""
     blocks = len(packed.scale_codes)
-    scales = _table(DYNAMIC_CODE, packed.codes.device)[_in_blocks(packed.scale_codes, SCALE_BLOCK).int()]
+    scale_codes = _in_blocks(packed.scale_codes, SCALE_BLOCK)
+    scales = _table(DYNAMIC_CODE, packed.codes.device).index_select(0, scale_codes.view(-1).int()).view_as(scale_codes)
     scales = (scales * packed.block_scales[:, None]).view(-1, 1)[:blocks] + packed.scale_mean  # (blocks, 1)
     pairs = _table(NF4_PAIRS, packed.codes.device)
 
