@@ -32,7 +32,7 @@ from serve.requests import (
     words,
 )
 from serve.runs import Runs
-from serve.server import Json, Limits, Load, Server, check_length, too_long
+from serve.server import Json, Limits, Load, Server, check_length, check_tools, too_long
 from serve.static import PAGES, page
 from tokenizer.chat import encode_chat
 
@@ -50,6 +50,7 @@ async def tokenize(server: Server, body: TokenizeRequest) -> Response:
                 {"messages": body.messages, "tools": body.tools}
             ).conversation()
             check_length(served, words(messages, tools), "messages")
+            check_tools(served, tools)
             prompt = dict(add_generation_prompt=body.add_generation_prompt)
             ids = (await asyncio.to_thread(encode_chat, served.tokenizer, messages, tools, **prompt)).ids
     except UserError as error:

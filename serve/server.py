@@ -169,6 +169,12 @@ def check_length(served: Served, texts: Iterable[str], param: str) -> None:
         raise too_long(served, f"more than {least}", param)
 
 
+def check_tools(served: Served, tools: list[dict] | None) -> None:
+    if tools and not served.tokenizer.takes_tools:
+        what = "tools: this model's chat template has no place for them; ask without tools, or another model"
+        raise Refused(what, "tools")
+
+
 def check_listed(requests: list[EngineRequest]) -> None:
     """Refuses what would list more log-probabilities than LISTED."""
     asked = [r for r in requests if r.logprobs is not None]
