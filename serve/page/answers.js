@@ -63,7 +63,7 @@ export function offerReload(notice, found, key, done) {
   const newer = found.filter(({ changed }) => changed).map(({ id }) => id);
   if (found.length && !newer.length) return;
   const text = found.length ? `${word('newer')} ${newer.join(', ')}` : word('no_model');
-  const button = element('button', word('load'), { type: 'button', className: 'small' });
+  const button = element('button', word('load'), { type: 'button' });
   button.onclick = async () => {
     button.disabled = true;
     button.textContent = word('reading');

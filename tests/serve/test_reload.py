@@ -132,14 +132,14 @@ def test_a_server_that_was_started_before_the_first_training(tmp_path, browser):
         assert reload(server).status_code == 409
         assert httpx.post(server.url + CHAT, json=ENDLESS).status_code == 404
         browser.open(server.url + "/")
-        browser.until("document.querySelector('#notice button')")
+        browser.until("!!document.querySelector('#notice button')")
         write(tmp_path, trained(1))
         browser.click("#notice button")
         browser.until("document.querySelector('#model').value == 'full_sft'")
         assert browser.evaluate("document.querySelector('#notice').hidden")
         write(tmp_path, trained(2))
         browser.open(server.url + "/compare")
-        browser.until("document.querySelector('#notice button')")
+        browser.until("!!document.querySelector('#notice button')")
         assert "full_sft" in browser.text("#notice")
         browser.click("#notice button")
         browser.until("!document.querySelector('#notice button')")
