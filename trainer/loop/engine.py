@@ -32,7 +32,7 @@ from trainer.loop.health import HealthCheck
 from trainer.loop.interrupts import catch_signals, explained
 from trainer.loop.job import Job
 from trainer.loop.opening import announce
-from trainer.loop.optim import build_optimizers, learning_rate
+from trainer.loop.optim import build_optimizers, learning_rate, set_rates
 from trainer.loop.periodic import PeriodicTasks
 from trainer.loop.profiling import open_profile
 from trainer.loop.step import StepResult, optimizer_step
@@ -237,9 +237,7 @@ class Engine:
             schedule=c.schedule,
             floor=c.min_lr_ratio,
         )
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        set_rates(self.optimizers, rate, self.step / self.total)
         return rate
 
     def _leave(self, received: list[int]) -> NoReturn:
