@@ -32,6 +32,7 @@ from typing import Any
 from common.console import printable
 from common.files import ROOT, atomic_file
 from common.options import Options
+from trainer.run.reference import Curve, Reference
 
 TRACKERS = ("wandb", "swanlab", "tensorboard")
 # How known numbers are printed, in this order ("": not at all). Others follow with four significant digits.
@@ -55,6 +56,8 @@ FORMATS = {
 class NoLogger:
     """The same methods, which do nothing: for all ranks but the first."""
 
+    reference: Reference | None = None
+
     def print(self, text: str) -> None: ...
     def start(self, step: int, total: int) -> None: ...
     def log(self, step: int, **numbers: float) -> None: ...
@@ -64,12 +67,16 @@ class NoLogger:
 
 class RunLogger(NoLogger):
     @staticmethod
-    def create(run_dir: Path | str, config: Options, enabled: bool = True, **facts: Any) -> NoLogger:
-        """facts: further entries for run.json and the trackers, such as the number of parameters."""
-        return RunLogger(Path(run_dir), config, facts) if enabled else NoLogger()
+    def create(
+        run_dir: Path | str, config: Options, enabled: bool = True, reference: Reference | None = None, **entries: Any
+    ) -> NoLogger:
+        """reference: what the run is compared with. entries: more for run.json and the trackers, such as the number of
+        parameters."""
+        return RunLogger(Path(run_dir), config, reference, entries) if enabled else NoLogger()
 
-    def __init__(self, run_dir: Path, config: Options, facts: dict[str, Any]):
-        self.run_dir, self.config, self.facts = run_dir, config, facts
+    def __init__(self, run_dir: Path, config: Options, reference: Reference | None, entries: dict[str, Any]):
+        self.run_dir, self.config, self.entries = run_dir, config, entries
+        self.reference = reference
         self.metrics = run_dir / "metrics.jsonl"
         # parts by name: what takes (step, numbers), what closes it, and which have failed
         self.sinks: dict[str, Callable[[int, dict], Any]] = {}
@@ -117,6 +124,13 @@ class RunLogger(NoLogger):
             self._try("progress bar", self.bar.update, step - self.bar.n)
         if self.bar is None or "val_loss" in numbers:
             self.print(f"step {step:,}/{self.total:,}  {line}")
+        if self.reference and (warning := self._compare(numbers)):
+            self.print(warning)
+
+    def _compare(self, numbers: dict[str, Any]) -> str:
+        """With the reference curve -> what there is to say."""
+        assert self.reference
+        return self.reference.add(numbers["tokens"], numbers["loss"]) if {"tokens", "loss"} <= numbers.keys() else ""
 
     def seconds(self) -> float:
         """What the run has taken so far, all its processes together."""
@@ -124,7 +138,8 @@ class RunLogger(NoLogger):
 
     def draw(self) -> None:
         if self.metrics.exists():
-            self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png")
+            curve = self.reference and self.reference.curve
+            self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png", curve)
             gc.collect(1)  # figures are cyclic garbage: without this, memory grows by a megabyte at each save
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
@@ -162,7 +177,7 @@ class RunLogger(NoLogger):
             if path.exists():  # a resumed run keeps the entries of its earlier processes
                 earlier = json.loads(path.read_text(encoding="utf-8"))
                 self.run_info["earlier"] = [*earlier.pop("earlier", []), earlier]
-            self.run_info |= self.facts
+            self.run_info |= self.entries
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(self.run_info, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -172,6 +187,8 @@ class RunLogger(NoLogger):
         if self.metrics.exists():
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
             self.earlier_seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
+            for row in kept if self.reference else ():  # what was said is not said again
+                self._compare(row)
             with atomic_file(self.metrics) as temporary, jsonlines.open(temporary, "w") as file:
                 file.write_all(kept)
         writer = jsonlines.open(self.metrics, "a", flush=True)
@@ -182,7 +199,7 @@ class RunLogger(NoLogger):
         self.closers["metrics.jsonl"] = writer.close
 
     def _settings(self) -> dict[str, Any]:
-        return self.config.as_dict() | self.facts
+        return self.config.as_dict() | self.entries
 
     def _init_arguments(self) -> dict[str, Any]:
         """What wandb.init and swanlab.init have in common. The id makes a resumed run continue the same record."""
@@ -305,8 +322,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return list(file.iter(type=dict, skip_invalid=True))
 
 
-def draw_losses(metrics: Path, picture: Path) -> None:
-    """metrics.jsonl -> loss.png: training loss, its moving average, and validation loss."""
+def draw_losses(metrics: Path, picture: Path, curve: Curve | None = None) -> None:
+    """metrics.jsonl -> loss.png: training loss, its moving average, validation loss, and the band of a reference."""
     import numpy as np
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
@@ -323,6 +340,13 @@ def draw_losses(metrics: Path, picture: Path) -> None:
         smooth = np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
         axes.plot(steps, losses, color="#9ec5e8", linewidth=0.8, label="training")
         axes.plot(steps, smooth, color="#1f5f99", linewidth=1.8, label=f"training, averaged: {smooth[-1]:.3f}")
+    if curve and (logged := [(row["tokens"], row["step"]) for row in rows if row.get("tokens")]):
+        ends = [end for end in curve.tokens if end <= logged[-1][0]]
+        band = [curve.band(*window) for window in zip([0, *ends], ends)]
+        at = np.interp(ends, *zip((0, 0), *logged))
+        label = f"band of {len(curve.seeds)} runs ({curve.name})"
+        if ends:
+            axes.fill_between(at, *zip(*band), color="#f2c14e", alpha=0.35, linewidth=0, label=label)
     if len(valid):
         axes.plot(*valid.T, ".-", color="#d1495b", markersize=9, linewidth=1, label=f"validation: {valid[-1, 1]:.3f}")
     if rows:
