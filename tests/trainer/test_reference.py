@@ -106,13 +106,7 @@ def test_only_a_run_of_the_same_kind_finds_a_curve(tmp_path, monkeypatch):
     assert found is not None and found.curve == STEADY and found.differences == {}
     wrong = find_reference(None, FACTS | dict(learning_rate=0.03))
     assert wrong is not None and wrong.differences == {"learning_rate": (1e-3, 0.03)}, "what may be wrong is compared"
-    for change in (
-        dict(data="e"),
-        dict(tokenizer="u"),
-        dict(stage="full_sft"),
-        dict(architecture={}),
-        dict(parent="p"),
-    ):
+    for change in ("data", "tokenizer", "stage", "architecture", "parent"):
         assert find_reference(None, FACTS | {change: "other"}) is None, change
 
 
@@ -121,11 +115,9 @@ def test_a_curve_that_is_named_is_taken_if_its_losses_mean_the_same(tmp_path):
     path.write_text(STEADY.to_json(), encoding="utf-8")
     found = find_reference(str(path), FACTS | dict(data="e"))
     assert found is not None and found.differences == {"data": ("d", "e")}
-    for change in (dict(tokenizer="u"), dict(stage="full_sft")):
-        with pytest.raises(
-            ValueError, match=r"--reference_curve .*steady.json: its runs have another (tokenizer|stage)"
-        ):
-            find_reference(str(path), FACTS | change)
+    for name in ("tokenizer", "stage"):
+        with pytest.raises(ValueError, match=f"--reference_curve .*steady.json: its runs have another {name}"):
+            find_reference(str(path), FACTS | {name: "other"})
 
 
 BROKEN = {
@@ -192,7 +184,7 @@ def test_a_run_without_a_curve_has_no_band(tmp_path, monkeypatch):
 
 # ---- real runs ----
 
-STEPS = 60
+STEPS = 48
 FLAGS = [f"--max_steps={STEPS}", "--batch_size=4", "--epochs=9"]
 
 
@@ -218,7 +210,7 @@ def made(tmp_path_factory):
 
 def test_good_runs_with_other_seeds_are_never_doubted(made, tmp_path, capsys):
     curve, data, runs = made
-    for seed in (5, 6, 7):
+    for seed in (5, 6):
         pretrain(tmp_path / str(seed), f"--data_path={data}", f"--reference_curve={curve}", f"--seed={seed}")
         out = capsys.readouterr().out
         assert "on track? compared with 5 reference runs (curve)" in out and "warning: the loss" not in out, seed
