@@ -151,8 +151,6 @@ class Reference:
         while len(self.recent) > 1 and tokens - self.recent[1][0] >= window:
             self.recent.popleft()
         first = self.recent[0][0]
-        if tokens - first < window:
-            return ""
         mean, (low, high) = mean_loss(self.recent, first, tokens), self.curve.band(first, tokens)
         side = "above" if mean > high else "below" if mean < low else ""
         if side != self.side:
