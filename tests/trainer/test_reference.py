@@ -351,7 +351,7 @@ def test_curves_record_what_runs_record(made):
 
 @pytest.mark.soak
 def test_the_demos_pretraining_is_compared(tmp_path):
-    """Its curve is found by the text of the tiny world and by the tokenizer: whoever changes them has to make it again."""
+    """Its curve is found by the text of the tiny world and by the tokenizer: after a change of either, make it again."""
     world, tokenizer = tmp_path / "world", tmp_path / "tokenizer"
     python = lambda *words: [sys.executable, *map(str, words)]
     subprocess.run(python("dataset/tiny_world", "--save_dir", world), cwd=ROOT, check=True)
