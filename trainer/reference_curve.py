@@ -37,7 +37,7 @@ class CurveConfig(Options):
     def problems(self) -> list[str]:
         found = super().problems()
         if len(self.runs) < RUNS:
-            found.append(f"{len(self.runs)} runs: name the folders in out/runs of at least {RUNS}, with other seeds")
+            found.append(f"--runs names {len(self.runs)}: at least {RUNS} folders in out/runs are needed")
         return found
 
 

@@ -307,7 +307,7 @@ def test_runs_that_do_not_belong_together_are_refused(made, tmp_path):
     (bad / "metrics.jsonl").write_text('{"step": 10, "tokens": 5, "loss": null}\n', encoding="utf-8")
     assert "not finite in step 10" in refused(bad)
     (problem,) = reference_curve.CurveConfig(runs=("a", "b", "c", "d")).problems()
-    assert problem.startswith("4 runs: name the folders in out/runs of at least 5")
+    assert problem.startswith("--runs names 4: at least 5 folders in out/runs are needed")
 
 
 def test_a_curve_is_the_lowest_median_and_highest_of_its_runs_as_far_as_all_have_come(made, tmp_path):
@@ -351,7 +351,7 @@ def test_curves_record_what_runs_record(made):
 
 @pytest.mark.soak
 def test_the_demos_pretraining_is_compared(tmp_path):
-    """Its curve is found by the text of the tiny world and by the tokenizer: after a change of either, make it again."""
+    """Its curve is found by the text of the tiny world and by the tokenizer: if either changes, make it again."""
     world, tokenizer = tmp_path / "world", tmp_path / "tokenizer"
     python = lambda *words: [sys.executable, *map(str, words)]
     subprocess.run(python("dataset/tiny_world", "--save_dir", world), cwd=ROOT, check=True)
