@@ -71,7 +71,7 @@ class Curve:
         return low - margin, high + margin
 
     def to_json(self) -> str:
-        rows = {"tokens", "low", "median", "high"}
+        rows = {"seeds", "tokens", "low", "median", "high"}
         lines = [f"{json.dumps(k)}: {json.dumps(v, indent=None if k in rows else 1)}" for k, v in asdict(self).items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
