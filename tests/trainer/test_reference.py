@@ -40,9 +40,9 @@ def test_a_window_that_is_partly_inside_counts_with_that_part():
 
 def test_the_band_is_as_wide_again_as_the_runs_are_apart():
     """Five runs between 3.8 and 4.1, 0.3 apart: the band is 3.5 .. 4.4. Five runs that agree: 2 % of the loss."""
-    assert STEADY.band(0, 100) == pytest.approx((3.5, 4.4))
+    assert STEADY.band(0, 100) == pytest.approx((3.5, 4.0, 4.4))
     same = dataclasses.replace(STEADY, low=STEADY.median, high=STEADY.median)
-    assert same.band(100, 300) == pytest.approx((4.0 - 0.08, 4.0 + 0.08))
+    assert same.band(100, 300) == pytest.approx((4.0 - 0.08, 4.0, 4.0 + 0.08))
 
 
 def said_after(losses: list[float], every: int = 100, curve: Curve = STEADY) -> list[tuple[int, str]]:
@@ -158,7 +158,7 @@ def test_a_resumed_run_says_it_once_and_draws_the_band(tmp_path, capsys, monkeyp
     """100 tokens a step, logged every second step. Killed after step 6, resumed from 4, and it was said after 4. The
     band is drawn as far as the run has come. Other ranks say nothing."""
     config, run_dir, drawn = StageConfig(save_weight="x"), tmp_path / "runs" / "x-1", []
-    monkeypatch.setattr(Axes, "fill_between", lambda self, *values, **options: drawn.append((values, options["label"])))
+    monkeypatch.setattr(Axes, "fill_between", lambda self, *values, **options: drawn.append(values))
     for after, last in ((0, 4), (4, 6)):
         logger = RunLogger.create(run_dir, config, reference=Reference(STEADY, FACTS))
         logger.start(after, 8)
@@ -167,9 +167,10 @@ def test_a_resumed_run_says_it_once_and_draws_the_band(tmp_path, capsys, monkeyp
             logger.log(step, val_loss=7.0)
         logger.draw()
         assert capsys.readouterr().out.count("warning:") == (after == 0)
-        (at, low, high), label = drawn[-1]
-        assert list(at) == list(range(1, last + 1)) and "5 runs" in label
-        assert low == pytest.approx([3.5] * last) and high == pytest.approx([4.4] * last)
+        (at, low, high), (_, lower, upper) = drawn[-2:]
+        assert list(at) == list(range(2, last + 1, 2))
+        assert low == pytest.approx([3.5] * len(at)) and high == pytest.approx([4.4] * len(at))
+        assert lower == pytest.approx([-12.5] * len(at)) and upper == pytest.approx([10.0] * len(at)), "percent of 4.0"
     others = RunLogger.create(run_dir, config, enabled=False, reference=Reference(STEADY, FACTS))
     assert type(others) is NoLogger and others.reference is None
 

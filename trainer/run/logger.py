@@ -35,6 +35,7 @@ from common.options import Options
 from trainer.run.reference import Curve, Reference
 
 TRACKERS = ("wandb", "swanlab", "tensorboard")
+BAND = "#f6d88f"  # colour in loss.png
 # How known numbers are printed, in this order ("": not at all). Others follow with four significant digits.
 FORMATS = {
     "loss": "loss {:.4f}",
@@ -322,14 +323,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return list(file.iter(type=dict, skip_invalid=True))
 
 
+def beside_curve(rows: list[dict[str, Any]], curve: Curve) -> list[tuple[float, ...]]:
+    """[(step, loss, lower edge, median, upper edge)] of what was logged, as far as the curve goes."""
+    logged = [row for row in rows if row.get("loss") is not None and 0 < row.get("tokens", 0) <= curve.tokens[-1]]
+    begins = [0, *(row["tokens"] for row in logged)]
+    return [(row["step"], row["loss"], *curve.band(begin, row["tokens"])) for begin, row in zip(begins, logged)]
+
+
+def draw_band(axes: Any, under: Any, columns: Any, curve: Curve) -> None:
+    """Into the losses, and below them in percent of the median: beside the fall of the loss it is too narrow to see.
+
+    columns  those of `beside_curve`
+    """
+    steps, losses, low, median, high = columns
+    axes.fill_between(steps, low, high, color=BAND, label=f"band of {curve.describe()}")
+    losses, low, high = (100 * (values / median - 1) for values in (losses, low, high))
+    under.fill_between(steps, low, high, color=BAND)
+    under.plot(steps, losses, color="#1f5f99", linewidth=1.8)
+    limit = 3 * max(high.max(), -low.min())  # a run that is farther away leaves the picture
+    under.set(xlabel="optimiser step, as far as the curve", ylabel="% from the median", ylim=(-limit, limit))
+
+
 def draw_losses(metrics: Path, picture: Path, curve: Curve | None = None) -> None:
     """metrics.jsonl -> loss.png: training loss, its moving average, validation loss, and the band of a reference."""
     import numpy as np
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(title=metrics.parent.name, xlabel="optimiser step", ylabel="loss")
     rows = read_metrics(metrics)
+    band = beside_curve(rows, curve) if curve else []
+    figure = Figure(figsize=(8, 6 if band else 4.5), dpi=120, layout="constrained")
+    axes, *below = figure.subplots(2 if band else 1, squeeze=False, height_ratios=[3, 1] if band else None)[:, 0]
+    axes.set(title=metrics.parent.name, xlabel="optimiser step", ylabel="loss")
     train, valid = (
         np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None])
         for name in ("loss", "val_loss")
@@ -340,18 +364,14 @@ def draw_losses(metrics: Path, picture: Path, curve: Curve | None = None) -> Non
         smooth = np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
         axes.plot(steps, losses, color="#9ec5e8", linewidth=0.8, label="training")
         axes.plot(steps, smooth, color="#1f5f99", linewidth=1.8, label=f"training, averaged: {smooth[-1]:.3f}")
-    if curve and (logged := [(row["tokens"], row["step"]) for row in rows if row.get("tokens")]):
-        ends = [end for end in curve.tokens if end <= logged[-1][0]]
-        band = [curve.band(*window) for window in zip([0, *ends], ends)]
-        at = np.interp(ends, *zip((0, 0), *logged))
-        label = f"band of {len(curve.seeds)} runs ({curve.name})"
-        if ends:
-            axes.fill_between(at, *zip(*band), color="#f2c14e", alpha=0.35, linewidth=0, label=label)
     if len(valid):
         axes.plot(*valid.T, ".-", color="#d1495b", markersize=9, linewidth=1, label=f"validation: {valid[-1, 1]:.3f}")
+    if curve and below:
+        draw_band(axes, below[0], np.array(band).T, curve)
     if rows:
         axes.legend(frameon=False)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    for panel in (axes, *below):
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
     with atomic_file(picture) as temporary:
         figure.savefig(temporary, format="png")

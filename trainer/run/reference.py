@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -56,19 +57,23 @@ class Curve:
     median: list[float]
     high: list[float]
 
-    def band(self, begin: float, end: float) -> tuple[float, float]:
-        """Between which losses a good run is in these tokens.
+    def band(self, begin: float, end: float) -> tuple[float, float, float]:
+        """(lower edge, median, upper edge) of the losses of good runs in these tokens.
 
         As far above the highest run as the runs are from each other, and as far below the lowest: one more run exceeds
         the highest of five in one window of six. At least 2 % of the loss.
         """
-        windows = [0, *self.tokens]
+        first, last = bisect_right(self.tokens, begin), bisect_left(self.tokens, end) + 1  # windows in between
+        begins, ends = [0, *self.tokens[: last - 1]][first:], self.tokens[first:last]
         low, median, high = (
-            mean_loss(list(zip(windows, self.tokens, values)), begin, end)
+            mean_loss(list(zip(begins, ends, values[first:last])), begin, end)
             for values in (self.low, self.median, self.high)
         )
         margin = max(high - low, 0.02 * median)
-        return low - margin, high + margin
+        return low - margin, median, high + margin
+
+    def describe(self) -> str:
+        return f"{len(self.seeds)} reference runs ({self.name})"
 
     def to_json(self) -> str:
         rows = {"seeds", "tokens", "low", "median", "high"}
@@ -136,7 +141,7 @@ class Reference:
         self.said: set[str] = set()
 
     def describe(self) -> str:
-        return f"on track? compared with {self._runs()}, up to {self.curve.tokens[-1]:,} tokens; see loss.png"
+        return f"on track? compared with {self.curve.describe()}, up to {self.curve.tokens[-1]:,} tokens; see loss.png"
 
     def add(self, tokens: int, loss: float | None) -> str:
         """Takes what was logged after so many tokens -> a warning if the run has left the band, once for each side.
@@ -151,7 +156,7 @@ class Reference:
         while len(self.recent) > 1 and tokens - self.recent[1][0] >= window:
             self.recent.popleft()
         first = self.recent[0][0]
-        mean, (low, high) = mean_loss(self.recent, first, tokens), self.curve.band(first, tokens)
+        mean, (low, _, high) = mean_loss(self.recent, first, tokens), self.curve.band(first, tokens)
         side = "above" if mean > high else "below" if mean < low else ""
         if side != self.side:
             self.side, self.since = side, first
@@ -159,12 +164,9 @@ class Reference:
             return ""
         self.said.add(side)
         return (
-            f"warning: the loss, {mean:.3f} after {tokens:,} tokens, is {side} the band of {self._runs()}: "
+            f"warning: the loss, {mean:.3f} after {tokens:,} tokens, is {side} the band of {self.curve.describe()}: "
             f"{low:.3f} to {high:.3f}. {self._what_differs()}Usual causes: {CAUSES[side]}"
         )
-
-    def _runs(self) -> str:
-        return f"{len(self.curve.seeds)} reference runs ({self.curve.name})"
 
     def _what_differs(self) -> str:
         found = []
