@@ -341,7 +341,7 @@ def draw_band(axes: Any, under: Any, columns: Any, curve: Curve) -> None:
     under.fill_between(steps, low, high, color=BAND)
     under.plot(steps, losses, color="#1f5f99", linewidth=1.8)
     limit = 3 * max(high.max(), -low.min())  # a run that is farther away leaves the picture
-    under.set(xlabel="optimiser step, as far as the curve", ylabel="% from the median", ylim=(-limit, limit))
+    under.set(xlabel="optimiser step, as far as the curve", ylabel="% off the median", ylim=(-limit, limit))
 
 
 def draw_losses(metrics: Path, picture: Path, curve: Curve | None = None) -> None:
