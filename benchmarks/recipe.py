@@ -88,9 +88,15 @@ NAMED = {
         f"{MODERN} seed=0,1,2",
         f"{MUON} steps=100 learning_rate=2e-3,4e-3 seed=0,1,2",
     ],
-    "ingredients": [  # each alone, one seed: a gain below the spread of the seeds is none
+    # each alone, one seed: a gain below the spread of the seeds is none. Logit caps have no line: a plain Llama lacks
+    # them, so other programs would compute another model
+    "ingredients": [
         f"{MODERN} {setting}"
         for setting in (
+            "optimizer=adamw",
+            "schedule=cosine,constant",
+            "learning_rate=1e-3,4e-3",
+            "warmup=0.0,0.1",
             "min_lr_ratio=0.0",
             "decay=0.7",
             "shape=sqrt",
@@ -98,7 +104,9 @@ NAMED = {
             "documents=open",
             "documents=aligned",
             "others_rate=0.5,2.0",
+            "beta1=0.8",
             "beta2=0.99",
+            "momentum=0.9",
             "momentum_warmup=0.3",
             "iterations=3",
             "initial=scaled",
