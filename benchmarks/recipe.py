@@ -79,8 +79,8 @@ class Trial:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "optimizer=adamw"
 
 
-MUON = "optimizer=muon schedule=wsd"  # modern gets 0.35 of the steps of classic
-MODERN = f"{MUON} steps=175 learning_rate=2e-3"
+MUON = "optimizer=muon schedule=wsd momentum_warmup=0.3 others_rate=2.0"  # as trainer/loop/optim.py has it
+MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],
     "seeds": [
@@ -103,11 +103,11 @@ NAMED = {
             "weight_decay=0.0",
             "documents=open",
             "documents=aligned",
-            "others_rate=0.5,2.0",
+            "others_rate=1.0,4.0",
             "beta1=0.8",
             "beta2=0.99",
             "momentum=0.9",
-            "momentum_warmup=0.3",
+            "momentum_warmup=0.0",
             "iterations=3",
             "initial=scaled",
             "embedding_std=0.02",
