@@ -37,6 +37,10 @@ class Conversation:
     tools: bool = False
     turns: list[dict] = field(default_factory=list)
 
+    def __post_init__(self):
+        if self.tools and not self.tokenizer.takes_tools:
+            raise UserError("--tools: the chat template of these weights has no place for tools; leave the flag out")
+
     def answer(self, text: str) -> Generator[tuple[str, bool], None, None]:
         """Yields (piece of text, whether it is beside the answer: a thought, or a tool's result).
 

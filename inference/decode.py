@@ -10,6 +10,7 @@ Letters: B rows, T positions of the longest prompt, V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from common.console import UserError
 from inference.cache import KVCache
+from inference.drawn import Drawn, to_device
 from inference.sampling import Said, Sampling
 from model.transformer import CausalLM
 
@@ -54,15 +56,19 @@ def decode(
     max_new_tokens: int,
     stop: AbstractSet[int] = frozenset(),
     cache: KVCache | None = None,
+    late: bool | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields lists of B token ids, None for a row that has ended. A `stop` token ends its row and is not yielded.
 
-    cache: to continue a conversation, one that already holds the first `cache.length` tokens of the single prompt.
+    cache  to continue a conversation, one that already holds the first `cache.length` tokens of the single prompt
+    late   tokens are read a step after they were drawn, as by the engine, so that a GPU does not wait for the host. The
+           tokens are the same; a cache may hold one more than was yielded. None: on CUDA
     Raises UserError if there is no prompt, or if prompt and new tokens exceed `max_position_embeddings`.
     """
     if not prompts or not all(prompts):
         raise UserError("generation needs at least one token to start from")
     device = model.model.embed_tokens.weight.device
+    late = device.type == "cuda" if late is None else late
     longest = max(map(len, prompts))
     limit = model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
@@ -83,30 +89,35 @@ def decode(
     logits = prefill(model, tokens, documents, cache)
     computed = list(range(len(prompts)))  # the rows that are computed; some of them may have ended
     ended = [False] * len(prompts)
+    unread: deque[Drawn] = deque()
     for remaining in range(max_new_tokens, 0, -1):
         if said:
             logits = logits.float()
             for row, scores in zip(computed, logits):
                 said[row].adjust(scores)
-        drawn = sampling.draw(logits, generator)  # (n,) of the n rows computed
-        ids: list[int | None] = [None] * len(prompts)
-        for row, token in zip(computed, drawn.tolist()):
-            ended[row] = ended[row] or token in stop
-            ids[row] = None if ended[row] else token
-            if said:
-                said[row].add(token)
-        if all(ended):
-            return
-        yield ids
+        tokens = sampling.draw(logits, generator)  # (n,) of the n rows computed
+        unread.append(Drawn(computed, tokens))
+        # penalties depend on the tokens; and behind the last ones nothing is computed meanwhile
+        while len(unread) > (late and not said and remaining > 1):
+            drawn = unread.popleft()
+            ids: list[int | None] = [None] * len(prompts)
+            for row, token in zip(drawn.sequences, drawn.read()[0]):
+                ended[row] = ended[row] or token in stop
+                ids[row] = None if ended[row] else token
+                if said:
+                    said[row].add(token)
+            if all(ended):
+                return
+            yield ids
         if remaining == 1:
             return
         going = [n for n, row in enumerate(computed) if not ended[row]]
         # copying the cache costs about as much as a step. With random draws, a row's numbers depend on its place
         if generator is None and len(going) <= len(computed) // 2:
-            computed, kept = [computed[n] for n in going], torch.tensor(going, device=device)
+            computed, kept = [computed[n] for n in going], to_device(going, device)
             cache.keep(kept)
-            drawn = drawn[kept]
-        logits = model(drawn[:, None], cache=cache).logits[:, -1]
+            tokens = tokens[kept]
+        logits = model(tokens[:, None], cache=cache).logits[:, -1]
 
 
 def generate(model: CausalLM, prompts: list[list[int]], sampling: Sampling, **options) -> list[list[int]]:

@@ -51,10 +51,10 @@ class Drawn:
     """The next token of each of these sequences, which a GPU is perhaps still computing. The copy to the host is queued
     right behind; `read` waits for it, and not for what was queued later."""
 
-    def __init__(self, sequences: list, tokens: Tensor, broken: Tensor, logprobs: LogProbs | None):
+    def __init__(self, sequences: list, tokens: Tensor, broken: Tensor | None = None, logprobs: LogProbs | None = None):
         """tokens (B,), on the device; broken (B,): whose logits are not finite, so that the token says nothing."""
         self.sequences, self.tokens = sequences, tokens
-        self._tokens, self._logprobs = torch.where(broken, -1, tokens), logprobs
+        self._tokens, self._logprobs = tokens if broken is None else torch.where(broken, -1, tokens), logprobs
         self._copied: torch.cuda.Event | None = None
         if tokens.is_cuda:
             self._tokens = _to_host(self._tokens)

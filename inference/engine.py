@@ -230,9 +230,7 @@ class Engine:
             request, said = sequence.request, sequence.tokens
             lookup = sequence.lookup = sequence.lookup or Lookup(request.prompt)
             lookup.extend(said[len(lookup.ids) - len(request.prompt) :])
-            found.append(
-                lookup.guess(min(self.most_guessed, 2 * lookup.right + 1, request.max_new_tokens - len(said) - 1, room))
-            )
+            found.append(lookup.guess(min(self.most_guessed, request.max_new_tokens - len(said) - 1, room)))
         return found
 
     def _keep_right(self, sequences: list[Sequence], guesses: list[list[int]], logits: Tensor) -> None:
@@ -311,7 +309,8 @@ class Engine:
             self.drawn = sequences
         assert self.settings is not None
         adjusted = logits.float()
-        if any(sequence.said for sequence in sequences):
+        broken = ~adjusted.sum(-1).isfinite()  # (B,)
+        if adjusted is logits and any(sequence.said for sequence in sequences):
             adjusted = adjusted.clone()
         noise = None
         sampled = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
@@ -325,7 +324,6 @@ class Engine:
             if noise is not None and sequence.generator is not None:
                 noise[row].uniform_(generator=sequence.generator)
         drawn = draw(adjusted, self.settings, noise)
-        broken = ~logits.float().sum(-1).isfinite()  # (B,)
         most = max((s.request.logprobs for s in sequences if s.request.logprobs is not None), default=None)
         return Drawn(sequences, drawn, broken, None if most is None else LogProbs.of(logits, drawn, most))
 

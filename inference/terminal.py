@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TextIO
 
-from common.console import UserError, printable
+from common.console import UserError, printable, takes_colour
 from inference.conversation import Conversation
 
 COMMANDS = {
@@ -37,8 +36,7 @@ class Screen:
     @staticmethod
     def _print(text: str, dim: bool, out: TextIO) -> None:
         text = printable(text)
-        dim = dim and bool(text) and out.isatty() and not os.environ.get("NO_COLOR")
-        out.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
+        out.write(f"\x1b[2m{text}\x1b[0m" if dim and text and takes_colour(out) else text)
         out.flush()
 
 

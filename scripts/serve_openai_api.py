@@ -6,7 +6,8 @@
     python scripts/serve_openai_api.py --host 0.0.0.0 --api_key KEY       # for other machines; a key is required
 
 The chat page is at http://127.0.0.1:8998/ then; --web opens it. At /runs are the curves of what is being trained;
-that page also works before there are any weights.
+that page also works before there are any weights. What was trained anew meanwhile is loaded without a restart, by a
+button of the chat page or POST /reload.
 
     curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"model": "full_sft", "messages": [{"role": "user", "content": "hello"}]}'
@@ -21,6 +22,7 @@ import sys
 import threading
 import webbrowser
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -148,32 +150,37 @@ def main(argv: list[str] | None = None) -> None:
         names = (MODES[1 if config.model_mode is None else config.model_mode],)
     folders = (Path(config.save_dir), ROOT / "out")
     runs = Runs([folder / "runs" for folder in folders])
+    load = partial(
+        load_table,
+        list(names),
+        [name for name in config.lora_name if name != "None"],  # MiniMind's way to say: no adapter
+        folders,
+        rows=config.max_num_seqs,
+        max_seq_len=config.max_seq_len,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        prompt_lookup_num_tokens=config.prompt_lookup_num_tokens,
+        four=config.load_in_4bit,
+        eight=config.load_in_8bit,
+        tokenizer_path=config.tokenizer_path,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        use_moe=config.use_moe,
+    )
     try:
-        table, remarks = load_table(
-            list(names),
-            [name for name in config.lora_name if name != "None"],  # MiniMind's way to say: no adapter
-            folders,
-            rows=config.max_num_seqs,
-            max_seq_len=config.max_seq_len,
-            device=config.device,
-            dtype=config.dtype,
-            quantize=config.quantize,
-            prompt_lookup_num_tokens=config.prompt_lookup_num_tokens,
-            four=config.load_in_4bit,
-            eight=config.load_in_8bit,
-            tokenizer_path=config.tokenizer_path,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            use_moe=config.use_moe,
-        )
+        table, remarks = load()
     except NoWeights as error:  # the first model is still being trained: that can be watched
         if config.weight or config.lora_name or not runs.overview():
             raise
-        table, remarks = {}, [f"{error}; until this is started again, only the runs are shown"]
+        table, remarks = (
+            {},
+            [f"{error}; until there are, and Load is pressed on the chat page, only the runs are shown"],
+        )
     for remark in remarks:
         note(remark)
     limits = Limits(config.max_new_tokens, config.max_waiting, config.request_seconds)
-    app = build_app(table, limits, config.sampling(), runs)
+    app = build_app(table, limits, config.sampling(), runs, load)
     rules = Rules(
         hosts(config),
         config.cors_origins,

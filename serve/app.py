@@ -32,7 +32,7 @@ from serve.requests import (
     words,
 )
 from serve.runs import Runs
-from serve.server import Json, Limits, Server, check_length, too_long
+from serve.server import Json, Limits, Load, Server, check_length, check_tools, too_long
 from serve.static import PAGES, page
 from tokenizer.chat import encode_chat
 
@@ -50,6 +50,7 @@ async def tokenize(server: Server, body: TokenizeRequest) -> Response:
                 {"messages": body.messages, "tools": body.tools}
             ).conversation()
             check_length(served, words(messages, tools), "messages")
+            check_tools(served, tools)
             prompt = dict(add_generation_prompt=body.add_generation_prompt)
             ids = (await asyncio.to_thread(encode_chat, served.tokenizer, messages, tools, **prompt)).ids
     except UserError as error:
@@ -58,13 +59,19 @@ async def tokenize(server: Server, body: TokenizeRequest) -> Response:
 
 
 def model_entry(served: Served) -> dict:
-    more = {"parent": served.base, "max_model_len": served.engine.capacity}
+    more = {"parent": served.base, "max_model_len": served.engine.capacity, "changed": served.changed}
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "sparrow"} | more
 
 
-def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling, runs: Runs = Runs(())) -> FastAPI:  # noqa: B008
-    """table may be empty: then only the runs can be looked at."""
-    server = Server(table, limits, defaults)
+def build_app(
+    table: dict[str, Served],
+    limits: Limits,
+    defaults: Sampling,
+    runs: Runs = Runs(()),  # noqa: B008
+    load: Load | None = None,
+) -> FastAPI:
+    """table may be empty: then only the runs can be looked at. load: makes the table anew, for /reload."""
+    server = Server(table, limits, defaults, load)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -103,6 +110,10 @@ def build_app(table: dict[str, Served], limits: Limits, defaults: Sampling, runs
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
         return Json(model_entry(server.find(name)))
+
+    @app.post("/reload")
+    async def reload():
+        return Json({"reloaded": await server.reload(), "models": list(table)})
 
     @app.get("/health")
     async def health():

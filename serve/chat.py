@@ -13,7 +13,18 @@ from starlette.responses import Response
 from common.console import UserError
 from serve.choices import Choice, chat_logprobs
 from serve.requests import ChatRequest, refusal, words
-from serve.server import FINGERPRINT, Json, Server, check_length, check_listed, event, failure, opened, whole
+from serve.server import (
+    FINGERPRINT,
+    Json,
+    Server,
+    check_length,
+    check_listed,
+    check_tools,
+    event,
+    failure,
+    opened,
+    whole,
+)
 from tokenizer.answer import CALL, Answer, join
 from tokenizer.chat import encode_chat
 
@@ -23,6 +34,7 @@ async def chat(server: Server, body: ChatRequest, request: Request) -> Response:
     try:
         messages, tools = body.conversation()
         check_length(served, words(messages, tools), "messages")
+        check_tools(served, tools)
         call = body.forced_call()
         thinking = body.thinking if call is None or body.thinking is None else False  # a call is not a thought
         encoded = await asyncio.to_thread(

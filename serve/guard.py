@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -192,6 +193,9 @@ class PatientProtocol(H11Protocol):
 
     def connection_made(self, transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
+        # asyncio does this only for sockets that know their protocol's number. Without it, the system holds a small
+        # message back until the client has confirmed the one before, which may take 40 ms
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.pauses = 0  # of writing, since its buffer was full
         self.loop.call_later(self.PATIENCE_SECONDS, self._look, None, None)
 

@@ -29,12 +29,47 @@ DEFAULTS = ("minimind", "minimind-local:latest", "model-identifier", "default")
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """What tells whether a file, or a directory of files, was written again. Made before the file is read."""
+
+    path: Path
+    found: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        return cls(path, _stat(path))
+
+    @property
+    def created(self) -> int:
+        """in seconds since 1970"""
+        return self.found[0] // 10**9
+
+    @property
+    def changed(self) -> bool:
+        try:
+            return _stat(self.path) != self.found
+        except OSError:  # it is not there: nothing to load instead
+            return False
+
+
+def _stat(path: Path) -> tuple[int, ...]:
+    stats = [file.stat() for file in ([path, *sorted(path.iterdir())] if path.is_dir() else [path])]
+    return (max(stat.st_mtime_ns for stat in stats), *(n for stat in stats for n in (stat.st_ino, stat.st_size)))
+
+
+@dataclass(frozen=True)
 class Served:
     name: str
     engine: Engine
     tokenizer: Tokenizer
     base: str | None  # of an adapter: the name of the model it is on, if that is served too
     created: int  # when its file was written, in seconds since 1970
+    file: Stamp | None = None  # that it was read from; of an adapter, its own
+
+    @property
+    def changed(self) -> bool:
+        """Whether its file was written again since, by another training."""
+        return self.file is not None and self.file.changed
 
 
 class Base:
@@ -95,7 +130,7 @@ def load_table(
     kind, remark = pick_dtype(dtype, where)
     remarks = [remark] if remark else []
     bases: list[Base] = []
-    plan: list[tuple[str, Base, str | None, int]] = []  # (name, base, adapter, created)
+    plan: list[tuple[str, Base, str | None, Stamp]] = []  # (name, base, adapter, its file)
 
     def base_of(checkpoint: Checkpoint, trained: int | None = None) -> Base:
         for base in bases:
@@ -109,13 +144,15 @@ def load_table(
     for entry in weights:
         name, what = named(entry)
         path = find_weights(what, *folders, **pick)
+        stamp = Stamp.of(path)
         base = base_of(load_weights(path))
         base.name = base.name or name
-        plan.append((name, base, None, int(path.stat().st_mtime)))
+        plan.append((name, base, None, stamp))
     for entry in adapters:
         name, what = named(entry)
         places = [folder / "lora" for folder in folders] + [folder / what for folder in folders]
         path = Path(what) if Path(what).exists() else find_weights(what, *places, **pick)
+        stamp = Stamp.of(path)
         adapter = load_adapter(path)
         known = [base for base in bases if same_weights(base.hash, adapter.base["hash"])]
         if not known and not adapter.knows_base and len(bases) == 1:
@@ -132,16 +169,17 @@ def load_table(
                 f"{base.bits or 'more'}; --load_in_{adapter.bits}bit keeps them so"
             )
         base.add(adapter, name)
-        plan.append((name, base, name, int(path.stat().st_mtime)))
+        plan.append((name, base, name, stamp))
 
     for base in bases:
         base.model = prepare_for_inference(base.model, kind).to(where)
         if quantize:
             remarks.append(f"{base.checkpoint.path}: {quantize_for_cpu(base.model, quantize)}")
     table: dict[str, Served] = {}
-    for name, base, adapter, created in plan:
+    for name, base, adapter, stamp in plan:
         engine = Engine(base.model, rows, max_seq_len, base.switch(adapter), prompt_lookup_num_tokens)
-        table[name] = Served(name, engine, base.tokenizer, base.name if adapter else None, created)
+        on = base.name if adapter else None
+        table[name] = Served(name, engine, base.tokenizer, on, stamp.created, stamp)
         on = f", the adapter on {base.checkpoint.path}" if adapter else f": {base.checkpoint.path}"
         bits = f" in {base.bits} bits" if base.bits else ""
         remarks.append(f"{name}{on}, {base.model.num_parameters() / 1e6:.1f}M parameters{bits}")

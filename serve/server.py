@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import traceback
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
-from common.console import UserError
+from common.console import UserError, note
 from inference.engine import Request as EngineRequest
 from inference.sampling import Sampling
 from serve.choices import Choices, answering
@@ -34,6 +34,9 @@ class Limits:
     request_seconds: float = 300.0  # an answer that takes longer is ended as it is
 
 
+Load = Callable[[], tuple[dict[str, Served], list[str]]]  # -> (the table, remarks to print)
+
+
 class Json(Response):
     media_type = "application/json"
 
@@ -41,8 +44,11 @@ class Json(Response):
         return to_json(content)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would build one for each call
+
+
 def to_json(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _ENCODER.encode(content).encode("utf-8", "replace")
 
 
 def event(content: Any) -> bytes:
@@ -52,10 +58,33 @@ def event(content: Any) -> bytes:
 class Server:
     """What all paths need."""
 
-    def __init__(self, table: dict[str, Served], limits: Limits, defaults: Sampling):
-        self.table, self.limits, self.defaults = table, limits, defaults
-        self.runner = Runner((served.engine for served in table.values()), limits.max_waiting)
+    def __init__(self, table: dict[str, Served], limits: Limits, defaults: Sampling, load: Load | None = None):
+        self.table, self.limits, self.defaults, self.load = table, limits, defaults, load
+        self.runner = Runner(limits.max_waiting)
         self.metrics = Metrics(table)
+        self.loading = asyncio.Lock()
+
+    async def reload(self) -> bool:
+        """Reads all models again if a file was written since, or if there were none -> whether it did.
+
+        The new ones are complete before they take the place of the old, and while they are read the old ones answer.
+        Requests that have begun end on the old ones, which then leave the memory. Refused if the files cannot be read;
+        then all stays as it is.
+        """
+        async with self.loading:  # who waits here finds nothing left to do
+            if self.load is None or self.table and not any(served.changed for served in self.table.values()):
+                return False
+            try:
+                table, remarks = await asyncio.to_thread(self.load)
+            except UserError as error:
+                note(f"not loaded again: {error}")
+                what = f"The files cannot be loaded, and the models stay as they were: {error}"
+                raise Refused(what, None, "reload_failed", 409) from None
+            for remark in remarks:
+                note(remark)
+            self.table.clear()
+            self.table.update(table)
+            return True
 
     def find(self, name: str | None) -> Served:
         if not self.table:
@@ -138,6 +167,12 @@ def check_length(served: Served, texts: Iterable[str], param: str) -> None:
     least = characters // int(served.tokenizer.token_bytes.max())  # a character is at least a byte
     if least > served.engine.capacity:
         raise too_long(served, f"more than {least}", param)
+
+
+def check_tools(served: Served, tools: list[dict] | None) -> None:
+    if tools and not served.tokenizer.takes_tools:
+        what = "tools: this model's chat template has no place for them; ask without tools, or another model"
+        raise Refused(what, "tools")
 
 
 def check_listed(requests: list[EngineRequest]) -> None:

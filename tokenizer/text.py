@@ -20,6 +20,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -126,6 +127,11 @@ class Tokenizer:
         more = self.config.get("eos_token_id") or []
         numbers = [number for number in (more if isinstance(more, list) else [more]) if isinstance(number, int)]
         return frozenset(self.control[name] for name in names if name in self.control).union(numbers)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template writes tools into the prompt. Others leave them out without a word."""
+        return self.chat_template is None or re.search(r"\btools\b", self.chat_template) is not None
 
     def special(self, role: str) -> str:
         """tokenizer_config.json's `bos_token`, `eos_token`, ... as text; empty if it names none."""

@@ -1,8 +1,8 @@
 // An answer of a model as it comes: its text, what it took, and what went wrong.
 
-import { explain, stream } from './api.js';
+import { explain, reload, stream } from './api.js';
 import { calls } from './conversations.js';
-import { element, render } from './markdown.js';
+import { element, render, visible } from './markdown.js';
 import { word } from './words.js';
 
 // Streams an answer into `message`; draw() is called as it grows, at most once a frame.
@@ -26,7 +26,7 @@ export async function answerInto(message, body, key, signal, draw) {
     message.tokens = tokens;
     if (first) message.first = (first - begun) / 1000;
     const seconds = (performance.now() - first) / 1000;
-    if (first && seconds > 0.2) message.rate = tokens / seconds; // pieces come every 20 ms: less time says nothing
+    if (first && seconds > 0.2) message.rate = tokens / seconds; // several tokens may come together: less time says nothing
     if (finish === null) message.error = word('broken');
     else if (!message.content.trim() && !message.calls) message.error = word('empty');
   } catch (error) {
@@ -55,4 +55,25 @@ export function figures({ model, tokens, rate, first, ending }) {
   if (first) parts.push(`${first.toFixed(2)} ${word('first')}`);
   if (ending === 'stopped' || ending === 'length') parts.push(word(ending));
   return parts.filter(Boolean).join(' · ');
+}
+
+// Where a model was trained again since the server read it, or there was none yet: says so in `notice`, with a button
+// that has it read. done() is called after that.
+export function offerReload(notice, found, key, done) {
+  const newer = found.filter(({ changed }) => changed).map(({ id }) => id);
+  if (found.length && !newer.length) return;
+  const text = found.length ? `${word('newer')} ${newer.join(', ')}` : word('no_model');
+  const button = element('button', word('load'), { type: 'button' });
+  button.onclick = async () => {
+    button.disabled = true;
+    button.textContent = word('reading');
+    try {
+      await reload(key());
+      await done();
+    } catch (error) {
+      notice.textContent = visible(explain(error));
+    }
+  };
+  notice.replaceChildren(visible(text), ' ', button);
+  notice.hidden = false;
 }

@@ -21,6 +21,11 @@ export async function models(key) {
   return (await (await ask('v1/models', key)).json()).data;
 }
 
+// Has the server read its models again.
+export async function reload(key) {
+  await ask('reload', key, { method: 'POST' });
+}
+
 // The tools that the page offers a model, and in how many rounds of calls (inference/tools.py).
 export async function demoTools(key, signal) {
   return (await ask('tools/demo', key, { signal })).json();

@@ -1,6 +1,6 @@
 // The chat page: what is on it, and what its buttons do.
 
-import { answerInto, figures, thoughts } from './answers.js';
+import { answerInto, figures, offerReload, thoughts } from './answers.js';
 import { callTool, demoTools, explain, models } from './api.js';
 import * as talk from './conversations.js';
 import { download, element, fit, render, submitOnEnter, visible } from './markdown.js';
@@ -240,7 +240,8 @@ async function listModels() {
     const found = await models(apiKey());
     $('model').replaceChildren(...found.map(({ id, parent }) => element('option', parent ? `${id} (${word('on')} ${parent})` : id, { value: id })));
     if (found.some(({ id }) => id === settings.model)) $('model').value = settings.model;
-    notice(found.length ? '' : word('no_model'));
+    notice();
+    offerReload($('notice'), found, apiKey, listModels);
   } catch (error) {
     notice(explain(error));
     if (error.status === 401) openSettings(true);

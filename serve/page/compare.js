@@ -3,7 +3,7 @@
 // Each model sees its own answers. Blind, nobody sees which model is left until the vote; the next question then begins
 // a new conversation, with the sides drawn anew.
 
-import { answerInto, figures, thoughts } from './answers.js';
+import { answerInto, figures, offerReload, thoughts } from './answers.js';
 import { explain, models } from './api.js';
 import { download, element, fit, render, submitOnEnter, visible } from './markdown.js';
 import { apiKey, sampling, set, settings, settingsDialog } from './settings.js';
@@ -158,6 +158,7 @@ async function listModels() {
     }
     begin();
     if (found.length < 2) notice(word('two_models'));
+    offerReload($('notice'), found, apiKey, listModels);
   } catch (error) {
     notice(explain(error));
     if (error.status === 401) openSettings(true);

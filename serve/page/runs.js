@@ -73,7 +73,7 @@ function clock(seconds) {
 
 function progress({ state: now, last, total_steps: total }) {
   const parts = [`${word('step')} ${(last.step ?? 0).toLocaleString('en')}${total ? `/${total.toLocaleString('en')}` : ''}`];
-  if (now === 'training' && total && last.step) parts.push(`${word('remaining')} ${clock((last.seconds / last.step) * (total - last.step))}`);
+  if (now === 'training' && total && last.step && last.seconds) parts.push(`${word('remaining')} ${clock((last.seconds / last.step) * (total - last.step))}`);
   return parts.join(' · ');
 }
 

@@ -43,9 +43,10 @@ def served(model, name="tiny", rows=4, capacity=512, base=None, before_step=lamb
 
 
 @contextmanager
-def running(*models: Served, limits=Limits(), defaults=GREEDY, rules=Rules(), runs=Runs(())):  # noqa: B008
+def running(*models: Served, limits=Limits(), defaults=GREEDY, rules=Rules(), runs=Runs(()), load=None):  # noqa: B008
     """Yields `url` (without a path), `port`, `app`, its `state`, and the `uvicorn` server."""
-    app = build_app({one.name: one for one in models}, limits, defaults, runs)
+    app = build_app({one.name: one for one in models}, limits, defaults, runs, load)
+    del models  # those that are loaded anew leave the memory
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     settings = uvicorn.Config(guarded(app, rules), http=PatientProtocol, ws="none", log_level="error")
     server = uvicorn.Server(settings)

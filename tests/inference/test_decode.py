@@ -5,6 +5,7 @@ import torch
 
 from inference.cache import KVCache
 from inference.decode import decode, generate, pad_left, prefill
+from inference.drawn import Drawn
 from inference.sampling import Sampling
 from model.config import ModelConfig
 from model.transformer import CausalLM
@@ -116,6 +117,32 @@ def test_a_conversation_continues_from_its_cache(model):
     assert cache.length == len(first) + len(reply) - 1
     continued = [t for (t,) in decode(model, [history], Sampling(temperature=0), max_new_tokens=5, cache=cache)]
     assert [continued] == generate(model, [history], Sampling(temperature=0), max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0), Sampling(temperature=1.2, seed=3), Sampling(temperature=0, repetition_penalty=2)],
+)
+def test_tokens_that_are_read_late_are_the_same(model, sampling):
+    """Rows end after 0 to 12 tokens, so that some are computed too far and others are left out."""
+    prompts = [[n, n + 1, n + 2][: 1 + n % 3] for n in range(8)]
+    free = generate(model, prompts, sampling, max_new_tokens=12, late=False)
+    stop = {free[n][n] for n in range(3)}  # one for each of the first rows
+    for most in (1, 2, 12):
+        steps = [
+            list(decode(model, prompts, sampling, max_new_tokens=most, stop=stop, late=late)) for late in (False, True)
+        ]
+        assert steps[0] == steps[1] and (most < 12 or any(None in ids for ids in steps[0]))
+
+
+def test_the_next_step_is_queued_before_a_token_is_read(model, monkeypatch):
+    happened = []
+    monkeypatch.setattr(Drawn, "read", lambda self: happened.append("read") or ([7], [None]))
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, **more: happened.append("compute") or forward(*args, **more))
+    steps = decode(model, [[5]], Sampling(temperature=0), max_new_tokens=3, late=True)
+    assert [*steps] == [[7]] * 3
+    assert happened == ["compute", "compute", "read", "compute", "read", "read"]
 
 
 def test_the_same_seed_says_the_same(model):

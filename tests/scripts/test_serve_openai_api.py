@@ -231,7 +231,9 @@ def test_without_weights_the_runs_alone_are_shown(start, tmp_path):
     (tmp_path / "out/runs/pretrain-1").mkdir(parents=True)
     (tmp_path / "out/runs/pretrain-1/run.json").write_text("{}")
     said, _ = start()
-    assert "no weights called 'full_sft'" in said and "until this is started again, only the runs are shown" in said
+    assert (
+        "no weights called 'full_sft'" in said and "Load is pressed on the chat page, only the runs are shown" in said
+    )
     assert re.search(
         r"serving no model at http://127.0.0.1:\d+/v1; the page is http://127.0.0.1:\d+/runs; Ctrl-C", said
     )

@@ -1,35 +1,17 @@
 """Clients as people use them: OpenAI's, with every call and its own helpers, and MiniMind's loop."""
 
 import asyncio
+import copy
+from dataclasses import replace
 
+import httpx
 import openai
 import pytest
 
-from tests.helpers.models import small_model
-from tests.helpers.servers import WEATHER, Parrot, expected, running, say, served
+from tests.helpers.models import TOKENIZER
+from tests.helpers.servers import WEATHER, expected, running, say, served
 
 HELLO = [{"role": "user", "content": "你好, how are you?"}]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model(std=0.2, num_attention_heads=4, num_key_value_heads=2).eval()
-
-
-@pytest.fixture(scope="module")
-def parrot(model):
-    return Parrot(model.config)
-
-
-@pytest.fixture(scope="module")
-def server(model, parrot):
-    with running(served(model), served(parrot, "parrot", rows=1)) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
 
 
 def test_the_asynchronous_client_and_many_at_once(server, model):
@@ -109,3 +91,19 @@ def test_minimind_s_client_as_it_is(client, model):
             answer += chunk.choices[0].delta.content or ""
         assert answer == expected(model, history[-2:])[2]
         history.append({"role": "assistant", "content": answer})
+
+
+def test_a_model_whose_template_has_no_place_for_tools_says_so(model):
+    """Its template would leave them out, and the model would answer as if nobody had offered any."""
+    plain = copy.copy(TOKENIZER)
+    plain.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    with running(replace(served(model), tokenizer=plain)) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+        asked = dict(model="tiny", messages=HELLO, max_tokens=3)
+        assert client.chat.completions.create(**asked).usage.completion_tokens
+        assert client.chat.completions.create(**asked, tools=[WEATHER], tool_choice="none").usage.completion_tokens
+        with pytest.raises(openai.BadRequestError, match="no place for them") as error:
+            client.chat.completions.create(**asked, tools=[WEATHER])
+        assert error.value.param == "tools"
+        body = {"messages": HELLO, "tools": [WEATHER]}
+        assert httpx.post(server.url + "/tokenize", json=body).status_code == 400

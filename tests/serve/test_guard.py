@@ -106,6 +106,14 @@ def test_a_key_is_asked_for(model):
 # ---- how much
 
 
+def test_small_messages_are_sent_at_once(server):
+    """Each answer took 40 ms: the system kept its body until the client had confirmed the head."""
+    with httpx.Client() as client:
+        assert client.get(server.url + "/health").status_code == 200
+        sockets = [p.transport.get_extra_info("socket") for p in server.uvicorn.server_state.connections]
+        assert sockets and all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets)
+
+
 def test_a_large_body_is_refused_before_it_is_read(server):
     assert httpx.post(server.url + CHAT, content=b"x" * 30_000).status_code == 413
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:  # it says 1 GB, and sends none

@@ -10,32 +10,10 @@ import torch
 from inference.decode import generate
 from inference.sampling import Sampling
 from tests.helpers.models import TOKENIZER as tokenizer
-from tests.helpers.models import small_model
-from tests.helpers.servers import GREEDY, WEATHER, Parrot, expected, running, say, served
+from tests.helpers.servers import GREEDY, WEATHER, expected, running, say, served
 from tokenizer.chat import encode_chat
 
 HELLO = [{"role": "user", "content": "你好, how are you?"}]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model(std=0.2, num_attention_heads=4, num_key_value_heads=2).eval()
-
-
-@pytest.fixture(scope="module")
-def parrot(model):
-    return Parrot(model.config)
-
-
-@pytest.fixture(scope="module")
-def server(model, parrot):
-    with running(served(model), served(parrot, "parrot", rows=1)) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
 
 
 # ---- chat
