@@ -177,6 +177,7 @@ def test_mistakes_are_one_line(home, tmp_path):
         (["--finetuned_model", "rlhf", "--base_model", "nobody"], "no weights called 'nobody'"),
         (["--base_model", "full_sft", "--finetuned_model", "rlhf", "--questions_file", "gone.json"], "gone.json"),
         (["--votes", tmp_path / "v.json"], "v.json: no such file"),
+        (["--finetuned_model", "lora_a", "--output", tmp_path], "is a directory, expected a file"),
     ]:
         status, _, err = run_script("scripts/compare_models.py", "--save_dir", home, *words)
         assert status == 2 and expected in err and len(err.splitlines()) == 1, err
