@@ -111,6 +111,9 @@ def test_an_adapter_without_a_base_of_its_own_goes_on_the_first_weights(tmp_path
     sizes = [(tmp_path / name).stat().st_size for name in ("full_sft_32.pth", "lora/mine_32.pth")]
     assert [plain.bytes, mine.bytes] == [sizes[0], sum(sizes)], "to use an adapter one needs both files"
     assert plain.tokenizer.hash == TOKENIZER.hash
+    save_weights(tmp_path / "full_sft_32.pth", small_model(), tokenizer=recorded, lineage=[dict(stage="full_sft")])
+    plain, mine = open_models(["full_sft", "mine"], tmp_path, device="cpu", dtype="float32")
+    assert plain.model is mine.model, "the base is in memory once"
 
 
 def test_an_adapter_of_the_quickstart_is_found_by_its_folder(tmp_path):
