@@ -182,7 +182,7 @@ def looked_into() -> dict:
         ids=[1, 2, 3],
         prompt_tokens=3,
         vocabulary={"1": "A", "2": "B", "3": "C"},
-        next=predicted(top, [0.9, 0.2], [3.0, 6.0], [1, 2]),
+        next=predicted(top, [0.9, 0.2], [3.0, 24.0], [1, 2]),
         lens=[other, top, top],
         attention=_packed(attention),
         norms=dict(stream=[[1.0, 2, 3]] * 3, attention=[[1.0, 2, 3]] * 2, mlp=[[4.0, 5, 6]] * 2),
@@ -210,11 +210,11 @@ def test_every_head_shows_its_own_probabilities(looked_into, browser, tmp_path):
 
 def test_what_is_expected_stands_before_what_follows(looked_into, browser, tmp_path):
     browser.open(write_page(tmp_path / "page.html", "xray", "m", looked_into))
-    assert each(browser, ".sticky .token", "style.getPropertyValue('--heat')") == ["0", "0.25", "0.5"]
-    assert each(browser, ".sticky .token", "title") == ["", "3 bits, rank 1", "6 bits, rank 2"]
+    assert each(browser, ".sticky .token", "style.getPropertyValue('--heat')") == ["0", "0.25", "1"]
+    assert each(browser, ".sticky .token", "title") == ["", "3 bits, rank 1", "24 bits, rank 2"]
     browser.press("ArrowLeft")  # from C to B
     with_it, without = each(browser, "section:nth-of-type(2) .columns > div")
-    assert "What follows is “C”, number 2 of its guesses (6 bits)" in with_it
+    assert "What follows is “C”, number 2 of its guesses (24 bits)" in with_it
     assert "What follows is “C”, number 1 of its guesses (0.7 bits)" in without
     bold = each(browser, "section:nth-of-type(2) .bar.actual .name")
     assert bold == ["C", "C"]
