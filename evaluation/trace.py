@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from model.attention import AttentionMask
 from model.lora import LoRALinear, adapted
 from model.moe import MoE
-from model.rope import apply_rope
 from model.transformer import Attention, Block, CausalLM
 
 
@@ -87,10 +86,8 @@ def trace(model: CausalLM, ids: list[int]) -> Trace:
 
 def attention_probabilities(module: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask) -> Tensor:
     """What softmax gives inside the kernel: (B, H, T, T) of the layer's input x (B, T, d)."""
-    B, T, _ = x.shape
-    q = module.q_norm(module.q_proj(x).view(B, T, -1, module.head_dim))
-    k = module.k_norm(module.k_proj(x).view(B, T, -1, module.head_dim))
-    q, k = (apply_rope(heads, cos, sin, module.interleaved).float().transpose(1, 2) for heads in (q, k))  # (B, H, T, D)
+    T = x.shape[1]
+    q, k = (heads.float().transpose(1, 2) for heads in module.heads(x, cos, sin)[:2])  # (B, H or K, T, D)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.transpose(-1, -2) * module.head_dim**-0.5
     if mask.tensor is None:

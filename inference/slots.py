@@ -129,12 +129,13 @@ class Decoding:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found = []
-        for stored, new in ((self.slots.keys[layer], k), (self.slots.values[layer], v)):
+        for stored, new in ((self.slots.keys, k), (self.slots.values, v)):
+            here = stored[layer, : self.rows, : self.columns]
             if self.rows == 1 and self.lengths:  # no index to look up: this is done often
-                stored[0, self.lengths[0] : self.columns] = new[0]
+                here[:, self.lengths[0] :] = new
             else:
-                stored[self.index, self.places] = new.to(stored.dtype)
-            found.append(stored[: self.rows, : self.columns])
+                stored[layer][self.index, self.places] = new.to(stored.dtype)
+            found.append(here)
         return found[0], found[1]
 
 

@@ -50,6 +50,7 @@ class CPULinear(Linear):
         for name, dim in self.packed.items():
             self.register_buffer(name, torch.cat([piece[name] for piece in pieces], dim))
         self.bias = linear.bias
+        self.fast = self.has_kernel()
         self.train(linear.training)
 
     packed: dict[str, int]  # the names of the buffers, and the dimension of each that belongs to the N outputs
@@ -79,7 +80,7 @@ class CPULinear(Linear):
             begins = range(0, len(x), size)
             return torch.cat([loss(self(x[i : i + size]).float(), slice(i, min(i + size, len(x)))) for i in begins])
         flat = x.reshape(-1, self.in_features)
-        if len(flat) <= self.most_positions and self.has_kernel():
+        if self.fast and len(flat) <= self.most_positions:
             y = self.kernel(flat.bfloat16()).to(x.dtype)
         else:
             y = self.dense(flat)
@@ -216,7 +217,7 @@ def quantize_for_cpu(model: CausalLM, kind: str) -> str:
         model.set_submodule(name, packed)
         counts[packed.bits] += packed.in_features * packed.out_features
         kept += sum(buffer.nbytes for buffer in packed.buffers())
-    return describe(kind, counts, kept, any(isinstance(m, CPULinear) and not m.has_kernel() for m in model.modules()))
+    return describe(kind, counts, kept, any(isinstance(m, CPULinear) and not m.fast for m in model.modules()))
 
 
 def describe(kind: str, counts: Counter[int], bytes: int, slow: bool) -> str:

@@ -6,7 +6,7 @@ are laid out as in Hugging Face's Llama ("rotate half"), or as neighbours (2i, 2
 `ModelConfig.rope_interleaved` (GLM). R is the size D of a head, or less: with `ModelConfig.rotary_fraction` only the
 first R numbers are turned and the others pass through (GPT-NeoX, GLM, Phi).
 
->>> cos, sin = rope_table(torch.arange(4), inverse_frequencies(config)[0])          # (4, 1, R/2) each
+>>> cos, sin = rope_table(torch.arange(4), inverse_frequencies(config)[0])          # (4, 1, R) each
 """
 
 from __future__ import annotations
@@ -87,21 +87,37 @@ def _minimind2(freq: Tensor, factor: float, scaling: dict, length: int) -> Tenso
 
 
 def rope_table(
-    positions: Tensor, freq: Tensor, temperature: float = 1.0, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    freq: Tensor,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """positions (..., T) -> cos and sin (..., T, 1, R/2), computed in fp32: large positions need the digits."""
+    """positions (..., T) -> cos and sin (..., T, 1, R), computed in fp32: large positions need the digits.
+
+    Each angle stands at both numbers of its pair; sin is negative at the first of the two.
+    """
     angles = positions.float()[..., None, None] * freq
-    return (angles.cos() * temperature).to(dtype), (angles.sin() * temperature).to(dtype)
+    cos, sin = angles.cos() * temperature, angles.sin() * temperature
+    if interleaved:
+        cos, sin = torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    else:
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """x (B, T, H, D), its first R numbers turned by the angles of cos and sin (B or 1, T, 1, R/2). interleaved: the
-    pairs are neighbours."""
-    rotated = 2 * cos.shape[-1]
+    """x (B, T, H, D), its first R numbers turned by the angles of cos and sin (B or 1, T, 1, R). interleaved: the pairs
+    are neighbours.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin) = (a, b) cos + (b, a) (-sin, sin).
+    """
+    rotated = cos.shape[-1]
     if rotated < x.shape[-1]:
         return torch.cat((apply_rope(x[..., :rotated], cos, sin, interleaved), x[..., rotated:]), dim=-1)
     if interleaved:
-        a, b = x[..., ::2], x[..., 1::2]
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        a, b = x.chunk(2, dim=-1)
+        swapped = torch.cat((b, a), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)

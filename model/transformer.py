@@ -86,9 +86,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
         if _generating():  # torch's own is the same in fewer operations
-            return F.rms_norm(x32, self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * self.weight.float()).to(x.dtype)
 
@@ -100,20 +100,29 @@ class Attention(nn.Module):
         super().__init__()
         H, K, D, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         self.layer, self.head_dim, self.interleaved = layer, D, config.rope_interleaved
+        self.sizes = [H, K, K]
         self.q_proj = Linear(d, H * D, bias=config.attention_bias)
         self.k_proj = Linear(d, K * D, bias=config.attention_bias)
         self.v_proj = Linear(d, K * D, bias=config.attention_bias)
         self.o_proj = Linear(H * D, d, bias=False)
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.qkv_proj: Linear | None = None  # all three in one (model/precision.py)
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, d) -> q (B, T, H, D), k and v (B, T, K, D), normed and turned."""
+        B, T, _ = x.shape
+        if self.qkv_proj is None:
+            q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            q, k, v = self.qkv_proj(x).view(B, T, -1, self.head_dim).split(self.sizes, dim=2)
+        q, k = (apply_rope(y, cos, sin, self.interleaved) for y in (self.q_norm(q), self.k_norm(k)))
+        return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """x (B, T, d) -> the same shape."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
-        q, k = (apply_rope(heads, cos, sin, self.interleaved) for heads in (q, k))
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        q, k, v = self.heads(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, S, K, D), perhaps in a wider dtype
         y = causal_attention(q.to(k.dtype), k, v, mask).to(x.dtype)  # (B, T, H, D)
@@ -128,9 +137,14 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj: Linear | None = None  # both in one (model/precision.py)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -237,9 +251,10 @@ class CausalLM(nn.Module):
 
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
-        rope = local_rope = rope_table(positions, self.rope_frequencies, self.rope_temperature, x.dtype)
+        table = lambda *of: rope_table(positions, *of, dtype=x.dtype, interleaved=self.config.rope_interleaved)
+        rope = local_rope = table(self.rope_frequencies, self.rope_temperature)
         if self.local_rope_frequencies is not None:
-            local_rope = rope_table(positions, self.local_rope_frequencies, dtype=x.dtype)
+            local_rope = table(self.local_rope_frequencies)
         windows = self.config.windows
         if cache is not None:
             masks = {window: cache.mask(window) for window in set(windows)}

@@ -35,13 +35,13 @@ VOCABULARY = 2000
 # Seconds of each part on the machine of docs/benchmarks.md. Only their ratios count: they forecast the whole.
 SECONDS = {
     "world": 5,
-    "tokenizer": 12,
-    "pretrain": 480,
-    "full_sft": 138,
-    "lora_identity": 40,
-    "rlhf": 12,
-    "reason": 22,
-    "exam": 40,
+    "tokenizer": 16,
+    "pretrain": 662,
+    "full_sft": 261,
+    "lora_identity": 84,
+    "rlhf": 15,
+    "reason": 70,
+    "exam": 26,
 }
 
 # Flags of the trainings. Most of the demo's time goes into the first.

@@ -452,7 +452,7 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
     exact = load_weights(out / "full_sft_32.pth").build()
     assert torch.equal(model.rope_frequencies, exact.rope_frequencies)
     assert model.model.norm.weight.dtype == torch.float32
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.down_proj.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
     exact.compute_dtype = torch.bfloat16  # fp32 weights, cast as they are used
     tokens = torch.arange(200).view(2, 100)
     with torch.no_grad():

@@ -266,7 +266,7 @@ def test_what_is_not_rotated_passes_through():
 def test_interleaved_pairs_are_neighbours():
     """The same numbers in GLM's layout: at position 1 the pairs (1, 2) and (3, 4) are turned by 1 and by 0.01."""
     config = ModelConfig(hidden_size=4, num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4)
-    table = rope_table(torch.tensor([[1]]), inverse_frequencies(config)[0])
+    table = rope_table(torch.tensor([[1]]), inverse_frequencies(config)[0], interleaved=True)
     y = apply_rope(torch.arange(1.0, 5.0).view(1, 1, 1, 4), *table, interleaved=True)
     c, s = math.cos(1), math.sin(1)
     slow_c, slow_s = math.cos(0.01), math.sin(0.01)

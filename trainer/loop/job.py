@@ -61,6 +61,7 @@ class Job:
     loader: type[Loader] = Loader
     rollout: Rollout | None = None  # None: the batches of the loader are trained on as they are
     prepare: Preparation | None = None  # None: nothing has to be computed before training
+    code: str = field(default_factory=code_version)  # as the run begins: files may be edited before it saves
 
     def origin(self) -> dict:
         """What the weights come from, for their lineage (evaluation/lineage.py shows it): plain values."""
@@ -74,5 +75,5 @@ class Job:
             parent_path=relative_to_root(str(parent.path)) if parent else None,
             seed=self.config.seed,
             command=shlex.join(sys.argv),
-            code=code_version(),
+            code=self.code,
         )

@@ -1,0 +1,37 @@
+"""What is prepared for generation computes what it computed before."""
+
+import copy
+
+import pytest
+import torch
+
+from model.lora import LoRASettings, add_lora
+from model.precision import prepare_for_inference
+from tests.helpers.models import TINY_TOKENS, tiny_model
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(attention_bias=True), dict(qk_norm=True), dict(num_key_value_heads=1), dict(num_experts=4)]
+)
+def test_joined_projections_change_nothing(changes):
+    """One product with the stacked weights of q, k and v is three products; the numbers of heads say where they end.
+    Biases are random here, as all parameters are."""
+    model = tiny_model(**changes)
+    expected = model(TINY_TOKENS).logits
+    joined = prepare_for_inference(copy.deepcopy(model), torch.float32)
+    assert joined.num_parameters() == model.num_parameters()
+    block = joined.model.layers[1]
+    assert block.self_attn.qkv_proj is not None and ("num_experts" in changes or block.mlp.gate_up_proj is not None)
+    before, after = model.state_dict(), joined.state_dict()
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    with torch.inference_mode():
+        torch.testing.assert_close(joined(TINY_TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_adapters_stay_single():
+    """Only q has an adapter here: then k and v stay single too. Gate and up are joined."""
+    model = tiny_model()
+    add_lora(model, LoRASettings(targets=("q_proj",)))
+    prepare_for_inference(model, torch.float32)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert attention.qkv_proj is None and attention.k_proj is not None and mlp.gate_up_proj is not None
