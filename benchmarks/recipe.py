@@ -79,8 +79,8 @@ class Trial:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "optimizer=adamw"
 
 
-MUON = "optimizer=muon schedule=wsd"  # modern gets 0.35 of the steps of classic
-MODERN = f"{MUON} steps=175 learning_rate=2e-3"
+MUON = "optimizer=muon schedule=wsd momentum_warmup=0.3 others_rate=2.0"  # as trainer/loop/optim.py has it
+MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],
     "seeds": [
@@ -88,18 +88,26 @@ NAMED = {
         f"{MODERN} seed=0,1,2",
         f"{MUON} steps=100 learning_rate=2e-3,4e-3 seed=0,1,2",
     ],
-    "ingredients": [  # each alone, one seed: a gain below the spread of the seeds is none
+    # each alone, one seed: a gain below the spread of the seeds is none. Logit caps have no line: a plain Llama lacks
+    # them, so other programs would compute another model
+    "ingredients": [
         f"{MODERN} {setting}"
         for setting in (
+            "optimizer=adamw",
+            "schedule=cosine,constant",
+            "learning_rate=1e-3,4e-3",
+            "warmup=0.0,0.1",
             "min_lr_ratio=0.0",
             "decay=0.7",
             "shape=sqrt",
             "weight_decay=0.0",
             "documents=open",
             "documents=aligned",
-            "others_rate=0.5,2.0",
+            "others_rate=1.0,4.0",
+            "beta1=0.8",
             "beta2=0.99",
-            "momentum_warmup=0.3",
+            "momentum=0.9",
+            "momentum_warmup=0.0",
             "iterations=3",
             "initial=scaled",
             "embedding_std=0.02",

@@ -25,11 +25,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from common.console import UserError
 from common.files import ROOT
 from common.options import Options, option
 from model.config import PRESETS
 from trainer.loop import launch
 from trainer.recipes import HELP, RECIPES, default_recipe, recipe_options
+from trainer.run.reference import read_curve
 from trainer.translated import TRANSLATED
 
 
@@ -216,6 +218,11 @@ class StageConfig(LoRAOptions):
         None, "prompts to answer at each validation, for figures that a loss hides (any layout)", path=True
     )
     log_interval: int = option(10, "log every N steps", aliases=("logging_steps",), within="[1, inf)")
+    reference_curve: str | None = option(
+        None,
+        "curve of other runs to compare with, from reference_curve.py (default: ours, if there is one of such runs)",
+        path=True,
+    )
     use_wandb: bool = option(False, "log to Weights & Biases as well (WANDB_MODE=offline: on this disk)")
     use_swanlab: bool = option(False, "log to SwanLab as well")
     wandb_project: str = option("sparrow", "the project in wandb or SwanLab", aliases=("swanlab_project",))
@@ -292,6 +299,11 @@ class StageConfig(LoRAOptions):
             found.append("--resize_vocab: for which tokenizer? --tokenizer_path names the larger one")
         if self.resize_vocab and self.trains_adapter:
             found.append("--resize_vocab: an adapter leaves the embedding as it is, so new tokens would learn nothing")
+        if self.reference_curve:
+            try:
+                read_curve(Path(self.reference_curve))
+            except UserError as error:
+                found.append(f"--reference_curve: {error}")
         if self.health_prompts and self.zero_stage == 3:
             found.append(
                 "--health_prompts: with --zero_stage 3 no process has the whole model; use stage 2 or leave it"

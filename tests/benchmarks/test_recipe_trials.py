@@ -1,10 +1,12 @@
 """benchmarks/recipe.py: its trials are what their lines say, and without changes they train as the library does."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.recipe import NAMED, Trial, places, rate_at, read_trials, rows_of_steps
+from benchmarks.recipe import MODERN, NAMED, Trial, places, rate_at, read_trials, rows_of_steps
 from dataset.batches.loader import Loader
 from trainer.loop.optim import learning_rate
 
@@ -16,6 +18,15 @@ def test_a_line_is_a_trial_for_each_combination():
     assert trials[0].name == trials[1].name, "seeds of one setting are compared"
     for lines in NAMED.values():
         assert read_trials(lines)
+
+
+def test_each_ingredient_of_modern_has_a_trial_of_its_own():
+    """Every setting is changed by a line that changes nothing else; what is left out is the size of a trial."""
+    (modern,), size = read_trials([MODERN]), {"steps", "rows", "length", "preset", "width", "layers", "seed"}
+    trials = [asdict(trial) for trial in read_trials(NAMED["ingredients"])]
+    tried = [{name for name, value in asdict(modern).items() if trial[name] != value} for trial in trials]
+    assert all(len(changed) == 1 for changed in tried)
+    assert set.union(*tried) == asdict(modern).keys() - size
 
 
 @pytest.mark.parametrize("schedule", ("cosine", "wsd", "constant"))

@@ -32,7 +32,7 @@ from trainer.loop.health import HealthCheck
 from trainer.loop.interrupts import catch_signals, explained
 from trainer.loop.job import Job
 from trainer.loop.opening import announce
-from trainer.loop.optim import build_optimizers, learning_rate
+from trainer.loop.optim import build_optimizers, learning_rate, set_rates
 from trainer.loop.periodic import PeriodicTasks
 from trainer.loop.profiling import open_profile
 from trainer.loop.step import StepResult, optimizer_step
@@ -42,6 +42,7 @@ from trainer.run import resume
 from trainer.run.logger import RunLogger
 from trainer.run.meter import Meter
 from trainer.run.plan import STEPS, plan, rehearsal
+from trainer.run.reference import facts_of, find_reference
 from trainer.run.writer import Writer
 
 
@@ -81,9 +82,9 @@ class Engine:
         self.prepare_seconds = self._prepare()
         run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.logger = RunLogger.create(
-            run_dir, config, enabled=backend.main, parameters=self.model.num_parameters(), trained=trained
-        )
+        entries = dict(parameters=self.model.num_parameters(), trained=trained, facts=facts_of(self))
+        reference = find_reference(config.reference_curve, entries["facts"])
+        self.logger = RunLogger.create(run_dir, config, backend.main, reference, **entries)
         self.watch = Watchdog(
             config,
             backend,
@@ -237,9 +238,7 @@ class Engine:
             schedule=c.schedule,
             floor=c.min_lr_ratio,
         )
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        set_rates(self.optimizers, rate, self.step / self.total)
         return rate
 
     def _leave(self, received: list[int]) -> NoReturn:
@@ -387,10 +386,5 @@ class Engine:
         self.best = float("inf") if state["best"] is None else state["best"]
         say, now = self.logger.print, self._state()
         say(f"resumed after step {self.step:,} of {self.total:,} from {path}; {resume.RULE}")
-        for part in ("config", "machine"):
-            changed = [f"{k} {v} -> {now[part][k]}" for k, v in state[part].items() if str(now[part].get(k)) != str(v)]
-            if changed := [line for line in changed if not line.startswith("from_resume ")]:
-                say(
-                    f"changed since then: {', '.join(changed)}"
-                    + ("; so equal within 1e-5, not bit by bit" if part == "machine" else "")
-                )
+        for line in resume.changes(state, now):
+            say(line)

@@ -22,6 +22,8 @@ def announce(engine, notice: str) -> None:
     ranks = f", {engine.backend.world} processes" if engine.backend.world > 1 else ""
     say(f"device: {engine.backend.device}, {dtype}, {torch.get_num_threads()} threads{ranks}")
     say(f"data: {engine.loader.describe()}; {engine.total:,} steps in all")
+    if engine.logger.reference:
+        say(engine.logger.reference.describe())
     if config.warmup_steps >= max(engine.total, 1):
         say(
             f"warning: --warmup_steps {config.warmup_steps:g} is not over in {engine.total:,} steps: the rate "

@@ -1,7 +1,7 @@
 """Optimisers, the learning-rate schedule, and the check of the gradients before an update.
 
 AdamW moves everything, or, with `--optimizer muon`, Muon moves the matrices inside the blocks and AdamW the rest
-(embedding, head, norms, biases). Both take the same learning rate: Muon's updates are scaled to the size of AdamW's.
+(embedding, head, norms, biases). Muon's updates are scaled to the size of AdamW's, so one learning rate sets both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.precision import has_bf16
+
+# Beside Muon, embedding, head, norms and biases learn at this multiple of the learning rate. Muon's momentum rises from
+# its first value over a share of the run: early gradients are soon out of date. Both by trials: docs/benchmarks.md.
+OTHERS_RATE = 2.0
+FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 0.3
 
 
 def learning_rate(step: int, total: int, *, peak: float, warmup: float, schedule: str, floor: float) -> float:
@@ -38,6 +43,15 @@ def learning_rate(step: int, total: int, *, peak: float, warmup: float, schedule
     return peak * (floor + (1 - floor) * falling)
 
 
+def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, done: float) -> None:
+    """Sets the learning rate of all groups, and Muon's momentum. done: share of the run's steps, from 0."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("multiple", 1.0)
+            if isinstance(optimizer, Muon):
+                group["momentum"] = MOMENTUM - (MOMENTUM - FIRST_MOMENTUM) * max(1 - done / MOMENTUM_WARMUP, 0)
+
+
 def build_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Optimisers of all trained parameters. Weight decay applies to matrices, not to embeddings, norms and biases."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -46,7 +60,8 @@ def build_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[t
     adamw = dict(lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if name == "muon":
         muon = [Muon(matrices, weight_decay=weight_decay)] if matrices else []  # with LoRA there are only matrices
-        return muon + ([torch.optim.AdamW(others, weight_decay=0.0, **adamw)] if others else [])
+        group = dict(params=others, weight_decay=0.0, multiple=OTHERS_RATE)
+        return muon + ([torch.optim.AdamW([group], **adamw)] if others else [])
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]
 
@@ -60,7 +75,7 @@ class Muon(torch.optim.Optimizer):
     reads `found_inf`, a scalar tensor on the device: if it is 1, nothing changes.
     """
 
-    def __init__(self, params, weight_decay: float = 0.1, momentum: float = 0.95):
+    def __init__(self, params, weight_decay: float = 0.1, momentum: float = MOMENTUM):
         super().__init__(params, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()

@@ -32,8 +32,10 @@ from typing import Any
 from common.console import printable
 from common.files import ROOT, atomic_file
 from common.options import Options
+from trainer.run.reference import Curve, Reference
 
 TRACKERS = ("wandb", "swanlab", "tensorboard")
+BAND = "#f6d88f"  # colour in loss.png
 # How known numbers are printed, in this order ("": not at all). Others follow with four significant digits.
 FORMATS = {
     "loss": "loss {:.4f}",
@@ -55,6 +57,8 @@ FORMATS = {
 class NoLogger:
     """The same methods, which do nothing: for all ranks but the first."""
 
+    reference: Reference | None = None
+
     def print(self, text: str) -> None: ...
     def start(self, step: int, total: int) -> None: ...
     def log(self, step: int, **numbers: float) -> None: ...
@@ -64,12 +68,16 @@ class NoLogger:
 
 class RunLogger(NoLogger):
     @staticmethod
-    def create(run_dir: Path | str, config: Options, enabled: bool = True, **facts: Any) -> NoLogger:
-        """facts: further entries for run.json and the trackers, such as the number of parameters."""
-        return RunLogger(Path(run_dir), config, facts) if enabled else NoLogger()
+    def create(
+        run_dir: Path | str, config: Options, enabled: bool = True, reference: Reference | None = None, **entries: Any
+    ) -> NoLogger:
+        """reference: what the run is compared with. entries: more for run.json and the trackers, such as the number of
+        parameters."""
+        return RunLogger(Path(run_dir), config, reference, entries) if enabled else NoLogger()
 
-    def __init__(self, run_dir: Path, config: Options, facts: dict[str, Any]):
-        self.run_dir, self.config, self.facts = run_dir, config, facts
+    def __init__(self, run_dir: Path, config: Options, reference: Reference | None, entries: dict[str, Any]):
+        self.run_dir, self.config, self.entries = run_dir, config, entries
+        self.reference = reference
         self.metrics = run_dir / "metrics.jsonl"
         # parts by name: what takes (step, numbers), what closes it, and which have failed
         self.sinks: dict[str, Callable[[int, dict], Any]] = {}
@@ -117,6 +125,13 @@ class RunLogger(NoLogger):
             self._try("progress bar", self.bar.update, step - self.bar.n)
         if self.bar is None or "val_loss" in numbers:
             self.print(f"step {step:,}/{self.total:,}  {line}")
+        if self.reference and (warning := self._compare(numbers)):
+            self.print(warning)
+
+    def _compare(self, numbers: dict[str, Any]) -> str:
+        """With the reference curve -> what there is to say."""
+        assert self.reference
+        return self.reference.add(numbers["tokens"], numbers["loss"]) if {"tokens", "loss"} <= numbers.keys() else ""
 
     def seconds(self) -> float:
         """What the run has taken so far, all its processes together."""
@@ -124,7 +139,8 @@ class RunLogger(NoLogger):
 
     def draw(self) -> None:
         if self.metrics.exists():
-            self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png")
+            curve = self.reference and self.reference.curve
+            self._try("loss.png", draw_losses, self.metrics, self.run_dir / "loss.png", curve)
             gc.collect(1)  # figures are cyclic garbage: without this, memory grows by a megabyte at each save
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
@@ -162,7 +178,7 @@ class RunLogger(NoLogger):
             if path.exists():  # a resumed run keeps the entries of its earlier processes
                 earlier = json.loads(path.read_text(encoding="utf-8"))
                 self.run_info["earlier"] = [*earlier.pop("earlier", []), earlier]
-            self.run_info |= self.facts
+            self.run_info |= self.entries
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(self.run_info, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -172,6 +188,8 @@ class RunLogger(NoLogger):
         if self.metrics.exists():
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
             self.earlier_seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
+            for row in kept if self.reference else ():  # what was said is not said again
+                self._compare(row)
             with atomic_file(self.metrics) as temporary, jsonlines.open(temporary, "w") as file:
                 file.write_all(kept)
         writer = jsonlines.open(self.metrics, "a", flush=True)
@@ -182,7 +200,7 @@ class RunLogger(NoLogger):
         self.closers["metrics.jsonl"] = writer.close
 
     def _settings(self) -> dict[str, Any]:
-        return self.config.as_dict() | self.facts
+        return self.config.as_dict() | self.entries
 
     def _init_arguments(self) -> dict[str, Any]:
         """What wandb.init and swanlab.init have in common. The id makes a resumed run continue the same record."""
@@ -305,14 +323,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return list(file.iter(type=dict, skip_invalid=True))
 
 
-def draw_losses(metrics: Path, picture: Path) -> None:
-    """metrics.jsonl -> loss.png: training loss, its moving average, and validation loss."""
+def beside_curve(rows: list[dict[str, Any]], curve: Curve) -> list[tuple[float, ...]]:
+    """[(step, loss, lower edge, median, upper edge)] of what was logged, as far as the curve goes."""
+    logged = [row for row in rows if row.get("loss") is not None and 0 < row.get("tokens", 0) <= curve.tokens[-1]]
+    begins = [0, *(row["tokens"] for row in logged)]
+    return [(row["step"], row["loss"], *curve.band(begin, row["tokens"])) for begin, row in zip(begins, logged)]
+
+
+def draw_band(axes: Any, under: Any, columns: Any, curve: Curve) -> None:
+    """Into the losses, and below them in percent of the median: beside the fall of the loss it is too narrow to see.
+
+    columns  those of `beside_curve`
+    """
+    steps, losses, low, median, high = columns
+    axes.fill_between(steps, low, high, color=BAND, label=f"band of {curve.describe()}")
+    losses, low, high = (100 * (values / median - 1) for values in (losses, low, high))
+    under.fill_between(steps, low, high, color=BAND)
+    under.plot(steps, losses, color="#1f5f99", linewidth=1.8)
+    limit = 3 * max(high.max(), -low.min())  # a run that is farther away leaves the picture
+    under.set(xlabel="optimiser step, as far as the curve", ylabel="% off the median", ylim=(-limit, limit))
+
+
+def draw_losses(metrics: Path, picture: Path, curve: Curve | None = None) -> None:
+    """metrics.jsonl -> loss.png: training loss, its moving average, validation loss, and the band of a reference."""
     import numpy as np
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(title=metrics.parent.name, xlabel="optimiser step", ylabel="loss")
     rows = read_metrics(metrics)
+    band = beside_curve(rows, curve) if curve else []
+    figure = Figure(figsize=(8, 6 if band else 4.5), dpi=120, layout="constrained")
+    axes, *below = figure.subplots(2 if band else 1, squeeze=False, height_ratios=[3, 1] if band else None)[:, 0]
+    axes.set(title=metrics.parent.name, xlabel="optimiser step", ylabel="loss")
     train, valid = (
         np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None])
         for name in ("loss", "val_loss")
@@ -325,9 +366,12 @@ def draw_losses(metrics: Path, picture: Path) -> None:
         axes.plot(steps, smooth, color="#1f5f99", linewidth=1.8, label=f"training, averaged: {smooth[-1]:.3f}")
     if len(valid):
         axes.plot(*valid.T, ".-", color="#d1495b", markersize=9, linewidth=1, label=f"validation: {valid[-1, 1]:.3f}")
+    if curve and below:
+        draw_band(axes, below[0], np.array(band).T, curve)
     if rows:
         axes.legend(frameon=False)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    for panel in (axes, *below):
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
     with atomic_file(picture) as temporary:
         figure.savefig(temporary, format="png")

@@ -219,6 +219,16 @@ def accumulation_of(state: Path, config: StageConfig, world: int) -> int:
     return examples // at_once
 
 
+def changes(then: dict, now: dict) -> list[str]:
+    """Lines that say which options and what about the machine differ between two states' plain values."""
+    lines = []
+    for part, effect in (("config", ""), ("machine", "; so equal within 1e-5, not bit by bit")):
+        changed = [f"{k} {v} -> {now[part].get(k)}" for k, v in then[part].items() if str(now[part].get(k)) != str(v)]
+        if changed := [line for line in changed if not line.startswith("from_resume ")]:
+            lines.append(f"changed since then: {', '.join(changed)}{effect}")
+    return lines
+
+
 def is_of(run: dict, weights: Path) -> bool:
     """Whether the weights file was written by an earlier process of the run that this lineage entry belongs to."""
     try:
