@@ -111,7 +111,7 @@ def write_report(output: str | Path, result: dict[str, Any]) -> Path:
     output = Path(output)
     with atomic_file(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
-    title = " and ".join(model["name"] for model in result["models"])
+    title = ", ".join(model["name"] for model in result["models"])
     return write_page(output.with_suffix(".html"), "compare", title, result)
 
 

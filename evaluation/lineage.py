@@ -76,7 +76,7 @@ def check(history: History) -> list[Part]:
             parts.append(_parent(entry, history.places))
         if "files" not in entry:
             parts.append(Part("data", f"of {entry.get('stage', '?')}", entry.get("data", "")))
-        parts += [_data(file) for file in entry.get("files", [])]
+        parts += [_data(file, history.places) for file in entry.get("files", [])]
     return parts
 
 
@@ -93,11 +93,14 @@ def _tokenizer(history: History) -> Part:
     return Part("tokenizer", path, hash, UNCHANGED, _elsewhere(path, found.path))
 
 
-def _data(file: dict) -> Part:
-    path = ROOT / file["path"]
-    if not path.is_file():
-        return Part("data", file["path"], file["sha256"], MISSING)
-    return Part("data", file["path"], file["sha256"], UNCHANGED if hash_file(path) == file["sha256"] else CHANGED)
+def _data(file: dict, places: tuple[str, ...]) -> Part:
+    """A file at its recorded path, or at the same path beside the weights: then all of out/ was moved."""
+    path, hash = file["path"], file["sha256"]
+    candidates = [ROOT / path, *(Path(place).parent / path for place in places)]
+    found = next((place for place in candidates if place.is_file()), None)
+    if found is None:
+        return Part("data", path, hash, MISSING)
+    return Part("data", path, hash, UNCHANGED if hash_file(found) == hash else CHANGED, _elsewhere(path, str(found)))
 
 
 def _parent(entry: dict, places: tuple[str, ...]) -> Part:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common.console import UserError, note
-from common.files import ROOT
+from common.files import ROOT, relative_to_root
 from evaluation.lineage import History, history_of
 from evaluation.measure import with_system
 from inference.answers import prompt_ids
@@ -67,7 +67,7 @@ class Contender:
         added = sum(p.numel() for layer in layers for p in layer.adapters.parameters())
         return dict(
             name=self.name,
-            path=self.history.path,
+            path=relative_to_root(self.history.path),  # reports are handed on: no names of home directories
             base=self.history.base,
             parameters=self.model.num_parameters() - added + sum(p.numel() for a in own for p in a.parameters()),
             adapter_parameters=sum(p.numel() for a in own for p in a.parameters()),

@@ -23,7 +23,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from common.console import UserError, note, run, say
+from common.console import UserError, check_writable, note, run, say
 from common.files import ROOT
 from common.options import option, parse
 from inference.options import DeviceOptions, SamplingOptions
@@ -83,6 +83,8 @@ def main():
     config = parse(CompareConfig, description=__doc__)
     if config.votes:
         return count_votes(config)
+    if config.output:
+        check_writable(config.output, "--output", is_file=True)  # now, not after minutes of answering
     questions = None
     if not config.interactive:  # read before the models are loaded, so that a mistake in it shows at once
         from dataset.read.questions import read_questions

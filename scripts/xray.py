@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from common.console import run, say
+from common.console import check_writable, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
 
@@ -48,6 +48,8 @@ class XrayConfig(Options):
 
 def main():
     config = parse(XrayConfig, description=__doc__)
+    if config.output:
+        check_writable(config.output, "--output", is_file=True)
 
     from evaluation.models import open_models
     from evaluation.page import write_page
@@ -61,7 +63,7 @@ def main():
     said = contender.tokenizer.decode(figures["ids"][figures["prompt_tokens"] :])
     if said:
         say(said)
-    say(f"{path}: {len(figures['ids'])} tokens, {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    say(f"{path}: {len(figures['ids'])} tokens, {path.stat().st_size / 1e6:.2g} MB; open it in a browser")
 
 
 if __name__ == "__main__":

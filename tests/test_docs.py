@@ -27,3 +27,14 @@ def test_named_files_exist(page):
     named = set(re.findall(rf"`((?:{FOLDERS})/[\w/]+\.\w+)", page.read_text(encoding="utf-8")))
     named = {name for name in named if not name.endswith(".jsonl") and "mine" not in name}
     assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def shown(page: str) -> set[tuple[str, ...]]:
+    """Script and flags of each command of a page; names and prompts may differ between languages."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    return {tuple(re.findall(r"\S+\.py|--\w+", line.partition("  #")[0])) for line in lines}
+
+
+def test_the_chinese_page_of_comparing_shows_every_command():
+    assert shown("compare.md") <= shown("compare_zh.md")

@@ -82,7 +82,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl") and start.startswith(b"["):
-        yield from ((f"{path}:{line}", loads(text)) for line, text in elements(path))
+        before = 0
+        for number, (line, text) in enumerate(elements(path), 1):  # an array may stand in one line: each row has a name
+            yield f"{path}:{line}" + (f" row {number}" if line == before else ""), loads(text)
+            before = line
     elif suffix == ".json":
         yield from _object(path)
     else:

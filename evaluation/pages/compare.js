@@ -117,11 +117,14 @@ function surprisePanel() {
   table([T('reads ↓ / said by →', '读 ↓ / 说 →'), ...names], data.surprise.map((row, r) => [names[r], ...row.map((bits) => number(bits))]), names.map((_, i) => i + 1)));
 }
 
+// A path that may go on in the next line after a slash.
+const breakable = (path) => path.split('/').map((part, i) => (i ? ['/', el('wbr'), part] : part));
+
 function modelsPanel() {
   const title = {ended: T('end by themselves', '自己结束'), empty: T('empty', '空回答'), rep_4: T('repetition (rep-4)', '重复（rep-4）'), distinct_1: 'distinct-1', distinct_2: 'distinct-2', wrong_language: T('another language', '语言不对'), tags_closed: T('tags closed', '标签闭合'), length_ratio: T('length / reference', '长度/参考')};
   const health = Object.keys(title).filter((name) => data.models.some((model) => name in model.health));
   const rows = [
-    [T('file', '文件'), (m) => m.path + (m.base ? T(` on ${m.base}`, `，底座 ${m.base}`) : '')],
+    [T('file', '文件'), (m) => [breakable(m.path), m.base ? [T(' on ', '，底座 '), breakable(m.base)] : null]],
     [T('parameters', '参数'), (m) => `${(m.parameters / 1e6).toFixed(2)}M` + (m.adapter_parameters ? T(`, ${(m.adapter_parameters / 1e6).toFixed(2)}M of them the adapter`, `，其中适配器 ${(m.adapter_parameters / 1e6).toFixed(2)}M`) : '')],
     [T('size on disk', '文件大小'), (m) => bytes(m.bytes)],
     [T('speed', '速度'), (m) => `${number(m.tokens_per_second)} ${T('tokens/s', '词元/秒')} (${count(m.tokens)} ${T('tokens', '词元')}, ${m.dtype}, ${m.device})`],
@@ -232,7 +235,7 @@ document.addEventListener('keydown', (event) => {
 });
 
 start(() => [
-  el('h1', {}, names.join(T(' and ', ' 与 '))),
+  el('h1', {}, [...(names.length > 1 ? [names.slice(0, -1).join(', ')] : []), names.at(-1)].join(T(' and ', ' 与 '))),
   el('p', {class: 'dim'}, T(`${data.questions.length} questions, the same for all.`, `${data.questions.length} 个问题，所有模型一样。`)),
   modelsPanel(), figuresPanel(), heldOutPanel(), surprisePanel(), votesPanel(), ...answersPanel(),
 ].filter(Boolean));

@@ -29,7 +29,7 @@ function strip(heat, {tint, under = () => null, title = () => null, over = null}
   return live({class: 'tokens', role: 'listbox', 'aria-label': T('tokens', '词元')}, () => ids.map((id, i) => el('span', {
     class: ['token', isControl(id) && 'control', i >= data.prompt_tokens && 'said', i === at && 'chosen'].filter(Boolean).join(' '),
     role: 'option', 'aria-selected': i === at ? 'true' : 'false', title: title(i),
-    style: {'--heat': heat(i) || 0, ...(tint ? {'--tint': tint} : {})},
+    style: {'--heat': Math.min(1, heat(i) || 0), ...(tint ? {'--tint': tint} : {})},
     on: {click: () => go(i), ...(over ? {mouseenter: () => over(i)} : {})},
   }, shown(id), under(i) === null ? null : el('i', {}, under(i)))));
 }

@@ -71,6 +71,13 @@ def test_files(tmp_path, name):
     assert len(read_questions(path, limit=1)) == 1
 
 
+def test_rows_in_one_line_have_names_of_their_own(tmp_path):
+    """What json.dump writes. Results are kept by the name of the row, so two rows of one name were one row."""
+    (tmp_path / "a.json").write_text('["a", "b",\n"c", "d"]', encoding="utf-8")
+    names = [q.where.rpartition(":")[2] for q in read_questions(tmp_path / "a.json")]
+    assert names == ["1", "1 row 2", "2", "2 row 4"]
+
+
 def test_kinds_as_a_column_and_as_a_section(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"maths": ["1+1?"], "poems": [{"prompt": "spring"}]}))
     assert [(q.kind, q.asked) for q in read_questions(tmp_path / "a.json")] == [("maths", "1+1?"), ("poems", "spring")]

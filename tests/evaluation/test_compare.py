@@ -15,7 +15,7 @@ from evaluation.compare import compare
 from evaluation.measure import Settings
 from evaluation.models import open_models
 from evaluation.page import render, write_page
-from evaluation.votes import tally
+from evaluation.votes import as_text, tally
 from model.adapter import save_adapter
 from model.checkpoint import load_weights, save_weights
 from model.lora import LoRASettings, adapted, add_lora
@@ -177,6 +177,7 @@ def test_mistakes_are_one_line(home, tmp_path):
         (["--finetuned_model", "rlhf", "--base_model", "nobody"], "no weights called 'nobody'"),
         (["--base_model", "full_sft", "--finetuned_model", "rlhf", "--questions_file", "gone.json"], "gone.json"),
         (["--votes", tmp_path / "v.json"], "v.json: no such file"),
+        (["--finetuned_model", "lora_a", "--output", tmp_path], "is a directory, expected a file"),
     ]:
         status, _, err = run_script("scripts/compare_models.py", "--save_dir", home, *words)
         assert status == 2 and expected in err and len(err.splitlines()) == 1, err
@@ -194,6 +195,21 @@ def test_votes_are_counted_by_model_not_by_side():
     assert (row["wins_a"], row["wins_b"], row["ties"]) == (0, 5, 1) and row["p"] == pytest.approx(2 / 32)
 
 
+def test_what_the_sign_test_says_in_words():
+    """6 : 0 has p = 2/64; 5 : 1 has p = 14/64. If all are ties, that is a result too, and no test."""
+    vote = dict(question=0, left=0, right=1)
+    lines = []
+    for wins, losses, ties in ((6, 0, 1), (5, 1, 0), (0, 0, 3)):
+        votes = [vote | dict(choice=choice) for choice in ["left"] * wins + ["right"] * losses + ["tie"] * ties]
+        lines.append(as_text(tally(votes, 2), ["a", "b"]))
+    assert lines == [
+        "a preferred 6 times, b 0 times, 1 ties: more than chance explains (sign test of 6, p = 0.0312)",
+        "a preferred 5 times, b 1 times, 0 ties: chance alone explains as much (sign test of 6, p = 0.219)",
+        "a preferred 0 times, b 0 times, 3 ties: no side was preferred",
+    ]
+    assert as_text(tally([], 2), ["a", "b"]) == "no votes"
+
+
 def test_votes_come_back_into_the_report(result, tmp_path):
     report = tmp_path / "r.json"
     report.write_text(json.dumps(result), encoding="utf-8")
@@ -206,7 +222,10 @@ def test_votes_come_back_into_the_report(result, tmp_path):
     for change, expected in [
         (dict(report="another"), "about other answers"),
         (dict(format="x"), "not votes"),
-        (dict(votes=[dict(question=9, left=0, right=1, choice="left")]), "names a question or a model"),
+        (
+            dict(votes=[dict(question=len(result["questions"]), left=0, right=1, choice="left")]),
+            "names a question or a model",
+        ),
     ]:
         (tmp_path / "v.json").write_text(json.dumps(content | change), encoding="utf-8")
         status, _, err = run_script("scripts/compare_models.py", "--output", report, "--votes", tmp_path / "v.json")
@@ -223,6 +242,10 @@ def test_votes_of_the_servers_page_name_their_models_themselves(tmp_path):
     files[1].write_text(json.dumps(content | dict(models=["b", "a"], votes=turned)), encoding="utf-8")
     status, out, err = run_script("scripts/compare_models.py", "--votes", *files)
     assert status == 0 and "a preferred 0 times, b 6 times, 1 ties" in out and "p = 0.0312" in out, err
+    third = tmp_path / "3.json"  # another model, which is number 0 there
+    third.write_text(json.dumps(content | dict(models=["c", "b"], votes=votes[:1])), encoding="utf-8")
+    status, out, err = run_script("scripts/compare_models.py", "--votes", files[0], third)
+    assert "a preferred 0 times, b 2 times, 0 ties" in out and "b preferred 1 times, c 0 times" in out, out + err
     for change, expected in [
         (dict(report="1234"), "about a comparison; name it with --output"),
         (dict(models=[1, 2]), "does not say which models"),

@@ -134,6 +134,19 @@ def test_a_parent_beside_the_folder_of_the_best_weights(tmp_path):
     assert part.status == UNCHANGED and part.where == str(tmp_path / "pretrain_32.pth")
 
 
+def test_data_that_was_moved_with_the_folder_of_the_weights(tmp_path):
+    """All of out/ lies in another repository now, or on another disk: its data is looked for there too."""
+    data = tmp_path / "out/tiny_world/sft.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text("{}\n", encoding="utf-8")
+    files = [dict(path=f"out/tiny_world/{name}.jsonl", sha256=hash_file(data)) for name in ("sft", "gone")]
+    save_weights(tmp_path / "out/x_32.pth", small_model(), tokenizer={}, lineage=[entry("full_sft", files=files)])
+    moved, gone = (part for part in check(read_lineage(tmp_path / "out/x_32.pth")) if part.what == "data")
+    assert (moved.status, moved.where, gone.status) == (UNCHANGED, str(data), MISSING)
+    data.write_text("{ }\n", encoding="utf-8")
+    assert check(read_lineage(tmp_path / "out/x_32.pth"))[1].status == CHANGED
+
+
 def test_a_command_can_be_typed_anywhere():
     typed = "/home/anna/sparrow/trainer/train_full_sft.py --data_path 'my chats.jsonl'"
     assert command(entry("x", command=typed)) == "python trainer/train_full_sft.py --data_path 'my chats.jsonl'"

@@ -91,6 +91,17 @@ def test_documents_count_in_windows_and_are_drawn_whole(model, tmp_path):
     assert found.counts["bpb"][:, 2].tolist() == [len(row["text"].encode()) for row in TEXTS[:3]]
 
 
+def test_documents_in_one_line_are_three(model, tmp_path):
+    """An array as json.dump writes it: every document keeps what was counted of it."""
+    lines = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *TEXTS[:3]), ["bpb"], Settings(window=64))
+    (tmp_path / "a.json").write_text(json.dumps(TEXTS[:3]), encoding="utf-8")
+    found = measure(model, TOKENIZER, tmp_path / "a.json", ["bpb"], Settings(window=64))
+    np.testing.assert_allclose(found.counts["bpb"], lines.counts["bpb"], rtol=1e-5)
+    assert found.labels["bpb"] == ["1", "1 row 2", "1 row 3"]
+    write_json(tmp_path / "r.json", [found])
+    assert len(read_json(tmp_path / "r.json")["files"][0]["counts"]["bpb"]) == 3
+
+
 def test_a_text_file_is_one_document_with_its_parts_for_the_error_bars(model, tmp_path):
     (tmp_path / "a.txt").write_text("once upon a time " * 200, encoding="utf-8")
     found = measure(model, TOKENIZER, tmp_path / "a.txt", ["bpb"], Settings(window=64))
