@@ -97,10 +97,11 @@ def _data(file: dict, places: tuple[str, ...]) -> Part:
     """A file at its recorded path, or at the same path beside the weights: then all of out/ was moved."""
     path, hash = file["path"], file["sha256"]
     candidates = [ROOT / path, *(Path(place).parent / path for place in places)]
-    found = next((place for place in candidates if place.is_file()), None)
-    if found is None:
-        return Part("data", path, hash, MISSING)
-    return Part("data", path, hash, UNCHANGED if hash_file(found) == hash else CHANGED, _elsewhere(path, str(found)))
+    found = [place for place in candidates if place.is_file()]
+    same = next((place for place in found if hash_file(place) == hash), None)
+    if same is not None:
+        return Part("data", path, hash, UNCHANGED, _elsewhere(path, str(same)))
+    return Part("data", path, hash, CHANGED if found else MISSING, _elsewhere(path, str(found[0])) if found else "")
 
 
 def _parent(entry: dict, places: tuple[str, ...]) -> Part:
