@@ -1,7 +1,9 @@
 """Rows that begin with the same prompt are read together, the prompt once: options of a question, answers to it.
 
-data = Bundles([Encoded(...), ...])                  # bundles of rows
-loader = BundleLoader(data, packing=True, ...)       # batches like those of training
+    data = Bundles([Encoded(...), ...])                  # bundles of rows
+    loader = BundleLoader(data, packing=True, ...)       # batches like those of training
+
+How they lie in a row: dataset/batches/shared_prompts.py.
 """
 
 from __future__ import annotations
