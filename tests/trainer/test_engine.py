@@ -280,6 +280,20 @@ def test_muon_equals_torchs():
         assert (ours - theirs).norm() / moved < 0.05  # both iterate in bf16, in another order
 
 
+def test_muons_momentum_where_the_host_does_not_wait_for_the_check():
+    """A GPU computes on, whatever the check says. A bad step leaves the buffer as it was, also where the gradient is
+    NaN; a good one adds as if there were no check: 0.5 * 2 + 4 = 5, and 4 + 0.5 * 5 = 6.5 is the update."""
+    p = torch.nn.Parameter(torch.zeros(1, 2))
+    muon = Muon([p])
+    for bad, gradient, buffer in ((1.0, float("nan"), 2.0), (0.0, 4.0, 5.0), (None, 4.0, 5.0)):
+        muon.state[p]["momentum_buffer"] = torch.full((1, 2), 2.0)
+        p.grad = torch.full((1, 2), gradient)
+        (update,) = muon._momentum([p], 0.5, None if bad is None else torch.tensor(bad))
+        assert muon.state[p]["momentum_buffer"].tolist() == [[buffer] * 2]
+        if not bad:
+            assert update.tolist() == [[6.5] * 2]
+
+
 def test_orthogonalised_matrices_have_singular_values_near_one():
     values = torch.linalg.svdvals(orthogonalise(torch.randn(2, 20, 50)).float())
     assert 0.6 < values.min() and values.max() < 1.3

@@ -81,32 +81,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         bad = getattr(self, "found_inf", None)
+        if bad is not None and bad.device.type == "cpu":  # a GPU would have to wait for the answer
+            if bad:
+                return
+            bad = None
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
+            rate = group["lr"] if bad is None else group["lr"] * (1 - bad)
             for shape, params in by_shape.items():
-                update = torch.stack([self._momentum(p, group["momentum"], bad) for p in params])
-                update = orthogonalise_together(update.view(-1, *shape[-2:])).view(-1, *shape)
-                rate = group["lr"] if bad is None else group["lr"] * (1 - bad)
-                scale = 0.2 * math.sqrt(max(shape[-2:]))
-                for p, u in zip(params, update):
-                    p.mul_(1 - rate * group["weight_decay"]).sub_(u.to(p.dtype) * (rate * scale))
+                update = torch.stack(self._momentum(params, group["momentum"], bad)).view(-1, *shape[-2:])
+                update = orthogonalise_together(update).view(-1, *shape).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+                torch._foreach_sub_(params, list(update.mul_(rate * 0.2 * math.sqrt(max(shape[-2:])))))
 
-    def _momentum(self, p: Tensor, beta: float, bad: Tensor | None) -> Tensor:
-        """Updates the momentum buffer -> Nesterov momentum: gradient + beta * buffer."""
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        buffer, gradient = state["momentum_buffer"], p.grad
-        if bad is None:
-            buffer.mul_(beta).add_(gradient)
-            return gradient + beta * buffer
-        # NaN times 0 is NaN: a bad gradient has to be replaced, it cannot be multiplied away
-        gradient = torch.where(bad > 0, torch.zeros_like(gradient), gradient)
-        buffer.copy_(torch.where(bad > 0, buffer, beta * buffer + gradient))
-        return gradient + beta * buffer
+    def _momentum(self, params: list[Tensor], beta: float, bad: Tensor | None) -> list[Tensor]:
+        """Updates the momentum buffers -> Nesterov momentum of each matrix: gradient + beta * buffer."""
+        gradients = [p.grad for p in params if p.grad is not None]
+        if bad is not None:
+            # NaN times 0 is NaN: a bad gradient has to be replaced, it cannot be multiplied away
+            gradients = [gradient.masked_fill(bad > 0, 0) for gradient in gradients]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, beta if bad is None else torch.where(bad > 0, 1.0, beta))
+        torch._foreach_add_(buffers, gradients)
+        return list(torch._foreach_add(gradients, buffers, alpha=beta))
 
 
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
@@ -119,9 +122,9 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(steps):  # X = a X + (b A + c A A) X, where A = X X'
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        X = X.baddbmm(A.baddbmm(A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
 
 
