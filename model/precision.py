@@ -13,7 +13,7 @@ from torch import nn
 
 from common.console import UserError
 from model.moe import Experts
-from model.transformer import Attention, CausalLM, FeedForward, Linear
+from model.transformer import Attention, CausalLM, FeedForward, Linear, RMSNorm
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -67,6 +67,9 @@ def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
     model.requires_grad_(False)
     lower_frozen(model, dtype)
     join_projections(model)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.twice = module.weight.repeat(2)
     model.compute_dtype = dtype
     return model.eval()
 

@@ -7,6 +7,7 @@ import torch
 
 from model.lora import LoRASettings, add_lora
 from model.precision import prepare_for_inference
+from model.transformer import RMSNorm
 from tests.helpers.models import TINY_TOKENS, tiny_model
 
 
@@ -26,6 +27,22 @@ def test_joined_projections_change_nothing(changes):
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
     with torch.inference_mode():
         torch.testing.assert_close(joined(TINY_TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+        alone = model(TINY_TOKENS[:1, :1]).logits  # one token: q and k are turned at once, and a norm is one operation
+        torch.testing.assert_close(joined(TINY_TOKENS[:1, :1]).logits, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_norm_of_one_token_by_hand(dtype):
+    """The mean square of (3, 4) is 12.5; with 12.5 added, x is divided by 5, and the weights are 1 and 2. Two tokens,
+    which torch's rms_norm computes, get the same."""
+    norm = RMSNorm(2, eps=12.5)
+    norm.weight.data = torch.tensor([1.0, 2.0])
+    norm.twice = norm.weight.detach().repeat(2)
+    x = torch.tensor([[3.0, 4.0]], dtype=dtype)
+    with torch.inference_mode():
+        expected = torch.tensor([[0.6, 1.6]]).to(dtype)
+        torch.testing.assert_close(norm(x), expected)
+        torch.testing.assert_close(norm(x.repeat(2, 1)), expected.repeat(2, 1))
 
 
 def test_layers_with_adapters_stay_single():
