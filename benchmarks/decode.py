@@ -12,7 +12,9 @@ The rates are those after the first token. llama.cpp is timed by itself, if the 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,13 +36,26 @@ class DecodeConfig(BenchConfig):
     threads: int = option(0, "threads of each side (0: torch's default)", within="[0, inf)")
     guess: int = option(8, "tokens that are guessed ahead", within="[1, inf)")
     long: int = option(512, "tokens of the long prompt", within="[64, inf)")
+    llama: str | None = option(None, "used by this script itself: be llama.cpp's server of this file")
+
+
+def serve_llama(path: Path, threads: int) -> None:
+    """Prints the address of llama.cpp's server, and serves until the input ends."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port, params.verbosity = 1024, 1, 0, 0, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
 
 
 def llama_cpp(model, folder: Path, threads: int):
-    """-> a function (prompt, new) -> tokens per second, or None without the package"""
-    try:
-        import xllamacpp
-    except ImportError:
+    """-> a function (prompt, new) -> tokens per second, or None without the package. In a process of its own: in this
+    one its threads would make torch's sleep after each operation."""
+    if importlib.util.find_spec("xllamacpp") is None:
         return None
     from model.interop.gguf import write_gguf
     from tokenizer.text import Tokenizer
@@ -50,16 +65,17 @@ def llama_cpp(model, folder: Path, threads: int):
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     write_gguf(path, model.config, state, Tokenizer.load(), dtype="q8_0")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port, params.verbosity = 1024, 1, 0, 0, -1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(params)
+    command = [sys.executable, str(Path(__file__).resolve()), "--llama", str(path), "--threads", str(threads)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    address = next(line.strip() for line in process.stdout if line.startswith("http"))
 
     def rate(prompt: list[int], new: int) -> float:
         body = dict(prompt=prompt, n_predict=new, temperature=0, ignore_eos=True, cache_prompt=False)
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode(), headers)
+        request = urllib.request.Request(address + "/completion", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)["timings"]["predicted_per_second"]
 
@@ -92,6 +108,8 @@ def guesses(model, prompt: list[int], new: int, ahead: int) -> tuple[float, floa
 
 def main() -> None:
     config = parse(DecodeConfig, description=__doc__)
+    if config.llama:
+        return serve_llama(Path(config.llama), config.threads)
     import torch
 
     from benchmarks.common import machine, spread

@@ -4,8 +4,9 @@
     python benchmarks/serving.py --weight full_sft --streams 16 --rounds 5
     python benchmarks/serving.py --preset nano --new 16 --rounds 1        # to see that it runs
 
-Both sides have the same weights, prompts, greedy decoding, and end after exactly --new tokens. Rounds are interleaved.
-The server runs in this process, and its clients in another, so that these do not slow it down through Python's lock.
+Both sides have the same weights, prompts, greedy decoding, and end after exactly --new tokens. Rounds are interleaved,
+each with other prompts, so that nothing is known from the round before. Servers and clients are processes of their own:
+beside the threads of another engine, torch is twice as slow on a CPU (serve/runner.py, `apart`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -42,7 +44,9 @@ class BenchConfig(Options):
     new: int = option(128, "tokens of an answer", within="[2, inf)")
     streams: int = option(16, "answers at the same time", within="[1, inf)")
     rounds: int = option(3, "times each side is measured", within="[1, inf)")
+    places: int = option(0, "used by this script itself: be a server with so many places", within="[0, inf)")
     clients: str | None = option(None, "used by this script itself: be the clients of this server")
+    seed: int = option(0, "of the prompts", within="[0, inf)")
 
 
 def build(config: BenchConfig):
@@ -66,8 +70,8 @@ def build(config: BenchConfig):
     return prepare_for_inference(model, dtype).to(device)
 
 
-def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
-    rng = random.Random(count)
+def prompts(count: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(f"{count} {seed}")
     return [[rng.randrange(16, vocab) for _ in range(length)] for _ in range(count)]
 
 
@@ -144,40 +148,61 @@ async def be_clients(url: str, asked: list[list[int]], new: int) -> None:
     print(json.dumps({"seconds": time.perf_counter() - begin, "first": sorted(firsts)}))
 
 
-def start_server(engine) -> str:
+def serve(config: BenchConfig) -> None:
+    """Prints its URL, and serves until it is killed."""
     import uvicorn
 
+    from inference.engine import Engine
     from inference.sampling import Sampling
     from serve.app import build_app
     from serve.guard import PatientProtocol, Rules, guarded
     from serve.models import Served
+    from serve.runner import apart
     from serve.server import Limits
     from tokenizer.text import Tokenizer
 
     class Endless(Tokenizer):  # so that every answer has all its tokens
         stop_ids = frozenset()
 
+    engine = apart(lambda: Engine(build(config), config.places, max(1024, config.prompt + config.new)))
     served = Served("model", engine, Endless.load(), None, 0)
     app = guarded(build_app({"model": served}, Limits(max_waiting=1000), Sampling(temperature=0)), Rules())
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    server = uvicorn.Server(uvicorn.Config(app, http=PatientProtocol, ws="none", log_level="warning"))
-    threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
-    while not server.started:
-        time.sleep(0.05)
-    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    settings = uvicorn.Config(app, http=PatientProtocol, ws="none", log_level="warning")
+    uvicorn.Server(settings).run(sockets=[listener])
 
 
-def ask_server(config: BenchConfig, url: str, count: int) -> dict:
-    flags = ["--clients", url, "--streams", str(count), "--prompt", str(config.prompt), "--new", str(config.new)]
-    command = [sys.executable, str(Path(__file__).resolve()), *flags]
+def again(config: BenchConfig, *flags: object) -> list[str]:
+    """The command that runs this script with other flags."""
+    same = ["--preset", config.preset, "--prompt", config.prompt, "--new", config.new]
+    same += ["--weight", config.weight] if config.weight else []
+    return [sys.executable, str(Path(__file__).resolve()), *map(str, same), *map(str, flags)]
+
+
+@contextmanager
+def server(config: BenchConfig, places: int) -> Iterator[str]:
+    process = subprocess.Popen(again(config, "--places", places), stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask_server(config: BenchConfig, url: str, count: int, seed: int) -> dict:
+    command = again(config, "--clients", url, "--streams", count, "--seed", seed)
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     config = parse(BenchConfig, description=__doc__)
     if config.clients:
-        asked = prompts(config.streams, config.prompt, VOCABULARY)
+        asked = prompts(config.streams, config.prompt, VOCABULARY, config.seed)
         return asyncio.run(be_clients(config.clients, asked, config.new))
+    if config.places:
+        return serve(config)
     import tempfile
 
     from benchmarks.common import machine, show
@@ -189,33 +214,35 @@ def main() -> None:
     capacity = max(1024, config.prompt + config.new)
     figures: dict[str, list[float]] = {}
     note = lambda name, value: figures.setdefault(name, []).append(value)
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        server(config, rows) as url,
+        server(config, CROWD) as crowd_url,
+    ):
         other = theirs(model, Path(folder))
-        url = start_server(served := Engine(model, rows, capacity))
-        crowd_url = start_server(crowded := Engine(model, CROWD, capacity))
+        kept = {count: Engine(model, count, capacity) for count in (1, rows)}  # a server keeps its engine too
         for turn in range(config.rounds + 1):
-            for count in (1, config.streams):
-                asked = prompts(count, config.prompt, vocab)
-                seconds, rate = engine_seconds(Engine(model, rows, capacity), asked, config.new)
+            for count, engine in kept.items():
+                asked = prompts(count, config.prompt, vocab, turn)
+                seconds, rate = engine_seconds(engine, asked, config.new)
                 other_seconds = their_seconds(other, asked, config.new)
                 if turn:  # the first round warms up
                     note(f"{count:3} streams: engine, tokens/s in all", count * config.new / seconds)
                     note(f"{count:3} streams: engine, tokens/s after the first", rate)
                     note(f"{count:3} streams: transformers, tokens/s in all", count * config.new / other_seconds)
                     note(f"{count:3} streams: engine / transformers", other_seconds / seconds)
-            for slot in served.slots.slots:  # the engine above has read nothing either
-                slot.ids.clear()
-            asked = prompts(config.streams, config.prompt, vocab)
-            alone, _ = engine_seconds(Engine(model, rows, capacity), asked, config.new)
-            found = ask_server(config, url, config.streams)
-            long = prompts(1, 512, vocab)
-            first, _ = engine_seconds(Engine(model, 1, 1024), long, 1)
-            other_first = their_seconds(other, long, 1)
-            for slot in crowded.slots.slots:
-                slot.ids.clear()
-            crowd = ask_server(config, crowd_url, CROWD)
+                    if count == rows:
+                        found = ask_server(config, url, rows, turn)["seconds"]
+                        note(f"server with {rows} clients, time against the engine alone", found / seconds)
+                        one = figures["  1 streams: engine, tokens/s in all"][-1]
+                        note(f"{rows} streams / 1 stream, engine", rows * config.new / seconds / one)
+                elif count == rows:
+                    ask_server(config, url, rows, turn)
+            (long,) = prompts(1, 512, vocab, turn)
+            first, _ = engine_seconds(kept[1], [long], 1)
+            other_first = their_seconds(other, [long], 1)
+            crowd = ask_server(config, crowd_url, CROWD, turn)
             if turn:
-                note(f"server with {config.streams} clients, time against the engine alone", found["seconds"] / alone)
                 note("first token of 512: engine, s", first)
                 note("first token of 512: engine / transformers", first / other_first)
                 at_once = f"{CROWD} clients with --max_num_seqs {CROWD}"

@@ -80,15 +80,17 @@ class Head(Linear):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in fp32 (arXiv:1910.07467, eq. 4)."""
 
+    twice: Tensor | None  # (2 * size,): the weight, twice; for the norm of one token on a CPU (model/precision.py)
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
-        self.register_buffer("twice", None, persistent=False)  # (2 * size,): the weight, twice (model/precision.py)
+        self.register_buffer("twice", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.twice is not None and x.is_cpu and x.numel() == len(self.weight):
-            # (x, -x) has the mean 0 and the variance mean(x²); rms_norm is eight operations here, and takes twice as long
+            # (x, -x) has the mean 0 and the variance mean(x²); rms_norm, eight operations here, takes twice as long
             both = F.layer_norm(torch.cat((x, -x), dim=-1), self.twice.shape, self.twice, None, self.eps)
             return both[..., : len(self.weight)]
         if _generating():  # torch's own is the same in fewer operations

@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     from serve.app import build_app
     from serve.guard import PatientProtocol, Rules, guarded
     from serve.models import load_table
+    from serve.runner import apart
     from serve.runs import Runs
     from serve.server import Limits
 
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         names = (MODES[1 if config.model_mode is None else config.model_mode],)
     folders = (Path(config.save_dir), ROOT / "out")
     runs = Runs([folder / "runs" for folder in folders])
-    load = partial(
+    read = partial(
         load_table,
         list(names),
         [name for name in config.lora_name if name != "None"],  # MiniMind's way to say: no adapter
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         num_hidden_layers=config.num_hidden_layers,
         use_moe=config.use_moe,
     )
+    load = partial(apart, read)
     try:
         table, remarks = load()
     except NoWeights as error:  # the first model is still being trained: that can be watched

@@ -11,14 +11,36 @@ import asyncio
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import suppress
+from typing import TypeVar
 
 from inference.engine import Engine, Request, Sequence
 
+Result = TypeVar("Result")
 MESSAGE_SECONDS = 7e-5  # of the event loop; measured on a Xeon
 SHARE = 0.02  # of the time, that messages may take
 LONGEST = 0.1  # seconds that news may wait: a reader sees text that comes ten times a second flow
+
+
+def apart(call: Callable[[], Result]) -> Result:
+    """What `call` returns, from a thread that has then ended.
+
+    Each thread that computes on a CPU has helpers of its own, which end with it. If there are more of them than cores,
+    OpenMP sends them to sleep after each operation instead of letting them wait for the next one, and a token takes
+    twice as long. So beside the engines' thread none that has computed may go on: models are loaded in one that ends.
+    """
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # not a pool: Ctrl-C would wait for its end
+    return future.result()
 
 
 class Busy(Exception):

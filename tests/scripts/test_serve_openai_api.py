@@ -196,6 +196,35 @@ def test_other_machines_need_a_key(capsys, monkeypatch):
     assert "localhost" in serve_openai_api.hosts(serve_openai_api.ServeConfig(allowed_hosts=("box.lan",)))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_computed_at_the_start_leaves_no_threads(root, tmp_path):
+    """The server was twice as slow as eval_model.py: torch's helpers of the main thread, which had only loaded the
+    model, were still there beside those of the engines' thread. Two threads an operation: one helper each."""
+    script = f"""
+import os, threading, time, torch
+from scripts import serve_openai_api
+from serve import models
+
+def load_table(*args, **more):
+    torch.ones(10_000_000).mul(2)
+    found.append((threading.current_thread() is threading.main_thread(), count()))
+    return {{}}, []
+
+count = lambda: len(os.listdir("/proc/self/task"))
+found, before, models.load_table = [], count(), load_table
+import uvicorn
+uvicorn.Server.run = lambda *_, **__: None
+serve_openai_api.main(["--port", "0", "--save_dir", {str(tmp_path)!r}])
+deadline = time.monotonic() + 60  # the thread ends just after its result is there
+while count() > before and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(found, found[0][1] - before, count() - before)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("[(False, ") and done.stdout.endswith(" 2 0\n"), done.stdout + done.stderr
+
+
 def test_help_does_not_wait_for_torch(root):
     start = "from scripts.serve_openai_api import main\ntry: main(['--help'])"
     script = f"import sys; {start}\nfinally: print('torch' in sys.modules)"
