@@ -59,7 +59,9 @@ def test_settings_that_turn_something_off(client, model):
         answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=12, **more)
         assert answer.choices[0].message.content == text, more
     both = dict(max_tokens=2, max_completion_tokens=4)
-    assert client.chat.completions.create(model="tiny", messages=HELLO, **both).usage.completion_tokens == 4 < len(reply)
+    assert (
+        client.chat.completions.create(model="tiny", messages=HELLO, **both).usage.completion_tokens == 4 < len(reply)
+    )
 
 
 def test_many_choices_with_a_seed(client, model):
@@ -73,7 +75,9 @@ def test_many_choices_with_a_seed(client, model):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert [streamed[i] for i in range(3)] == texts
     ids, written = expected(model, HELLO)[0], sum(len(choice.logprobs.content) for choice in counted.choices)
-    assert (counted.usage.prompt_tokens, counted.usage.completion_tokens) == (len(ids), written), "the prompt counts once"
+    assert (counted.usage.prompt_tokens, counted.usage.completion_tokens) == (len(ids), written), (
+        "the prompt counts once"
+    )
 
 
 def test_stop_words_and_penalties_are_obeyed(client, model):
@@ -245,7 +249,9 @@ def test_many_texts_are_continued(client, model):
     asked = dict(model="tiny", n=2, best_of=2, seed=3, temperature=1.5, top_p=1, logit_bias=never)
     answer = client.completions.create(**asked, prompt=["Once", "Twice", "Once"])
     texts = [choice.text for choice in answer.choices]
-    assert texts[4:] == texts[:2] == [choice.text for choice in client.completions.create(**asked, prompt="Once").choices]
+    assert (
+        texts[4:] == texts[:2] == [choice.text for choice in client.completions.create(**asked, prompt="Once").choices]
+    )
     read = 2 * len(tokenizer.encode("Once")) + len(tokenizer.encode("Twice")) + 3
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 6 * 16) and len(set(texts)) == 4
 

@@ -1,4 +1,4 @@
-"""When the thread of the engines tells the clients what is new: seldom enough to cost little, and at once where somebody
+"""When the thread of the engines tells the clients what is new: seldom enough to cost little, at once where somebody
 waits for it."""
 
 from types import SimpleNamespace
