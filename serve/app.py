@@ -120,6 +120,8 @@ def build_app(
         alive = server.runner.thread.is_alive()
         return Json({"status": "ok" if alive else "the engines have stopped"}, status_code=200 if alive else 503)
 
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)  # how proxies ask
+
     @app.get("/metrics")
     async def metrics():
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -144,7 +146,7 @@ def build_app(
         return Json(found)
 
     for path in PAGES:
-        app.add_api_route(path, partial(page, path), include_in_schema=False)
+        app.add_api_route(path, partial(page, path), methods=["GET", "HEAD"], include_in_schema=False)
 
     add_errors(app)
     return app

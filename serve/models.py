@@ -82,6 +82,7 @@ class Base:
         self.hash, self.bits = checkpoint.hash, bits
         self.model: CausalLM = checkpoint.build(dtype, bits, device)
         checkpoint.release()
+        self.parameters = self.model.num_parameters()  # without those of the adapters that are added
         self.active: str | None = None
         self.name: str | None = None  # under which it is served without an adapter
 
@@ -182,7 +183,7 @@ def load_table(
         table[name] = Served(name, engine, base.tokenizer, on, stamp.created, stamp)
         on = f", the adapter on {base.checkpoint.path}" if adapter else f": {base.checkpoint.path}"
         bits = f" in {base.bits} bits" if base.bits else ""
-        remarks.append(f"{name}{on}, {base.model.num_parameters() / 1e6:.1f}M parameters{bits}")
+        remarks.append(f"{name}{on}, {base.parameters / 1e6:.1f}M parameters{bits}")
     return table, remarks
 
 

@@ -101,7 +101,7 @@ class Common(BaseModel):
         words = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(words) > STOPS or any(len(word) > 1000 for word in words):
             raise Refused(f"stop: at most {STOPS} words of at most 1000 characters", "stop")
-        return [word for word in words if word]
+        return words
 
     @property
     def wants_usage(self) -> bool:

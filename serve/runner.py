@@ -2,7 +2,8 @@
 
 Python runs one thread at a time, so whatever the event loop does costs the engines time. To write and send a piece of
 an answer takes it about MESSAGE_SECONDS. So the more answers have news, the longer they are collected: messages take
-SHARE of the time, however many clients there are. A first token and an end are told at once.
+SHARE of the time, more only where news would wait longer than LONGEST. A first token and an end are told at once, and
+the other answers' news is not told with them.
 """
 
 from __future__ import annotations
@@ -110,10 +111,11 @@ class Runner:
                 self.work.wait()
                 self.work.clear()
                 continue
-            moved = self._step()
-            news.update(moved)
-            urgent = any(s.finish_reason or len(s.tokens) == 1 for s in moved)
-            if urgent or time.monotonic() - told > min(len(news) * MESSAGE_SECONDS / SHARE, LONGEST):
+            moved = set(self._step())
+            urgent = {s for s in moved if s.finish_reason or len(s.tokens) < 3}  # a GPU may have read the first two
+            news = (news | moved) - urgent
+            self._tell(urgent)
+            if time.monotonic() - told > min(len(news) * MESSAGE_SECONDS / SHARE, LONGEST):
                 self._tell(news)
                 told = time.monotonic()
 

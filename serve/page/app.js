@@ -74,6 +74,7 @@ function choose(root) {
 function forget(root) {
   if (!confirm(word('sure'))) return;
   talk.remove(root);
+  root.replies = []; // else an answer that is still being made would bring it back
   state.list = state.list.filter((other) => other !== root);
   if (root === state.open) choose(state.list[0] ?? talk.conversation());
   showList();
@@ -258,8 +259,9 @@ async function load(file) {
   try {
     const found = talk.fromFile(await file.text());
     if (!found.length) throw new Error('empty');
-    for (const root of found.reverse()) keep(root);
-    choose(found.at(-1));
+    choose(found[0]);
+    for (const root of found.reverse()) keep(root); // after choose, which takes the last notice away
+    showList();
   } catch {
     notice(`${word('bad_file')}: ${file.name}`);
   }

@@ -97,6 +97,18 @@ def test_an_adapter_alone_is_on_its_own_base(out):
         load_table([], ["lora_one", str(out / "lora/lora_one_32.pth")], (out,), rows=1, max_seq_len=64)
 
 
+def test_the_size_that_is_told_is_that_of_the_base(out):
+    """The adapters' parameters were counted, too, in the base and in each adapter."""
+    adapted, settings = small_model(std=0.2), LoRASettings(rank=64)
+    size = f", {adapted.num_parameters() / 1e6:.1f}M parameters"
+    add_lora(adapted, settings)
+    assert f", {adapted.num_parameters() / 1e6:.1f}M parameters" != size
+    base = dict(path=str(out / "full_sft_32.pth"), hash=load_weights(out / "full_sft_32.pth").hash)
+    save_adapter(out / "lora/lora_large_32.pth", adapted, settings, base=base, tokenizer=KNOWN, lineage=[])
+    _, remarks = load_table(["full_sft"], ["lora_large"], (out,), rows=1, max_seq_len=64)
+    assert len(remarks) == 2 and all(remark.endswith(size) for remark in remarks)
+
+
 @pytest.fixture(scope="module")
 def crowd(out):
     """The base and its two adapters behind one server."""

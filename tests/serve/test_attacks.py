@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from serve.choices import Choices
+from inference.drawn import LogProb
+from serve.choices import Choice, Choices, chat_logprobs
 from serve.guard import PatientProtocol, Rules
 from serve.server import Limits
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.models import small_model
 from tests.helpers.servers import CHAT, ENDLESS, HELLO, Parrot, connect, head, running, served, whole
+from tokenizer.answer import Answer, join
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,36 @@ def test_who_leaves_just_when_a_token_comes_is_not_followed_on(turns):
         assert task.cancelled()
 
     asyncio.run(leave())
+
+
+def test_time_runs_out_also_for_who_gets_no_token():
+    """In the queue, or where a step takes long: nothing wakes the answer but its own alarm."""
+    choice = SimpleNamespace(finish_reason=None, seen=0, advance=list)
+    choice.sequence = SimpleNamespace(cancel=lambda: setattr(choice, "finish_reason", "length"))
+
+    async def follow() -> None:
+        async for _ in Choices(None, [choice], asyncio.Event(), time.monotonic() + 0.05).follow():
+            pass
+
+    asyncio.run(asyncio.wait_for(follow(), 20))
+    assert choice.finish_reason == "length"
+
+
+def test_after_a_stop_word_nothing_is_written():
+    """One choice of several may be over before the others: its place is given to who waits."""
+    cancelled = []
+    sequence = SimpleNamespace(tokens=tokenizer.encode("one two"), finish_reason=None)
+    sequence.cancel = lambda: cancelled.append(True)
+    choice = Choice(0, sequence, Answer(tokenizer, stop=["two"]), tokenizer)
+    assert join(choice.advance())["content"] == "one " and choice.finish_reason == "stop" and cancelled
+    sequence.tokens += tokenizer.encode(" three")
+    assert choice.advance() == []
+
+
+def test_log_probabilities_that_json_cannot_write():
+    found = [(5, LogProb(float("-inf"), [(5, float("nan"))]))]
+    (entry,) = chat_logprobs(tokenizer, found)["content"]
+    assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == -9999.0
 
 
 def test_a_refused_body_gets_its_answer(model):

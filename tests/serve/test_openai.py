@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from inference.decode import generate
+from inference.engine import Engine
 from inference.sampling import Sampling
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.servers import GREEDY, WEATHER, expected, running, say, served
 from tokenizer.chat import encode_chat
 
 HELLO = [{"role": "user", "content": "你好, how are you?"}]
+LONG_CALL = {"function": {"name": "x", "arguments": json.dumps({"x": "long " * 90_000})}}
 
 
 # ---- chat
@@ -43,17 +45,39 @@ def test_the_stream_ends_as_the_protocol_says(server):
     lines = answer.text.split("\n\n")
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: ") for line in lines[:-1])
+    assert not any("usage" in json.loads(line[6:]) for line in lines[:-2])
+    answer = httpx.post(server.url + "/v1/chat/completions", json=body | {"stream_options": {"include_usage": True}})
+    usages = [json.loads(line[6:])["usage"] for line in answer.text.split("\n\n")[:-2]]
+    assert usages[:-1] == [None] * (len(usages) - 1) and usages[-1]["completion_tokens"]
 
 
-def test_many_choices_with_a_seed(client):
+def test_settings_that_turn_something_off(client, model):
+    """As vLLM's and OpenAI's clients write them: all tokens, only the likeliest one, no stop word. And the newer name
+    of the length counts where both are given."""
+    _, reply, text = expected(model, HELLO)
+    for more in (dict(extra_body={"top_k": -1}), dict(top_p=0, temperature=1), dict(stop=""), dict(stop=["", "\0no"])):
+        answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=12, **more)
+        assert answer.choices[0].message.content == text, more
+    both = dict(max_tokens=2, max_completion_tokens=4)
+    assert (
+        client.chat.completions.create(model="tiny", messages=HELLO, **both).usage.completion_tokens == 4 < len(reply)
+    )
+
+
+def test_many_choices_with_a_seed(client, model):
     asked = dict(model="tiny", messages=HELLO, max_tokens=10, n=3, seed=7, temperature=1.5, top_p=1)
     first, again = (client.chat.completions.create(**asked) for _ in range(2))
+    counted = client.chat.completions.create(**asked, logprobs=True)
     texts = [choice.message.content for choice in first.choices]
     assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) == 3
     streamed = {0: "", 1: "", 2: ""}
     for chunk in client.chat.completions.create(**asked, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert [streamed[i] for i in range(3)] == texts
+    ids, written = expected(model, HELLO)[0], sum(len(choice.logprobs.content) for choice in counted.choices)
+    assert (counted.usage.prompt_tokens, counted.usage.completion_tokens) == (len(ids), written), (
+        "the prompt counts once"
+    )
 
 
 def test_stop_words_and_penalties_are_obeyed(client, model):
@@ -91,6 +115,18 @@ def test_log_probabilities_of_a_chat(client, model):
         if chunk.choices[0].logprobs:
             streamed += chunk.choices[0].logprobs.content
     assert [one.token for one in streamed] == [one.token for one in content]
+
+
+def test_log_probabilities_of_tokens_that_are_no_text_yet(client, parrot):
+    """Each token of a character is sent by itself; those before the last one have nothing to show."""
+    ids = tokenizer.encode("👩‍👧")
+    assert len(ids) > 3
+    say(parrot, "👩‍👧")
+    parrot.seconds = 0.02
+    chunks = list(client.chat.completions.create(model="parrot", messages=HELLO, logprobs=True, stream=True))
+    parrot.seconds = 0.0
+    told = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    assert [bytes(one.bytes) for one in told] == tokenizer.bytes_of(ids)
 
 
 # ---- thoughts and tools
@@ -171,11 +207,25 @@ def test_a_demanded_tool_is_called(client, parrot):
     asked = dict(model="parrot", messages=HELLO, tools=[WEATHER])
     (tool,) = client.chat.completions.create(**asked, tool_choice=choice).choices[0].message.tool_calls
     assert json.loads(tool.function.arguments) == {"city": "Rome"}
-    say(parrot, ' "get_weather", "arguments": {}}\n', "</tool_call>", "<tool_call>", "more", "</tool_call>")
-    answer = client.chat.completions.create(**asked, tool_choice="required", parallel_tool_calls=False)
-    assert [tool.function.name for tool in answer.choices[0].message.tool_calls] == ["get_weather"]
+    second = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
+    say(parrot, ' "get_weather", "arguments": {}}\n', "</tool_call>", "<tool_call>", second, "</tool_call>")
+    for parallel, found in ((False, ["{}"]), (True, ["{}", '{"city": "Oslo"}'])):
+        answer = client.chat.completions.create(**asked, tool_choice="required", parallel_tool_calls=parallel)
+        assert [tool.function.arguments for tool in answer.choices[0].message.tool_calls] == found
     with pytest.raises(openai.BadRequestError, match="name a function among the tools"):
         client.chat.completions.create(**asked, tool_choice={"type": "function", "function": {"name": "other"}})
+
+
+def test_the_prompt_of_a_demanded_tool(client, parrot, monkeypatch):
+    """It ends with the beginning of a call, as a model is trained on it, and opens no thought before."""
+    read, submit = [], Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda self, request: read.append(request.prompt) or submit(self, request))
+    say(parrot, "x")
+    asked = dict(model="parrot", messages=HELLO, tools=[WEATHER], tool_choice="required")
+    for thinking in (True, False):
+        client.chat.completions.create(**asked, extra_body={"enable_thinking": thinking})
+    call = [tokenizer.control["<tool_call>"], *tokenizer.encode('\n{"name":')]
+    assert read[0] == read[1] and read[0][-len(call) :] == call
 
 
 # ---- completions
@@ -191,6 +241,49 @@ def test_a_text_is_continued(client, model):
     assert [c.text for c in both.choices] == ["Once upon" + text] * 2 and [c.index for c in both.choices] == [0, 1]
     stream = client.completions.create(model="tiny", prompt="Once upon", max_tokens=9, stream=True, echo=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == "Once upon" + text
+
+
+def test_many_texts_are_continued(client, model):
+    """Every text has the choices that it has alone; 16 tokens where nobody says how many, as OpenAI has it."""
+    never = {str(token): -1000 for token in tokenizer.stop_ids}
+    asked = dict(model="tiny", n=2, best_of=2, seed=3, temperature=1.5, top_p=1, logit_bias=never)
+    answer = client.completions.create(**asked, prompt=["Once", "Twice", "Once"])
+    texts = [choice.text for choice in answer.choices]
+    assert (
+        texts[4:] == texts[:2] == [choice.text for choice in client.completions.create(**asked, prompt="Once").choices]
+    )
+    read = 2 * len(tokenizer.encode("Once")) + len(tokenizer.encode("Twice")) + 3
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 6 * 16) and len(set(texts)) == 4
+
+
+def test_what_the_log_probabilities_of_a_text_leave_out(client, parrot):
+    """The token that we put before a text, control tokens in its offsets, and what came after a stop word."""
+    say(parrot, "one two")
+    told = lambda **asked: client.completions.create(**asked, logprobs=1).choices[0]
+    choice = told(model="parrot", prompt="x")
+    assert choice.text == "one two" and "".join(choice.logprobs.tokens) == "one two<|im_end|>"
+    choice = told(model="parrot", prompt="x", stop=" two")
+    assert choice.text == "one" and "<|im_end|>" not in choice.logprobs.tokens
+    choice = told(model="tiny", prompt="zero", echo=True, max_tokens=0)
+    assert choice.text == "zero" == "".join(choice.logprobs.tokens)
+    ids = [tokenizer.control["<|im_start|>"], *tokenizer.encode("zero")]
+    choice = told(model="tiny", prompt=ids, echo=True, max_tokens=0)
+    assert choice.text == "zero" and choice.logprobs.tokens[0] == "<|im_start|>"
+    assert choice.logprobs.text_offset[:2] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"prompt": []}, "at least one"),
+        ({"prompt": [tokenizer.vocab_size]}, "token ids from 0 to"),
+        ({"best_of": 2}, "best_of: is not supported"),
+        ({"suffix": "x"}, "suffix: is not supported"),
+    ],
+)
+def test_mistakes_in_a_text_are_told(client, changes, complaint):
+    with pytest.raises(openai.BadRequestError, match=complaint):
+        client.completions.create(**{"model": "tiny", "prompt": "x", "max_tokens": 1, **changes})
 
 
 def test_the_likelihood_of_a_text_as_lm_evaluation_harness_asks_for_it(client, model):
@@ -209,6 +302,8 @@ def test_the_likelihood_of_a_text_as_lm_evaluation_harness_asks_for_it(client, m
         assert found[len(context) : -1] == pytest.approx(wanted, abs=1e-3)
         best = [max(top.values()) for top in choice.logprobs.top_logprobs[len(context) : -1]]
         assert (found[len(context) : -1] == best) is greedy
+        listed = zip(choice.logprobs.tokens[1:], found[1:], choice.logprobs.top_logprobs[1:])
+        assert all(top[token] == value for token, value, top in listed), "also where it is not the likeliest"
         assert choice.text.startswith(tokenizer.decode(row))
         pieces = zip(choice.logprobs.tokens, choice.logprobs.text_offset)
         assert all(choice.text[at:].startswith(token) for token, at in pieces if not token.startswith("bytes:"))
@@ -266,6 +361,7 @@ def test_tokens_there_and_back(server):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, r"messages\[0\]: role must be one of"),
         ({"messages": [{"role": "user"}]}, "content must be text"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "every message is empty"),
         ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ({"max_tokens": "many"}, "max_tokens"),
         ({"n": 100}, "n: Input should be less than or equal to 16"),
@@ -278,6 +374,10 @@ def test_tokens_there_and_back(server):
             {"messages": [{"role": "user", "content": "long " * 90_000}]},
             "and the prompt has more than",
         ),  # not tokenised
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [LONG_CALL]}]},
+            "and the prompt has more than",
+        ),
     ],
 )
 def test_mistakes_are_told_in_openais_form(client, changes, complaint):
@@ -301,6 +401,9 @@ def test_other_paths_and_methods(server):
     for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/", 405)):
         answer = httpx.request(method, server.url + path)
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    for path in ("/", "/health"):  # curl -I, proxies
+        answer = httpx.head(server.url + path)
+        assert answer.status_code == 200 and answer.content == b"" and int(answer.headers["content-length"]) > 10
 
 
 def test_health_and_metrics(server, client):
