@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from model.transformer import CausalLM
 from tokenizer.chat import Encoded, encode_chat
 from tokenizer.text import Tokenizer
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = tuple(string.ascii_uppercase)  # not one string: "BC" would be "in" it
 WORDS = {"zh": ("问题：{}\n", "答案："), "en": ("Question: {}\n", "Answer:")}
 WAYS = ("choice", "choice_norm", "letter")
 
@@ -93,11 +94,14 @@ def as_choice(row: dict, where: str) -> Choice | None:
     if isinstance(options, dict):  # ARC as on the hub: {"text": [...], "label": [...]}
         labels, options = options.get("label", LETTERS), options.get("text")
     if options is None and {"a", "b"} <= low.keys():
-        options = [low[letter.lower()] for letter in LETTERS if low.get(letter.lower()) not in (None, "")]
+        labels = [letter for letter in LETTERS if low.get(letter.lower()) not in (None, "")]
+        options = [low[letter.lower()] for letter in labels]
     if isinstance(options, list) and options and all(isinstance(option, dict) for option in options):
         labels, options = [option.get("label") for option in options], [option.get("text") for option in options]
     if not isinstance(question, str) or not isinstance(options, (list, tuple)):
         return None
+    if len(options) > len(LETTERS):
+        raise UserError(f"{where}: {len(options)} options, and there are only {len(LETTERS)} letters for them")
     given = next((low[key] for key in ("answerkey", "answer", "gold", "label", "target") if key in low), None)
     right = _number(given, list(labels)[: len(options)], options)
     if right is None:
@@ -107,7 +111,7 @@ def as_choice(row: dict, where: str) -> Choice | None:
 
 
 def _number(given: object, labels: list, options: Sequence) -> int | None:
-    """Which option is meant: a label, A to J, a number from 0, or the option itself."""
+    """Which option is meant: a label, a letter, a number from 0, or the option itself."""
     text = str(given).strip()
     for names in ([str(label).strip() for label in labels], LETTERS[: len(options)]):
         if text and text.upper() in names:
