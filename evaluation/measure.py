@@ -96,7 +96,7 @@ def measure(
     metrics: Sequence[str] = (),
     settings: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> Measured:
-    """metrics: names, as `chosen` gives them; none: all that the file allows. Those that it does not allow are noted."""
+    """metrics: names, as `chosen` gives them; none: all that the file allows. Those that it does not are noted."""
     path = require_file(path)
     found = Measured(str(path), kind_of(path))
     names = [name for name in metrics or _usual(found) if METRICS[name].of in OF_KIND[found.kind]]
