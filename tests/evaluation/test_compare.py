@@ -408,5 +408,5 @@ def test_a_column_that_has_ended_stays_empty():
 
 def test_a_terminal_sees_the_line_that_grows():
     out = written([4, 4], (0, "ab"), (1, "c"), live=True)
-    assert out.startswith("\rab   │\rab   │ c") and out.endswith("\n")
+    assert out == "\rab   │\rab   │ c\rab   │ c\n", "each time over the line that is there"
     assert "␛" in written([9, 4], (0, "\x1b[2J"))
