@@ -148,7 +148,8 @@ def score(
     chats: bool = True,
     examples: Sequence[Choice] = (),
 ) -> dict[str, np.ndarray]:
-    """{way: (n, 2)}: whether the way finds the right option, and 1, for each question.
+    """{way: (n, 2)}: whether the way finds the right option, and 1, for each question; 0 and 0 where the model has
+    fewer positions than that takes.
 
     chats: with a chat template. examples: solved questions that are shown before each.
     """
@@ -158,16 +159,20 @@ def score(
     rows = [encode(tokenizer, [*solved, (q.question, option)]) for q in questions for option in q.options]
     letters_of = lambda q: LETTERS[: len(q.options)]
     rows += [encode(tokenizer, [*lettered, (q.listed, letter)]) for q in questions for letter in letters_of(q)]
+    fits = np.array([len(row.ids) - 1 <= model.config.max_position_embeddings for row in rows])
+    rows = [row if fit else Encoded([0], [False]) for row, fit in zip(rows, fits)]
     sums = np.array([logp.sum(dtype=np.float64) for logp in log_likelihoods(model, rows, progress="options")])
+    sums[~fits] = np.nan
     texts, letters = np.split(sums, 2)
-    found = {way: np.ones((len(questions), 2)) for way in WAYS}
+    found = {way: np.zeros((len(questions), 2)) for way in WAYS}
     begin = 0
     for n, q in enumerate(questions):
         own = slice(begin, begin + len(q.options))
         sizes = np.array([max(len(option.encode()), 1) for option in q.options])
         begin = own.stop
         for way, scores in zip(WAYS, (texts[own], texts[own] / sizes, letters[own])):
-            found[way][n, 0] = float(scores.argmax() == q.right)
+            if np.isfinite(scores).all():
+                found[way][n] = scores.argmax() == q.right, 1
     return found
 
 

@@ -293,5 +293,10 @@ def _measure_choices(
     counts = score(model, tokenizer, questions, chats=settings.chats, examples=examples)
     chance = sum(1 / len(q.options) for q in questions) / len(questions)
     for name in names:
-        found.add(name, counts[name], [q.where for q in questions], f"{len(examples)}-shot")
+        kept = np.flatnonzero(counts[name][:, 1])
+        if len(kept):
+            found.add(name, counts[name][kept], [questions[n].where for n in kept], f"{len(examples)}-shot")
+        if left := len(questions) - len(kept):
+            limit = model.config.max_position_embeddings
+            found.notes.append(f"{name}: {left:,} questions left out: with all that is shown, above {limit:,} tokens")
     found.notes.append(f"guessing would find {chance:.1%} of the right options")

@@ -178,6 +178,17 @@ def test_guessing_among_different_numbers_of_options(model, tmp_path):
     assert "guessing would find 37.5% of the right options" in found.notes
 
 
+def test_multiple_choice_longer_than_the_model_is_counted(tmp_path):
+    """64 positions: one question is too long, and another with its options listed. The run went on for none of them."""
+    model = small_model(std=0.2, max_position_embeddings=64).eval()
+    rows = [*CHOICES, CHOICES[0] | {"question": "word " * 70}, CHOICES[0] | {"choices": ["word " * 40, "2", "3", "4"]}]
+    found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *rows), (), SHORT)
+    assert found.labels["choice"] == ["1", "2", "3", "4", "6"] and found.labels["letter"] == ["1", "2", "3", "4"]
+    assert found.counts["letter"][:, 1].tolist() == [1] * 4
+    assert "choice: 1 questions left out: with all that is shown, above 64 tokens" in found.notes
+    assert "letter: 2 questions left out: with all that is shown, above 64 tokens" in found.notes
+
+
 def test_what_the_questions_are_asked_with(model, tmp_path, monkeypatch):
     """System prompt, tools and --enable_thinking for a model that chats; for one that continues, the question alone. A
     row's own system prompt stays. Answers are graded without their thoughts, and kept with them."""
