@@ -11,7 +11,7 @@ import torch
 from common.files import ROOT
 from dataset.read.questions import read_questions
 from evaluation.columns import Columns
-from evaluation.compare import compare
+from evaluation.compare import _mean_bits, compare
 from evaluation.measure import Settings, answer_questions
 from evaluation.models import open_models
 from evaluation.page import render, write_page
@@ -100,6 +100,8 @@ def test_surprise_is_the_log_likelihood_of_the_others_words(home, result):
                     log_p = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
                 expected = -sum(log_p[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))) / math.log(2)
                 assert sum(reading["bits"]) == pytest.approx(expected, abs=0.1)
+    means = [[_mean_bits([row["read"][r][a] for row in result["questions"]]) for a in range(2)] for r in range(2)]
+    assert result["surprise"] == means and means[0][1] != means[1][0], "[reader][author]"
 
 
 def test_the_first_model_is_what_the_others_are_compared_with(result):

@@ -156,6 +156,7 @@ def test_a_vote_names_a_question_two_models_and_a_choice(tmp_path, wrong):
 def test_a_pretrained_model_continues_and_the_others_answer(tmp_path):
     questions = read_questions(jsonl(tmp_path / "q.jsonl", dict(question="Once upon")))
     plain, tuned = contender("p", stage="pretrain"), contender("s")
+    tuned.history.stages.insert(0, dict(stage="pretrain"))  # the last one counts
     assert plain.encode("Once upon", "Be brief.") == prompt_ids(TOKENIZER, "Once upon")
     messages = [dict(role="system", content="Be brief."), dict(role="user", content="Once upon")]
     assert tuned.encode("Once upon", "Be brief.") == prompt_ids(TOKENIZER, messages)

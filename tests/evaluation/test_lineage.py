@@ -17,6 +17,7 @@ from evaluation.lineage import (
     command,
     facts,
     read_lineage,
+    reasons_to_repeat,
 )
 from model.checkpoint import load_weights, save_weights
 from tests.helpers.models import TOKENIZER, small_model
@@ -95,6 +96,8 @@ def test_a_parent_is_known_by_its_weights_not_by_its_name(home):
     (out / "pretrain_32.pth").rename(out / "kept_32.pth")  # found by its hash
     part = next(part for part in check(read_lineage(out / "full_sft_32.pth")) if part.what == "parent")
     assert part.status == UNCHANGED and part.where.endswith("kept_32.pth")
+    again = reasons_to_repeat(read_lineage(out / "full_sft_32.pth"), "")
+    assert f"parent {out / 'pretrain_32.pth'}" in again, "a run would begin with what lies at its own place now"
     model = load_weights(out / "kept_32.pth").build()
     with torch.no_grad():
         model.model.norm.weight[0] += 1

@@ -11,7 +11,7 @@ from common.console import printable
 from evaluation.lineage import History
 from evaluation.models import Contender, open_models
 from evaluation.page import write_page
-from evaluation.trace import change_of, lens, trace
+from evaluation.trace import change_of, changes, lens, trace
 from evaluation.xray import _experts, _packed, _predictions, text_of, unpacked, xray
 from inference.answers import prompt_ids
 from model.adapter import save_adapter
@@ -99,6 +99,13 @@ def test_the_size_of_a_change_without_its_matrix():
         assert change_of(layer, "default")["rank"] == pytest.approx(3, abs=1e-3)
         own.B[:, 1:] = 0
     assert change_of(layer, "default")["rank"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_changes_of_one_of_two_adapters():
+    model = tiny_model()
+    for name, target in (("a", "q_proj"), ("b", "k_proj")):
+        add_lora(model, LoRASettings(rank=2, targets=(target,)), name)
+    assert {path.rpartition(".")[2] for path in changes(model, "a")} == {"q_proj"}
 
 
 def test_the_routing_is_what_the_layer_computes_with():
