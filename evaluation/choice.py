@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from model.transformer import CausalLM
 from tokenizer.chat import Encoded, encode_chat
 from tokenizer.text import Tokenizer
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = tuple(string.ascii_uppercase)  # not one string: "BC" would be "in" it
 WORDS = {"zh": ("问题：{}\n", "答案："), "en": ("Question: {}\n", "Answer:")}
 WAYS = ("choice", "choice_norm", "letter")
 
@@ -93,11 +94,14 @@ def as_choice(row: dict, where: str) -> Choice | None:
     if isinstance(options, dict):  # ARC as on the hub: {"text": [...], "label": [...]}
         labels, options = options.get("label", LETTERS), options.get("text")
     if options is None and {"a", "b"} <= low.keys():
-        options = [low[letter.lower()] for letter in LETTERS if low.get(letter.lower()) not in (None, "")]
+        labels = [letter for letter in LETTERS if low.get(letter.lower()) not in (None, "")]
+        options = [low[letter.lower()] for letter in labels]
     if isinstance(options, list) and options and all(isinstance(option, dict) for option in options):
         labels, options = [option.get("label") for option in options], [option.get("text") for option in options]
     if not isinstance(question, str) or not isinstance(options, (list, tuple)):
         return None
+    if len(options) > len(LETTERS):
+        raise UserError(f"{where}: {len(options)} options, and there are only {len(LETTERS)} letters for them")
     given = next((low[key] for key in ("answerkey", "answer", "gold", "label", "target") if key in low), None)
     right = _number(given, list(labels)[: len(options)], options)
     if right is None:
@@ -107,7 +111,7 @@ def as_choice(row: dict, where: str) -> Choice | None:
 
 
 def _number(given: object, labels: list, options: Sequence) -> int | None:
-    """Which option is meant: a label, A to J, a number from 0, or the option itself."""
+    """Which option is meant: a label, a letter, a number from 0, or the option itself."""
     text = str(given).strip()
     for names in ([str(label).strip() for label in labels], LETTERS[: len(options)]):
         if text and text.upper() in names:
@@ -144,7 +148,8 @@ def score(
     chats: bool = True,
     examples: Sequence[Choice] = (),
 ) -> dict[str, np.ndarray]:
-    """{way: (n, 2)}: whether the way finds the right option, and 1, for each question.
+    """{way: (n, 2)}: whether the way finds the right option, and 1, for each question; 0 and 0 where the model has
+    fewer positions than that takes.
 
     chats: with a chat template. examples: solved questions that are shown before each.
     """
@@ -154,16 +159,20 @@ def score(
     rows = [encode(tokenizer, [*solved, (q.question, option)]) for q in questions for option in q.options]
     letters_of = lambda q: LETTERS[: len(q.options)]
     rows += [encode(tokenizer, [*lettered, (q.listed, letter)]) for q in questions for letter in letters_of(q)]
+    fits = np.array([len(row.ids) - 1 <= model.config.max_position_embeddings for row in rows])
+    rows = [row if fit else Encoded([0], [False]) for row, fit in zip(rows, fits)]
     sums = np.array([logp.sum(dtype=np.float64) for logp in log_likelihoods(model, rows, progress="options")])
+    sums[~fits] = np.nan
     texts, letters = np.split(sums, 2)
-    found = {way: np.ones((len(questions), 2)) for way in WAYS}
+    found = {way: np.zeros((len(questions), 2)) for way in WAYS}
     begin = 0
     for n, q in enumerate(questions):
         own = slice(begin, begin + len(q.options))
         sizes = np.array([max(len(option.encode()), 1) for option in q.options])
         begin = own.stop
         for way, scores in zip(WAYS, (texts[own], texts[own] / sizes, letters[own])):
-            found[way][n, 0] = float(scores.argmax() == q.right)
+            if np.isfinite(scores).all():
+                found[way][n] = scores.argmax() == q.right, 1
     return found
 
 

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from dataset.read.jsonl import require_file
 from dataset.read.questions import Question
 from evaluation.likelihood import log_likelihoods
 from evaluation.lineage import facts as facts_of_stage
-from evaluation.measure import OF_KIND, PACKAGES, Measured, Settings, answer_questions, kind_of, measure
-from evaluation.metrics import METRICS, ratio
+from evaluation.measure import OF_KIND, Measured, Settings, answer_questions, kind_of, measure
+from evaluation.metrics import METRICS, ratio, to_install
 from evaluation.models import Contender
 from evaluation.page import write_page
 from evaluation.statistics import bootstrap, paired_difference
@@ -200,7 +199,7 @@ def _figures(questions: Sequence[Question], said: Sequence[Sequence[Answer]]) ->
     if known:
         references = [questions[n].references for n in known]
         usual = [name for name, metric in METRICS.items() if metric.of == "answers" and metric.usual]
-        names = [name for name in usual if _installed(name)]
+        names = [name for name in usual if not to_install([name])]
         if not any("####" in q.references[0] for q in questions if q.references):
             names.remove("number")
         for name in names:
@@ -209,8 +208,8 @@ def _figures(questions: Sequence[Question], said: Sequence[Sequence[Answer]]) ->
             counts = [metric.count([own[n].text for n in known], references) for own in said]
             form = "share" if "%" in metric.form else "number"
             found.append(_row(name, metric.title, form, metric.better, metric.value, [c for c, _ in counts]))
-        if missing := sorted({package for name, package in PACKAGES.items() if not _installed(name)}):
-            note(f"BLEU or ROUGE left out: pip install {' '.join(missing).replace('_', '-')}")
+        if packages := to_install(usual):
+            note(f"BLEU or ROUGE left out: pip install {packages}")
     for name, (title, of, form, better) in OF_AN_ANSWER.items():
         values = [[of(answer, q) if answer.asked else None for answer, q in zip(own, questions)] for own in said]
         shared = [n for n in range(len(questions)) if all(own[n] is not None for own in values)]
@@ -218,10 +217,6 @@ def _figures(questions: Sequence[Question], said: Sequence[Sequence[Answer]]) ->
             counts = [np.array([[own[n], 1.0] for n in shared]) for own in values]
             found.append(_row(name, title, form, better, ratio, counts))
     return found
-
-
-def _installed(name: str) -> bool:
-    return name not in PACKAGES or find_spec(PACKAGES[name]) is not None
 
 
 def _row(

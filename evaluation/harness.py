@@ -140,6 +140,8 @@ def register() -> type:
                 temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
                 sampling = Sampling(temperature, top_p=float(options.get("top_p") or 1), seed=0)
                 room = self.limit - most
+                if room < 1:
+                    raise UserError(f"max_gen_toks {most} leaves none of {self.limit} positions for the question")
                 prompts = [self.tok_encode(requests[n].args[0])[-room:] for n in numbers]
                 said = answers_to_ids(self.model, self.text, prompts, max_new_tokens=most, sampling=sampling)
                 for n, answer in zip(numbers, said):
@@ -165,4 +167,4 @@ def loss_marked_if_not_greedy(logits: Tensor, targets: Tensor, rows: slice) -> T
     """logits (n, V), targets (n,) -> (n,): cross-entropy, negative where the target is not the likeliest token. There
     the cross-entropy is above 0, so no sign is lost."""
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-    return torch.where((logits.argmax(-1) == targets) | (targets < 0), loss, -loss)
+    return torch.where(logits.argmax(-1) == targets, loss, -loss)

@@ -5,8 +5,7 @@
     for part in check(history): print(part.status, part.what, part.path)
 
 Training records an entry for every stage: `Job.origin` in trainer/loop/job.py, and `_lineage` in engine.py beside it.
-Files written by older versions lack the paths
-of the data and of the parents; what is missing is called "not recorded".
+Files written by older versions lack the paths of the data and of the parents; what is missing is called "not recorded".
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from dataset.read.parse import decode
 from dataset.read.questions import Question, read_questions, read_rows
 from evaluation.choice import read_choices, read_examples, score
 from evaluation.likelihood import WINDOW, log_likelihoods, totals, windows
-from evaluation.metrics import METRICS
+from evaluation.metrics import METRICS, to_install
 from evaluation.statistics import bootstrap
 from inference.answers import GREEDY, Answer, answers_to_ids, prompt_ids
 from inference.health import health
@@ -40,7 +39,6 @@ OF_KIND = {  # what a file holds -> what can be measured with it
     "questions": ("likelihood", "answers", "pairs"),
     "choice": ("choice",),
 }
-PACKAGES = {"bleu": "sacrebleu", "rouge1": "rouge_score", "rouge2": "rouge_score", "rougeL": "rouge_score"}
 
 
 @dataclass(frozen=True)
@@ -98,16 +96,14 @@ def measure(
     metrics: Sequence[str] = (),
     settings: Settings = Settings(),  # noqa: B008 (frozen)
 ) -> Measured:
-    """metrics: names in METRICS; none: all that the file allows. Those that it does not allow are noted."""
+    """metrics: names, as `chosen` gives them; none: all that the file allows. Those that it does not are noted."""
     path = require_file(path)
     found = Measured(str(path), kind_of(path))
     names = [name for name in metrics or _usual(found) if METRICS[name].of in OF_KIND[found.kind]]
     if left := [name for name in metrics if name not in names]:
         found.notes.append(f"{', '.join(left)}: not for {_in_words(found.kind)}")
-    missing = {PACKAGES[name] for name in names if name in PACKAGES and not find_spec(PACKAGES[name])}
-    if missing and not metrics:
-        names = [name for name in names if PACKAGES.get(name) not in missing]
-        packages = " ".join(sorted(missing)).replace("_", "-")
+    if packages := "" if metrics else to_install(names):
+        names = [name for name in names if not to_install([name])]
         found.notes.append(f"BLEU or ROUGE left out: pip install {packages}")
     by_kind = {"text": _measure_text, "questions": _measure_questions, "choice": _measure_choices}
     by_kind[found.kind](model, tokenizer, found, names, settings)
@@ -246,8 +242,7 @@ def answer_questions(
     prompts = [
         prompt_ids(tokenizer, own, q.tools if settings.chats else None, thinks) for own, q in zip(asked, questions)
     ]
-    most = min(settings.max_new_tokens, model.config.max_position_embeddings)
-    return answers_to_ids(model, tokenizer, prompts, max_new_tokens=most, sampling=settings.sampling)
+    return answers_to_ids(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, sampling=settings.sampling)
 
 
 def with_system(messages: list[dict], system: str) -> list[dict]:
@@ -298,5 +293,10 @@ def _measure_choices(
     counts = score(model, tokenizer, questions, chats=settings.chats, examples=examples)
     chance = sum(1 / len(q.options) for q in questions) / len(questions)
     for name in names:
-        found.add(name, counts[name], [q.where for q in questions], f"{len(examples)}-shot")
+        kept = np.flatnonzero(counts[name][:, 1])
+        if len(kept):
+            found.add(name, counts[name][kept], [questions[n].where for n in kept], f"{len(examples)}-shot")
+        if left := len(questions) - len(kept):
+            limit = model.config.max_position_embeddings
+            found.notes.append(f"{name}: {left:,} questions left out: with all that is shown, above {limit:,} tokens")
     found.notes.append(f"guessing would find {chance:.1%} of the right options")

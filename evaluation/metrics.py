@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -37,10 +39,11 @@ class Metric:
     form: str = "{:.1%}"  # how it is printed
     better: int = 1  # 1: more is better; -1: less is
     usual: bool = True  # measured where nobody says what to measure
+    needs: tuple[str, ...] = ()  # packages, by the names that they are imported by
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The metrics that these names ask for, each once. UserError for one that is not known."""
+    """The metrics that these names ask for, each once. UserError for one that is not known or needs a package."""
     found = []
     for name in names:
         word = re.sub("[-_ ]", "", name.lower())
@@ -49,8 +52,17 @@ def chosen(names: Sequence[str]) -> list[str]:
             raise UserError("--metrics human: people vote in the report of scripts/compare_models.py")
         if match is None:
             raise UserError(f"--metrics {name}: choose from {', '.join([*METRICS, 'rouge'])}")
-        found += GROUPS.get(match, (match,))
+        own = GROUPS.get(match, (match,))
+        if packages := to_install(own):  # now, not after minutes of answering
+            raise UserError(f"--metrics {name}: needs what is not installed, pip install {packages}")
+        found += own
     return list(dict.fromkeys(found))
+
+
+def to_install(names: Sequence[str]) -> str:
+    """The packages that these metrics lack, as pip calls them: "rouge-score sacrebleu", or "" if none."""
+    lacking = {package for name in names for package in METRICS[name].needs if find_spec(package) is None}
+    return " ".join(sorted(lacking)).replace("_", "-")
 
 
 # ---- values
@@ -86,10 +98,8 @@ def bleu(sums: np.ndarray) -> float:
 
 def count_bleu(replies: Sequence[str], references: References) -> Counts:
     """sacrebleu's counts: matches and n-grams for n = 1..4, length of the reply and of the reference."""
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        raise UserError("--metrics bleu: needs a package, pip install sacrebleu") from None
+    from sacrebleu.metrics import BLEU
+
     texts = [text for own in references for text in own]
     chinese = sum(bool(re.search(f"[{HAN}]", text)) for text in texts)
     tokenize = "zh" if chinese * 10 >= len(texts) else "13a"
@@ -112,10 +122,8 @@ class _RougeJieba:
     """The same, with the Chinese words that jieba finds instead of characters."""
 
     def __init__(self):
-        try:
-            import jieba
-        except ImportError:
-            raise UserError("--metrics rouge_jieba: needs a package, pip install jieba") from None
+        import jieba
+
         jieba.setLogLevel("ERROR")  # it tells how it loads its dictionary
         self.cut = jieba.lcut
 
@@ -128,10 +136,8 @@ def count_rouge(
     kind: str, words: Callable[[], Any] = _RougeWords, how: str = "characters"
 ) -> Callable[[Sequence[str], References], Counts]:
     def count(replies: Sequence[str], references: References) -> Counts:
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError:
-            raise UserError("--metrics rouge: needs a package, pip install rouge-score") from None
+        from rouge_score.rouge_scorer import RougeScorer
+
         scorer = RougeScorer([kind], tokenizer=words())
         best = [scorer.score_multi(list(own), reply)[kind].fmeasure for reply, own in zip(replies, references)]
         return _scores(best), f"rouge_score, F-measure, Chinese by {how}"
@@ -201,16 +207,18 @@ def last_number(text: str) -> Decimal | None:
 
 
 BY_JIEBA = (_RougeJieba, "jieba's words")
+ROUGE = partial(Metric, of="answers", value=ratio, needs=("rouge_score",))
+JIEBA = partial(Metric, of="answers", value=ratio, needs=("rouge_score", "jieba"), usual=False)
 METRICS = {
     "ppl": Metric("perplexity", "likelihood", perplexity, form="{:.3f}", better=-1),
     "bpb": Metric("bits per byte", "likelihood", bits_per_byte, form="{:.4f}", better=-1),
-    "bleu": Metric("BLEU", "answers", bleu, count_bleu, form="{:.2f}"),
-    "rouge1": Metric("ROUGE-1", "answers", ratio, count_rouge("rouge1")),
-    "rouge2": Metric("ROUGE-2", "answers", ratio, count_rouge("rouge2")),
-    "rougeL": Metric("ROUGE-L", "answers", ratio, count_rouge("rougeL")),
-    "rouge1_jieba": Metric("ROUGE-1, jieba", "answers", ratio, count_rouge("rouge1", *BY_JIEBA), usual=False),
-    "rouge2_jieba": Metric("ROUGE-2, jieba", "answers", ratio, count_rouge("rouge2", *BY_JIEBA), usual=False),
-    "rougeL_jieba": Metric("ROUGE-L, jieba", "answers", ratio, count_rouge("rougeL", *BY_JIEBA), usual=False),
+    "bleu": Metric("BLEU", "answers", bleu, count_bleu, form="{:.2f}", needs=("sacrebleu",)),
+    "rouge1": ROUGE("ROUGE-1", count=count_rouge("rouge1")),
+    "rouge2": ROUGE("ROUGE-2", count=count_rouge("rouge2")),
+    "rougeL": ROUGE("ROUGE-L", count=count_rouge("rougeL")),
+    "rouge1_jieba": JIEBA("ROUGE-1, jieba", count=count_rouge("rouge1", *BY_JIEBA)),
+    "rouge2_jieba": JIEBA("ROUGE-2, jieba", count=count_rouge("rouge2", *BY_JIEBA)),
+    "rougeL_jieba": JIEBA("ROUGE-L, jieba", count=count_rouge("rougeL", *BY_JIEBA)),
     "exact": Metric("exact answers", "answers", ratio, count_exact),
     "f1": Metric("F1 of words", "answers", ratio, count_f1),
     "number": Metric("right numbers", "answers", ratio, count_number),

@@ -1,9 +1,11 @@
 """What was measured, for people and programs: a table, JSON, a picture, and the difference to an earlier model.
 
-print(table(results))
-write_json(Path("results.json"), results, weights="out/full_sft_512.pth", tokenizer=tokenizer.hash)
-print(against(results, read_json("before.json"), tokenizer.hash))
-draw(Path("results.png"), results)
+    print(table(results))
+    write_json(Path("results.json"), results, weights="out/full_sft_512.pth", tokenizer=tokenizer.hash)
+    print(against(results, read_json("before.json"), tokenizer.hash))
+    draw(Path("results.png"), results, "full_sft_512.pth")
+
+`results` come from evaluation/measure.py, one for each file.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.console import UserError, width_of
-from common.files import atomic_file
+from common.files import atomic_file, hash_file
 from evaluation.measure import Figure, Measured, figure
 from evaluation.metrics import METRICS
 from evaluation.statistics import paired_difference
@@ -88,6 +90,7 @@ def write_json(path: Path, results: Sequence[Measured], **facts: object) -> None
     files = [
         dict(
             path=found.path,
+            sha256=hash_file(found.path),
             holds=found.kind,
             rows=found.rows,
             metrics={name: dict(_finite(found.figure(name)), how=found.how[name]) for name in found.counts},
@@ -121,12 +124,15 @@ def read_json(path: str | Path) -> dict:
 
 def against(results: Sequence[Measured], earlier: dict, tokenizer: str) -> str:
     """The differences to an earlier result, on the rows that both have, with paired error bars. tokenizer: its hash."""
-    before = {Path(file["path"]).name: file["counts"] for file in earlier["files"]}
     lines, notes = [("file", "metric", "change", "95 % interval", "rows")], []
     for found in results:
-        file = Path(found.path).name
+        file, now = Path(found.path).name, hash_file(found.path)
+        named = [old for old in earlier["files"] if Path(old["path"]).name == file]
+        before = next((old for old in earlier["files"] if old.get("sha256") == now), named[-1] if named else None)
+        if before and before.get("sha256", now) != now:
+            notes.append(f"{file} has changed since: lines of the same number are compared, whatever is in them")
         for name, counts in found.counts.items():
-            others = before.get(file, {}).get(name, {})
+            others = before["counts"].get(name, {}) if before else {}
             shared = [n for n, label in enumerate(found.labels[name]) if label in others]
             if not shared:
                 continue

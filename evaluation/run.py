@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.console import check_writable
 from common.files import atomic_file
 from evaluation.benchmark import run_benchmark
-from evaluation.measure import Settings, measure
+from evaluation.measure import Measured, Settings, measure
 from evaluation.metrics import chosen
 from evaluation.report import against, draw, read_json, require_figures, table, write_json
-from inference.sampling import Sampling
 from model.checkpoint import Checkpoint
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
@@ -36,7 +36,7 @@ def evaluate(
     before = read_json(config.against) if config.against else None
     settings = Settings(
         max_new_tokens=config.max_new_tokens or Settings.max_new_tokens,
-        sampling=Sampling(config.temperature or 0, config.top_p, config.top_k, config.repetition_penalty, config.seed),
+        sampling=replace(config.sampling(config.seed), temperature=config.temperature or 0),
         window=config.window,
         limit=config.data_limit,
         num_fewshot=config.num_fewshot,
@@ -45,7 +45,14 @@ def evaluate(
         enable_thinking=config.enable_thinking,
     )
     names = chosen(config.metrics)
-    results = [measure(model, tokenizer, path, names, settings) for path in config.eval_data]
+    results: list[Measured] = []
+    try:
+        for path in config.eval_data:
+            results.append(measure(model, tokenizer, path, names, settings))
+    except BaseException:  # a bad row, Ctrl-C: what was found in the files before is not lost
+        if results:
+            write(table(results) + "\n")
+        raise
     require_figures(results, names)
     write(table(results) + "\n")
     if before:

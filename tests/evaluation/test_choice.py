@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.console import UserError
-from evaluation.choice import Choice, _chat_row, _text_row, read_choices, read_examples, score
+from evaluation.choice import Choice, _chat_row, _text_row, as_choice, read_choices, read_examples, score
 from tests.helpers.models import TOKENIZER, small_model
 from tokenizer.chat import encode_chat
 
@@ -40,12 +40,47 @@ def test_layouts(tmp_path, name):
     assert found.listed == "1+1?\nA. one\nB. two\nC. three\nD. four"
 
 
+def test_a_table_with_tabs_and_blank_lines(tmp_path):
+    (tmp_path / "a.tsv").write_text("question\tA\tB\tanswer\n1+1?\t1\t2\tb\n\t\t\t\n2+2, or?\t4\t5\tA\n3?\t3\t1\tA\n")
+    found = read_choices(tmp_path / "a.tsv", limit=2)
+    assert [(q.where[-1], q.question, q.options, q.right) for q in found] == [
+        ("2", "1+1?", ("1", "2"), 1),
+        ("4", "2+2, or?", ("4", "5"), 0),
+    ]
+    assert len(read_choices(tmp_path / "a.tsv")) == 3
+
+
+def test_labels_of_the_hub_that_are_numbers(tmp_path):
+    """In whatever order: the label says which option is meant."""
+    row = {"question": "1+1?", "choices": {"text": OPTIONS, "label": list("4321")}, "answerKey": "3"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert read_choices(tmp_path / "a.jsonl")[0].right == 1
+
+
 def test_a_label_that_is_a_number_counts_from_one_where_the_labels_do(tmp_path):
     """ARC has some questions with the labels 1 to 4. Taken for a position, "2" would be the third option."""
     (tmp_path / "a.jsonl").write_text(FILES["arc.jsonl"])
     assert read_choices(tmp_path / "a.jsonl")[0].right == 1
     (tmp_path / "b.jsonl").write_text(json.dumps({"question": "?", "choices": OPTIONS, "answer": 2}))
     assert read_choices(tmp_path / "b.jsonl")[0].right == 2
+
+
+def test_an_empty_option_does_not_shift_the_letters(tmp_path):
+    """C is the second of the three that are there, and is shown as B. The third option was taken for right."""
+    (tmp_path / "a.csv").write_text("question,A,B,C,D,answer\n1+1?,one,,two,four,C\n")
+    (found,) = read_choices(tmp_path / "a.csv")
+    assert found.options == ("one", "two", "four") and found.options[found.right] == "two"
+    assert found.listed == "1+1?\nA. one\nB. two\nC. four"
+
+
+def test_eleven_options():
+    """More than the ten of MMLU-Pro: as many letters as options are read."""
+    model = small_model().eval()
+    question = as_choice(dict(question="which?", choices=[f"word {n}" for n in range(11)], answer="K"), "a:1")
+    assert question and question.right == 10 and question.listed.endswith("K. word 10")
+    assert {way: rows.shape for way, rows in score(model, TOKENIZER, [question]).items()} == dict.fromkeys(
+        ("choice", "choice_norm", "letter"), (1, 2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,6 +91,8 @@ def test_a_label_that_is_a_number_counts_from_one_where_the_labels_do(tmp_path):
         ("a.jsonl", '{"question": "a", "answer": "b"}', "a.jsonl:1: no multiple choice"),
         ("a.jsonl", '{"question": "a", "choices": ["b", "c"], "answer": 2}', "a.jsonl:1: the right option is 2"),
         ("a.csv", "", "a.csv: there is no question in it"),
+        ("a.csv", '"1+1?",one,two,three,four,BC\n', "a.csv:1: the right option is 'BC'"),  # not B: two are right
+        ("a.jsonl", json.dumps(dict(question="?", choices=["x"] * 27, answer=0)), "a.jsonl:1: 27 options"),
     ],
 )
 def test_bad_rows(tmp_path, name, content, complaint):
@@ -91,15 +128,38 @@ def test_the_three_ways_to_choose():
     assert {q.options[i] for q, i in zip(questions, norm)} != {"yes"}  # else the lengths would not have mattered
 
 
+def test_what_is_summed_and_divided(monkeypatch):
+    """Given likelihoods: 你好 has 6 bytes and yes! 4, so -6 for each is -1 and -1.5 a byte; by characters yes! would
+    win. The example is solved by its text before a text, and by its letter before a letter."""
+    rows = []
+
+    def likelihoods(model, encoded, **_):
+        rows.extend(TOKENIZER.decode(row.ids) for row in encoded)
+        return [np.array([own]) for own in (-6.5, -6, -2, -1)]
+
+    monkeypatch.setattr("evaluation.choice.log_likelihoods", likelihoods)
+    question, example = Choice("", "which?", ("你好", "yes!"), 0), Choice("", "1+1?", OPTIONS, 1)
+    found = score(small_model(), TOKENIZER, [question], examples=[example])
+    assert {way: own.tolist() for way, own in found.items()} == dict(
+        choice=[[0, 1]], choice_norm=[[1, 1]], letter=[[0, 1]]
+    )
+    assert all("1+1?<|im_end|>" in row and "assistant\ntwo<|im_end|>" in row for row in rows[:2])
+    assert all("D. four<|im_end|>" in row and "assistant\nB<|im_end|>" in row for row in rows[2:])
+
+
 def test_a_text_model_scores_what_follows_the_prompt():
     row = _text_row(TOKENIZER, [("1+1?", "two")])
     trained = [i for i, label in zip(row.ids, row.trained) if label]
     assert TOKENIZER.decode(row.ids[1:]) == "Question: 1+1?\nAnswer: two" and TOKENIZER.decode(trained) == " two"
+    row = _text_row(TOKENIZER, [("1+1?", "two or three")])
+    assert TOKENIZER.decode([i for i, label in zip(row.ids, row.trained) if label]) == " two or three"
     row = _text_row(TOKENIZER, [("一加一？", "二")])
     assert TOKENIZER.decode(row.ids[1:]) == "问题：一加一？\n答案：二"
     row = _text_row(TOKENIZER, [("1+1?", "two"), ("2+2?", "four")])
     assert TOKENIZER.decode(row.ids[1:]) == "Question: 1+1?\nAnswer: two\n\nQuestion: 2+2?\nAnswer: four"
     assert TOKENIZER.decode([i for i, label in zip(row.ids, row.trained) if label]) == " four"
+    row = _text_row(TOKENIZER, [("1+1?", "two"), ("二加二？", "四")])  # the words are those of what is asked
+    assert TOKENIZER.decode(row.ids[1:]).endswith("问题：二加二？\n答案：四")
 
 
 # ---- with examples

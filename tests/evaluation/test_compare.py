@@ -11,14 +11,16 @@ import torch
 from common.files import ROOT
 from dataset.read.questions import read_questions
 from evaluation.columns import Columns
-from evaluation.compare import compare
-from evaluation.measure import Settings
+from evaluation.compare import _mean_bits, compare
+from evaluation.measure import Settings, answer_questions
 from evaluation.models import open_models
 from evaluation.page import render, write_page
 from evaluation.votes import as_text, tally
+from inference.sampling import Sampling
 from model.adapter import save_adapter
 from model.checkpoint import load_weights, save_weights
 from model.lora import LoRASettings, adapted, add_lora
+from scripts.compare_models import summary
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import jsonl, write_dpo, write_pretrain
 from tests.helpers.runs import run_script
@@ -98,6 +100,8 @@ def test_surprise_is_the_log_likelihood_of_the_others_words(home, result):
                     log_p = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
                 expected = -sum(log_p[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))) / math.log(2)
                 assert sum(reading["bits"]) == pytest.approx(expected, abs=0.1)
+    means = [[_mean_bits([row["read"][r][a] for row in result["questions"]]) for a in range(2)] for r in range(2)]
+    assert result["surprise"] == means and means[0][1] != means[1][0], "[reader][author]"
 
 
 def test_the_first_model_is_what_the_others_are_compared_with(result):
@@ -178,9 +182,57 @@ def test_mistakes_are_one_line(home, tmp_path):
         (["--base_model", "full_sft", "--finetuned_model", "rlhf", "--questions_file", "gone.json"], "gone.json"),
         (["--votes", tmp_path / "v.json"], "v.json: no such file"),
         (["--finetuned_model", "lora_a", "--output", tmp_path], "is a directory, expected a file"),
+        (["--finetuned_model", "lora_a", "--interactive", "--output", "x"], "--interactive: prints and writes nothing"),
     ]:
         status, _, err = run_script("scripts/compare_models.py", "--save_dir", home, *words)
         assert status == 2 and expected in err and len(err.splitlines()) == 1, err
+
+
+def test_every_flag_reaches_the_comparison(home, tmp_path, monkeypatch):
+    """And the questions are those of configs/, if there is no such file here."""
+    seen, whole = [], answer_questions
+
+    def answered(model, tokenizer, asked, settings):
+        seen.append(settings)
+        return whole(model, tokenizer, asked, settings)
+
+    monkeypatch.setattr("evaluation.compare.answer_questions", answered)
+    monkeypatch.chdir(tmp_path)
+    flags = "--base_model full_sft --finetuned_model rlhf --questions_file test_questions.json --data_limit 2"
+    flags += " --system short --max_new_tokens 3 --temperature 0.5 --min_p 0.1 --seed 4 --device cpu"
+    status, out, err = run_script("scripts/compare_models.py", *flags.split(), "--save_dir", home)
+    assert status == 0, err
+    assert seen[1] == Settings(3, Sampling(0.5, seed=4, min_p=0.1), system="short")
+    found = json.loads((home / "compare/full_sft_32-rlhf_32.json").read_text(encoding="utf-8"))
+    shipped = read_questions(ROOT / "configs/test_questions.json", 2)
+    assert [row["prompt"] for row in found["questions"]] == [q.asked for q in shipped]
+
+
+def test_the_summary_marks_what_is_clear():
+    changes = [(0.1, 0.3), (-0.3, -0.1), (-0.1, 0.3), (None, None)]
+    rows = [
+        dict(
+            name="f1",
+            title=f"f{n}",
+            form="number",
+            values=[dict(value=1.0)] * 2,
+            changes=[None, dict(value=0.25, low=low, high=high)],
+        )
+        for n, (low, high) in enumerate(changes)
+    ]
+    result = dict(
+        models=[dict(name="a"), dict(name="b")], figures=rows, held_out=[dict(file="t.txt", figures=rows[:1])]
+    )
+    head, *lines, _ = summary(result).splitlines()
+    assert head.split() == ["a", "b"]
+    assert [line.split("  ")[-1].strip() for line in lines] == [
+        "1 (+0.25*)",
+        "1 (+0.25*)",
+        "1 (+0.25)",
+        "1 (+0.25)",
+        "1 (+0.25*)",
+    ]
+    assert lines[-1].startswith("f1, t.txt ")
 
 
 # ---- votes
@@ -218,6 +270,10 @@ def test_votes_come_back_into_the_report(result, tmp_path):
     (tmp_path / "v.json").write_text(json.dumps(content), encoding="utf-8")
     status, out, err = run_script("scripts/compare_models.py", "--output", report, "--votes", tmp_path / "v.json")
     assert status == 0 and "rlhf_32 6 times" in out and "p = 0.0312" in out, err
+    more = dict(content, votes=[dict(question=1, left=0, right=1, choice="tie")])
+    (tmp_path / "w.json").write_text(json.dumps(more), encoding="utf-8")
+    words = ["--output", report, "--votes", tmp_path / "v.json", tmp_path / "w.json"]
+    assert "rlhf_32 6 times, 1 ties" in run_script("scripts/compare_models.py", *words)[1], "of both files"
     assert json.loads(report.read_text(encoding="utf-8"))["votes"][0]["wins_b"] == 6
     for change, expected in [
         (dict(report="another"), "about other answers"),
@@ -339,11 +395,20 @@ def test_lines_are_printed_when_all_columns_have_them():
     assert np.all([len(line) <= 19 for line in out.splitlines()])
 
 
+def test_where_a_line_is_broken():
+    """Between words, but a word that takes half of the line is cut; the blank at the break is gone; a tab is four."""
+    assert written([8], (0, "ab longword")).splitlines() == ["ab longw", "ord"]
+    assert written([8], (0, "one two-up")).splitlines() == ["one two-", "up"]
+    assert written([8], (0, "one tw two")).splitlines() == ["one tw", "two"]
+    assert written([4], (0, "abcd efgh")).splitlines() == ["abcd", "efgh"]
+    assert written([9], (0, "a\tb")).splitlines() == ["a    b"]
+
+
 def test_a_column_that_has_ended_stays_empty():
     assert written([4, 4], (0, "a\nb"), (1, "c")).splitlines() == ["a    │ c", "b    │"]
 
 
 def test_a_terminal_sees_the_line_that_grows():
     out = written([4, 4], (0, "ab"), (1, "c"), live=True)
-    assert out.startswith("\rab   │\rab   │ c") and out.endswith("\n")
+    assert out == "\rab   │\rab   │ c\rab   │ c\n", "each time over the line that is there"
     assert "␛" in written([9, 4], (0, "\x1b[2J"))

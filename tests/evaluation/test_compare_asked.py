@@ -11,7 +11,7 @@ from evaluation.compare import _held_out, compare
 from evaluation.lineage import History
 from evaluation.measure import Settings
 from evaluation.models import Contender, open_models
-from evaluation.side_by_side import Talk, show
+from evaluation.side_by_side import Talk, converse, show
 from inference.answers import GREEDY, Answer, prompt_ids
 from inference.session import Session
 from model.adapter import save_adapter
@@ -140,7 +140,8 @@ def test_an_answer_may_refer_to_the_one_before(monkeypatch):
     """The second prompt holds the first question and its answer; a model that only continues texts has no memory."""
     prompts = []
 
-    def reply(self, ids, *_, **__):
+    def reply(self, ids, sampling, *, max_new_tokens, stop):
+        assert stop == TOKENIZER.stop_ids and sampling == GREEDY and max_new_tokens == 6
         prompts.append(TOKENIZER.decode(ids))
         yield from TOKENIZER.encode("fine, thanks")
 
@@ -156,9 +157,11 @@ def test_an_answer_may_refer_to_the_one_before(monkeypatch):
     assert prompts[3] == TOKENIZER.decode(prompt_ids(TOKENIZER, "why?")) and not plain.turns
 
 
-def test_the_oldest_turn_is_forgotten_first():
-    """64 positions, of which 16 are kept for an answer: three turns of ten tokens do not fit with a fourth."""
-    talk = Talk(contender("s", max_position_embeddings=64), GREEDY, 16, "")
+@pytest.mark.parametrize("most", [16, 1000])
+def test_the_oldest_turn_is_forgotten_first(most):
+    """64 positions, of which 16 are kept for an answer: three turns of ten tokens do not fit with a fourth. An answer
+    may be longer than what is kept for it, and takes what is left."""
+    talk = Talk(contender("s", max_position_embeddings=64), GREEDY, most, "")
     talk.turns = [turn for n in range(3) for turn in (user(f"question {n}"), assistant(f"answer {n}"))]
     answer(talk, "and now?")
     asked = [turn["content"] for turn in talk.turns if turn["role"] == "user"]
@@ -173,6 +176,24 @@ def test_a_question_that_fills_the_model_gets_a_remark():
     assert "leaves no room in 32 positions" in answer(talk, question) and not talk.turns
     exact = next("hi" + " a" * n for n in range(40) if len(talk.contender.encode("hi" + " a" * n)) == 32)
     assert "leaves no room" in answer(talk, exact)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(monkeypatch, capsys):
+    """Of all models: the second one's answer is not continued either."""
+    said = []
+
+    def reply(self, ids, *_, **__):
+        said.append(TOKENIZER.decode(ids))
+        yield from TOKENIZER.encode("well")
+        if len(said) == 2:
+            raise KeyboardInterrupt
+        yield from TOKENIZER.encode(" then")
+
+    monkeypatch.setattr(Session, "reply", reply)
+    converse([contender("a"), contender("b")], GREEDY, 6, "", ["one", "two"])
+    printed, remarks = capsys.readouterr()
+    assert remarks.count("(stopped)") == 1 and len(said) == 4
+    assert printed.count("well then") == 2, "both answer the next line"
 
 
 def test_the_last_character_of_an_answer_is_printed(monkeypatch):

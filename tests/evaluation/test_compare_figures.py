@@ -17,6 +17,7 @@ from evaluation.models import Contender
 from evaluation.side_by_side import Talk, converse
 from evaluation.votes import read_votes
 from inference.answers import GREEDY, Answer, prompt_ids
+from inference.session import Session
 from model.lora import LoRASettings, activate, adapted, add_lora
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import chat, jsonl
@@ -104,6 +105,12 @@ def test_answers_are_graded_without_their_thoughts():
     assert [own["value"] for own in row_of(figures, "exact")["values"]] == [1.0, 0.0]
 
 
+def test_repetition_is_a_figure_of_answers_of_four_words():
+    """a b c d a b c d: five groups of four words, of which one comes twice. Three words have no such group."""
+    row = row_of(_figures([asked("hi")] * 2, [[answered("a b c"), answered("a b c d a b c d")]]), "rep_4")
+    assert row["rows"] == 1 and row["values"][0]["value"] == pytest.approx(1 / 5)
+
+
 def test_numbers_are_compared_only_where_the_file_marks_them():
     said = [[answered("so it is 4")], [answered("5")]]
     assert row_of(_figures([asked("2+2?", "4")], said), "number") is None
@@ -135,8 +142,9 @@ def test_votes_are_about_these_answers():
     assert _identity(models, rows) != _identity(models, [dict(rows[0], answers=[dict(text="a"), dict(text="b")])])
 
 
-def test_a_vote_names_two_models(tmp_path):
-    vote = dict(question=0, left=1, right=1, choice="left")
+@pytest.mark.parametrize("wrong", [dict(right=0), dict(question=-1), dict(question=0.5), dict(choice="nobody")])
+def test_a_vote_names_a_question_two_models_and_a_choice(tmp_path, wrong):
+    vote = dict(question=0, left=0, right=1, choice="left") | wrong
     (tmp_path / "v.json").write_text(json.dumps(dict(format="sparrow-votes-1", report="r", votes=[vote])))
     with pytest.raises(ValueError, match="names a question or a model"):
         read_votes(tmp_path / "v.json", dict(id="r", models=[0, 1], questions=[0]))
@@ -148,6 +156,7 @@ def test_a_vote_names_two_models(tmp_path):
 def test_a_pretrained_model_continues_and_the_others_answer(tmp_path):
     questions = read_questions(jsonl(tmp_path / "q.jsonl", dict(question="Once upon")))
     plain, tuned = contender("p", stage="pretrain"), contender("s")
+    tuned.history.stages.insert(0, dict(stage="pretrain"))  # the last one counts
     assert plain.encode("Once upon", "Be brief.") == prompt_ids(TOKENIZER, "Once upon")
     messages = [dict(role="system", content="Be brief."), dict(role="user", content="Once upon")]
     assert tuned.encode("Once upon", "Be brief.") == prompt_ids(TOKENIZER, messages)
@@ -185,14 +194,20 @@ def test_two_adapters_on_one_base_answer_at_the_same_time():
     activate(both[0].model, None)
 
 
-def test_reset_forgets_every_models_conversation(capsys):
-    first, second = contender("a"), contender("b", 0.07)
-    for lines in (["hi", "/reset", "hi"], ["hi"]):
-        converse([first, second], GREEDY, 4, "", lines)
-    out = capsys.readouterr().out
-    said = [part for part in out.split("\na ") if part]
-    blocks = [block.split("\n", 2)[2] for block in out.split("a    ")[1:]]
-    assert len(blocks) == 3 and blocks[0] == blocks[1] == blocks[2], said
+def test_reset_forgets_every_models_conversation(monkeypatch):
+    """After /reset each model is asked as it was at first; without it, what was said before is in the prompt."""
+    asked = {"a": [], "b": []}
+    models = {name: contender(name) for name in asked}
+    name_of = {id(own.model): name for name, own in models.items()}
+
+    def reply(self, ids, *_, **__):
+        asked[name_of[id(self.model)]].append(TOKENIZER.decode(ids))
+        yield from TOKENIZER.encode("fine")
+
+    monkeypatch.setattr(Session, "reply", reply)
+    converse(list(models.values()), GREEDY, 4, "", ["hi", " hi ", "/reset", "", "hi", "/exit", "hi"])
+    for first, second, third in asked.values():
+        assert first == third and second.startswith(first + "fine") and second != first
 
 
 def test_a_change_is_the_second_models_less_the_firsts():

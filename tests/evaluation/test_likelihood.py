@@ -86,6 +86,13 @@ def test_rows_longer_than_the_model_are_refused():
         log_likelihoods(small_model(max_position_embeddings=64), [Encoded(list(range(66)), [True] * 66)])
 
 
+def test_a_row_may_fill_the_model():
+    """65 ids are 64 targets: the last one needs no position."""
+    model = small_model(max_position_embeddings=64).eval()
+    (found,) = log_likelihoods(model, [Encoded(list(range(65)), [True] * 65)])
+    assert len(found) == 64
+
+
 def test_each_token_of_a_document_is_a_target_once():
     """E t1 .. t9 E in windows of 4 targets; each window opens with the last target of the one before."""
     ids = TOKENIZER.encode("one two three four five")

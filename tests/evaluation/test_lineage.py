@@ -17,6 +17,7 @@ from evaluation.lineage import (
     command,
     facts,
     read_lineage,
+    reasons_to_repeat,
 )
 from model.checkpoint import load_weights, save_weights
 from tests.helpers.models import TOKENIZER, small_model
@@ -85,6 +86,9 @@ def test_one_byte_of_the_data_is_noticed(home):
     assert parts["data texts.jsonl"] == CHANGED and parts["data chats.jsonl"] == MISSING
     status, out, err = run_script("scripts/lineage.py", home / "out/full_sft_32.pth", "--check")
     assert status == 1 and "1 changed" in err and "1 missing" in err
+    (home / "texts.jsonl").write_bytes(data)
+    status, out, err = run_script("scripts/lineage.py", home / "out/full_sft_32.pth", "--check")
+    assert status == 1 and "1 missing" in err and "changed" not in err.replace("unchanged", "")
 
 
 def test_a_parent_is_known_by_its_weights_not_by_its_name(home):
@@ -92,6 +96,8 @@ def test_a_parent_is_known_by_its_weights_not_by_its_name(home):
     (out / "pretrain_32.pth").rename(out / "kept_32.pth")  # found by its hash
     part = next(part for part in check(read_lineage(out / "full_sft_32.pth")) if part.what == "parent")
     assert part.status == UNCHANGED and part.where.endswith("kept_32.pth")
+    again = reasons_to_repeat(read_lineage(out / "full_sft_32.pth"), "")
+    assert f"parent {out / 'pretrain_32.pth'}" in again, "a run would begin with what lies at its own place now"
     model = load_weights(out / "kept_32.pth").build()
     with torch.no_grad():
         model.model.norm.weight[0] += 1
@@ -105,7 +111,9 @@ def test_a_parent_is_known_by_its_weights_not_by_its_name(home):
 def test_a_chart_for_a_readme(trained, tmp_path):
     chart = as_mermaid(read_lineage(trained / "out/full_sft_32.pth"))
     assert chart.startswith("```mermaid\nflowchart LR") and chart.endswith("```")
-    assert "stage1 --> stage2" in chart and "texts.jsonl<br>" in chart
+    assert "stage1 --> stage2" in chart and "texts.jsonl<br>" in chart and "pretrain_32.pth" not in chart
+    for words in (["--weight", trained / "out/full_sft_32.pth"], ["full_sft", "--save_dir", trained / "out"]):
+        assert run_script("scripts/lineage.py", *words, "--mermaid")[:2] == (0, chart + "\n")
     entry = dict(stage='a "b" <script>', data="12", rows=3, steps=1, losses={})
     save_weights(tmp_path / "x_32.pth", small_model(), tokenizer={"hash": TOKENIZER.hash}, lineage=[entry])
     chart = as_mermaid(read_lineage(tmp_path / "x_32.pth"))
@@ -130,8 +138,8 @@ def test_a_parent_beside_the_folder_of_the_best_weights(tmp_path):
     parent = load_weights(tmp_path / "pretrain_32.pth").hash
     stages = [entry("full_sft", parent=parent, parent_path="/elsewhere/out/pretrain_32.pth", files=[])]
     save_weights(tmp_path / "best/full_sft_32.pth", small_model(0.07), tokenizer={}, lineage=stages)
-    part = next(part for part in check(read_lineage(tmp_path / "best/full_sft_32.pth")) if part.what == "parent")
-    assert part.status == UNCHANGED and part.where == str(tmp_path / "pretrain_32.pth")
+    _, part = check(read_lineage(tmp_path / "best/full_sft_32.pth"))  # the tokenizer, and no data: none was read
+    assert part.what == "parent" and part.status == UNCHANGED and part.where == str(tmp_path / "pretrain_32.pth")
 
 
 def test_data_that_was_moved_with_the_folder_of_the_weights(tmp_path):
@@ -154,6 +162,7 @@ def test_a_command_can_be_typed_anywhere():
     assert command(two).startswith("torchrun --nproc_per_node 2 trainer/train_full_sft.py ")
     assert facts(two) == ["3 rows", "1 steps", "2 processes"] and facts(entry("x")) == ["1 steps"]
     assert command(entry("x")) == "?"
+    assert facts(entry("x", steps=1000, total=3000)) == ["1,000 of 3,000 steps"]
 
 
 def test_a_tokenizer_that_is_there_and_differs_has_changed(tmp_path):

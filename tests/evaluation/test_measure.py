@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import eval_model
-from common.console import UserError, run
+from common.console import run
 from evaluation.likelihood import log_likelihoods, totals, windows
-from evaluation.measure import Settings, kind_of, measure
+from evaluation.measure import Measured, Settings, kind_of, measure
 from evaluation.metrics import METRICS
 from evaluation.report import against, draw, read_json, table, write_json
-from inference.answers import answers
+from inference.answers import Answer, answers
+from inference.sampling import Sampling
 from model.checkpoint import save_weights
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import jsonl
@@ -147,6 +148,82 @@ def test_what_a_file_holds(tmp_path):
     assert kind_of(tmp_path / "f.json") == "questions"
 
 
+def test_what_is_longer_than_the_model_is_read_in_shorter_windows(tmp_path):
+    """Windows of 512 tokens, and a model of 64 positions."""
+    model = small_model(std=0.2, max_position_embeddings=64).eval()
+    found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *TEXTS), ["bpb"])
+    assert found.how["bpb"] == "windows of 64" and len(found.counts["bpb"]) == 3
+
+
+def test_the_first_rows_only(model, tmp_path):
+    two = Settings(max_new_tokens=6, limit=2)
+    for rows, name in ((CHATS, "bpb"), (TEXTS, "bpb"), (CHOICES, "choice")):
+        found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *rows), [name], two)
+        assert found.rows == len(found.counts[name]) == 2
+
+
+def test_a_text_file_of_windows(model, tmp_path):
+    """Line ends of another system, and a mark of its encoding: the same text."""
+    found = []
+    for name, content in (("a.txt", b"one\ntwo\n"), ("b.txt", b"\xef\xbb\xbfone\r\ntwo\r\n")):
+        (tmp_path / name).write_bytes(content)
+        found.append(measure(model, TOKENIZER, tmp_path / name, ["bpb"]).counts["bpb"].tolist())
+    assert found[0] == found[1] and found[0][0][2] == len("one\ntwo\n")
+
+
+def test_guessing_among_different_numbers_of_options(model, tmp_path):
+    """One of 2 and one of 4: 1/2 and 1/4, on the average 37.5 %."""
+    rows = [{"question": "?", "choices": ["a", "b", "c", "d"][:n], "answer": 0} for n in (2, 4)]
+    found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *rows))
+    assert "guessing would find 37.5% of the right options" in found.notes
+
+
+def test_multiple_choice_longer_than_the_model_is_counted(tmp_path):
+    """64 positions: one question is too long, and another with its options listed. The run went on for none of them."""
+    model = small_model(std=0.2, max_position_embeddings=64).eval()
+    rows = [*CHOICES, CHOICES[0] | {"question": "word " * 70}, CHOICES[0] | {"choices": ["word " * 40, "2", "3", "4"]}]
+    found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *rows), (), SHORT)
+    assert found.labels["choice"] == ["1", "2", "3", "4", "6"] and found.labels["letter"] == ["1", "2", "3", "4"]
+    assert found.counts["letter"][:, 1].tolist() == [1] * 4
+    assert "choice: 1 questions left out: with all that is shown, above 64 tokens" in found.notes
+    assert "letter: 2 questions left out: with all that is shown, above 64 tokens" in found.notes
+
+
+def test_what_the_questions_are_asked_with(model, tmp_path, monkeypatch):
+    """System prompt, tools and --enable_thinking for a model that chats; for one that continues, the question alone. A
+    row's own system prompt stays. Answers are graded without their thoughts, and kept with them."""
+    prompts = []
+
+    def answered(model, tokenizer, asked, **_):
+        prompts.extend(map(TOKENIZER.decode, asked))
+        return [Answer([5, 6], "<think>\nso\n</think>\n\nan answer", "an answer", ended=True)] * len(asked)
+
+    monkeypatch.setattr("evaluation.measure.answers_to_ids", answered)
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    own = {"messages": [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}], "tools": tools}
+    path = jsonl(tmp_path / "a.jsonl", {"instruction": "why?", "output": "an answer"}, own)
+    found = measure(model, TOKENIZER, path, ["exact"], Settings(system="short", enable_thinking=False))
+    assert "<|im_start|>system\nshort<|im_end|>" in prompts[0] and prompts[0].endswith("</think>\n\n")
+    assert "mine" in prompts[1] and "short" not in prompts[1] and '"name": "clock"' in prompts[1]
+    assert found.counts["exact"].tolist() == [[1, 1]] and found.answers[0]["answer"].startswith("<think>")
+    measure(model, TOKENIZER, path, ["exact"], Settings(system="short", enable_thinking=False, chats=False))
+    assert prompts[2:] == ["<|endoftext|>why?", "<|endoftext|>hi"]
+
+
+def test_tools_of_a_row_are_read_before_its_answer(model, tmp_path):
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
+    found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", {"messages": turns, "tools": tools}), ["ppl"])
+    row = encode_chat(TOKENIZER, turns, tools)
+    np.testing.assert_allclose(found.counts["ppl"], totals(TOKENIZER, [row], log_likelihoods(model, [row])), rtol=1e-5)
+
+
+def test_numbers_are_usual_only_where_the_file_marks_them(model, tmp_path):
+    rows = {"instruction": "2+2?", "output": "4"}, {"instruction": "2+2?", "output": "two and two\n#### 4"}
+    found = [measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", row), (), SHORT) for row in rows]
+    assert ["number" in own.counts for own in found] == [False, True]
+
+
 # ---- what cannot be measured is said
 
 
@@ -164,6 +241,18 @@ def test_rows_longer_than_the_model_are_counted(tmp_path):
     assert "1 rows without likelihood: longer than 64 tokens, or nothing to score in them" in found.notes
     assert found.figure("ppl").rows == 5 and found.health["no_room"] == 1
     assert found.answers[5]["answer"] == "" and found.counts["exact"][5].tolist() == [0, 1]
+    assert any(line.startswith("5 answers did not end") for line in found.notes), "the sixth was never asked"
+
+
+def test_a_row_that_just_fits_is_measured(tmp_path):
+    """As many targets as the model has positions; with one position less, the row is left out. A pair needs both."""
+    row, pair = {"instruction": "hi", "output": "you"}, {"prompt": "hi", "chosen": "you", "rejected": "you and me"}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
+    size = len(encode_chat(TOKENIZER, turns).ids)
+    for positions in (size - 1, size - 2):
+        model = small_model(std=0.2, max_position_embeddings=positions).eval()
+        found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", row, row, pair), ["ppl", "preference"])
+        assert ("ppl" in found.counts) == (positions == size - 1) and "preference" not in found.counts
 
 
 @pytest.mark.parametrize(
@@ -229,6 +318,24 @@ def test_the_program_prints_and_writes(say, tmp_path, model):
     assert status == 0 and "a.jsonl  perplexity  +0.000  +0.000 .. +0.000  5" in " ".join(printed.split("\n")), printed
 
 
+def test_every_flag_reaches_the_measuring(say, tmp_path, monkeypatch):
+    """--min_p was dropped on the way."""
+    seen = []
+
+    def measured(model, tokenizer, path, names, settings):
+        seen.append(settings)
+        return Measured(str(path), "questions", counts={"f1": np.ones((1, 2))}, labels={"f1": ["1"]}, how={"f1": ""})
+
+    monkeypatch.setattr("evaluation.run.measure", measured)
+    path = jsonl(tmp_path / "a.jsonl", *CHATS)
+    flags = "--window 32 --data_limit 2 --num_fewshot 3 --system short --enable_thinking false --temperature 0.5"
+    flags += " --top_p 0.9 --top_k 7 --min_p 0.1 --repetition_penalty 1.2 --seed 4"
+    assert say("--eval_data", path, "--metrics", "f1", *flags.split(), "--png", tmp_path / "r.png")[0] == 0
+    drawn = Sampling(0.5, top_p=0.9, top_k=7, repetition_penalty=1.2, seed=4, min_p=0.1)
+    assert seen == [Settings(6, drawn, 32, limit=2, num_fewshot=3, system="short", enable_thinking=False)]
+    assert (tmp_path / "r.png").is_file()
+
+
 def test_answers_are_greedy_unless_a_temperature_is_given(say, tmp_path):
     """eval_model.py samples at 0.85 when one talks to it. Figures that change with every run compare nothing."""
     path, said = jsonl(tmp_path / "a.jsonl", *CHATS), []
@@ -253,8 +360,8 @@ def test_the_change_to_an_earlier_result_is_paired_by_row(model, tmp_path):
     first = measure(model, TOKENIZER, path, ["ppl", "bpb"], SHORT)
     write_json(tmp_path / "r.json", [first], tokenizer="another")
     later = measure(small_model(std=0.21).eval(), TOKENIZER, path, ["ppl", "bpb"], SHORT)
-    later.labels["bpb"] = ["2", "3", "4", "5", "6"]
-    later.counts["bpb"] = first.counts["bpb"][[1, 2, 3, 4, 0]] * [1.5, 1, 1]
+    later.labels["bpb"] = ["6", "2", "3", "4", "5"]
+    later.counts["bpb"] = first.counts["bpb"] * [1.5, 1, 1]
     lines = against([later], read_json(tmp_path / "r.json"), TOKENIZER.hash).splitlines()
     shared = first.counts["bpb"][1:]
     change = METRICS["bpb"].value(shared.sum(0)) * 0.5
@@ -263,10 +370,60 @@ def test_the_change_to_an_earlier_result_is_paired_by_row(model, tmp_path):
     assert lines[-1] == "note: perplexity is not compared: the tokenizers differ; bits per byte can be"
 
 
-def test_a_picture(model, tmp_path):
-    found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *CHATS), ["bpb", "f1", "exact"], SHORT)
+def test_a_file_that_has_changed_is_said(model, tmp_path):
+    """Rows are known by their lines: one that is gone moves all that follow. The same file elsewhere is the same."""
+    path = jsonl(tmp_path / "a.jsonl", *CHATS)
+    write_json(tmp_path / "r.json", [measure(model, TOKENIZER, path, ["bpb"], SHORT)])
+    jsonl(tmp_path / "b.jsonl", *CHATS)
+    for name, rows in (("b.jsonl", CHATS), ("a.jsonl", CHATS[1:])):
+        later = measure(model, TOKENIZER, jsonl(tmp_path / name, *rows), ["bpb"], SHORT)
+        lines = against([later], read_json(tmp_path / "r.json"), TOKENIZER.hash).splitlines()
+        assert lines[1].split()[-1] == str(len(rows))
+        assert (lines[-1].startswith("note: a.jsonl has changed since")) == (name == "a.jsonl")
+    jsonl(tmp_path / "c.jsonl", *CHATS[:2])
+    later = measure(model, TOKENIZER, tmp_path / "c.jsonl", ["bpb"], SHORT)
+    assert "nothing to compare" in against([later], read_json(tmp_path / "r.json"), TOKENIZER.hash)
+
+
+def test_files_counted_in_one_way_are_put_together(tmp_path):
+    """Two files in one way and three in another: the way that more files share. Three rows of 1 and two of 0."""
+    ones = [Measured("a", "questions", counts={"f1": np.ones((1, 2))}, how={"f1": "one way"}) for _ in range(3)]
+    nothing = np.array([[0.0, 1.0]])
+    others = [Measured("b", "questions", counts={"f1": nothing}, how={"f1": "another"}) for _ in range(2)]
+    alone = [Measured("c", "questions", counts={"bleu": np.zeros((1, 10))}, how={"bleu": ""})]
+    lines = [line.split() for line in table([*others, *ones, *alone]).splitlines() if line.startswith("together")]
+    assert lines == ["together F1 of words 100.0% 100.0% .. 100.0% 3".split()]
+
+
+def test_what_cannot_be_said_is_a_dash_and_null(tmp_path):
+    """BLEU of empty answers to empty references: 0 of 0."""
+    found = Measured(str(jsonl(tmp_path / "a.jsonl", *CHATS)), "questions", health=dict(answers=1, length_ratio=1.234))
+    found.add("bleu", np.zeros((1, 10)), ["a:1"])
+    head, line, *rest = table([found]).splitlines()
+    assert line.split() == ["a.jsonl", "BLEU", "-", "-", "1"] and "  length_ratio  1.23  words" in rest[-1]
+    write_json(tmp_path / "r.json", [found])
+    assert read_json(tmp_path / "r.json")["files"][0]["metrics"]["bleu"]["value"] is None
+
+
+def test_a_picture(model, tmp_path, monkeypatch):
+    """A point for each share and a line for its interval, on one scale; of perplexity only the number, above."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *CHATS), ["bpb"], SHORT)
+    found.add("f1", np.array([[0.0, 1], [1, 1], [1, 1], [1, 1]]), ["1", "2", "3", "4"])
+    found.counts["bleu"] = np.zeros((1, 10)) + [4, 3, 2, 1, 4, 3, 2, 1, 4, 4]  # all is right
+    found.health["rep_4"] = 0.25
+    seen, save = [], figure.savefig
+    monkeypatch.setattr(
+        figure, "savefig", lambda self, *more, **options: (seen.append(self), save(self, *more, **options))
+    )
     draw(tmp_path / "r.png", [found], "full_sft")
     assert (tmp_path / "r.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (axis,) = seen[0].axes
+    low, high = found.figure("f1")[1:3]
+    drawn = [(list(map(float, line.get_xdata())), list(map(float, line.get_ydata()))) for line in axis.lines]
+    assert drawn == [([0.75], [0]), ([low, high], [0, 0]), ([pytest.approx(1)], [1]), ([0.25], [2])]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == ["F1 of words", "BLEU / 100", "rep_4"] and "a.jsonl · bits per byte" in axis.get_title("left")
 
 
 def test_a_table_shows_what_a_model_says_as_text(model, tmp_path):
@@ -275,11 +432,15 @@ def test_a_table_shows_what_a_model_says_as_text(model, tmp_path):
 
 
 def test_a_missing_package_is_left_out_unless_it_was_asked_for(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.measure.find_spec", lambda name: None)
+    monkeypatch.setattr("evaluation.metrics.find_spec", lambda name: None)
     path = jsonl(tmp_path / "a.jsonl", *CHATS)
     found = measure(model, TOKENIZER, path, (), SHORT)
     assert "bleu" not in found.counts and "f1" in found.counts
     assert "BLEU or ROUGE left out: pip install rouge-score sacrebleu" in found.notes
-    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    with pytest.raises(UserError, match="pip install sacrebleu"):
-        measure(model, TOKENIZER, path, ["bleu"], SHORT)
+
+
+def test_a_bad_file_does_not_lose_the_figures_of_the_one_before(say, tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "hi"}\n{"prompt": \n', encoding="utf-8")
+    files = jsonl(tmp_path / "a.jsonl", *CHATS), tmp_path / "b.jsonl"
+    status, printed, remarks = say("--eval_data", *files, "--metrics", "f1")
+    assert status == 2 and "b.jsonl:2: " in remarks and "a.jsonl  F1 of words" in printed

@@ -10,7 +10,7 @@ from common.console import UserError
 from evaluation.metrics import METRICS, chosen, last_number, overlap, same_answer, tokens
 
 ENGLISH = (
-    ["the cat sat on the mat today", "hello there, world", "", "a completely different answer"],
+    ["The cat sat on the mat today", "hello there, world", "", "a completely different answer"],
     ["the cat sat on a mat today", "hello there world", "not empty", "nothing in common here"],
 )
 CHINESE = (
@@ -38,6 +38,32 @@ def test_bleu_with_several_references_is_sacrebleus():
     rows, _ = METRICS["bleu"].count(replies, list(zip(ENGLISH[1], more)))
     theirs = sacrebleu.corpus_bleu(replies, [ENGLISH[1], more]).score
     assert METRICS["bleu"].value(rows.sum(0)) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_bleu_without_four_words_in_a_row_is_smoothed_as_sacrebleu_does():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    replies, references = ["the cat sat", "on a mat now then"], ["the cat was sitting", "on a mat then now"]
+    rows, _ = counted("bleu", replies, references)
+    theirs = sacrebleu.corpus_bleu(replies, [references]).score
+    assert rows[:, 3].sum() == 0 < METRICS["bleu"].value(rows.sum(0)) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_the_tokenizer_of_bleu_follows_a_tenth_of_the_references():
+    pytest.importorskip("sacrebleu")
+    for chinese, expected in ((1, "13a"), (2, "zh")):
+        references = ["你好"] * chinese + ["hello"] * (20 - chinese)
+        assert counted("bleu", ["hello"] * 20, references)[1] == f"sacrebleu, tokenize={expected}"
+
+
+def test_the_best_of_several_references_counts():
+    for name, score in (("exact", 1), ("f1", 1)):
+        rows, _ = METRICS[name].count(["a cat"], [["dog", "cat", "cow"]])
+        assert rows.tolist() == [[score, 1]]
+
+
+def test_less_is_better_of_what_a_text_costs():
+    assert [name for name, metric in METRICS.items() if metric.better != 1] == ["ppl", "bpb"]
+    assert METRICS["ppl"].better == METRICS["bpb"].better == -1
 
 
 @pytest.mark.parametrize("name", ["rouge1", "rouge2", "rougeL"])
@@ -68,21 +94,19 @@ def test_rouge_of_chinese_counts_characters():
 
 
 def test_without_the_packages_it_says_what_to_install(monkeypatch):
-    import sys
-
-    for name, package, install in (
-        ("bleu", "sacrebleu.metrics", "sacrebleu"),
-        ("rougeL", "rouge_score.rouge_scorer", "rouge-score"),
-    ):
-        monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(UserError, match=f"pip install {install}"):
-            counted(name, *ENGLISH)
+    """Where the metric is named, before anything is computed. rouge_jieba said it after all answers were there."""
+    monkeypatch.setattr("evaluation.metrics.find_spec", lambda name: None)
+    for name, install in (("bleu", "sacrebleu"), ("rouge-l", "rouge-score"), ("rouge_jieba", "jieba rouge-score")):
+        with pytest.raises(UserError, match=f"^--metrics {name}: .* pip install {install}$"):
+            chosen(["f1", name])
+    assert chosen(["f1", "ppl"]) == ["f1", "ppl"]
 
 
 @pytest.mark.parametrize(
     "reply, reference, same",
     [
         ("The answer.", "answer", True),
+        ("an answer", "answer", True),
         ("Ｂｅｉｊｉｎｇ", "beijing!", True),
         ("北京。", "北 京", True),
         ("3.5", "35", False),  # SQuAD's script removes the dot, and takes these for the same
@@ -104,6 +128,7 @@ def test_f1_by_hand():
     assert tokens("The cat and the cat saw 2 dogs") == ["cat", "and", "cat", "saw", "2", "dogs"]
     assert overlap("the cat and the cat saw 2 dogs", "one cat saw dogs") == pytest.approx(2 * 3 / 10)
     assert overlap("我喜欢猫", "我爱猫") == pytest.approx(2 * 2 / 7)
+    assert overlap("cat cat", "cat cat dog") == pytest.approx(2 * 2 / 5)
     assert overlap("", "cat") == 0 and overlap("", "") == 1
 
 
@@ -115,10 +140,11 @@ def test_f1_by_hand():
         ("She pays $18.50.", "18.50"),
         ("x = -3", "-3"),
         ("10-5", "5"),
-        ("共有１２个", "12"),
+        ("共有１，２３４个", "1234"),
         ("no number", None),
         ("#### none", None),
         ("7 #### none", "7"),
+        ("#### 3, no: #### 4", "4"),
     ],
 )
 def test_the_number_of_an_answer(text, number):

@@ -32,6 +32,12 @@ def test_of_one_row_nothing_can_be_said():
     assert paired_difference(ratio, scores([0]), scores([1])) == (1.0, None)
 
 
+def test_draws_of_which_nothing_can_be_said_are_left_out():
+    """Of two rows one counts: a quarter of the draws have none that counts, and no mean."""
+    assert bootstrap(ratio, np.array([[1.0, 1.0], [0.0, 0.0]])) == (1.0, 1.0)
+    assert bootstrap(ratio, np.zeros((2, 2))) is None
+
+
 def test_pairs_see_what_two_intervals_cannot():
     """Questions differ more than the models do: the second is better by 0.05 on every one. Each model's own interval is
     far wider than that; the difference is certain."""

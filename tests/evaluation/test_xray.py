@@ -1,15 +1,19 @@
 """What the X-ray shows adds up to what the model computes, and the page shows it without asking anyone."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from evaluation.models import open_models
+from common.console import printable
+from evaluation.lineage import History
+from evaluation.models import Contender, open_models
 from evaluation.page import write_page
-from evaluation.trace import change_of, lens, trace
-from evaluation.xray import _experts, _packed, _predictions, unpacked, xray
+from evaluation.trace import change_of, changes, lens, trace
+from evaluation.xray import _experts, _packed, _predictions, text_of, unpacked, xray
+from inference.answers import prompt_ids
 from model.adapter import save_adapter
 from model.checkpoint import load_weights, save_weights
 from model.lora import LoRASettings, adapted, add_lora
@@ -97,6 +101,13 @@ def test_the_size_of_a_change_without_its_matrix():
     assert change_of(layer, "default")["rank"] == pytest.approx(1, abs=1e-3)
 
 
+def test_the_changes_of_one_of_two_adapters():
+    model = tiny_model()
+    for name, target in (("a", "q_proj"), ("b", "k_proj")):
+        add_lora(model, LoRASettings(rank=2, targets=(target,)), name)
+    assert {path.rpartition(".")[2] for path in changes(model, "a")} == {"q_proj"}
+
+
 def test_the_routing_is_what_the_layer_computes_with():
     """Each token's experts, weighted with what was seen, give what the layer adds to the stream."""
     model = tiny_model(**SHAPES["experts"]).eval().requires_grad_(False)
@@ -119,6 +130,14 @@ def test_an_expert_that_no_token_reaches_has_a_count_of_0():
     contender = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_experts_per_tok=1)))
     (found,) = _experts(contender, SimpleNamespace(routing=routing))
     assert found["layer"] == 1 and found["counts"] == [2, 1, 0] and found["chosen"] == [[0], [1], [0]]
+    assert found["mean"] == pytest.approx([1.3 / 3, 0.3, 0.8 / 3], abs=1e-4) and found["weights"] == [
+        [0.6],
+        [0.5],
+        [0.5],
+    ]
+    contender.model.config.num_experts_per_tok = 2
+    (found,) = _experts(contender, SimpleNamespace(routing=routing))
+    assert found["counts"] == [2, 2, 2] and found["chosen"] == [[0, 1], [1, 2], [0, 2]]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +204,31 @@ def test_the_page_works_by_keyboard_and_asks_nobody(home, browser, tmp_path):
     browser.open(page, language="zh-CN", dark=True, width=360)
     assert "下一个词元" in browser.text("#page")
     assert browser.evaluate("document.documentElement.scrollWidth") <= 360, "wider than a phone"
+
+
+def test_the_script_reads_in_fp32_and_prints_the_answer_alone(home, tmp_path):
+    words = ["--weight", "full_sft", "--save_dir", home, "--prompt", "hello there", "--system", "Be brief."]
+    page = tmp_path / "page.html"
+    status, out, err = run_script("scripts/xray.py", *words, "--max_new_tokens", "4", "--output", page)
+    assert status == 0, err
+    found = json.loads(page.read_text(encoding="utf-8").partition('id="data">')[2].partition("</script>")[0])
+    prompt = [dict(role="system", content="Be brief."), dict(role="user", content="hello there")]
+    ids = prompt_ids(TOKENIZER, prompt)
+    assert found["ids"][: found["prompt_tokens"]] == ids and found["model"]["dtype"] == "float32"
+    said = TOKENIZER.decode(found["ids"][len(ids) :])
+    assert said and out == f"{printable(said)}\n{page}: {len(found['ids'])} tokens, {out.rpartition('tokens, ')[2]}"
+
+
+def test_half_a_character_is_shown_by_its_bytes():
+    first, *_ = TOKENIZER.encode("龘")  # rare: more than one token
+    assert text_of(TOKENIZER, first).startswith("\\xe9")
+
+
+def test_a_model_of_fewer_positions_than_a_page_can_show():
+    history = History("a", "", {}, [dict(stage="full_sft")])
+    own = Contender("a", small_model(max_position_embeddings=32).eval(), None, TOKENIZER, history, 1)
+    with pytest.raises(ValueError, match="more than the 32 that a page can show"):
+        xray(own, "a " * 40)
 
 
 def test_128_tokens_of_small_stay_below_3_megabytes(tmp_path):
