@@ -44,6 +44,10 @@ FAMILIES = {
         "Mistral",
         dict(num_key_value_heads=1, sliding_window=100, tie_word_embeddings=True, rope_parameters=YARN),
     ),
+    "ministral, windows in some layers": (
+        "Ministral",
+        dict(head_dim=16, sliding_window=16, layer_types=MIXED_LAYERS, tie_word_embeddings=True),
+    ),
     "qwen2 yarn": ("Qwen2", dict(rope_parameters=YARN)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen2, windows from layer 1 on": (
