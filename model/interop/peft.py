@@ -112,8 +112,8 @@ def _make_ranks_equal(
 
 
 def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: dict, layers: int) -> None:
-    """`layers`: how many blocks the model has; a name that is adapted in all of them is written once. The rank of a layer
-    may be larger than that of the settings; its factor is the same."""
+    """`layers`: how many blocks the model has; a name that is adapted in all of them is written once. A layer may have
+    a larger rank than the settings; its factor is the same."""
     from safetensors.torch import save_file
 
     adapted = [name.removesuffix(".A") for name in state if name.endswith(".A")]
