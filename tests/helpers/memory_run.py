@@ -12,7 +12,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from trainer import train_full_sft
-from trainer.loop import backend
 
 UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -21,7 +20,6 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
 
 
-backend.keep_freed_memory = lambda: None  # what is free would count: the heap grows by pieces that nothing fits into
 torch.nn.Linear(64, 64)(torch.zeros(64, 64)).sum().backward()  # what the first use of torch loads
 before = peak()
 train_full_sft.main()

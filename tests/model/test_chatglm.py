@@ -57,6 +57,10 @@ def reference(values: dict, state: dict[str, torch.Tensor], tokens: list[int]) -
     return norm(x, "transformer.encoder.final_layernorm") @ state["transformer.output_layer.weight"].T
 
 
+def test_a_tied_head_is_read_as_one():
+    assert config_from_hf(CONFIG | dict(tie_word_embeddings=True)).tie_word_embeddings
+
+
 @pytest.mark.parametrize("changes", ({}, dict(multi_query_group_num=1, rope_ratio=50), dict(multi_query_group_num=4)))
 def test_logits_equal_the_published_definition(tmp_path, changes):
     values = CONFIG | changes
