@@ -95,9 +95,7 @@ def _make_ranks_equal(
 
     for end in ranks | alphas:  # peft reads them as regular expressions
         if not any(f".{layer}".endswith(f".{end}") for layer in layers):
-            raise UserError(
-                f"not supported: a rank or an alpha for {end!r}, the end of no adapted layer's name"
-            )
+            raise UserError(f"not supported: a rank or an alpha for {end!r}, the end of no adapted layer's name")
     rank = max((int(own(ranks, layer, settings["rank"])) for layer in layers), default=settings["rank"])
     power = 0.5 if settings["rslora"] else 1.0
     alpha = settings["alpha"] * (rank / settings["rank"]) ** power
