@@ -26,6 +26,7 @@ from common.files import ROOT
 from model.checkpoint import Checkpoint, load_weights, newest, read_plain, same_weights, write_plain
 from model.config import ModelConfig
 from model.hub import find_path
+from model.interop.hf import our_adapter
 from model.interop.minimind import lora_from_minimind
 from model.interop.peft import CONFIG as PEFT_CONFIG
 from model.interop.peft import load_peft
@@ -56,8 +57,16 @@ class AdapterFile:
     def knows_base(self) -> bool:
         return bool(self.base["hash"] or self.base["path"] and Path(self.base["path"]).exists())
 
+    def use_our_names(self, config: ModelConfig) -> None:
+        """Takes apart what peft has beside fused layers (GLM, ChatGLM). config: of the base."""
+        try:
+            self.state = our_adapter(config, self.state)
+        except UserError as error:
+            raise UserError(f"{self.path}: belongs to another model: {error}") from None
+
     def apply(self, model: CausalLM, name: str = "default") -> CausalLM:
         """Adds it to the model and activates it."""
+        self.use_our_names(model.config)
         known = linear_layers(model)
         layers = list(dict.fromkeys(key.rpartition(".")[0] for key in self.state))
         for layer in layers:

@@ -29,7 +29,7 @@ from model.adapter import AdapterFile
 from model.checkpoint import FORMAT, Checkpoint, torch_save, write_plain
 from model.config import ModelConfig
 from model.interop.gguf import write_gguf
-from model.interop.hf import config_to_hf, hf_tensors
+from model.interop.hf import config_to_hf, hf_adapter, hf_tensors
 from model.interop.hf_files import INDEX, SINGLE
 from model.interop.minimind import config_to_minimind, lora_to_minimind
 from model.interop.ollama import modelfile
@@ -93,10 +93,12 @@ def save_hf(
     if len(shards) > 1:
         _write_json(directory / INDEX, dict(metadata=dict(total_size=size), weight_map=places))
     copy_tokenizer(directory, tokenizer)
-    _write_json(directory / GENERATION, _generation_config(Path(tokenizer), stop_ids))
+    generation = _generation_config(Path(tokenizer), stop_ids)
+    _write_json(directory / GENERATION, generation)
     values["torch_dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
-    # last: with it the directory is a model
-    _write_json(directory / "config.json", values | dict(eos_token_id=sorted(stop_ids)))
+    # null where there is none: else transformers takes the family's own number, which for GLM is 151,329
+    values |= {name: generation.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(directory / "config.json", values)  # last: with it the directory is a model
     return directory
 
 
@@ -215,7 +217,8 @@ def write_peft(folder: Path, adapter: AdapterFile, tokenizer: Path | str | None)
     """An adapter file -> a directory that peft loads. tokenizer: its directory, to be copied; None: none is known."""
     numbers = [int(part) for name in adapter.state for part in name.split(".") if part.isdigit()]
     layers = adapter.config.num_hidden_layers if adapter.config else max(numbers) + 1
-    save_peft(folder, adapter.settings.to_dict(), adapter.state, adapter.base, layers)
+    state = hf_adapter(adapter.config, adapter.state) if adapter.config else adapter.state
+    save_peft(folder, adapter.settings.to_dict(), state, adapter.base, layers)
     if tokenizer is not None:
         copy_tokenizer(folder, tokenizer)
     return folder

@@ -262,6 +262,9 @@ def convert_adapter(adapter: "AdapterFile", target: Path, config: ConvertConfig)
     if base and not tokenizer:
         base.tokenizer = base.tokenizer or adapter.tokenizer
         tokenizer = find_tokenizer(base).path
+    if base:
+        adapter.config = base.config
+        adapter.use_our_names(base.config)
     with staged(target) as path:
         if config.to == "peft":
             write_peft(path, adapter, tokenizer)
@@ -272,6 +275,8 @@ def convert_adapter(adapter: "AdapterFile", target: Path, config: ConvertConfig)
             save_adapter_pth(path, adapter, base)
         if not config.no_verify:
             found, scale = load_adapter(path), adapter.settings.scale
+            if adapter.config:
+                found.use_our_names(adapter.config)
             same = found.state.keys() == adapter.state.keys()
             for name in [name for name in adapter.state if name.endswith(".A") and same]:
                 other = name[:-1] + "B"

@@ -102,28 +102,32 @@ def _foreign(tokenizer: Tokenizer):
 
 def _encode(tokenizer: Tokenizer, rows: list[list[Segment]]) -> list[Encoded]:
     plans: list[list[tuple]] = []
-    runs: dict[str, int] = {}  # each distinct text once; many repeat, like the "\n" between two turns
+    runs: dict[tuple[str, bool], None] = {}  # each distinct text once; many repeat, like the "\n" between two turns
     for segments in rows:
         plan: list[tuple] = []
         for is_text, group in groupby(segments, key=lambda segment: isinstance(segment[0], str)):
             if is_text:
                 text, spans = _join(group)
-                runs.setdefault(text, len(runs))
-                plan.append((text, spans))
+                run = text, bool(plan) and tokenizer.blank_at_start_only
+                runs[run] = None
+                plan.append((run, spans))
             else:
                 plan += group
         plans.append(plan)
 
-    encodings = tokenizer.encode_offsets(list(runs))
+    encodings = {}
+    for inside in (False, True):
+        some = [run for run in runs if run[1] is inside]
+        encodings |= zip(some, tokenizer.encode_offsets([text for text, _ in some], inside))
     encoded = []
     for plan in plans:
         ids: list[int] = []
         trained: list[bool] = []
         for piece, label in plan:
-            if isinstance(piece, str):
-                encoding = encodings[runs[piece]]
+            if isinstance(piece, tuple):
+                encoding = encodings[piece]
                 ids += encoding.ids
-                trained += _overlap(encoding, label, len(piece))
+                trained += _overlap(encoding, label, len(piece[0]))
             else:
                 ids.append(piece)
                 trained.append(label)

@@ -51,7 +51,10 @@ class Tokenizer:
         self.config = config or {}  # tokenizer_config.json: foreign chat templates ask it for bos_token and the like
         self.control: dict[str, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
         self.hash = _hash(spec, chat_template, self.config)
-        self._plain = _without_added_tokens(spec, path)
+        self._plain = self._inside = _without_added_tokens(spec, path)
+        self.blank_at_start_only = _blank_at_start_only(spec)
+        if self.blank_at_start_only:
+            self._inside = _without_added_tokens(spec | dict(pre_tokenizer=_without_blank(spec["pre_tokenizer"])), path)
         self._bytes, self._drops_first_space = _bytes_of_ids(spec)
         self.vocab_size: int = max(self._bytes) + 1
         self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
@@ -75,10 +78,14 @@ class Tokenizer:
         """Ids of many texts. Much faster than one by one; on all cores, unless TOKENIZERS_PARALLELISM=false."""
         return [encoding.ids for encoding in self.encode_offsets(texts)]
 
-    def encode_offsets(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """As encode_batch, with the characters of each token (`Encoding.offsets`)."""
+    def encode_offsets(self, texts: list[str], inside: bool = False) -> list[tokenizers.Encoding]:
+        """As encode_batch, with the characters of each token (`Encoding.offsets`).
+
+        inside  control tokens stand before these texts in their rows. Only with `blank_at_start_only` are the ids
+                others then: such a tokenizer puts its blank before the first text of a row alone.
+        """
         try:
-            return self._plain.encode_batch(texts)
+            return (self._inside if inside else self._plain).encode_batch(texts)
         except TypeError:
             raise _explain_not_text(texts) from None
 
@@ -240,6 +247,15 @@ def _without_added_tokens(spec: dict, path: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: tokenizers cannot read this tokenizer.json ({error})") from None
+
+
+def _blank_at_start_only(spec: dict) -> bool:
+    """Mistral's newer files. Llama 2's puts a blank before the text after each control token too."""
+    return '"prepend_scheme": "first"' in json.dumps(spec.get("pre_tokenizer"))
+
+
+def _without_blank(pre_tokenizer: dict) -> dict:
+    return json.loads(json.dumps(pre_tokenizer).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
 
 
 def _bytes_of_ids(spec: dict) -> tuple[dict[int, bytes], bool]:

@@ -29,7 +29,7 @@ class SFTConfig(StageConfig):
     save_weight: str = "full_sft"
     epochs: int = 2
     batch_size: int = 16
-    rates: ClassVar[dict[str, float]] = {"classic": 5e-5, "modern": 1e-3}
+    rates: ClassVar[dict[str, float]] = {"classic": 5e-5, "modern": 5e-4}
 
 
 def main():

@@ -70,6 +70,7 @@ FAMILIES = {  # of two families that fit a model, the first is written
         WINDOWS,
         dict(num_key_value_heads=32, head_dim=128, max_window_layers=28, **QWEN_WINDOWS),
     ),
+    "ministral": Family("MinistralForCausalLM", {}, WINDOWS, dict(num_key_value_heads=8, sliding_window=4096)),
     "glm": Family(
         "GlmForCausalLM",
         dict(rope_interleaved=True),
@@ -153,6 +154,9 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     # null is "not stated", except for a window, where it is "none"
     stated = {key: value for key, value in values.items() if value is not None or key == "sliding_window"}
     values = absent | family.absent | stated
+    if chunks := values.get("dual_chunk_attention_config"):  # Qwen2.5-1M: within a chunk, attention is as everywhere
+        chunk = chunks["chunk_size"] - chunks["local_size"]
+        values["max_position_embeddings"] = min(values["max_position_embeddings"], chunk)
     plain = {ours: values[theirs] for ours, theirs in _plain_names(family).items() if theirs in values}
     return ModelConfig(**(plain | family.fixed | _read_windows(values, family) | _read_rope(values, family)))
 
@@ -289,6 +293,40 @@ def split_fused(
             pieces = [tensor[end - size : end] for size, end in zip(sizes, ends)]
             return {f"{before}.{layer}.{after}": piece for layer, piece in zip(ours, pieces)}
     return {name: tensor}
+
+
+def our_adapter(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's matrices, {"<layer>.A", "<layer>.B"}, under our names. On a fused layer B is cut into rows as the
+    weight is, and each of our layers has the whole of A: the sum of the weight and B A stays the same."""
+    fused, found = GATE_UP | chatglm.FUSED, {}
+    for theirs, tensor in state.items():
+        name = chatglm.our_name(theirs) or theirs
+        if name.endswith(".B"):
+            found |= split_fused(config, fused, name, tensor)
+            continue
+        layers = next((ours for layer, ours in fused.items() if name.endswith(f".{layer}.A")), None)
+        before = name.rsplit(".", 3)[0]
+        found |= {f"{before}.{layer}.A": tensor for layer in layers} if layers else {name: tensor}
+    return found
+
+
+def hf_adapter(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse, for the family that `config_to_hf` writes. Beside a fused layer the adapters of its parts become one
+    of their ranks together: A below A, B a block each. A part without an adapter has zeros."""
+    found = dict(state)
+    try:
+        fused = FAMILIES[config_to_hf(config)["model_type"]].fused
+    except UserError:  # transformers has no family for this model
+        return found
+    for theirs, ours in fused.items():
+        ends = tuple(f".{layer}.A" for layer in ours)
+        for before in {name.rsplit(".", 3)[0] for name in state if name.endswith(ends)}:
+            parts = [f"{before}.{layer}" for layer in ours]
+            like = next(found[f"{part}.A"] for part in parts if f"{part}.A" in found)
+            A = [found.pop(f"{part}.A", torch.zeros_like(like)) for part in parts]
+            B = [found.pop(f"{part}.B", torch.zeros(_rows(config, part), len(like))) for part in parts]
+            found |= {f"{before}.{theirs}.A": torch.cat(A), f"{before}.{theirs}.B": torch.block_diag(*B)}
+    return found
 
 
 def _rows(config: ModelConfig, layer: str) -> int:

@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.console import UserError
@@ -22,8 +23,6 @@ UNSUPPORTED = dict(
     bias=(None, "none"),
     fan_in_fan_out=(None, False),
     lora_bias=(None, False),
-    rank_pattern=(None, {}),
-    alpha_pattern=(None, {}),
     modules_to_save=(None, []),
     use_qalora=(None, False),
     alora_invocation_tokens=(None, []),
@@ -72,25 +71,65 @@ def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
         dropout=values.get("lora_dropout", 0.0),
         rslora=bool(values.get("use_rslora")),
     )
+    try:
+        _make_ranks_equal(settings, state, *(values.get(f"{kind}_pattern") or {} for kind in ("rank", "alpha")))
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from None
     path = metadata.get("base_path") or values.get("base_model_name_or_path")
     bits = {"bits": int(metadata["base_bits"])} if "base_bits" in metadata else {}
     return settings, state, dict(path=path, hash=metadata.get("base_hash"), **bits)
 
 
+def _make_ranks_equal(
+    settings: dict, state: dict[str, Tensor], ranks: dict[str, int], alphas: dict[str, float]
+) -> None:
+    """peft may give a layer a rank and an alpha of its own; ours are the same for all layers. Smaller matrices are
+    filled up with zeros, which training leaves zero, and B takes what is different in the factor. In place.
+
+    ranks, alphas: the end of a layer's name -> its own.
+    """
+    layers = [name.removesuffix(".A") for name in state if name.endswith(".A")]
+
+    def own(values: dict, layer: str, otherwise: float) -> float:
+        return next((value for end, value in values.items() if f".{layer}".endswith(f".{end}")), otherwise)
+
+    for end in ranks | alphas:  # peft reads them as regular expressions
+        if not any(f".{layer}".endswith(f".{end}") for layer in layers):
+            raise UserError(f"not supported: a rank or an alpha for {end!r}, the end of no adapted layer's name")
+    rank = max((int(own(ranks, layer, settings["rank"])) for layer in layers), default=settings["rank"])
+    power = 0.5 if settings["rslora"] else 1.0
+    alpha = settings["alpha"] * (rank / settings["rank"]) ** power
+    for layer in layers:
+        A, B, here = state[f"{layer}.A"], state.get(f"{layer}.B"), int(own(ranks, layer, settings["rank"]))
+        if B is None or here == rank and not alphas:
+            continue
+        factor = own(alphas, layer, settings["alpha"]) / alpha * (rank / here) ** power
+        state[f"{layer}.A"] = F.pad(A, (0, 0, 0, rank - here))
+        state[f"{layer}.B"] = F.pad(B * factor, (0, rank - here))
+    settings |= dict(rank=rank, alpha=alpha)
+
+
 def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: dict, layers: int) -> None:
-    """`layers`: how many blocks the model has; a name that is adapted in all of them is written once."""
+    """`layers`: how many blocks the model has; a name that is adapted in all of them is written once. A layer may have
+    a larger rank than the settings; its factor is the same."""
     from safetensors.torch import save_file
 
     adapted = [name.removesuffix(".A") for name in state if name.endswith(".A")]
     last = sorted({name.rpartition(".")[2] for name in adapted})
+    rank = settings["rank"]
+    wider = {name: len(state[f"{name}.A"]) for name in adapted if len(state[f"{name}.A"]) != rank}
+    wider = {name.rpartition(".")[2]: own for name, own in wider.items()}  # fused layers, see `hf_adapter`
+    power = 0.5 if settings["rslora"] else 1.0
     values = dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base["path"] if Path(base["path"] or "").is_dir() else None,  # theirs are directories
-        r=settings["rank"],
+        r=rank,
         lora_alpha=settings["alpha"],
         lora_dropout=settings["dropout"],
         use_rslora=settings["rslora"],
+        rank_pattern=wider,
+        alpha_pattern={name: settings["alpha"] * (own / rank) ** power for name, own in wider.items()},
         target_modules=last if len(adapted) == len(last) * layers else adapted,
         bias="none",
         fan_in_fan_out=False,

@@ -16,6 +16,7 @@ class ByteTokenizer:
 
     chat_template, path, vocab_size, hash = None, "", 259, "bytes"
     end_of_text, im_start, im_end = E, START, STOP
+    blank_at_start_only = False
     control = {"<|endoftext|>": E, "<|im_start|>": START, "<|im_end|>": STOP}
 
     def __init__(self):
@@ -28,7 +29,7 @@ class ByteTokenizer:
     def encode_batch(self, texts):
         return [encoding.ids for encoding in self.encode_offsets(texts)]
 
-    def encode_offsets(self, texts):
+    def encode_offsets(self, texts, inside=False):
         self.texts += texts
         return [
             SimpleNamespace(

@@ -1,6 +1,7 @@
 """ChatGLM3's checkpoints against its published definition (THUDM/chatglm3-6b, modeling_chatglm.py), written again here
 one position and one head at a time."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.console import UserError
+from model.adapter import load_adapter
 from model.checkpoint import load_weights
 from model.interop.hf import config_from_hf, config_to_hf, hf_tensors
 from model.lora import find_targets
@@ -55,6 +57,10 @@ def reference(values: dict, state: dict[str, torch.Tensor], tokens: list[int]) -
     return norm(x, "transformer.encoder.final_layernorm") @ state["transformer.output_layer.weight"].T
 
 
+def test_a_tied_head_is_read_as_one():
+    assert config_from_hf(CONFIG | dict(tie_word_embeddings=True)).tie_word_embeddings
+
+
 @pytest.mark.parametrize("changes", ({}, dict(multi_query_group_num=1, rope_ratio=50), dict(multi_query_group_num=4)))
 def test_logits_equal_the_published_definition(tmp_path, changes):
     values = CONFIG | changes
@@ -94,6 +100,30 @@ def test_lora_targets_have_its_names(tmp_path):
     assert [name.rpartition(".")[2] for name in found] == ["q_proj", "k_proj", "v_proj", "down_proj"] * 2
     glm4 = find_targets(model, ("gate_up_proj",))  # what GLM-4 calls the same as dense_h_to_4h
     assert glm4 == find_targets(model, ("dense_h_to_4h",)) and len(glm4) == 4
+
+
+def test_pefts_adapters_for_its_own_layout_are_read(tmp_path):
+    """As its users have them: W + alpha/r B A on its fused layers, under its names."""
+    state = write_chatglm(tmp_path / "base")
+    torch.manual_seed(1)
+    merged, matrices = dict(state), {}
+    for name in ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"):
+        for i in range(CONFIG["num_layers"]):
+            layer = f"transformer.encoder.layers.{i}.{name}"
+            rows, columns = state[f"{layer}.weight"].shape
+            A, B = torch.randn(3, columns) * 0.2, torch.randn(rows, 3) * 0.2
+            merged[f"{layer}.weight"] = state[f"{layer}.weight"] + 7 / 3 * B @ A
+            matrices |= {f"base_model.model.{layer}.lora_A.weight": A, f"base_model.model.{layer}.lora_B.weight": B}
+    (tmp_path / "lora").mkdir()
+    save_file(matrices, tmp_path / "lora" / "adapter_model.safetensors")
+    values = dict(peft_type="LORA", r=3, lora_alpha=7, target_modules=["query_key_value"])
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+    tokens = [5, 60, 7, 7, 0, 33]
+    with torch.no_grad():
+        model = load_adapter(tmp_path / "lora").apply(load_weights(tmp_path / "base").build())
+        torch.testing.assert_close(
+            model(torch.tensor([tokens])).logits[0], reference(CONFIG, merged, tokens), atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from common.console import UserError
 from model.checkpoint import Checkpoint, load_weights
 from model.config import ModelConfig
 from model.export import save_hf
-from model.interop.hf_files import INDEX
+from model.interop.hf_files import INDEX, open_tensors
 from model.transformer import CausalLM
 
 SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -141,3 +141,14 @@ def test_a_config_of_another_kind_is_named(content, tmp_path):
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="config.json: a setting is missing or of another kind"):
         load_weights(tmp_path)
+
+
+def test_an_index_does_not_lead_out_of_the_directory(tmp_path):
+    """Also not to a file that is there."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({}, tmp_path / "other.safetensors")
+    index = dict(weight_map={"model.norm.weight": "../other.safetensors"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match=r"'\.\./other\.safetensors' is not the name of a file beside it"):
+        open_tensors(folder)

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from common.console import UserError
 from model.adapter import AdapterFile, find_base, load_adapter, save_adapter
 from model.checkpoint import load_weights, save_weights
+from model.export import write_peft
 from model.interop.minimind import config_from_minimind
 from model.lora import (
     LoRALinear,
@@ -166,7 +168,79 @@ def test_adapters_that_changed_their_base_are_refused(tmp_path, how):
         load_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2})])
+@pytest.mark.parametrize("rslora", (False, True))
+def test_ranks_and_alphas_that_differ_between_layers(tmp_path, rslora):
+    """They are made equal by zeros, which training leaves zero."""
+    peft = pytest.importorskip("peft")
+    patterns = dict(rank_pattern={"q_proj": 5, "layers.1.mlp.up_proj": 2}, alpha_pattern={"down_proj": 11, "q_proj": 2})
+    shape = dict(r=3, lora_alpha=7, target_modules="all-linear", use_rslora=rslora, init_lora_weights=False)
+    theirs = peft.get_peft_model(hf_model(base(), tmp_path), peft.LoraConfig(**shape, **patterns))
+    theirs.save_pretrained(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    model = adapter.apply(base())
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert adapter.settings.rank == 5
+    model(TOKENS).logits.square().mean().backward()
+    for layer in adapted(model).values():
+        A, B = layer.adapter("default").A, layer.adapter("default").B
+        assert all(A.grad[i].any() == A[i].any() == B[:, i].any() == B.grad[:, i].any() for i in range(5))
+
+
+def test_a_rank_for_layers_that_we_do_not_find_is_refused(tmp_path):
+    """peft's keys are regular expressions."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, target_modules="all-linear", rank_pattern={"q_.*": 5})
+    peft.get_peft_model(hf_model(base(), tmp_path), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter_config.json: not supported: a rank or an alpha for 'q_\.\*'"):
+        load_adapter(tmp_path / "adapter")
+
+
+GLM = dict(
+    head_dim=8,
+    attention_bias=True,
+    rotary_fraction=0.5,
+    rope_interleaved=True,
+    post_norms=True,
+    tie_word_embeddings=False,
+)
+
+
+def test_pefts_adapter_beside_fused_layers_is_taken_apart(tmp_path):
+    """GLM's gate_up_proj is two layers here."""
+    peft = pytest.importorskip("peft")
+    theirs = hf_model(base(**GLM), tmp_path)
+    assert theirs.config.model_type == "glm4"
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(tmp_path / "adapter").apply(base(**GLM))
+    assert sorted(name.rpartition(".")[2] for name in adapted(model))[-2:] == ["v_proj", "v_proj"]
+    assert len(adapted(model)) == 14
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+    wider = base(**GLM, intermediate_size=48)
+    with pytest.raises(UserError, match=r"belongs to another model: .*gate_up_proj.B: has 80 rows.*48 \+ 48"):
+        load_adapter(tmp_path / "adapter").apply(wider)
+
+
+@pytest.mark.parametrize("rslora", (False, True))
+@pytest.mark.parametrize("targets", ("all", "gate_proj", "attention"))
+def test_pefts_reads_ours_beside_fused_layers(tmp_path, targets, rslora):
+    """Without gate_proj and up_proj in its model, peft left these matrices out, with a warning."""
+    peft = pytest.importorskip("peft")
+    theirs, model = hf_model(base(**GLM), tmp_path), base(**GLM)
+    settings = LoRASettings(rank=4, alpha=12, targets=(targets,), rslora=rslora)
+    add_lora(model, settings)
+    stir(model)
+    about = dict(base=dict(path=None, hash=None), tokenizer={}, lineage=[])
+    adapter = load_adapter(save_adapter(tmp_path / "a.pth", model, settings, **about))
+    write_peft(tmp_path / "peft", adapter, None)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+    again = load_adapter(tmp_path / "peft").apply(base(**GLM))
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all")])
 def test_what_would_compute_something_else_is_refused(tmp_path, key, value):
     values = dict(peft_type="LORA", r=2, lora_alpha=2) | {key: value}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")

@@ -44,6 +44,10 @@ FAMILIES = {
         "Mistral",
         dict(num_key_value_heads=1, sliding_window=100, tie_word_embeddings=True, rope_parameters=YARN),
     ),
+    "ministral, windows in some layers": (
+        "Ministral",
+        dict(head_dim=16, sliding_window=16, layer_types=MIXED_LAYERS, tie_word_embeddings=True),
+    ),
     "qwen2 yarn": ("Qwen2", dict(rope_parameters=YARN)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen2, windows from layer 1 on": (
@@ -286,6 +290,24 @@ def test_what_a_config_does_not_say_is_what_transformers_takes_it_for(family, le
     with torch.no_grad():
         logits = load_weights(tmp_path).build()(tokens).logits
         torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ("Qwen2", "Qwen3", "Mistral", "Glm", "Glm4", "Qwen2Moe", "Qwen3Moe"))
+def test_every_default_of_a_family_is_that_of_transformers(family):
+    """A config.json that says nothing but sizes."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=9, hidden_size=64, num_hidden_layers=2, num_attention_heads=32)
+    sizes |= dict(intermediate_size=8, max_position_embeddings=64)
+    theirs = getattr(transformers, f"{family}Config")(**sizes)
+    ours = config_from_hf(sizes | dict(model_type=theirs.model_type))
+    names = "num_key_value_heads rms_norm_eps tie_word_embeddings num_experts_per_tok moe_intermediate_size".split()
+    names += ["norm_topk_prob", "shared_expert_intermediate_size"]
+    if family not in ("Qwen2", "Qwen2Moe", "Mistral"):  # theirs is worked out in the model
+        names.append("head_dim")
+    for name in names:
+        if (value := getattr(theirs, name, None)) is not None and (ours.num_experts or "moe" not in name):
+            assert getattr(ours, name) == value, name
+    assert ours.sliding_window == (4096 if family == "Mistral" else None)
 
 
 def test_yarn_reaches_factor_times_the_trained_length():

@@ -232,6 +232,28 @@ def test_adapters_go_to_peft_to_minimind_and_back(source, adapter, tmp_path):
     assert load_adapter(tmp_path / "b.pth").base["hash"] == load_weights(source[0]).hash
 
 
+def test_adapters_beside_fused_layers_go_to_peft_and_back(tmp_path):
+    """GLM's gate_up_proj is two layers here. Without its weights, nobody knows how many rows are gate's."""
+    shape = dict(rotary_fraction=0.5, rope_interleaved=True, post_norms=True, tie_word_embeddings=False)
+    model = small_model(**shape)
+    tokenizer = dict(path=TOKENIZER.path, hash=TOKENIZER.hash)
+    base = save_weights(tmp_path / "glm_32.pth", model, tokenizer=tokenizer, lineage=[])
+    settings = LoRASettings(rank=4, alpha=16.0)
+    add_lora(model, settings)
+    for layer in adapted(model).values():
+        torch.nn.init.normal_(layer.adapter("default").B, std=0.2)
+    about = dict(base=dict(path=str(base), hash=load_weights(base).hash), tokenizer=tokenizer, lineage=[])
+    path = save_adapter(tmp_path / "lora_32.pth", model, settings, **about)
+    convert(path, tmp_path / "peft", "--to", "peft")
+    values = json.loads((tmp_path / "peft" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert "gate_up_proj" in values["target_modules"] and "gate_proj" not in values["target_modules"]
+    convert(tmp_path / "peft", tmp_path / "again.pth", "--to", "pth", "--weight", base)
+    again = load_adapter(tmp_path / "again.pth")
+    assert again.state.keys() == load_adapter(path).state.keys()
+    found = again.apply(load_weights(base).build())
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=1e-5)
+
+
 # ---- mistakes
 
 

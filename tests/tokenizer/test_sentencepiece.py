@@ -191,6 +191,42 @@ def test_transformers_reads_an_exported_copy(trained, tmp_path):
     assert ids == encode_chat(ours, chat, add_generation_prompt=True).ids
 
 
+INSTRUCTIONS = """
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{- bos_token + '[INST] ' + m.content + ' [/INST]' }}
+    {%- else %}{{- space + m.content + space + eos_token }}{% endif %}
+{%- endfor %}"""  # Llama 2's, and with no space Mistral's first one: text stands right behind <s>
+
+
+@pytest.mark.parametrize("space", (" ", ""))
+@pytest.mark.parametrize("where", ("every text", "the first text"))
+def test_the_blank_before_a_text_is_where_the_file_has_it(trained, tmp_path, where, space):
+    """Llama 2's tokenizer.json puts one before the text after every control token, Mistral's newer files only before
+    the first of the row. Ours stood before all of them."""
+    from transformers import AutoTokenizer
+
+    from model.export import copy_tokenizer
+
+    copy_tokenizer(tmp_path, trained()[0])
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    if where == "the first text":
+        blank = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
+        spec |= dict(normalizer=None, pre_tokenizer=blank)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>")
+    config["chat_template"] = INSTRUCTIONS.replace("space", f"'{space}'")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    chat = [said("user", "hello world"), said("assistant", "今天"), said("user", " low "), said("assistant", "held")]
+    ids, labels = encode_chat(ours, chat)
+    assert ids == theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
+    said_ids = [i for i, label in zip(ids, labels) if label]
+    assert ours.decode(said_ids) == f"{space}今天{space}</s>{space}held{space}</s>".lstrip()
+    for text in ("hello world", " hello", ""):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
 @pytest.mark.parametrize("kind, options", [("plain", {}), ("bare", dict(add_dummy_prefix=False))])
 def test_llama_cpp_tokenises_the_same(trained, tmp_path, kind, options):
     pytest.importorskip("gguf")
