@@ -90,7 +90,7 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
     question_seed: int = option(0, "another one draws other exam questions", within="[0, inf)")
     json: str | None = option(None, "write figures and answers to this file", path=True, aliases=("output_file",))
     png: str | None = option(None, "draw the figures of --eval_data into this file", path=True)
-    web: bool = option(False, "talk in the browser: starts scripts/serve_openai_api.py, which has more flags, with these")
+    web: bool = option(False, "talk in the browser: starts scripts/serve_openai_api.py with these flags; it has more")
     system: str = option("", "system prompt")
     tools: str | None = option(None, "let the model call tools: a calculator and the date", choices=("demo",))
     enable_thinking: bool | None = option(None, "let the model think first, or keep it from it")

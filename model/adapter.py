@@ -26,7 +26,7 @@ from common.files import ROOT
 from model.checkpoint import Checkpoint, load_weights, newest, read_plain, same_weights, write_plain
 from model.config import ModelConfig
 from model.hub import find_path
-from model.interop.hf import our_adapter
+from model.interop.hf_adapter import our_adapter
 from model.interop.minimind import lora_from_minimind
 from model.interop.peft import CONFIG as PEFT_CONFIG
 from model.interop.peft import load_peft

@@ -29,7 +29,8 @@ from model.adapter import AdapterFile
 from model.checkpoint import FORMAT, Checkpoint, torch_save, write_plain
 from model.config import ModelConfig
 from model.interop.gguf import write_gguf
-from model.interop.hf import config_to_hf, hf_adapter, hf_tensors
+from model.interop.hf import config_to_hf, hf_tensors
+from model.interop.hf_adapter import hf_adapter
 from model.interop.hf_files import INDEX, SINGLE
 from model.interop.minimind import config_to_minimind, lora_to_minimind
 from model.interop.ollama import modelfile
