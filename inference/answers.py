@@ -30,7 +30,7 @@ class Answer:
 
     ids: list[int]
     full: str  # all of it, with the names of control tokens; <think> also where the prompt has opened it
-    text: str  # what follows the last </think>, without control tokens and blanks around
+    text: str  # what follows the last </think>, without control tokens and blanks around; "" while a thought goes on
     ended: bool  # False: cut off at the most tokens allowed
     asked: bool = True  # False: the prompt left no room for an answer
 
@@ -86,7 +86,7 @@ def answers_to_ids(
             said = generate(model, [prompts[i] for i in batch], sampling, max_new_tokens=most, stop=stop)
             for i, ids in zip(batch, said):
                 begun = "<think>\n" if opens_thought(tokenizer, prompts[i]) else ""
-                text = final_text(tokenizer, ids)
+                text = "" if opens_thought(tokenizer, prompts[i] + ids) else final_text(tokenizer, ids)
                 found[i] = Answer(ids, begun + tokenizer.decode(ids), text, ended=len(ids) < most)
             bar.advance(len(batch))
     return found
@@ -100,6 +100,6 @@ def final_text(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def opens_thought(tokenizer: Tokenizer, prompt: list[int]) -> bool:
-    """Whether the prompt ends inside a thought, as with enable_thinking=True."""
+    """Whether these ids end inside a thought, as a prompt does with enable_thinking=True."""
     opens, closes = (tokenizer.control.get(tag) for tag in ("<think>", "</think>"))
     return next((token == opens for token in reversed(prompt) if token in (opens, closes)), False)

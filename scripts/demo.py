@@ -36,19 +36,19 @@ VOCABULARY = 2000
 SECONDS = {
     "world": 5,
     "tokenizer": 16,
-    "pretrain": 662,
-    "full_sft": 261,
-    "lora_identity": 84,
-    "rlhf": 15,
-    "reason": 70,
-    "exam": 26,
+    "pretrain": 470,
+    "full_sft": 178,
+    "lora_identity": 60,
+    "rlhf": 13,
+    "reason": 58,
+    "exam": 22,
 }
 
 # Flags of the trainings. Most of the demo's time goes into the first.
 PRETRAIN = "--preset nano --epochs 2 --batch_size 8 --max_seq_len 256".split()
 SFT = "--epochs 2 --batch_size 32 --max_seq_len 256 --recipe modern".split()
 LORA = "--epochs 9 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
-DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 6e-5".split()
+DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 2.5e-5".split()
 REASON = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 1e-3".split()
 COMMON = "--schedule wsd --min_lr_ratio 0.05 --log_interval 20".split()
 QUICK = "--max_steps 6 --data_limit 400 --warmup_steps 1".split()

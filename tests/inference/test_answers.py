@@ -83,6 +83,7 @@ def test_a_thought_is_not_part_of_the_answer():
 def test_a_thought_that_the_prompt_has_opened_is_part_of_what_was_said(model):
     (answer,) = answers(model, TOKENIZER, QUESTIONS[:1], max_new_tokens=2, enable_thinking=True)
     assert answer.full == "<think>\n" + TOKENIZER.decode(answer.ids)
+    assert answer.text == "", "a number in a thought that was cut off is no answer"
 
 
 def test_a_text_is_continued(model):
