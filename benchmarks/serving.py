@@ -231,13 +231,11 @@ def main() -> None:
                     note(f"{count:3} streams: engine, tokens/s after the first", rate)
                     note(f"{count:3} streams: transformers, tokens/s in all", count * config.new / other_seconds)
                     note(f"{count:3} streams: engine / transformers", other_seconds / seconds)
-                    if count == rows:
-                        found = ask_server(config, url, rows, turn)["seconds"]
-                        note(f"server with {rows} clients, time against the engine alone", found / seconds)
-                        one = figures["  1 streams: engine, tokens/s in all"][-1]
-                        note(f"{rows} streams / 1 stream, engine", rows * config.new / seconds / one)
-                elif count == rows:
-                    ask_server(config, url, rows, turn)
+            found = ask_server(config, url, rows, turn)["seconds"]
+            if turn:  # the last of the two above was that of `rows` streams
+                note(f"server with {rows} clients, time against the engine alone", found / seconds)
+                one = figures["  1 streams: engine, tokens/s in all"][-1]
+                note(f"{rows} streams / 1 stream, engine", rows * config.new / seconds / one)
             (long,) = prompts(1, 512, vocab, turn)
             first, _ = engine_seconds(kept[1], [long], 1)
             other_first = their_seconds(other, [long], 1)
