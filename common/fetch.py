@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from common.console import Progress, UserError, note
 from common.files import hash_file, lock, put_in_place
 from common.hubs import (
-    MIRRORS,
     Place,
     RemoteFile,
     Repository,
@@ -63,7 +62,12 @@ def unfinished(folder: Path, name: str) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / f".{name}.lock", f"another process is fetching {name}; waiting for it"):
-        yield folder / f".{name}.partial"
+        partial = folder / f".{name}.partial"
+        try:
+            yield partial
+        finally:
+            with suppress(OSError):  # nothing to continue from, on a full disk for instance
+                partial.rmdir()
         with suppress(OSError):  # Windows removes no file that is open
             (folder / f".{name}.lock").unlink()
 
@@ -136,7 +140,7 @@ def _fetch(client: httpx.Client, place: Place, file: RemoteFile, path: Path, pro
         part.unlink()
     raise UserError(
         f"{place.id}: what {place.host} sends of {file.name} is not the file that it lists (another size or checksum, "
-        f"twice); try again later. {MIRRORS}"
+        f"twice); try again later. {place.elsewhere}"
     )
 
 

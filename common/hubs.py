@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 OUR_FOLDERS = ("out", "models", "dataset")  # need not exist yet: out/full_sft is no name on a hub
 ENDINGS = (".bin", ".csv", ".gz", ".json", ".jsonl", ".parquet", ".pth", ".safetensors", ".txt", ".yaml", ".yml")
-MIRRORS = "HF_ENDPOINT=https://... names a mirror, USE_MODELSCOPE_HUB=1 takes modelscope.cn instead"
 
 
 class Hub(NamedTuple):
@@ -35,6 +34,7 @@ class Hub(NamedTuple):
     token_page: str  # where people get one
     header: tuple[str, str]  # that carries it
     pages: dict[str, str]  # kind of repository -> what its page's path begins with
+    instead: str  # the other hub, for messages
 
 
 HUBS = {
@@ -45,6 +45,7 @@ HUBS = {
         "huggingface.co/settings/tokens",
         ("Authorization", "Bearer {}"),
         {"model": "", "dataset": "datasets/"},
+        "USE_MODELSCOPE_HUB=1 takes modelscope.cn",
     ),
     "modelscope": Hub(
         "https://modelscope.cn",
@@ -53,6 +54,7 @@ HUBS = {
         "modelscope.cn/my/myaccesstoken",
         ("Cookie", "m_session_id={}"),
         {"model": "models/", "dataset": "datasets/"},
+        "--source huggingface, or no USE_MODELSCOPE_HUB, takes huggingface.co",
     ),
 }
 SOURCES = tuple(HUBS)
@@ -82,6 +84,7 @@ class Place(NamedTuple):
     page: str  # for people
     headers: dict[str, str]
     token: str  # how to get at what is not public
+    elsewhere: str  # where else to look
 
 
 def offline() -> bool:
@@ -166,6 +169,7 @@ def place_of(id: str, kind: str, source: str) -> Place:
         page=f"{endpoint}/{hub.pages[kind]}{id}",
         headers={name: value.format(secret)} if secret else {},
         token=f"set {hub.token_variable} to a token from {hub.token_page}",
+        elsewhere=f"{hub.endpoint_variable}=https://... names a mirror, {hub.instead} instead",
     )
 
 
@@ -253,7 +257,7 @@ def _get(client: httpx.Client, place: Place, url: str) -> httpx.Response:
 
 def unreachable(place: Place, error: Exception) -> UserError:
     reason = str(error) or type(error).__name__
-    return UserError(f"{place.id}: cannot be fetched from {place.host} ({reason}). Is there a network? {MIRRORS}")
+    return UserError(f"{place.id}: cannot be fetched from {place.host} ({reason}). Is there a network? {place.elsewhere}")
 
 
 def check_status(place: Place, response: httpx.Response) -> None:
@@ -271,7 +275,9 @@ def check_status(place: Place, response: httpx.Response) -> None:
             f"{place.id}: {place.host} does not give it to everybody ({status}): accept its conditions at {place.page} "
             f"and {place.token}"
         )
-    raise UserError(f"{place.id}: {place.host} answers {status} {response.reason_phrase}; try again later. {MIRRORS}")
+    raise UserError(
+        f"{place.id}: {place.host} answers {status} {response.reason_phrase}; try again later. {place.elsewhere}"
+    )
 
 
 def check_name(id: str, name: str) -> None:

@@ -241,6 +241,10 @@ def test_without_a_network(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(UserError, match=r"cannot be fetched from 127.0.0.1:9 \(.*refused.*\). Is there a network\?"):
         list_files("a/b", "model")
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+    for source, other in dict(huggingface="modelscope.cn", modelscope="huggingface.co").items():
+        with pytest.raises(UserError, match=f"names a mirror, .* takes {other} instead"):
+            list_files("a/b", "model", source=source)
     monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
     with pytest.raises(UserError, match="HF_ENDPOINT=hf-mirror.com: write https://hf-mirror.com"):
         list_files("a/b", "model")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +83,14 @@ def test_a_folder_has_its_name_only_when_it_is_whole(hub, tmp_path):
     assert run_script("scripts/download.py", "a/tiny")[0] == 0
     assert hub.fetched() == ["model.safetensors"], "the others were there"
     assert names(tmp_path / "models/tiny") == sorted([*TEXTS, "model.safetensors"])
+
+
+def test_no_folder_is_left_where_there_is_no_room(hub, tmp_path, monkeypatch):
+    hub.add("a/tiny", TEXTS | {"model.safetensors": WEIGHTS})
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    status, _, err = run_script("scripts/download.py", "a/tiny")
+    assert status == 2 and "make room" in err
+    assert not any(path.is_dir() for path in (tmp_path / "models").iterdir())
 
 
 def test_another_model_of_the_same_name_is_no_copy(hub, tmp_path):
