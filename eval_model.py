@@ -159,8 +159,8 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
         if config.merge_lora:
             merge(model)
         merged = ", merged" if config.merge_lora else ""
-        kept = f" in {bits} bits" + (", as it was trained" if bits == adapter.bits else "") if bits else ""
-        screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {checkpoint.path}{kept}")
+        on = f"{checkpoint.path}{adapter.kept(bits)}"
+        screen.note(f"{adapter.path}: rank {adapter.settings.rank}{merged}, on its base {on}")
         checkpoint.lineage = adapter.lineage or checkpoint.lineage
     model = prepare_for_inference(model, dtype).to(device)
     packed = quantize_for_cpu(model, config.quantize) if config.quantize else ""

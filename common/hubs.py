@@ -257,7 +257,9 @@ def _get(client: httpx.Client, place: Place, url: str) -> httpx.Response:
 
 def unreachable(place: Place, error: Exception) -> UserError:
     reason = str(error) or type(error).__name__
-    return UserError(f"{place.id}: cannot be fetched from {place.host} ({reason}). Is there a network? {place.elsewhere}")
+    return UserError(
+        f"{place.id}: cannot be fetched from {place.host} ({reason}). Is there a network? {place.elsewhere}"
+    )
 
 
 def check_status(place: Place, response: httpx.Response) -> None:

@@ -24,7 +24,6 @@ from inference.answers import answers_to_ids
 from inference.sampling import Sampling
 from model.adapter import find_base, load_adapter
 from model.checkpoint import find_tokenizer, find_weights, load_weights
-from model.lora import merge
 from model.precision import pick_device, pick_dtype, prepare_for_inference
 from model.transformer import CausalLM
 from tokenizer.chat import Encoded, encode_chat
@@ -42,10 +41,9 @@ def open_for_harness(
     adapter = load_adapter(lora_path) if lora_path else None
     file = find_weights(weight, ROOT / "out") if weight else None
     checkpoint = find_base(adapter, file, ROOT / "out") if adapter else load_weights(file)
-    model = checkpoint.build()
+    model = adapter.merge_into(checkpoint) if adapter else checkpoint.build()
     if adapter:
         checkpoint.tokenizer = checkpoint.tokenizer or adapter.tokenizer
-        merge(adapter.apply(model))
     where = pick_device(device)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     return prepare_for_inference(model, pick_dtype(dtype, where)[0]).to(where), tokenizer

@@ -125,7 +125,7 @@ def open_models(
             adapter, size = f"adapter{len(contenders)}", size + _bytes(file.path)
             file.apply(model, adapter)
             history.base = history.base or str(base.path)
-            note(f"{file.path}: rank {file.settings.rank}, on its base {base.path}")
+            note(f"{file.path}: rank {file.settings.rank}, on its base {base.path}{file.kept(None)}")
         contenders.append(Contender(name, model, adapter, tokenizer, history, size))
     for _, model, _ in opened:
         activate(model, None)

@@ -30,7 +30,8 @@ from model.interop.hf_adapter import our_adapter
 from model.interop.minimind import lora_from_minimind
 from model.interop.peft import CONFIG as PEFT_CONFIG
 from model.interop.peft import load_peft
-from model.lora import LoRASettings, activate, adapted, add_lora, linear_layers, lora_state
+from model.lora import LoRASettings, activate, adapted, add_lora, linear_layers, lora_state, merge, remove_lora
+from model.quant import unpack_model
 from model.tensor_files import open_pickled
 from model.transformer import CausalLM
 
@@ -89,6 +90,26 @@ class AdapterFile:
                     module.adapter(name).B.copy_(self.state[f"{layer}.B"])
         activate(model, name)
         return model
+
+    def merge_into(self, base: Checkpoint) -> CausalLM:
+        """A plain model with the adapter in its weights: the stored ones, in fp32 (for training they were rounded to
+        the compute dtype). An adapter that has learned beside packed weights belongs to those, rounding errors
+        included: they are unpacked, and all is in bf16."""
+        model = self.apply(base.build(torch.bfloat16, self.bits) if self.bits else base.build())
+        merge(model)
+        remove_lora(model)
+        if self.bits:
+            unpack_model(model, torch.bfloat16)  # the layers without an adapter
+            for parameter in model.parameters():  # the norms; not RoPE's buffers
+                parameter.data = parameter.data.bfloat16()
+        return model
+
+    def kept(self, bits: int | None) -> str:
+        """Words about how its base is kept, after its path. None: dense"""
+        if bits == self.bits:
+            return f" in {bits} bits, as it was trained" if bits else ""
+        trained = f", though it was trained beside {self.bits} bits: answers differ a little" if self.bits else ""
+        return (f" in {bits} bits" if bits else "") + trained
 
 
 def save_adapter(

@@ -35,7 +35,6 @@ from model.interop.hf_files import INDEX, SINGLE
 from model.interop.minimind import config_to_minimind, lora_to_minimind
 from model.interop.ollama import modelfile
 from model.interop.peft import save_peft
-from model.lora import merge, remove_lora
 from model.tensor_files import StoredTensors
 from tokenizer.chat import TEMPLATE
 from tokenizer.text import IM_START, Tokenizer, read_files
@@ -229,7 +228,7 @@ def save_adapter_pth(path: Path, adapter: AdapterFile, base: Checkpoint) -> None
     """Our own format (model/adapter.py)."""
     values = dict(
         settings=adapter.settings.to_dict(),
-        base=dict(path=str(Path(base.path).resolve()), hash=base.hash),
+        base=adapter.base | dict(path=str(Path(base.path).resolve()), hash=base.hash),
         config=base.config.to_dict(),
         tokenizer=adapter.tokenizer or base.tokenizer,
         lineage=adapter.lineage or base.lineage,
@@ -245,9 +244,9 @@ def save_adapter_minimind(path: Path, adapter: AdapterFile) -> None:
 
 
 def merged(checkpoint: Checkpoint, adapter: AdapterFile) -> Checkpoint:
-    """The weights with an adapter in them, fp32."""
-    model = adapter.apply(checkpoint.build())
-    merge(model)
-    remove_lora(model)
-    lineage = adapter.lineage or checkpoint.lineage
-    return replace(checkpoint, state=model.state_dict(), lineage=lineage)
+    """The weights with an adapter in them, rounded to the dtype in which they are stored, unless `merge_into` has."""
+    state = stored_once(checkpoint.config, adapter.merge_into(checkpoint).state_dict())
+    stored = stored_once(checkpoint.config, checkpoint.state).places
+    if not adapter.bits:
+        state = {name: tensor.to(stored[name].dtype) for name, tensor in state.items()}
+    return replace(checkpoint, state=state, lineage=adapter.lineage or checkpoint.lineage)

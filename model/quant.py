@@ -357,6 +357,15 @@ def quantize_model(model: nn.Module, bits: int, skip: Sequence[str] = ("lm_head"
     return names
 
 
+def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """The reverse of `quantize_model`, in place: Linear layers with the weights that the packed ones compute with."""
+    for name, layer in quantized(model).items():
+        with torch.device("meta"):
+            dense = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        dense.weight, dense.bias = nn.Parameter(layer.dequantize(dtype), requires_grad=False), layer.bias
+        model.set_submodule(name, dense.train(layer.training))
+
+
 def choose_bits(four: bool | None, eight: bool | None, trained: int | None) -> int | None:
     """What --load_in_4bit and --load_in_8bit mean (None: not said) for an adapter that was trained beside weights of
     `trained` bits: another number if it is asked for, and no packing if its own is refused."""

@@ -135,7 +135,8 @@ def convert_weights(target: Path, config: ConvertConfig) -> None:
     if config.lora_path:
         adapter = load_adapter(config.lora_path)
         check_base(adapter, checkpoint)
-        note(f"merged: {adapter.path} into {checkpoint.path}")
+        kept = f", unpacked from the {adapter.bits} bits that it was trained beside" if adapter.bits else ""
+        note(f"merged: {adapter.path} into {checkpoint.path}{kept}")
         checkpoint = merged(checkpoint, adapter)
     dtype = None if config.kind in (None, "q8_0") else getattr(torch, config.kind)
     before = None if config.no_verify else logits(checkpoint)

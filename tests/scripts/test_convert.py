@@ -120,6 +120,13 @@ def test_an_adapter_is_merged_on_request(source, adapter, tmp_path):
     torch.testing.assert_close(found, logits(with_adapter), atol=1e-5, rtol=1e-5)
     assert (found - logits(source[1])).abs().max() > 0.01
 
+    half, stray = tmp_path / "half_32.pth", tmp_path / "stray_32.pth"
+    convert(source[0], half, "--to", "pth", "--dtype", "bfloat16")
+    settings = load_adapter(path).settings
+    save_adapter(stray, with_adapter, settings, base=dict(path=None, hash=None), tokenizer={}, lineage=[])
+    convert(half, tmp_path / "half", "--to", "hf", "--lora_path", stray)
+    assert {tensor.dtype for tensor in load_weights(tmp_path / "half").state.values()} == {torch.bfloat16}
+
     other = save_weights(tmp_path / "other_32.pth", small_model(std=0.06), tokenizer={}, lineage=[])
     line = refused(other, tmp_path / "x", "--to", "hf", "--lora_path", path, "--tokenizer_path", TOKENIZER.path)
     assert f"{path}: was trained on" in line and not (tmp_path / "x").exists()

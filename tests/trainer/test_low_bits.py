@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ import torch
 import eval_model
 from common.options import parse
 from dataset.tiny_world import files as tiny_world
+from evaluation.models import open_models
 from model.adapter import load_adapter
 from model.checkpoint import load_weights
 from model.lora import adapted
 from model.quant import QuantLinear, dequantize, quantize, quantized
 from tests.helpers.compare import same
-from tests.helpers.runs import FLAGS, run_stage, torchrun, train_twice
+from tests.helpers.runs import FLAGS, run_script, run_stage, torchrun, train_twice
 from tests.helpers.stages import prepare_stages, stage_flags
 from trainer.loop.engine import Engine
 
@@ -73,9 +75,13 @@ def test_a_stage_trains_beside_four_bits_and_talks_the_same(stage, world, tmp_pa
     torch.testing.assert_close(logits(same_bits), logits(model), atol=0, rtol=0)
     if stage == "lora":
         dense, said = loaded(tmp_path, name, "--load_in_4bit=false")
-        assert not quantized(dense) and " bits" not in said and not torch.equal(logits(dense), logits(model))
+        assert not quantized(dense) and f"{base.path}, though it was trained beside 4 bits: " in said
+        assert not torch.equal(logits(dense), logits(model))
         eight, said = loaded(tmp_path, name, "--load_in_8bit")
-        assert "in 8 bits\n" in said and next(iter(quantized(eight).values())).bits == 8
+        assert (
+            f"{base.path} in 8 bits, though it was trained beside 4 bits: " in said
+            and next(iter(quantized(eight).values())).bits == 8
+        )
 
 
 def test_the_packed_weights_are_those_of_the_file(world, tmp_path, trained, capsys):
@@ -130,6 +136,43 @@ def test_merged_weights_are_dequantised_ones_with_the_adapter_in_them(world, tmp
     assert "merged" in said
     torch.testing.assert_close(logits(model), logits(merged.build()), atol=0.02, rtol=0.02)  # its embedding is in bf16
     assert load_adapter(tmp_path / "lora/lora_chats_32").base == adapter.base  # peft's directory knows the bits, too
+
+
+def test_layers_without_an_adapter_are_unpacked_too(world, tmp_path):
+    """The two recipes of other projects adapt the attention alone. A file with packed layers would be no weights."""
+    words = [*stage_flags("lora", world), f"--save_dir={tmp_path}", "--max_steps=3", "--load_in_4bit"]
+    run_stage("lora", *words, "--merge_lora", "--lora_targets=q_proj,v_proj")
+    merged, base = load_weights(tmp_path / "lora_chats_merged_32.pth"), load_weights(world / "pretrain_32.pth")
+    packed = base.build(torch.bfloat16, 4)
+    for name, layer in quantized(packed).items():
+        same_as_packed = torch.equal(merged.state[f"{name}.weight"], layer.dequantize(torch.bfloat16))
+        assert same_as_packed == (not name.endswith(("q_proj", "v_proj"))), name
+    model, _ = loaded(tmp_path, "lora_chats")
+    torch.testing.assert_close(logits(model), logits(merged.build()), atol=0.02, rtol=0.02)
+
+
+def test_converting_merges_into_the_weights_that_were_trained_beside(world, tmp_path):
+    """As --merge_lora does. In our format the adapter still knows the bits."""
+    words = [*stage_flags("lora", world), f"--save_dir={tmp_path}", "--max_steps=3", "--load_in_4bit"]
+    run_stage("lora", *words, "--merge_lora", "--save_peft", "--learning_rate=0.1")
+    expected, kept = load_weights(tmp_path / "lora_chats_merged_32.pth").state, load_weights(world / "pretrain_32.pth")
+    for name in ("lora_chats_32.pth", "lora_chats_32"):
+        out = tmp_path / f"{Path(name).suffix}_hf"
+        words = [kept.path, out, "--to=hf", f"--lora_path={tmp_path / 'lora' / name}"]
+        status, _, said = run_script("scripts/convert.py", *words)
+        assert status == 0 and "unpacked from the 4 bits that it was trained beside" in said, said
+        for layer, tensor in load_weights(out).state.items():
+            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, expected[layer]), layer
+    again = tmp_path / "again_32.pth"
+    status, _, said = run_script("scripts/convert.py", tmp_path / "lora/lora_chats_32", again, "--to=pth")
+    assert status == 0 and load_adapter(again).bits == 4, said
+
+
+def test_comparing_says_that_the_base_is_kept_otherwise(world, tmp_path, capsys):
+    words = [*stage_flags("lora", world), f"--save_dir={tmp_path}", "--max_steps=3", "--load_in_8bit"]
+    run_stage("lora", *words)
+    open_models([str(tmp_path / "lora/lora_chats_32.pth")], tmp_path, device="cpu")
+    assert "pretrain_32.pth, though it was trained beside 8 bits: " in capsys.readouterr().err
 
 
 def test_without_an_adapter_they_are_refused(world, tmp_path, capsys):

@@ -12,13 +12,11 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 from common.files import keep_previous
 from model.adapter import find_base, load_adapter, save_adapter
 from model.checkpoint import Checkpoint, load_weights, save_weights, write_plain
 from model.export import save_hf, write_peft
-from model.lora import LoRASettings, merge, remove_lora
+from model.lora import LoRASettings
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer.stage import StageConfig
@@ -86,11 +84,7 @@ class AdapterOnly(Weights):
             lines.append(f"also: {write_peft(folder, adapter, tokenizer.path)}, for peft")
         if self.merged:
             base = find_base(adapter, None, config.save_dir)
-            # into the stored base, in fp32: for training it was rounded to the compute dtype. An adapter that has
-            # learned beside packed weights belongs to those, rounding errors included
-            model = adapter.apply(base.build(torch.bfloat16, self.bits) if self.bits else base.build())
-            merge(model)
-            remove_lora(model)
+            model = adapter.merge_into(base)
             full = Path(config.save_dir) / self.merged
             lines += filter(None, [keep_previous(full)])
             save_weights(full, model, tokenizer=adapter.tokenizer, lineage=adapter.lineage)
