@@ -54,7 +54,7 @@ HUBS = {
         "modelscope.cn/my/myaccesstoken",
         ("Cookie", "m_session_id={}"),
         {"model": "models/", "dataset": "datasets/"},
-        "--source huggingface, or no USE_MODELSCOPE_HUB, takes huggingface.co",
+        "scripts/download.py --source huggingface takes huggingface.co",
     ),
 }
 SOURCES = tuple(HUBS)

@@ -243,10 +243,10 @@ def save_adapter_minimind(path: Path, adapter: AdapterFile) -> None:
         torch_save(state, temporary)
 
 
-def merged(checkpoint: Checkpoint, adapter: AdapterFile) -> Checkpoint:
-    """The weights with an adapter in them, rounded to the dtype in which they are stored, unless `merge_into` has."""
+def merged(checkpoint: Checkpoint, adapter: AdapterFile, as_stored: bool) -> Checkpoint:
+    """The weights with an adapter in them, as `merge_into` gives them. as_stored: rounded to the dtype they had."""
     state = stored_once(checkpoint.config, adapter.merge_into(checkpoint).state_dict())
-    stored = stored_once(checkpoint.config, checkpoint.state).places
-    if not adapter.bits:
+    if as_stored and not adapter.bits:
+        stored = stored_once(checkpoint.config, checkpoint.state).places
         state = {name: tensor.to(stored[name].dtype) for name, tensor in state.items()}
     return replace(checkpoint, state=state, lineage=adapter.lineage or checkpoint.lineage)

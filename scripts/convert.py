@@ -137,7 +137,7 @@ def convert_weights(target: Path, config: ConvertConfig) -> None:
         check_base(adapter, checkpoint)
         kept = f", unpacked from the {adapter.bits} bits that it was trained beside" if adapter.bits else ""
         note(f"merged: {adapter.path} into {checkpoint.path}{kept}")
-        checkpoint = merged(checkpoint, adapter)
+        checkpoint = merged(checkpoint, adapter, as_stored=config.kind is None)
     dtype = None if config.kind in (None, "q8_0") else getattr(torch, config.kind)
     before = None if config.no_verify else logits(checkpoint)
     with staged(target) as path:

@@ -126,6 +126,9 @@ def test_an_adapter_is_merged_on_request(source, adapter, tmp_path):
     save_adapter(stray, with_adapter, settings, base=dict(path=None, hash=None), tokenizer={}, lineage=[])
     convert(half, tmp_path / "half", "--to", "hf", "--lora_path", stray)
     assert {tensor.dtype for tensor in load_weights(tmp_path / "half").state.values()} == {torch.bfloat16}
+    convert(half, tmp_path / "full", "--to", "hf", "--lora_path", stray, "--dtype", "float32")
+    q_proj = load_weights(tmp_path / "full").state["model.layers.0.self_attn.q_proj.weight"]
+    assert not torch.equal(q_proj, q_proj.bfloat16().float()), "merged before it is rounded"
 
     other = save_weights(tmp_path / "other_32.pth", small_model(std=0.06), tokenizer={}, lineage=[])
     line = refused(other, tmp_path / "x", "--to", "hf", "--lora_path", path, "--tokenizer_path", TOKENIZER.path)
