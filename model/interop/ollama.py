@@ -1,7 +1,8 @@
 """A Modelfile, with which ollama makes a model of a GGUF file: `ollama create NAME -f small.Modelfile`.
 
 Its template is in Go's language (github.com/ollama/ollama, docs/template.md and docs/modelfile.md). It is written for
-ChatML, our own format; for others ollama goes by the chat template in the GGUF file.
+ChatML, our own format; for others ollama goes by the chat template in the GGUF file. By the first text below
+`if .ToolCalls` ollama recognises a call in an answer.
 """
 
 from __future__ import annotations
@@ -32,23 +33,34 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>
 {{- end }}<|im_end|>
 {{ end }}
+{{- $before := "" }}
 {{- range $i, $_ := .Messages }}
 {{- $last := eq (len (slice $.Messages $i)) 1 }}
+{{- $next := "" }}
+{{- if not $last }}{{ with index (slice $.Messages $i) 1 }}{{ $next = .Role }}{{ end }}{{ end }}
 {{- if eq .Role "user" }}<|im_start|>user
 {{ .Content }}<|im_end|>
 {{ else if eq .Role "assistant" }}<|im_start|>assistant
 {{ .Content }}
-{{- range $n, $_ := .ToolCalls }}{{ if or $n $.Content }}
-{{ end }}<tool_call>
-{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}
+{{- if .Content }}{{ with .ToolCalls }}
+{{ end }}{{ end }}
+{{- if .ToolCalls }}<tool_call>
+{{ range $n, $_ := .ToolCalls }}{{ if $n }}
 </tool_call>
-{{- end }}{{ if not $last }}<|im_end|>
+<tool_call>
+{{ end }}{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}
+{{- end }}
+</tool_call>
+{{- end }}
+{{- if not $last }}<|im_end|>
 {{ end }}
-{{- else if eq .Role "tool" }}<|im_start|>user
+{{- else if eq .Role "tool" }}{{ if ne $before "tool" }}<|im_start|>user{{ end }}
 <tool_response>
 {{ .Content }}
-</tool_response><|im_end|>
+</tool_response>{{ if ne $next "tool" }}<|im_end|>
 {{ end }}
+{{- end }}
+{{- $before = .Role }}
 {{- if and $last (ne .Role "assistant") }}<|im_start|>assistant
 {{ end }}
 {{- end }}"""
