@@ -330,23 +330,20 @@ class QuantLinear(Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-def quantize_model(model: nn.Module, bits: int, skip: Sequence[str] = ("lm_head", "embed_tokens", "gate")) -> list[str]:
-    """Packs the weights of all Linear layers, one after another and in place -> the layers' names.
+def quantize_model(model: nn.Module, bits: int) -> list[str]:
+    """Packs the weights of all Linear layers but the head, one after another and in place -> the layers' names.
 
     Each dense weight is freed before the next is packed, unless somebody else holds it. A model on `meta` gives the
     empty layers to load packed weights into.
 
-    skip: a layer stays dense if this is its name or a part of it between dots. By default that keeps the head (it may
-        be the embedding too) and a router (`gate`). Embeddings, norms and stacked experts are no Linear and always
-        stay dense.
+    The head may be the embedding too. Embeddings, norms, routers and stacked experts are no Linear of ours and stay
+    dense as well.
     """
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, kind in kinds.items():
         if kind not in (Linear, Head, QuantLinear):
             raise ValueError(f"{name} is a {kind.__name__}: quantise first, then add adapters")
-    names = [
-        name for name, kind in kinds.items() if kind in (Linear, Head) and not {name, *name.split(".")} & set(skip)
-    ]
+    names = [name for name, kind in kinds.items() if kind is Linear]
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, Linear)

@@ -33,10 +33,12 @@ from model.quant import (
     bytes_per_parameter,
     dequantize_int8,
     dequantize_nf4,
+    quantize,
     quantize_int8,
     quantize_model,
     quantize_nf4,
     quantized,
+    unpack_model,
 )
 from model.transformer import CausalLM, Head, Linear
 from tests.helpers.models import TINY_TOKENS as TOKENS
@@ -385,6 +387,16 @@ def test_merging_beside_packed_weights_dequantises_and_adds(bits):
     assert torch.equal(again(TOKENS).logits, plain(TOKENS).logits)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_tensors_hold_no_other_memory(shape, bits):
+    """A view would keep what fills up the last block, and be saved with it; moving or loading one tensor must not write
+    into another."""
+    packed = quantize(random(*shape), bits)
+    assert [tensor.untyped_storage().nbytes() for tensor in packed] == [tensor.nbytes for tensor in packed]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in packed}) == len(packed)
+
+
 # ---- the model
 
 
@@ -401,20 +413,25 @@ def test_a_model_is_quantised_in_place(bits):
     assert quantize_model(model, bits) == [], "twice is once"
 
 
-def test_routers_and_experts_stay_dense():
-    model = tiny_model(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_shared_experts=1)
+@pytest.mark.parametrize("shared", ["shared_experts.0", "shared_expert"])
+def test_routers_and_experts_stay_dense(shared):
+    """Qwen2-MoE's shared expert has a router of its own."""
+    more = dict(shared_expert_intermediate_size=16) if shared == "shared_expert" else dict(num_shared_experts=1)
+    model = tiny_model(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, **more)
     names = quantize_model(model, 4)
     assert {name.split(".", 3)[3] for name in names} == {
         *(f"self_attn.{x}_proj" for x in "qkvo"),
-        *(f"mlp.shared_experts.0.{x}_proj" for x in ("gate", "up", "down")),
+        *(f"mlp.{shared}.{x}_proj" for x in ("gate", "up", "down")),
     }
+    routers = {name: module for name, module in model.named_modules() if name.endswith("gate")}
+    assert len(routers) == (4 if shared == "shared_expert" else 2)
+    assert {type(module) for module in routers.values()} == {torch.nn.Linear}
     assert model(TOKENS).logits.isfinite().all()
 
 
-def test_skip_takes_last_names_and_whole_ones():
-    model = tiny_model()
-    names = quantize_model(model, 8, skip=("lm_head", "down_proj", "model.layers.1.self_attn"))
-    assert "model.layers.0.mlp.down_proj" not in names and "model.layers.0.self_attn.q_proj" in names
+def test_a_head_of_its_own_stays_dense_too():
+    model = tiny_model(tie_word_embeddings=False)
+    assert "lm_head" not in quantize_model(model, 8) and type(model.lm_head) is Head
 
 
 def test_dense_weights_are_freed_one_by_one(monkeypatch):
@@ -433,6 +450,19 @@ def test_dense_weights_are_freed_one_by_one(monkeypatch):
     monkeypatch.setattr(QuantLinear, "from_linear", classmethod(counted))
     quantize_model(model, 4)
     assert counts == list(range(14, 0, -1))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unpacked_it_computes_the_same(bits):
+    model = tiny_model(attention_bias=True).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    quantize_model(model, bits)
+    expected = model(TOKENS).logits
+    unpack_model(model, torch.float32)
+    assert not quantized(model) and {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    assert torch.equal(model(TOKENS).logits, expected) and not any(m.training for m in model.modules())
 
 
 def test_a_damaged_layer_is_named():
