@@ -183,6 +183,10 @@ class ModelConfig:
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} is {self.rotary_dim}, which must "
                 "be even and positive (RoPE rotates pairs)"
             )
+        if self.max_position_embeddings > 2**31 - 1:  # what a position, a file for llama.cpp can hold
+            found.append(f"max_position_embeddings {self.max_position_embeddings:.3g} is too many")
+        zero = [name for name in ("rope_theta", "rope_local_theta") if getattr(self, name) == 0]
+        found += [f"{name} must be above 0" for name in zero]
         if self.layer_types is not None:
             if len(self.layer_types) != self.num_hidden_layers:
                 found.append(f"layer_types names {len(self.layer_types)} of {self.num_hidden_layers} layers")

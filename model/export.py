@@ -24,6 +24,7 @@ from torch import Tensor
 
 from common.console import UserError
 from common.files import atomic_file
+from common.json_file import read_json
 from model.adapter import FORMAT as ADAPTER_FORMAT
 from model.adapter import AdapterFile
 from model.checkpoint import FORMAT, Checkpoint, torch_save, write_plain
@@ -124,7 +125,7 @@ def _generation_config(tokenizer: Path, stop_ids: set[int] | frozenset[int]) -> 
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
     values = {}
     if (folder / GENERATION).is_file():
-        values = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
+        values = read_json(folder / GENERATION)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         known = Tokenizer.load(folder)
         for role in ("bos", "pad"):

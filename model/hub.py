@@ -17,6 +17,7 @@ from common.console import UserError
 from common.fetch import announce, download, unfinished
 from common.files import ROOT, put_in_place
 from common.hubs import RemoteFile, Repository, check_id, default_source, is_id, list_files, pick, typed_name
+from common.json_file import read_json
 from tokenizer.text import Tokenizer
 
 MODELS = ROOT / "models"
@@ -152,7 +153,7 @@ def files_of_a_model(repository: Repository) -> list[RemoteFile]:
 def _about(folder: Path) -> dict[str, Any]:
     """What a folder that was fetched is a copy of; {}: it was not fetched, or is not there."""
     try:
-        return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        return read_json(folder / ABOUT)
     except (OSError, ValueError):
         return {}
 
@@ -163,7 +164,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     for index in folder.glob("*.index.json"):
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(read_json(index)["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             return False
         if not all((folder / name).is_file() for name in names):

@@ -28,6 +28,7 @@ import numpy as np
 import tokenizers
 
 from common.console import UserError
+from common.json_file import read_json
 from tokenizer.sentencepiece import CHATGLM_ENDS, CHATGLM_TEMPLATE, is_chatglm, read_sentencepiece
 
 FILES = ("tokenizer.json", "tokenizer.model")  # a directory with one of them holds a tokenizer
@@ -199,10 +200,10 @@ def read_files(path: str | Path | None = None) -> tuple[dict, str | None, dict, 
             f"{file}: there is no such tokenizer; give a directory that holds a tokenizer.json "
             "(scripts/download.py fetches one from a hub)"
         )
+    spec = read_json(file)
     try:
-        spec = json.loads(file.read_text(encoding="utf-8"))
         kind = spec["model"]["type"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{file}: not a tokenizer.json of HF tokenizers ({error})") from None
     if kind != "BPE":
         raise UserError(f"{file}: a {kind} tokenizer; only BPE (Qwen, Llama, GLM, MiniMind, ...) can be read")
@@ -223,15 +224,15 @@ def _read_config(directory: Path) -> tuple[dict, str | None]:
     if file.is_file():
         if file.stat().st_size > 10_000_000:
             raise UserError(f"{file}: {file.stat().st_size:,} bytes, too much for a chat template")
-        template = file.read_text(encoding="utf-8")  # universal newlines: the same template on Windows
+        try:
+            template = file.read_text(encoding="utf-8")  # universal newlines: the same template on Windows
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not a text ({error})") from None
     return config, template
 
 
 def _read_json(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
+    values = read_json(file) if file.is_file() else {}
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected an object, found {str(values):.40}")
     return values

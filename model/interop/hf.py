@@ -9,7 +9,6 @@ RoPE are read: `rope_scaling` of transformers 4 and `rope_parameters` of 5. Tens
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from common.console import UserError
+from common.json_file import read_json
 from model.config import LAYER_TYPES, ModelConfig
 from model.interop import chatglm
 from model.interop.hf_files import open_tensors
@@ -206,7 +206,8 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     if "full_attention" in rope:  # transformers 5, where RoPE differs between layers: one dictionary for each type
         rope, local = rope["full_attention"], rope.get("sliding_attention")
     scaling = {**(values.get("rope_scaling") or rope)}
-    theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
+    theta = scaling.pop("rope_theta", None)
+    theta = values.get("rope_theta", 10000.0) if theta is None else theta
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     found = dict(rope_theta=theta)
     if local:
@@ -216,7 +217,8 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
         found["rope_local_theta"] = local["rope_theta"]
     if "rotary_fraction" in family.states:
         share = NAMES["rotary_fraction"]
-        found["rotary_fraction"] = scaling.pop(share, None) or values.get(share, 1.0)
+        fraction = scaling.pop(share, None)
+        found["rotary_fraction"] = values.get(share, 1.0) if fraction is None else fraction
     harmless = dict(truncate=True, finetuned=True, partial_rotary_factor=1.0)
     scaling = {key: value for key, value in scaling.items() if value is not None and harmless.get(key) != value}
     if kind == "dynamic":  # frequencies change beyond max_position_embeddings, which no text here is longer than
@@ -227,8 +229,10 @@ def _read_rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
         raise UserError(f"config.json: RoPE scaling not supported: {', '.join(strange)}")
     if kind == "yarn":
         trained = scaling.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-        if "factor" in scaling:  # Qwen2.5's files state the trained length as the longest one
-            found["max_position_embeddings"] = int(scaling["factor"] * trained)
+        factor = scaling.get("factor")
+        if isinstance(factor, (int, float)) and math.isfinite(factor):
+            # Qwen2.5's files state the trained length as the longest one
+            found["max_position_embeddings"] = int(factor * trained)
     return found | dict(rope_scaling=None if kind == "default" else {"rope_type": kind, **scaling})
 
 
@@ -245,13 +249,11 @@ def _with_attention_factor(scaling: dict[str, Any]) -> dict[str, Any]:
 def load_hf(directory: str | Path) -> tuple[ModelConfig, StoredTensors]:
     """(architecture, tensors, still in their files) of a directory written by `save_pretrained`."""
     directory = Path(directory)
+    values = read_json(directory / "config.json")
     try:
-        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise UserError(f"config.json: holds a {type(values).__name__}, not the settings of a model")
         config = (config_from_minimind if values.get("model_type") == "minimind" else config_from_hf)(values)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{directory / 'config.json'}:{error.lineno}: {error.msg}") from None
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     except (AttributeError, KeyError, TypeError, OverflowError) as error:

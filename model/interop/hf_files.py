@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.console import UserError
+from common.json_file import read_json
 from model.tensor_files import Place, StoredTensors, open_pickled, open_safetensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -77,7 +77,7 @@ def weight_files(directory: Path) -> list[Path]:
 def _read_index(index: Path) -> dict[Path, list[str]]:
     directory = index.parent
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        places = read_json(index)["weight_map"].items()
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{index}: not an index of files of weights, which has a "weight_map"') from None
     files: dict[Path, list[str]] = {}

@@ -6,7 +6,6 @@ Two generations differ: MiniMind2 (2025: shared experts, its own variant of YaRN
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.console import UserError
+from common.json_file import read_json
 from model.config import ModelConfig
 
 HEADS = 8  # MiniMind2's files do not tell; it never used another number
@@ -82,7 +82,7 @@ def config_beside(weights: Path) -> ModelConfig | None:
     """From `<name>.json` or `config.json` beside a file of tensors; None: neither is there, or is MiniMind's."""
     for file in (weights.with_suffix(".json"), weights.with_name("config.json")):
         try:
-            return config_from_minimind(json.loads(file.read_text(encoding="utf-8")))
+            return config_from_minimind(read_json(file))
         except (OSError, ValueError, KeyError, TypeError):
             pass
     return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.console import UserError
 from common.files import atomic_file
+from common.json_file import read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the arithmetic in ways we do not know, and the values that leave it alone
@@ -36,10 +37,9 @@ def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
     """(settings, {"<layer>.A": tensor, "<layer>.B": tensor}, {"path", "hash"} of the base as far as known)."""
     from safetensors import safe_open
 
-    try:
-        values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{directory / CONFIG}:{error.lineno}: {error.msg}") from None
+    values = read_json(directory / CONFIG)
+    if not isinstance(values, dict):
+        raise UserError(f"{directory / CONFIG}: holds a {type(values).__name__}, not the settings of an adapter")
     if values.get("peft_type") != "LORA":
         raise UserError(f"{directory / CONFIG}: peft_type {values.get('peft_type')!r} is not supported, only LORA")
     start = str(values.get("init_lora_weights")).lower()

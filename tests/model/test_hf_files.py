@@ -7,11 +7,15 @@ import torch
 from safetensors.torch import save_file
 
 from common.console import UserError
+from common.files import ROOT
+from model.adapter import load_adapter
 from model.checkpoint import Checkpoint, load_weights
 from model.config import ModelConfig
 from model.export import save_hf
+from model.interop.hf import config_from_hf
 from model.interop.hf_files import INDEX, open_tensors
 from model.transformer import CausalLM
+from tokenizer.text import Tokenizer
 
 SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -152,3 +156,55 @@ def test_an_index_does_not_lead_out_of_the_directory(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=r"'\.\./other\.safetensors' is not the name of a file beside it"):
         open_tensors(folder)
+
+
+NO_JSON = dict(bytes=b"\xff\xfe\x00", brackets=b"[" * 100_000, digits=b"[" + b"9" * 5000 + b"]", half=b"[")
+
+
+@pytest.mark.parametrize("content", NO_JSON.values(), ids=NO_JSON)
+@pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer_config.json", "generation_config.json"])
+def test_what_is_no_json_is_named(name, content, tmp_path):
+    """Each of these was a traceback somewhere: Python's reader fails in four ways."""
+    export(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as error:
+        load_weights(tmp_path)
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", NO_JSON.values(), ids=NO_JSON)
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_neither_is_a_tokenizer(name, content, tmp_path):
+    for file in (ROOT / "tokenizer").glob("*.j*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    if name == "tokenizer.json" or not content.isascii():
+        with pytest.raises(UserError, match=f"{name}.*: not (JSON|a text)"):
+            Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [*NO_JSON.values(), b"[1]"], ids=[*NO_JSON, "list"])
+def test_nor_is_it_an_adapter(content, tmp_path):
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises(UserError, match="adapter_config.json"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -2.0, 0, "4"])
+def test_an_impossible_factor_of_yarn_is_named(factor, tmp_path):
+    export(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    values["rope_scaling"] = dict(rope_type="yarn", factor=factor)
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(UserError, match="rope_scaling's factor must be a positive number"):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "partial_rotary_factor"])
+def test_zero_is_not_taken_for_unsaid(key):
+    """It was read as if the setting were absent."""
+    rope = dict(rope_type="default", rope_theta=1e4) | {key: 0}
+    values = dict(SHAPE, model_type="glm", intermediate_size=32, head_dim=8, max_position_embeddings=64)
+    with pytest.raises(UserError, match="rope_theta must be above 0|rotary_fraction 0"):
+        config_from_hf(values | dict(rope_parameters=rope))

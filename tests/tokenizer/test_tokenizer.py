@@ -302,7 +302,7 @@ def test_sentencepiece_style_bpe(tmp_path):
     "content, message",
     [
         (None, r"there is no such tokenizer; give a directory that holds a tokenizer\.json"),
-        ("{not json", r"tokenizer\.json: not a tokenizer\.json of HF tokenizers"),
+        ("{not json", r"tokenizer\.json:1: not JSON"),
         ("[]", "not a tokenizer.json of HF tokenizers"),
         ('{"model": {"type": "Unigram"}, "added_tokens": []}', "a Unigram tokenizer; only BPE"),
         ('{"model": {"type": "BPE", "vocab": {}}, "added_tokens": []}', "tokenizers cannot read this tokenizer.json"),
