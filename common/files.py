@@ -314,8 +314,10 @@ def _system_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None:  # else its text is ours, and says everything
-            if error.filename is None or str(error.filename).startswith(str(temporary_name(path))):
-                error.filename = str(path)
+            names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+            hidden = str(temporary_name(path))
+            if not names or any(name.startswith(hidden) for name in names):  # copying and renaming name two
+                error.filename, error.filename2 = str(path), None
         raise
     except Exception as error:
         from safetensors import SafetensorError

@@ -77,10 +77,12 @@ class AdapterFile:
             if layer not in known:
                 raise UserError(f"{self.path}: belongs to another model: this one has no linear layer {layer}")
             shape = known[layer].out_features, known[layer].in_features
-            if (B.shape[0], A.shape[1]) != shape or A.shape[0] != B.shape[1]:
+            if not (A.isfinite().all() and B.isfinite().all()):
+                raise UserError(f"{self.path}: {layer} holds NaN or infinity: the adapter is damaged")
+            if (B.shape[0], A.shape[1]) != shape or not A.shape[0] == B.shape[1] == self.settings.rank:
                 raise UserError(
-                    f"{self.path}: belongs to another model: {layer} is {shape} here, and "
-                    f"{(B.shape[0], A.shape[1])} there"
+                    f"{self.path}: belongs to another model: {layer} is {shape} here, and there "
+                    f"{tuple(B.shape)} x {tuple(A.shape)}, of rank {self.settings.rank}"
                 )
         add_lora(model, self.settings, name, layers)
         with torch.no_grad():

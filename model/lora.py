@@ -55,6 +55,16 @@ class LoRASettings:
     targets: tuple[str, ...] = ("all",)  # all, a group above, a layer's last name (q_proj) or its whole one
     rslora: bool = False
 
+    def __post_init__(self):
+        """Settings from a file may be anything."""
+        is_number = {name: type(getattr(self, name)) in (int, float) for name in ("alpha", "dropout")}
+        if type(self.rank) is not int or self.rank < 1:
+            raise UserError(f"LoRA's rank must be a whole number from 1 on, not {self.rank!r:.40}")
+        if not is_number["alpha"] or not math.isfinite(self.alpha):
+            raise UserError(f"LoRA's alpha must be a number, not {self.alpha!r:.40}")
+        if not is_number["dropout"] or not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA's dropout must be at least 0 and below 1, not {self.dropout!r:.40}")
+
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

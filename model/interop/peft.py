@@ -16,6 +16,7 @@ from torch import Tensor
 from common.console import UserError
 from common.files import atomic_file
 from common.json_file import read_json
+from model.lora import LoRASettings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the arithmetic in ways we do not know, and the values that leave it alone
@@ -66,18 +67,26 @@ def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
             raise UserError(f"{directory / TENSORS}: {name} belongs to no linear layer's LoRA")
         state[f"{match[1]}.{match[2]}"] = tensor.float()
     settings = dict(
-        rank=values["r"],
-        alpha=values["lora_alpha"],
+        rank=values.get("r"),
+        alpha=values.get("lora_alpha"),
         dropout=values.get("lora_dropout", 0.0),
         rslora=bool(values.get("use_rslora")),
     )
     try:
-        _make_ranks_equal(settings, state, *(values.get(f"{kind}_pattern") or {} for kind in ("rank", "alpha")))
+        LoRASettings(**settings)  # says what is wrong with them
+        _make_ranks_equal(settings, state, *(_pattern(values, kind) for kind in ("rank", "alpha")))
     except UserError as error:
         raise UserError(f"{directory / CONFIG}: {error}") from None
     path = metadata.get("base_path") or values.get("base_model_name_or_path")
-    bits = {"bits": int(metadata["base_bits"])} if "base_bits" in metadata else {}
+    bits = {"bits": int(known)} if (known := metadata.get("base_bits")) in ("4", "8") else {}
     return settings, state, dict(path=path, hash=metadata.get("base_hash"), **bits)
+
+
+def _pattern(values: dict, kind: str) -> dict:
+    pattern, kinds = values.get(f"{kind}_pattern") or {}, (int,) if kind == "rank" else (int, float)
+    if not isinstance(pattern, dict) or any(type(own) not in kinds or own <= 0 for own in pattern.values()):
+        raise UserError(f"{kind}_pattern must be a dictionary of positive numbers, not {pattern!r:.40}")
+    return pattern
 
 
 def _make_ranks_equal(
@@ -101,6 +110,8 @@ def _make_ranks_equal(
     alpha = settings["alpha"] * (rank / settings["rank"]) ** power
     for layer in layers:
         A, B, here = state[f"{layer}.A"], state.get(f"{layer}.B"), int(own(ranks, layer, settings["rank"]))
+        if A.dim() != 2 or len(A) != here:
+            raise UserError(f"says rank {here}, but {layer}.A is {tuple(A.shape)}")
         if B is None or here == rank and not alphas:
             continue
         factor = own(alphas, layer, settings["alpha"]) / alpha * (rank / here) ** power

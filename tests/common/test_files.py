@@ -222,3 +222,11 @@ def test_a_folder_that_has_the_name_is_named_and_not_the_temporary_file(tmp_path
     with pytest.raises(OSError) as raised, atomic_file(tmp_path / "folder") as temporary:
         temporary.write_text("new")
     assert raised.value.filename == str(tmp_path / "folder") and os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_copy_that_fails_names_where_to(tmp_path):
+    """shutil.copyfile names both files: it is the target's disk that is full."""
+    target = tmp_path / "tokenizer.json"
+    with pytest.raises(OSError, match="tokenizer.json") as caught, atomic_file(target) as temporary:
+        raise OSError(errno.ENOSPC, "full", "/elsewhere/source.json", None, str(temporary))
+    assert caught.value.filename == str(target) and "elsewhere" not in str(caught.value)
