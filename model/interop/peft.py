@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +67,7 @@ def load_peft(directory: Path) -> tuple[dict, dict[str, Tensor], dict]:
         if not match:
             raise UserError(f"{directory / TENSORS}: {name} belongs to no linear layer's LoRA")
         state[f"{match[1]}.{match[2]}"] = tensor.float()
-    settings = dict(
+    settings: dict[str, Any] = dict(
         rank=values.get("r"),
         alpha=values.get("lora_alpha"),
         dropout=values.get("lora_dropout", 0.0),
