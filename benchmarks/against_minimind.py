@@ -1,13 +1,15 @@
 """Held-out bits per byte over wall time: MiniMind as it is shipped, its loop in bf16, and ours, on the same rows.
 
-    git clone https://github.com/jingyaogong/minimind /tmp/minimind
-    python benchmarks/against_minimind.py /tmp/minimind --pretrain pretrain.jsonl --sft sft.jsonl    # about 12 minutes
-    python benchmarks/against_minimind.py /tmp/minimind --pretrain pretrain.jsonl --sft sft.jsonl --minutes 20
+    git clone https://github.com/jingyaogong/minimind ../minimind
+    python benchmarks/against_minimind.py ../minimind --pretrain pretrain.jsonl --sft sft.jsonl    # about 15 minutes
+    python benchmarks/against_minimind.py ../minimind --phases pretrain --pretrain pretrain.jsonl --minutes 20 --out a
+    python benchmarks/against_minimind.py ../minimind --phases sft --sft sft.jsonl --start a/start.pth --out b
 
 All sides have a model of the same shape. MiniMind's side is `train_epoch` of its own script, with its dataset, model
 and optimiser. It needs `pip install transformers datasets`. As it is shipped, it computes in fp32 on a CPU. Ours is the
-stage as a user starts it. MiniMind's learning rates and batch sizes are its defaults. Only --accumulation_steps is 1 in
-pretraining, where it has 8: with 8 it makes an eighth of the steps, too few to learn in minutes.
+stage as a user starts it. MiniMind's learning rates, batch sizes and lengths of a row are its defaults (MiniMind 3; for
+a later one, see PHASES). Only --accumulation_steps is 1 in pretraining, where it has 8: with 8 it makes an eighth of
+the steps, too few to learn in minutes.
 
 The sides train in turns of some seconds, each in a process of its own that is stopped (SIGSTOP) while another trains.
 So the machine's noise meets all of them. The time of a side begins before it reads its data. It contains everything but
@@ -17,7 +19,11 @@ of MiniMind's time.
 
 A row that ours cannot read (an empty answer, say) is left out on our side only. Fine-tuning starts, on all sides, from
 the weights that MiniMind has pretrained in fp32, with its tokenizer. Its bits per byte are those of the answers and
-their ends.
+their ends. What the template writes before each answer (MiniMind's empty think block, say) is part of the prompt, as it
+is when the models are used.
+
+Before the first step, MiniMind's model is nearly uniform, and ours is further off, because its embedding starts larger.
+In pretraining, each has its own vocabulary of 6,400, and a byte costs each of them as many tokens as that takes.
 """
 
 import argparse
@@ -31,6 +37,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -50,9 +57,21 @@ from tokenizer.text import Tokenizer
 SIDES = {"sparrow": "Sparrow", "fp32": "MiniMind as shipped (fp32)", "bf16": "MiniMind's loop in bf16"}
 PHASES = {  # its defaults
     "pretrain": dict(
-        stage="train_pretrain", dataset="PretrainDataset", batch_size=32, accumulation_steps=1, learning_rate=5e-4
+        stage="train_pretrain",
+        dataset="PretrainDataset",
+        batch_size=32,
+        accumulation_steps=8,
+        learning_rate=5e-4,
+        max_seq_len=340,
     ),
-    "sft": dict(stage="train_full_sft", dataset="SFTDataset", batch_size=16, accumulation_steps=1, learning_rate=1e-5),
+    "sft": dict(
+        stage="train_full_sft",
+        dataset="SFTDataset",
+        batch_size=16,
+        accumulation_steps=1,
+        learning_rate=1e-5,
+        max_seq_len=768,
+    ),
 }
 
 
@@ -63,11 +82,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sft", help='file of {"conversations"} rows (default: the tiny world\'s)')
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument(
+        "--start",
+        help="weights that fine-tuning starts from (default: those that MiniMind has pretrained in fp32; "
+        "they are also written to --out, as start.pth)",
+    )
     parser.add_argument("--minutes", type=float, default=2.0, help="of training, on each side of MiniMind's")
     parser.add_argument("--share", type=float, default=0.2, help="of this time that ours gets")
     parser.add_argument("--slice", type=float, default=10.0, help="seconds of a turn")
     parser.add_argument("--preset", default="nano", help="shape of all models: nano, small (MiniMind's 512 x 8)")
-    parser.add_argument("--max_seq_len", type=int, default=512)
+    parser.add_argument("--max_seq_len", type=int, help="of all sides (default: MiniMind's, of the phase)")
     parser.add_argument("--held_out", type=int, default=100, help="rows of each file that no side trains on")
     parser.add_argument("--accumulation_steps", type=int, default=1, help="of MiniMind's pretraining; its default is 8")
     parser.add_argument("--num_workers", type=int, default=8, help="of MiniMind's data loader")
@@ -96,7 +120,8 @@ class Side:
             self.folder.mkdir(parents=True)
             self.log = open(self.folder / "log.txt", "w", encoding="utf-8")
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
-            self.process = subprocess.Popen(self.command, cwd=self.folder, start_new_session=True, **pipes)
+            once = {**os.environ, "HF_DATASETS_CACHE": str(self.folder / "datasets")}  # MiniMind's rows: read anew
+            self.process = subprocess.Popen(self.command, cwd=self.folder, start_new_session=True, env=once, **pipes)
         self._signal("SIGCONT")
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(dict(seconds=seconds, weights=str(self.weights))) + "\n")
@@ -146,15 +171,15 @@ class Judge:
             texts = [row["text"] for row in self.rows]
             rows = [part for text in texts for part in self._windows(tokenizer, text)]
             return rows, sum(len(text.encode()) for text in texts)
-        chats, size = [], 0
-        for row in self.rows:
-            with suppress(UserError):  # a conversation without an answer
-                encoded = encode_chat(tokenizer, row["conversations"])
-                if len(encoded.ids) <= self.length:
-                    chats.append(encoded)
-                    said = (turn["content"] for turn in row["conversations"] if turn["role"] == "assistant")
-                    size += sum(len(text.encode()) for text in said)
-        return chats, size
+        answers, size = [], 0
+        for turns in (row["conversations"] for row in self.rows):
+            for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
+                with suppress(UserError):  # an empty answer, say
+                    answer = _answer(tokenizer, turns[: i + 1])
+                    if len(answer.ids) <= self.length:
+                        answers.append(answer)
+                        size += len(turns[i]["content"].encode())
+        return answers, size
 
     def _windows(self, tokenizer: Tokenizer, text: str) -> list[Encoded]:
         """As each side writes a document: between <|endoftext|>, or MiniMind's between its bos and eos tokens."""
@@ -164,6 +189,13 @@ class Judge:
         ids = [begin, *tokenizer.encode(text), end]
         parts = [ids[i : i + self.length + 1] for i in range(0, len(ids) - 1, self.length)]
         return [Encoded(part, [True] * len(part)) for part in parts]
+
+
+def _answer(tokenizer: Tokenizer, turns: list[dict]) -> Encoded:
+    """The last turn and its end are what counts: all that is not yet in the prompt for it."""
+    row, prompt = encode_chat(tokenizer, turns), encode_chat(tokenizer, turns[:-1], add_generation_prompt=True)
+    known = next(i for i, ids in enumerate(zip_longest(row.ids, prompt.ids)) if ids[0] != ids[1])
+    return Encoded(row.ids, [trained and i >= known for i, trained in enumerate(row.trained)])
 
 
 class Race:
@@ -176,14 +208,15 @@ class Race:
         count = sum(1 for _ in open(source, "rb"))
         every = max(count // args.held_out, 2)
         self.data, held_out = hold_out(source, folder, lambda row: row % every == every // 2)
-        self.judge = Judge(held_out, phase, args.max_seq_len)
+        self.length = args.max_seq_len or PHASES[phase]["max_seq_len"]
+        self.judge = Judge(held_out, phase, self.length)
         self.theirs = Tokenizer.load(self.minimind / "model")
         self.ours = Tokenizer.load() if phase == "pretrain" else self.theirs
 
     def command(self, name: str, steps: int) -> list[str]:
         args = self.args
         if name == "sparrow":
-            flags = ["--data_path", self.data, "--max_steps", steps, "--max_seq_len", args.max_seq_len]
+            flags = ["--data_path", self.data, "--max_steps", steps, "--max_seq_len", self.length]
             flags += ["--save_dir", "out", "--cache_dir", "cache", "--device", "cpu", "--on_bad_row", "skip"]
             flags += (
                 ["--preset", args.preset, *args.ours.split()]
@@ -198,7 +231,7 @@ class Race:
             directory=str(self.minimind),
             data=str(self.data),
             config=config_to_minimind(shape),
-            max_seq_len=args.max_seq_len,
+            max_seq_len=self.length,
             num_workers=args.num_workers,
             steps=steps,
             bf16=name == "bf16",
@@ -233,7 +266,8 @@ class Race:
                     answer = side.turn(self.args.slice)
                     bpb = self.judge.bpb(side.weights, self.ours if name == "sparrow" else self.theirs)
                     side.curve.append(dict(seconds=round(answer["seconds"], 2), steps=answer["steps"], bpb=bpb))
-                    print(f"{self.phase}: {name:8} {answer['seconds']:7.1f} s  {answer['steps']:6} steps  {bpb:.4f}")
+                    progress = f"{answer['seconds']:7.1f} s  {answer['steps']:6} steps  {bpb:.4f}"
+                    print(f"{self.phase}: {name:8} {progress}", flush=True)
                     if answer["done"]:
                         side.close()
                         del running[name]
@@ -286,26 +320,27 @@ def main():
         print("left out: give the directory of a checkout of github.com/jingyaogong/minimind")
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no stopped process is left behind
-    results, start, out = {}, None, Path(args.out)
+    results, out = {}, Path(args.out).resolve()
+    start = Path(args.start).resolve() if args.start else None
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for phase in args.phases:
             here = Path(folder, phase)
             here.mkdir()
             if phase == "sft" and start is None:
                 sys.exit(
-                    "--phases sft: it starts from what MiniMind has pretrained; name pretrain before it, with fp32"
+                    "--phases sft: name pretrain before it, with fp32; or give the weights it starts from, --start"
                 )
             sides = Race(args, phase, here, start).run()
             results[phase] = {name: side.curve for name, side in sides.items()}
-            if phase == "pretrain" and "fp32" in sides:
-                start = Path(folder, "start.pth")
+            if phase == "pretrain" and "fp32" in sides and not args.start:
+                start = out / "start.pth"
                 for suffix in (".pth", ".json"):
                     shutil.copyfile(sides["fp32"].weights.with_suffix(suffix), start.with_suffix(suffix))
     environment = dict(machine=machine(), command=" ".join(["python", *sys.argv]), preset=args.preset)
     text = [f"`{environment['command']}`", "", environment["machine"]]
     for phase, curves in results.items():
         text += ["", f"## {phase}", "", *summary(curves)]
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(dict(environment, results=results), indent=1), encoding="utf-8")
     (out / "results.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     draw(results, out / "results.png")

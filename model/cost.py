@@ -109,16 +109,18 @@ def batch_bytes(
     """What `rows` rows of `length` keep for the backward pass, an estimate. width: bytes of a number.
 
     Per position and layer: eight vectors of the hidden size (norms, queries, attention, residuals), keys and values,
-    and three vectors of the feed-forward (gate, up, their product). Then the logits and their gradient in fp32; of more
-    than 2 x LOGITS_AT_ONCE logits a chunk, which takes as much with all that is made of it.
-    checkpointed: of each layer only the input, and all of the one that is computed again, with its gradients.
-    frozen_head: of LOGITS_AT_ONCE logits at most, these and two of their gradients (model/head.py).
+    and three vectors of the feed-forward (gate, up, their product). Then the logits and their gradient; of more than
+    2 x LOGITS_AT_ONCE logits, or in front of a frozen head, a chunk of them and two of its gradients (model/head.py).
+    checkpointed: of each layer only the input; and the logits, or after these the layer that is computed again, with
+    its gradients, whichever is more.
     """
-    kept = 8 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim + 3 * _active_width(config)
-    whole, inputs = (2, config.num_hidden_layers) if checkpointed else (config.num_hidden_layers, 0)
+    layer = 8 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim + 3 * _active_width(config)
+    layer, inputs = (rows * length * width * numbers for numbers in (layer, config.hidden_size))
+    L = config.num_hidden_layers
     logits = rows * length * config.vocab_size
-    of_logits = 3 * width * min(logits, LOGITS_AT_ONCE) if frozen_head else 2 * 4 * min(logits, 2 * LOGITS_AT_ONCE)
-    return rows * length * (whole * kept + inputs * config.hidden_size) * width + of_logits
+    chunk = -(-logits // -(-logits // LOGITS_AT_ONCE))  # all of about one size
+    of_logits = 3 * width * chunk if frozen_head or logits > 2 * LOGITS_AT_ONCE else 2 * width * logits
+    return L * inputs + max(of_logits, 2 * layer) if checkpointed else L * layer + of_logits
 
 
 def cache_bytes(config: ModelConfig, rows: int, length: int, width: int) -> int:
@@ -136,19 +138,19 @@ def training_bytes(
     lora_rank  of the adapter beside all matrices of the blocks; 0: all weights are trained
     width      bytes of a number that is computed with
 
-    A weight that is kept in another format than it is used in is converted for as long as its block is computed. Beside
-    each matrix's output the block that is computed again then has the adapter's, and the sum of both.
+    A weight that is kept in another format than it is used in is converted for as long as its block is computed. Where
+    head and embedding are one matrix, the gradients of both exist before they are added.
     """
     d, per_layer = config.hidden_size, _layer_matrices(config)
     converted = 0 if bits == 8 * width else width * sum(out * inside for out, inside in per_layer)
     rows_bytes = batch_bytes(config, rows, length, width, checkpointed=True, frozen_head=lora_rank > 0)
-    if not lora_rank:
-        weights = state_bytes(count_parameters(config), 0, moments=2)
-        converted += width * config.vocab_size * d if width < 4 else 0
-    else:
+    if lora_rank:
         adapter = lora_rank * config.num_hidden_layers * sum(out + inside for out, inside in per_layer)
         weights = state_bytes(adapter, frozen_bytes(config, width, bits if bits < 16 else None), moments=2)
-        rows_bytes += rows * length * width * 2 * sum(out for out, _ in per_layer)
+    else:
+        weights = state_bytes(count_parameters(config), 0, moments=2)
+        converted += width * config.vocab_size * d if width < 4 else 0
+        rows_bytes = max(rows_bytes, 4 * config.vocab_size * d if config.tie_word_embeddings else 0)
     return weights + converted + rows_bytes
 
 

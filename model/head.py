@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 # (logits (n, V) of some positions in the compute dtype, which positions) -> (n, ...) fp32
 Loss = Callable[[Tensor, slice], Tensor]
 PIECE = 1 << 19  # logits that a CPU's core works on at once: in fp32 small enough to stay in its cache
+PIECE_ELSEWHERE = 1 << 24  # those of other devices: 64 MiB in fp32, enough work for a kernel
 
 
 def loss_in_chunks(x: Tensor, weight: Tensor, loss: Loss, size: int) -> Tensor:
@@ -63,6 +64,7 @@ class _LossInChunks(torch.autograd.Function):
                 torch.mm(of_logits, cast, out=grad_x[rows])
             if grad_weight is not None:  # summed in the weight's dtype, which is fp32 where it is trained
                 grad_weight += of_logits.T @ x[rows]
+            del of_logits  # before the next chunk's logits are made
         return grad_x, grad_weight, None, None
 
 
@@ -117,7 +119,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         losses = torch.empty(len(targets), device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        rows = max(PIECE // logits.shape[1], 1) * torch.get_num_threads() if logits.is_cpu else max(len(targets), 1)
+        words = logits.shape[1]
+        rows = max(PIECE // words, 1) * torch.get_num_threads() if logits.is_cpu else max(PIECE_ELSEWHERE // words, 1)
         for here in _chunks(len(targets), rows):
             target = targets[here, None].clamp(min=0)
             log_p = logits[here].log_softmax(-1, dtype=torch.float32)

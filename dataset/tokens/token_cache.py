@@ -14,6 +14,7 @@ last complete part.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from multiprocessing import current_process, get_context
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 from typing import BinaryIO
 
@@ -311,8 +312,17 @@ _worker: tuple[Tokenizer, Reader]
 
 def _start_worker(loader: type[Tokenizer], path: str, reader: Reader) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     _worker = (loader.load(path), reader)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for rows without end, also when the process that sends them was killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(chunk: Chunk) -> Block:

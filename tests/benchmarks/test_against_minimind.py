@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from benchmarks.against_minimind import Side, summary
+from benchmarks.against_minimind import Judge, Side, summary
 from common.files import ROOT
 from tests.helpers.rows import write_pretrain, write_sft
+from tokenizer.text import Tokenizer
 
 COUNTS = """
 import sys, time
@@ -57,6 +58,28 @@ def test_the_table_says_when_ours_is_where_the_others_end():
     assert ours == "| Sparrow | 2.4000 | 20 |  |  |"
     assert shipped == "| MiniMind as shipped (fp32) | 2.5000 | 100 | 20 s | 5.0 |"
     assert bf16.endswith("| 2.3000 | 100 | not reached |  |")
+
+
+THINKS = (  # as MiniMind 3's: an empty think block before each answer, and in the prompt for one
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def test_what_the_template_writes_before_an_answer_does_not_count(tmp_path):
+    """Each answer and its end count once, after the turns before it."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((ROOT / "tokenizer" / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(THINKS, encoding="utf-8")
+    roles, said = ("user", "assistant") * 2, ("Name a fruit.", "Pear", "Another?", "Fig")
+    turns = [dict(role=role, content=content) for role, content in zip(roles, said)]
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(dict(conversations=turns)), encoding="utf-8")
+    for tokenizer, block in ((Tokenizer.load(tmp_path), "<think>\n\n</think>\n\n"), (Tokenizer.load(), "")):
+        answers, size = Judge(tmp_path / "held_out.jsonl", "sft", 100)._encode(tokenizer)
+        counted = [tokenizer.decode([i for i, t in zip(row.ids, row.trained) if t]) for row in answers]
+        assert counted == ["Pear<|im_end|>", "Fig<|im_end|>"] and size == len("PearFig")
+        assert all(f"assistant\n{block}Pear" in tokenizer.decode(row.ids) for row in answers)
 
 
 # ---- a stand-in of MiniMind: its files and names, and a model that only looks at the last token
@@ -161,29 +184,25 @@ def minimind(tmp_path):
 @pytest.mark.soak
 @pytest.mark.skipif(os.name != "posix", reason="stops processes by signals")
 def test_the_whole_comparison(minimind, tmp_path):
-    data = [
-        "--pretrain",
-        write_pretrain(tmp_path / "texts.jsonl", 200),
-        "--sft",
-        write_sft(tmp_path / "chats.jsonl", 60),
-    ]
+    """Both phases in one go; then fine-tuning alone, from the weights that the first run has left."""
+    texts, chats = write_pretrain(tmp_path / "texts.jsonl", 200), write_sft(tmp_path / "chats.jsonl", 60)
     size = "--minutes 0.05 --share 1 --slice 1 --max_seq_len 64 --held_out 10 --num_workers 0".split()
-    command = [
-        sys.executable,
-        ROOT / "benchmarks/against_minimind.py",
-        minimind,
-        *data,
-        *size,
-        "--out",
-        tmp_path / "out",
-    ]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))["results"]
-    for phase in ("pretrain", "sft"):
-        assert results[phase].keys() == {"sparrow", "fp32", "bf16"}
-        for curve in results[phase].values():
+
+    def compare(out, *flags):
+        command = [sys.executable, ROOT / "benchmarks/against_minimind.py", minimind, *size, "--out", out, *flags]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
+
+    first = compare(tmp_path / "out", "--pretrain", texts, "--sft", chats)
+    start = tmp_path / "out/start.pth"
+    second = compare(tmp_path / "again", "--phases", "sft", "--sft", chats, "--start", start, "--sides", "fp32")
+    assert first.keys() == {"pretrain", "sft"} and second.keys() == {"sft"}
+    for curves in first.values():
+        assert curves.keys() == {"sparrow", "fp32", "bf16"}
+        for curve in curves.values():
             assert [p["steps"] for p in curve] == sorted({p["steps"] for p in curve})
             assert all(p["bpb"] > 0 for p in curve)
+    assert second["sft"]["fp32"][-1]["bpb"] == pytest.approx(first["sft"]["fp32"][-1]["bpb"], abs=0.2)
     assert "| MiniMind as shipped (fp32) |" in (tmp_path / "out/results.md").read_text(encoding="utf-8")
     assert (tmp_path / "out/results.png").stat().st_size > 10_000

@@ -342,6 +342,26 @@ def test_when_the_processes_die_this_one_goes_on(tmp_path, monkeypatch, capfd):
     assert "a process died" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_the_processes_end_with_the_one_that_was_killed(tmp_path):
+    """They waited for rows for ever, and held its output open: whoever read that waited too."""
+    jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(30)])
+    (tmp_path / "script.py").write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from dataset.tokens import token_cache as tc\n"
+        "from tests.helpers.datasets import pretrain\n"
+        "def killed(*_):\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "if __name__ == '__main__':\n"
+        "    tc.PROCESSES_FROM, tc.TOKENISED_BYTES = 0, 20\n"
+        "    tc._Builder.write = killed  # the first rows have come back from a process\n"
+        "    pretrain('a.jsonl', num_workers=2)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert done.returncode == -9, done.stderr
+
+
 def test_a_script_without_a_main_guard_is_told_so_and_served(tmp_path):
     """Its processes run the script again as they start: there they must not wait for the cache that is being built."""
     file = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(30)])

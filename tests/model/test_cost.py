@@ -84,12 +84,14 @@ def test_a_window_saves_what_it_hides():
 
 
 def test_bytes_by_hand():
-    """A row of 100: 8 x 4 + 2 x 4 + 3 x 8 = 64 numbers a position, and 10 logits twice in fp32. A cache: 2 x 4 numbers
-    a position. AdamW: weight, gradient and two moments of 10 trained parameters, 5 frozen weights: 45 numbers."""
+    """A row of 100: 8 x 4 + 2 x 4 + 3 x 8 = 64 numbers a position, and 10 logits and their gradient. A cache: 2 x 4
+    numbers a position. AdamW: weight, gradient and two moments of 10 trained parameters, and 5 frozen weights, are 45
+    numbers."""
     shape = ModelConfig(**TINY)
-    assert batch_bytes(shape, 3, 100, width=2) == 300 * (64 * 2 + 10 * 2 * 4)
-    many = LOGITS_AT_ONCE // 4  # 10 logits each are more than twice as many as exist at once
-    assert batch_bytes(shape, 1, many, width=2) == many * 64 * 2 + 2 * LOGITS_AT_ONCE * 2 * 4
+    assert batch_bytes(shape, 3, 100, width=2) == 300 * (64 + 10 * 2) * 2
+    assert batch_bytes(shape, 3, 100, width=2, frozen_head=True) == 300 * (64 + 10 * 3) * 2
+    many = LOGITS_AT_ONCE // 4  # 10 logits each: 2.5 times as many as exist at once, so a third of them, in 3 copies
+    assert batch_bytes(shape, 1, many, width=2) == many * 64 * 2 + 3 * -(-many * 10 // 3) * 2
     assert cache_bytes(shape, rows=3, length=100, width=2) == 3 * 100 * 8 * 2
     assert state_bytes(trained=10, frozen=20, moments=2) == 45 * 4
 
