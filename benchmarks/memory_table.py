@@ -1,7 +1,7 @@
 """Prints the tables of docs/models.md: how much memory the training of which model takes, and what fits on which card.
 
 python benchmarks/memory_table.py            # by the formula of model/cost.py
-python benchmarks/memory_table.py --count    # and what the tensors of real steps of `small` take, beside it; a minute
+python benchmarks/memory_table.py --count    # and what tensors of real steps of `small` take, beside it; two minutes
 """
 
 import argparse

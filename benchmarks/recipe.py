@@ -84,9 +84,14 @@ MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],
     "seeds": [
-        "learning_rate=2e-3 seed=0,1,2",
+        "learning_rate=1e-3,2e-3,4e-3 seed=0,1,2",
         f"{MODERN} seed=0,1,2",
+        f"{MODERN} momentum=0.9 momentum_warmup=0.0 seed=0,1",
         f"{MUON} steps=100 learning_rate=2e-3,4e-3 seed=0,1,2",
+    ],
+    "small": [
+        "preset=small steps=200 learning_rate=5e-4,1e-3,2e-3",
+        f"{MUON} preset=small steps=90 learning_rate=1e-3,2e-3",
     ],
     # each alone, one seed: a gain below the spread of the seeds is none. Logit caps have no line: a plain Llama lacks
     # them, so other programs would compute another model

@@ -114,13 +114,12 @@ def batch_bytes(
     checkpointed: of each layer only the input; and the logits, or after these the layer that is computed again, with
     its gradients, whichever is more.
     """
-    layer = 8 * config.hidden_size + 2 * config.num_key_value_heads * config.head_dim + 3 * _active_width(config)
-    layer, inputs = (rows * length * width * numbers for numbers in (layer, config.hidden_size))
-    L = config.num_hidden_layers
+    d, L, bytes_of_one = config.hidden_size, config.num_hidden_layers, rows * length * width
+    layer = bytes_of_one * (8 * d + 2 * config.num_key_value_heads * config.head_dim + 3 * _active_width(config))
     logits = rows * length * config.vocab_size
     chunk = -(-logits // -(-logits // LOGITS_AT_ONCE))  # all of about one size
     of_logits = 3 * width * chunk if frozen_head or logits > 2 * LOGITS_AT_ONCE else 2 * width * logits
-    return L * inputs + max(of_logits, 2 * layer) if checkpointed else L * layer + of_logits
+    return L * bytes_of_one * d + max(of_logits, 2 * layer) if checkpointed else L * layer + of_logits
 
 
 def cache_bytes(config: ModelConfig, rows: int, length: int, width: int) -> int:

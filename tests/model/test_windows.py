@@ -4,16 +4,9 @@ import pytest
 
 from model.config import ModelConfig
 from model.interop.hf import config_from_hf, config_to_hf
+from tests.helpers.models import TINY_SHAPE
 
-SHAPE = dict(
-    vocab_size=131,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-)
+SHAPE = {**TINY_SHAPE, "num_hidden_layers": 3, "max_position_embeddings": 512}
 CLASSES = dict(mistral="MistralConfig", qwen2="Qwen2Config", qwen3="Qwen3Config", ministral="MinistralConfig")
 
 
