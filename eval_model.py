@@ -88,6 +88,7 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
     against: str | None = option(None, "an earlier --json: print the change, with error bars", path=True)
     benchmark: str | None = option(None, "score the model on an exam", choices=("tiny_world",))
     question_seed: int = option(0, "another one draws other exam questions", within="[0, inf)")
+    world_seed: int = option(0, "the exam is about this world: --seed of dataset/tiny_world", within="[0, inf)")
     json: str | None = option(None, "write figures and answers to this file", path=True, aliases=("output_file",))
     png: str | None = option(None, "draw the figures of --eval_data into this file", path=True)
     web: bool = option(False, "talk in the browser: starts scripts/serve_openai_api.py with these flags; it has more")
@@ -127,9 +128,10 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
             for path in self.eval_data:
                 require_file(path)
         idle = [] if self.eval_data else ["metrics", "png", "against", "data_limit", "num_fewshot"]
-        idle += [] if self.benchmark else ["question_seed"]
+        idle += [] if self.benchmark else ["question_seed", "world_seed"]
         idle += [] if self.eval_data or self.benchmark else ["json"]
-        takes = {"json": "--eval_data or --benchmark takes", "question_seed": "only --benchmark takes"}
+        exam = dict.fromkeys(("question_seed", "world_seed"), "only --benchmark takes")
+        takes = exam | {"json": "--eval_data or --benchmark takes"}
         found += [f"--{name}: {takes.get(name, 'only --eval_data takes')} it" for name in idle if getattr(self, name)]
         return found
 

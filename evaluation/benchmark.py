@@ -10,11 +10,11 @@ score.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
 
-from common.files import ROOT
 from dataset.tiny_world import exam
 from dataset.tiny_world.exam import Scores
 from dataset.tiny_world.files import generate as generate_world
@@ -25,29 +25,31 @@ from model.transformer import CausalLM
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
 
-WORLD = ROOT / "out/tiny_world"  # the folder that the training stages use too
 LONGEST = 64  # tokens; no right answer is nearly as long
 
 
-def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0) -> dict:
-    """Plain values: score, scores[who]["<kind> <language>"] of the model and the baselines, later[kind], table (to
+def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0, world_seed: int = 0) -> dict:
+    """The exam about the world that `dataset/tiny_world --seed world_seed` writes.
+
+    Plain values: score, scores[who]["<kind> <language>"] of the model and the baselines, later[kind], table (to
     print), answers.
 
     `later` are the kinds of questions that the stages after SFT teach. They are not part of the score.
     """
-    questions, start = exam.draw_questions(question_seed=question_seed), time.perf_counter()
-    others = exam.draw_questions(question_seed=question_seed, kinds=LATER)
+    questions, start = exam.draw_questions(world_seed, question_seed), time.perf_counter()
+    others = exam.draw_questions(world_seed, question_seed, LATER)
     replies = answer(model, tokenizer, [question.prompt for question in questions + others])
     seconds = round(time.perf_counter() - start, 2)
     graded = [dict(vars(q), reply=reply, right=exam.grade(q, reply)) for q, reply in zip(questions + others, replies)]
     columns = {
         "model": exam.scores(questions, replies[: len(questions)]),
-        **baselines(question_seed),
+        **baselines(world_seed, question_seed),
     }
     later = {kind: _share(row["right"] for row in graded if row["kind"] == kind) for kind in LATER}
     after = ", ".join(f"{kind} {share:.1%}" for kind, share in later.items())
     return {
         "benchmark": "tiny_world",
+        "world_seed": world_seed,
         "question_seed": question_seed,
         "score": _share(row["right"] for row in graded[: len(questions)]),
         "scores": {who: {" ".join(group): share for group, share in of.items()} for who, of in columns.items()},
@@ -59,10 +61,12 @@ def run_benchmark(model: CausalLM, tokenizer: Tokenizer, question_seed: int = 0)
 
 
 @cache  # the demo examines several models
-def baselines(question_seed: int) -> dict[str, Scores]:
+def baselines(world_seed: int, question_seed: int) -> dict[str, Scores]:
     """The scores of two ways to answer without a model."""
-    questions = exam.draw_questions(question_seed=question_seed)
-    nearest = exam.nearest_row_baseline(questions, generate_world(WORLD)["sft"])
+    questions = exam.draw_questions(world_seed, question_seed)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = generate_world(folder, world_seed, ("sft",))["sft"]
+        nearest = exam.nearest_row_baseline(questions, rows)
     return {"nearest row": nearest, "most frequent": exam.most_frequent_baseline(questions)}
 
 

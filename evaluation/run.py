@@ -68,7 +68,7 @@ def evaluate(
 def take_exam(
     model: CausalLM, tokenizer: Tokenizer, checkpoint: Checkpoint, config: Any, write: Callable[[str], None]
 ) -> None:
-    result = run_benchmark(model, tokenizer, config.question_seed)
+    result = run_benchmark(model, tokenizer, config.question_seed, config.world_seed)
     write(f"{result['table']}\n{result['score']:.1%} of all questions, answered in {result['seconds']} s\n")
     if config.json:
         content = {"weights": str(checkpoint.path), "lineage": checkpoint.lineage, **result}

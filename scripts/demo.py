@@ -59,6 +59,8 @@ class DemoConfig(Options):
     """Options of the demo"""
 
     save_dir: str = option(str(ROOT / "out"), "where everything is written", path=True)
+    world_seed: int = option(0, "another one invents another world", within="[0, inf)")
+    seed: int = option(42, "of the trainings", within="[0, inf)")
     question_seed: int = option(0, "draws other exam questions", within="[0, inf)")
     skip_training: bool = option(False, "use the weights in save_dir")
     fresh: bool = option(False, "train everything anew, also what is up to date")
@@ -101,7 +103,7 @@ class Demo:
         self.forecast, self.number = Forecast(SECONDS), 0
 
     def train(self) -> None:
-        words = ["dataset/tiny_world", "--save_dir", self.world]
+        words = ["dataset/tiny_world", *given("--seed", self.config.world_seed, 0), "--save_dir", self.world]
         self.command("world", "Invent a small world, in Chinese and English", words)
         words = ["trainer/train_tokenizer.py", "--vocab_size", VOCABULARY, "--save_dir", self.tokenizer]
         words += ["--data_path", *(self.world / f"{name}.jsonl" for name in ("pretrain", "sft"))]
@@ -121,7 +123,8 @@ class Demo:
             words += ["--from_weight", self.files["pretrain" if stage.name == "full_sft" else "full_sft"]]
         if stage.name == "rlhf":
             words += ["--val_path", self.world / "dpo_val.jsonl"]
-        words += [*stage.flags, *COMMON, *(QUICK if self.config.quick else []), "--save_dir", self.save_dir]
+        words += [*stage.flags, *COMMON, *(QUICK if self.config.quick else []), *given("--seed", self.config.seed, 42)]
+        words += ["--save_dir", self.save_dir]
         if self.config.fresh or not self.files[stage.name].is_file():
             return self.command(stage.name, stage.title, words)
 
@@ -158,6 +161,11 @@ class Demo:
         model = Speaker(self.files[stage.name], self.save_dir)
         for prompt in stage.prompts:
             say(f"\n[{stage.name}] > {prompt}\n{model.say(prompt)}")
+
+
+def given(flag: str, value: int, default: int) -> list[str]:
+    """The flag, unless that is the default anyway."""
+    return [flag, str(value)] if value != default else []
 
 
 def as_typed(words: list) -> list[str]:
@@ -206,12 +214,13 @@ class Speaker:
 class Examined(Speaker):
     """The same with its figures in the exam."""
 
-    def __init__(self, file: Path, save_dir: Path, question_seed: int):
+    def __init__(self, file: Path, config: DemoConfig):
         from evaluation.benchmark import preference_accuracy, run_benchmark
 
+        save_dir = Path(config.save_dir)
         super().__init__(file, save_dir)
         with self.contender.active() as model:
-            self.result = run_benchmark(model, self.contender.tokenizer, question_seed)
+            self.result = run_benchmark(model, self.contender.tokenizer, config.question_seed, config.world_seed)
             kind = preference_accuracy(model, self.contender.tokenizer, save_dir / "tiny_world/dpo_val.jsonl")
         scores, later = self.result["scores"]["model"], self.result["later"]
         self.figures = {
@@ -224,11 +233,12 @@ class Examined(Speaker):
         }
 
 
-def examine(save_dir: Path, question_seed: int) -> None:
-    """The exam of every stage after pretraining, and a conversation."""
+def examine(config: DemoConfig) -> dict[str, dict[str, float]]:
+    """The exam of every stage after pretraining, and a conversation -> {stage: its figures}."""
+    save_dir = Path(config.save_dir)
     say(f"\n=== {len(SECONDS)}/{len(SECONDS)} The exam, taken by the model as each stage has left it")
     tuned = [stage for stage in STAGES if stage.name != "pretrain"]
-    sft, lora, dpo, reason = (Examined(stage.file(save_dir), save_dir, question_seed) for stage in tuned)
+    sft, lora, dpo, reason = (Examined(stage.file(save_dir), config) for stage in tuned)
     weights = relative_to_root(str(sft.contender.history.path))
     say(f"$ python eval_model.py --weight {weights} --benchmark tiny_world\n\n{sft.result['table']}")
     say("\n=== What each stage changed\n\n" + " " * 38 + "".join(f"{m.name:>15}" for m in (sft, lora, dpo, reason)))
@@ -246,9 +256,10 @@ def examine(save_dir: Path, question_seed: int) -> None:
         (reason, PROBLEM),
     ]:
         say(f"[{model.name}] > {prompt}\n{model.say(prompt)}\n")
+    return {model.name: model.figures for model in (sft, lora, dpo, reason)}
 
 
-def report(weights: list[str], save_dir: Path, question_seed: int) -> Path:
+def report(weights: list[str], config: DemoConfig) -> Path:
     """Fine-tuning against LoRA and against DPO, on questions of the exam -> the page that shows it."""
     from dataset.read.questions import Question
     from dataset.tiny_world.exam import draw_questions
@@ -257,9 +268,9 @@ def report(weights: list[str], save_dir: Path, question_seed: int) -> Path:
     from evaluation.measure import Settings
     from evaluation.models import open_models
 
-    kinds = (*KINDS, "identity", "manner")
+    save_dir, kinds = Path(config.save_dir), (*KINDS, "identity", "manner")
     questions = []
-    for number, asked in enumerate(draw_questions(question_seed=question_seed, kinds=kinds)):
+    for number, asked in enumerate(draw_questions(config.world_seed, config.question_seed, kinds)):
         if number % 20 == 0:
             # of "manner" only the beginning and the end are given: nothing to compare an answer with
             answer = None if asked.kind == "manner" else {"role": "assistant", "content": asked.answer}
@@ -277,11 +288,11 @@ def main():
     if not config.skip_training:
         Demo(config).train()
     if not config.quick:
-        examine(save_dir, config.question_seed)
+        examine(config)
         compared = [
             str(stage.file(save_dir)) for stage in STAGES if stage.name in ("full_sft", "lora_identity", "rlhf")
         ]
-        page = report(compared, save_dir, config.question_seed)
+        page = report(compared, config)
         say(f"=== What LoRA and DPO changed, answer by answer: open {page} in a browser\n")
     minutes = (time.monotonic() - begin) / 60
     say(f"That took {minutes:.1f} minutes. Talk to it: make chat (python eval_model.py --model_mode 1)")

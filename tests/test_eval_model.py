@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -420,17 +421,23 @@ def test_with_tools_the_oldest_question_goes_with_all_that_belongs_to_it(tokeniz
 
 
 def test_the_exam_report(say, monkeypatch, tmp_path):
-    """Right answers to everything about sums and nothing else: 2 x 40 of 600 questions."""
-    questions = exam.draw_questions(question_seed=5)
+    """Right answers to everything about sums and nothing else: 2 x 40 of 600 questions, about the world asked for."""
+    questions, other_world = exam.draw_questions(3, 5), exam.draw_questions(0, 5)
+    assert len({q.prompt for q in questions if q.kind == "fact"} & {q.prompt for q in other_world}) < 100
     known = {q.prompt: q.answer for q in questions if q.kind == "sum"}
     monkeypatch.setattr(benchmark, "answer", lambda model, tokenizer, prompts: [known.get(p, "?") for p in prompts])
     monkeypatch.setattr(exam, "nearest_row_baseline", lambda asked, _: exam.scores(asked, ["?"] * 600))
-    monkeypatch.setattr(benchmark, "generate_world", lambda _: {"sft": None})
-    status, table, _ = say("--benchmark", "tiny_world", "--question_seed", 5, "--json", tmp_path / "figures.json")
+    worlds = []
+    monkeypatch.setattr(benchmark, "generate_world", lambda *words: worlds.append(words) or {"sft": None})
+    flags = ["--question_seed", 5, "--world_seed", 3, "--json", tmp_path / "figures.json"]
+    status, table, _ = say("--benchmark", "tiny_world", *flags)
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert status == 0 and "13.3% of all questions" in table and "most frequent" in table
     assert figures["later"] == {"steps": 0, "identity": 0, "manner": 0} and "identity 0.0%" in table
-    assert figures["score"] == 80 / 600 and figures["question_seed"] == 5 and len(figures["answers"]) == 840
+    assert figures["score"] == 80 / 600 and len(figures["answers"]) == 840
+    assert (figures["world_seed"], figures["question_seed"]) == (3, 5)
+    [(folder, seed, files)] = worlds
+    assert (seed, files) == (3, ("sft",)) and not Path(folder).exists(), "a world that is trained on stays as it is"
     assert figures["scores"]["model"]["sum zh"] == 1 and figures["scores"]["model"]["fact en"] == 0
     assert figures["lineage"][-1]["stage"] == "full_sft"
 

@@ -4,7 +4,7 @@
     python trainer/train_pretrain.py --recipe classic                   # AdamW, cosine, MiniMind's rates
     python trainer/train_pretrain.py --recipe modern --schedule cosine  # what is given always wins
 
-The numbers come from trials on real text: benchmarks/recipe.py, with the results in docs/benchmarks.md.
+The numbers come from trials on real text: benchmarks/real_data/recipe.py, with the results in docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""benchmarks/recipe.py: its trials are what their lines say, and without changes they train as the library does."""
+"""benchmarks/real_data/recipe.py: its trials are what their lines say, and without changes they train as the library does."""
 
 from dataclasses import asdict
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.recipe import MODERN, NAMED, Trial, places, rate_at, read_trials, rows_of_steps
+from benchmarks.real_data.recipe import MODERN, NAMED, Trial, places, rate_at, read_trials, rows_of_steps
 from dataset.batches.loader import Loader
 from trainer.loop.optim import learning_rate
 

@@ -180,7 +180,7 @@ def test_the_demo_ends_with_a_report(tmp_path: Path):
     (tmp_path / "tiny_world").mkdir()
     write_dpo(tmp_path / "tiny_world/dpo_val.jsonl", 4)
 
-    page = report(["full_sft", "lora_identity", "rlhf"], tmp_path, 0)
+    page = report(["full_sft", "lora_identity", "rlhf"], DemoConfig(save_dir=str(tmp_path)))
     assert page.is_file() and page.suffix == ".html"
     found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
     assert [model["name"] for model in found["models"]] == ["full_sft_32", "lora_identity_32", "rlhf_32"]

@@ -1,8 +1,8 @@
 """Which recipe trains a small model with the fewest tokens: trials on real text, held-out bits per byte.
 
-    python benchmarks/recipe.py pretrain.jsonl --trials rates                        # the named trials of this file
-    python benchmarks/recipe.py pretrain.jsonl --trials my_trials.txt --results out/recipe.jsonl
-    python benchmarks/recipe.py pretrain.jsonl --table                               # what the results say so far
+    python benchmarks/real_data/recipe.py pretrain.jsonl --trials rates                        # the named trials of this file
+    python benchmarks/real_data/recipe.py pretrain.jsonl --trials my_trials.txt --results out/recipe.jsonl
+    python benchmarks/real_data/recipe.py pretrain.jsonl --table                               # what the results say so far
 
 A line of trials is a few settings and seeds: `optimizer=muon learning_rate=2e-3 steps=175 seed=0,1,2`; the fields of
 `Trial` are the settings and have defaults. Each trial trains a fresh model on the same documents and ends with the bits
@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class Trial:
     momentum: float = 0.95  # of Muon
     momentum_warmup: float = 0.0  # share of the steps over which it rises from 0.85
     iterations: int = 5  # of Newton and Schulz
+    normalise: float = 0.0  # NorMuon: beta of the mean square of each row of the update (arXiv:2510.05491)
     others_rate: float = 1.0  # rate of embedding, head and norms, as a multiple
     initial: str = "zero"  # o_proj and down_proj: zero, or scaled: N(0, 0.02 / sqrt(2 L))
     embedding_std: float = 0.0  # 0: 1 / sqrt(d)
@@ -114,6 +115,7 @@ NAMED = {
             "momentum=0.9",
             "momentum_warmup=0.0",
             "iterations=3",
+            "normalise=0.95",
             "initial=scaled",
             "embedding_std=0.02",
             "growth=1",
@@ -216,6 +218,24 @@ def rate_at(trial: Trial, done: float, step: int, steps: int) -> float:
     )
 
 
+class Orthogonal:
+    """In place of the library's function of that name: other iterations, and rows of equal mean square over time."""
+
+    def __init__(self, trial: Trial):
+        self.trial, self.squares = trial, {}
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        update = optim.orthogonalise(gradient, self.trial.iterations)
+        beta = self.trial.normalise
+        if not beta:
+            return update
+        update = update.float()
+        squares = self.squares.setdefault(update.shape, torch.zeros(*update.shape[:2], 1))
+        squares.lerp_(update.square().mean(-1, keepdim=True), 1 - beta)
+        even = update / (squares.sqrt() + 1e-8)
+        return even * (update.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True))
+
+
 def rows_of_steps(trial: Trial) -> list[int]:
     """Rows of each step; all trials of as many `steps` and `rows` see as many tokens."""
     if not trial.growth:
@@ -240,7 +260,7 @@ def train(trial: Trial, text: Text, compiled: bool) -> dict:
         for block in model.model.layers:
             block.compile(dynamic=False)
         model.token_loss = torch.compile(model.token_loss, dynamic=False)
-    optim.orthogonalise.__defaults__ = (trial.iterations,)
+    optim.orthogonalise_together = Orthogonal(trial)
     optimizers = optim.build_optimizers(model, trial.optimizer, trial.weight_decay)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     matrices = groups[0]
