@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.lora import LoRASettings, add_lora
-from model.precision import prepare_for_inference
+from model.precision import fast_fp32_training, prepare_for_inference
 from model.transformer import RMSNorm
 from tests.helpers.models import TINY_TOKENS, tiny_model
 
@@ -52,3 +52,22 @@ def test_layers_with_adapters_stay_single():
     prepare_for_inference(model, torch.float32)
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     assert attention.qkv_proj is None and attention.k_proj is not None and mlp.gate_up_proj is not None
+
+
+@pytest.mark.parametrize("rows", (1, 64, 2048))
+def test_fast_fp32_training_rounds_nothing(rows):
+    """The setting behind it permits bf16, whose products of 512 terms are off by 0.1. Where it is made, no processor
+    may make use of that: forward, backward and batched products stay as exact as fp32 is."""
+    torch.manual_seed(0)
+    x, w, g = torch.randn(rows, 512), torch.randn(512, 384), torch.randn(rows, 384)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        fast_fp32_training()
+        found = [x @ w, g @ w.mT, x.mT @ g, torch.bmm(x.expand(4, rows, 512), w.expand(4, 512, 384))[3]]
+    finally:
+        matmul.fp32_precision = before
+    X, W, G = x.double(), w.double(), g.double()
+    for product, exact in zip(found, (X @ W, G @ W.mT, X.mT @ G, X @ W)):
+        assert (product - exact).abs().max() < 1e-3
+    assert (x.bfloat16() @ w.bfloat16() - X @ W).abs().max() > 1e-2, "what would be noticed"

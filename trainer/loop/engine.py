@@ -24,7 +24,7 @@ from common.console import UserError
 from common.files import keep_previous, relative_to_root
 from dataset.batches.loader import FEW_SHAPES, Batch, Loader
 from model.checkpoint import weights_name
-from model.precision import lower_frozen, pick_dtype
+from model.precision import fast_fp32_training, lower_frozen, pick_dtype
 from trainer.inputs import check_start
 from trainer.loop.backend import Backend
 from trainer.loop.compiling import compile_model
@@ -51,6 +51,8 @@ class Engine:
         self.job, self.backend = job, backend
         self.config = config = rehearsal(job.config) if job.config.plan else job.config
         self.dtype, notice = pick_dtype(config.dtype, backend.device)
+        if backend.device.type == "cpu" and self.dtype == torch.float32:
+            fast_fp32_training()
         self.model = job.model.to(backend.device)
         if job.parent:
             job.parent.release()  # the model has its own copy of the tensors
