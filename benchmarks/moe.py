@@ -1,61 +1,67 @@
-"""Step time of a mixture with 4 and with 16 experts of equal active size: it should not grow with their number.
+"""What a mixture of experts costs: the preset `moe` against the dense model of equal active size, and 16 experts
+against 4 of equal size.
 
-python benchmarks/moe.py
+    python benchmarks/moe.py                       # 4 x 512 tokens, compiled, the CPU's best precision
+    python benchmarks/moe.py --compile off
+
+All are whole optimiser steps of the library (AdamW), in turns within one process.
 """
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
 from benchmarks.common import machine, seconds, show
+from benchmarks.train_step import our_engine
 from model.config import ModelConfig
-from model.precision import pick_dtype
-from model.transformer import CausalLM
-from trainer.loop.optim import build_optimizers, clip_and_check
 
-
-def build(experts: int, dtype: torch.dtype):
-    """Two experts of 448 for each token, out of `experts`: a step over (4, 512) random tokens."""
-    torch.manual_seed(0)
-    model = CausalLM(ModelConfig.preset("small", num_hidden_layers=4, num_experts=experts, moe_intermediate_size=448))
-    model.compute_dtype = dtype
-    (optimizer,) = build_optimizers(model, "adamw", 0.1)
-    optimizer.param_groups[0]["lr"] = 1e-4
-
-    def step(tokens: torch.Tensor) -> float:
-        out = model(tokens, targets=tokens.roll(-1, 1))
-        (out.loss.mean() + out.aux_loss.mean()).backward()
-        clip_and_check(list(model.parameters()), 1.0, 1.0, torch.tensor(True))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return out.loss.mean().item()
-
-    return model, step
+MIXTURE = ModelConfig.preset("moe")
+ACTIVE = (MIXTURE.num_experts_per_tok + MIXTURE.num_shared_experts) * MIXTURE.moe_intermediate_size
+FEW = dict(num_hidden_layers=4, moe_intermediate_size=448)
+SHAPES = {
+    "moe": MIXTURE,
+    "dense": ModelConfig.preset("moe", num_experts=0, num_shared_experts=0, intermediate_size=ACTIVE),
+    "16 experts": ModelConfig.preset("small", num_experts=16, **FEW),
+    "4 experts": ModelConfig.preset("small", num_experts=4, **FEW),
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", default="on")
+    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
-    dtype, _ = pick_dtype("auto", torch.device("cpu"))
-    tokens = torch.randint(6400, (4, 512))
-    sides = {experts: build(experts, dtype) for experts in (4, 16)}
-    for experts, (model, step) in sides.items():
-        active, total = model.num_parameters(active=True), model.num_parameters()
-        print(f"{experts:2} experts: {active:,} active of {total:,} parameters, loss {step(tokens):.3f}")
-    times = {experts: [] for experts in sides}
-    for _ in range(args.rounds):
-        for experts, (_, step) in sides.items():
-            times[experts].append(seconds(lambda: step(tokens)))  # noqa: B023
-    print(f"\n{machine()}")
-    for experts, values in times.items():
-        show(f"{experts} experts", values, "s a step")
-    show("16 experts against 4", [b / a for a, b in zip(times[4], times[16])], "times as long", "1.3 at most")
+
+    with tempfile.TemporaryDirectory() as folder:
+        times = {}
+        for pair, aim in ((("moe", "dense"), "1.25"), (("16 experts", "4 experts"), "1.3")):
+            engines = {}
+            for name in pair:
+                shape = SHAPES[name]
+                engine = engines[name] = our_engine(args, shape, folder)
+                engine.model.train()
+                total, active = engine.model.num_parameters(), engine.model.num_parameters(active=True)
+                print(f"{name}: {total:,} parameters, {active:,} of them active")
+            for step in range(2 + args.rounds):
+                for name, engine in engines.items():
+                    engine._set_learning_rate()
+                    batches = engine.loader.batches(step)
+                    taken = seconds(lambda: engine.train_step(batches))  # noqa: B023
+                    engine.step += 1
+                    if step >= 2:  # the first ones compile
+                        times.setdefault(name, []).append(taken)
+            print(f"\n{machine()}; {args.rows} x {args.length}, {engine.dtype}, compile {args.compile}")
+            for name in pair:
+                show(name, times[name], "s a step")
+            ratios = [a / b for a, b in zip(*(times[name] for name in pair))]
+            show(" against ".join(pair), ratios, "times as long", f"{aim} at most")
 
 
 if __name__ == "__main__":
