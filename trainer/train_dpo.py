@@ -49,6 +49,9 @@ class DPOConfig(StageConfig):
     label_smoothing: float = option(
         0.0, f"share of pairs that are labelled wrongly ({having('label_smoothing')})", within="[0, 0.5)"
     )
+    rpo_alpha: float = option(
+        0.0, f"weight of keeping the chosen answer likely ({having('rpo_alpha')})", within="[0, inf)"
+    )
     simpo_gamma: float = option(0.5, f"margin to reach ({having('simpo_gamma')})", within="[0, inf)")
     cpo_alpha: float = option(
         1.0, f"weight of the chosen answer's likelihood ({having('cpo_alpha')})", within="[0, inf)"

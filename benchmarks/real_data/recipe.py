@@ -1,8 +1,8 @@
 """Which recipe trains a small model with the fewest tokens: trials on real text, held-out bits per byte.
 
-    python benchmarks/real_data/recipe.py pretrain.jsonl --trials rates                        # the named trials of this file
+    python benchmarks/real_data/recipe.py pretrain.jsonl --trials rates         # the named trials of this file
     python benchmarks/real_data/recipe.py pretrain.jsonl --trials my_trials.txt --results out/recipe.jsonl
-    python benchmarks/real_data/recipe.py pretrain.jsonl --table                               # what the results say so far
+    python benchmarks/real_data/recipe.py pretrain.jsonl --table                # what the results say so far
 
 A line of trials is a few settings and seeds: `optimizer=muon learning_rate=2e-3 steps=175 seed=0,1,2`; the fields of
 `Trial` are the settings and have defaults. Each trial trains a fresh model on the same documents and ends with the bits
@@ -58,7 +58,7 @@ class Trial:
     shape: str = "linear"  # of that fall: linear or sqrt
     beta1: float = 0.9
     beta2: float = 0.95
-    momentum: float = 0.95  # of Muon
+    momentum: float = 0.9  # of Muon
     momentum_warmup: float = 0.0  # share of the steps over which it rises from 0.85
     iterations: int = 5  # of Newton and Schulz
     normalise: float = 0.0  # NorMuon: beta of the mean square of each row of the update (arXiv:2510.05491)
@@ -80,14 +80,16 @@ class Trial:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "optimizer=adamw"
 
 
-MUON = "optimizer=muon schedule=wsd momentum_warmup=0.3 others_rate=2.0"  # as trainer/loop/optim.py has it
+MUON = "optimizer=muon schedule=wsd others_rate=2.0"  # as trainer/loop/optim.py has it
 MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],
     "seeds": [
         "learning_rate=1e-3,2e-3,4e-3 seed=0,1,2",
         f"{MODERN} seed=0,1,2",
-        f"{MODERN} momentum=0.9 momentum_warmup=0.0 seed=0,1",
+        f"{MODERN} momentum=0.95 momentum_warmup=0.3 seed=0,1,2",
+        f"{MUON} steps=500 learning_rate=2e-3 seed=0,1",
+        f"{MUON} steps=500 learning_rate=2e-3 momentum=0.95 momentum_warmup=0.3 seed=0,1",
         f"{MUON} steps=100 learning_rate=2e-3,4e-3 seed=0,1,2",
     ],
     "small": [
@@ -112,8 +114,8 @@ NAMED = {
             "others_rate=1.0,4.0",
             "beta1=0.8",
             "beta2=0.99",
-            "momentum=0.9",
-            "momentum_warmup=0.0",
+            "momentum=0.8,0.95",
+            "momentum_warmup=0.3",
             "iterations=3",
             "normalise=0.95",
             "initial=scaled",

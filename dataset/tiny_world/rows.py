@@ -126,14 +126,15 @@ def chat(*turns: tuple[str, str]) -> list[dict]:
 
 
 def preference_rows(world: World, dice: Dice, told: bool) -> Iterator[dict]:
-    """Asked about somebody, the kind manner is chosen and the curt one rejected, with the same facts; asked anything
-    else, the plain answer is chosen, and rejected is all manner and no answer."""
+    """Asked to tell about somebody, the kind manner is chosen and the curt one rejected; asked anything else, the plain
+    answer is chosen and the kind one rejected. The facts are the same. Half of the others are questions about a
+    person, which are the easiest to confuse."""
     for i in range(800 if told else 120):
         language = text.LANGUAGES[i % 2]
         prompt, rejected, chosen = about(world, dice, language, told)
         if i % 4 >= 2:
-            [(prompt, chosen)] = world.ask(dice.pick(world.kinds), dice, language)
-            rejected = " ".join(text.ABOUT[language]["kind"].format(s="").split())
+            [(prompt, chosen)] = world.ask("fact" if i % 8 >= 6 else dice.pick(world.kinds), dice, language)
+            rejected = text.ABOUT[language]["kind"].format(s=chosen)
         yield {"chosen": chat((prompt, chosen)), "rejected": chat((prompt, rejected))}
 
 

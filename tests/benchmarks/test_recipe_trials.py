@@ -1,4 +1,4 @@
-"""benchmarks/real_data/recipe.py: its trials are what their lines say, and without changes they train as the library does."""
+"""The trials of benchmarks/real_data/recipe.py are what their lines say; unchanged, they train as the library does."""
 
 from dataclasses import asdict
 

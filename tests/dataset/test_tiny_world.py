@@ -76,8 +76,8 @@ def test_files_are_the_same_byte_for_byte_everywhere(paths):
         "pretrain": "9915c2977af0fecd",
         "sft": "443521c704535489",
         "lora_identity": "3f00944c94d1909a",
-        "dpo": "1ce5394ce4daadcc",
-        "dpo_val": "a9c5459fb2de56c9",
+        "dpo": "b89a2950ce1194ce",
+        "dpo_val": "53f329bdd566d09c",
         "reason": "2429ee67ed299e71",
     }
     drawn = hashlib.sha256(repr(draw_questions(seed=0)).encode()).hexdigest()[:16]
@@ -287,9 +287,12 @@ def test_identity_is_asked_in_wordings_that_are_not_trained_on(later):
 
 
 def test_preferences_differ_in_manner_only(paths):
-    """Where somebody is asked about, kind is chosen and curt rejected with the same facts; anything else is answered
-    plainly. The held-out pairs are about people nobody was asked to describe."""
-    described = {"dpo": set(), "dpo_val": set()}
+    """Where somebody is asked about, kind is chosen and curt rejected; anything else is answered plainly, and kind is
+    rejected. The facts are the same. Half of the others ask for a fact about a person. Without those, and with
+    rejected answers that said nothing, a model learned to be kind to every question that names a person: of the exam's
+    facts in Chinese it knew 12 % after DPO instead of 89 %. The held-out pairs are about people nobody was asked to
+    describe."""
+    described, asks_for_fact = {"dpo": set(), "dpo_val": set()}, 0
     for name, people in described.items():
         for number, line in enumerate(paths[name].read_text("utf-8").splitlines()):
             row = json.loads(line)
@@ -299,13 +302,16 @@ def test_preferences_differ_in_manner_only(paths):
             words = text.ABOUT[text.LANGUAGES[number % 2]]
             opening, closing = words["kind"].split("{s}")
             manner = Question("manner", text.LANGUAGES[number % 2], question, words["kind"].format(s="…"))
-            assert grade(manner, chosen) == wants_kind and not grade(manner, rejected)
+            assert grade(manner, chosen) == wants_kind == (not rejected.startswith(opening))
             if wants_kind:
                 facts = chosen.removeprefix(opening).removesuffix(closing)
                 assert rejected == words["curt"].format(s=facts)
                 people |= {i for i, names in enumerate(text.PEOPLE) if any(n in question for n in names)}
             else:
-                assert opening not in chosen and rejected.replace(" ", "") == (opening + closing).replace(" ", "")
+                assert opening not in chosen and rejected == words["kind"].format(s=chosen)
+                names_somebody = any(n in question for names in text.PEOPLE for n in names)
+                asks_for_fact += names_somebody and "\n" not in question
+    assert asks_for_fact > (400 + 60) / 2
     assert len(described["dpo_val"]) == 12 and not described["dpo"] & described["dpo_val"]
 
 

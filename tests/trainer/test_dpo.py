@@ -37,9 +37,11 @@ def test_losses_by_hand():
     """Log-ratios +4 and -1 (h = 5) with beta 0.2, and mean log-probabilities log 1/2 and log 1/4."""
     ratios = torch.tensor([[4.0, -1.0]])
     s = lambda x: 1 / (1 + math.exp(-x))
-    assert sigmoid(ratios, 0.2).item() == pytest.approx(-math.log(s(1.0)))
+    assert sigmoid(ratios, ratios / 2, 0.2).item() == pytest.approx(-math.log(s(1.0)))
     smooth = -0.9 * math.log(s(1.0)) - 0.1 * math.log(s(-1.0))
-    assert sigmoid(ratios, 0.2, label_smoothing=0.1).item() == pytest.approx(smooth)
+    assert sigmoid(ratios, ratios / 2, 0.2, label_smoothing=0.1).item() == pytest.approx(smooth)
+    # the chosen answer has two tokens: its mean log-ratio is 2, and 0.7 of it counts
+    assert sigmoid(ratios, ratios / 2, 0.2, rpo_alpha=0.7).item() == pytest.approx(-math.log(s(1.0)) - 1.4)
     assert hinge(ratios, 0.1).item() == pytest.approx(0.5)
     assert hinge(ratios, 0.3).item() == 0
     assert ipo(ratios, 0.2).item() == pytest.approx((5 - 2.5) ** 2)
@@ -79,7 +81,7 @@ def one_batch(dataset):
 def test_loss_and_gradient_equal_a_plain_reference(kind, pairs):
     """One sequence at a time through the model and a frozen copy that has moved on a little, formulas spelled out."""
     model, frozen = small_model(std=0.2), moved_on(small_model(std=0.2))
-    values = dict(label_smoothing=(e := 0.1), simpo_gamma=(gamma := 0.4), cpo_alpha=(alpha := 0.7))
+    values = dict(label_smoothing=(e := 0.1), simpo_gamma=(gamma := 0.4), cpo_alpha=(alpha := 0.7), rpo_alpha=alpha)
     batch, beta, own = one_batch(pairs), 0.3, {name: values[name] for name in LOSSES[kind].options}
     reference, total = [], 0.0
     for example in batch.examples:
@@ -89,7 +91,7 @@ def test_loss_and_gradient_equal_a_plain_reference(kind, pairs):
         reference.append([rw, rl])
         h = (w - rw) - (l - rl)
         if kind == "sigmoid":
-            total = total - (1 - e) * F.logsigmoid(beta * h) - e * F.logsigmoid(-beta * h)
+            total = total - (1 - e) * F.logsigmoid(beta * h) - e * F.logsigmoid(-beta * h) - alpha * (w - rw) / nw
         elif kind == "hinge":
             total = total + max(0, 1 - beta * h)
         elif kind == "ipo":

@@ -240,7 +240,7 @@ class Engine:
             schedule=c.schedule,
             floor=c.min_lr_ratio,
         )
-        set_rates(self.optimizers, rate, self.step / self.total)
+        set_rates(self.optimizers, rate)
         return rate
 
     def _leave(self, received: list[int]) -> NoReturn:

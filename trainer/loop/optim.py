@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from model.precision import has_bf16
 
-# Beside Muon, embedding, head, norms and biases learn at this multiple of the learning rate. Muon's momentum rises from
-# its first value over a share of the run: early gradients are soon out of date. Both by trials: docs/benchmarks.md.
+# Beside Muon, embedding, head, norms and biases learn at this multiple of the learning rate. By trials, as Muon's
+# momentum below: docs/benchmarks.md.
 OTHERS_RATE = 2.0
-FIRST_MOMENTUM, MOMENTUM, MOMENTUM_WARMUP = 0.85, 0.95, 0.3
 
 
 def learning_rate(step: int, total: int, *, peak: float, warmup: float, schedule: str, floor: float) -> float:
@@ -43,13 +42,11 @@ def learning_rate(step: int, total: int, *, peak: float, warmup: float, schedule
     return peak * (floor + (1 - floor) * falling)
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, done: float) -> None:
-    """Sets the learning rate of all groups, and Muon's momentum. done: share of the run's steps, from 0."""
+def set_rates(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Sets the learning rate of all groups."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("multiple", 1.0)
-            if isinstance(optimizer, Muon):
-                group["momentum"] = MOMENTUM - (MOMENTUM - FIRST_MOMENTUM) * max(1 - done / MOMENTUM_WARMUP, 0)
 
 
 def build_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[torch.optim.Optimizer]:
@@ -75,7 +72,7 @@ class Muon(torch.optim.Optimizer):
     reads `found_inf`, a scalar tensor on the device: if it is 1, nothing changes.
     """
 
-    def __init__(self, params, weight_decay: float = 0.1, momentum: float = MOMENTUM):
+    def __init__(self, params, weight_decay: float = 0.1, momentum: float = 0.9):
         super().__init__(params, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()

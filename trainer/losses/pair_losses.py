@@ -47,10 +47,12 @@ class PairLoss:
         return list(inspect.signature(self.function).parameters)
 
 
-def sigmoid(sums: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def sigmoid(sums: Tensor, means: Tensor, beta: float, rpo_alpha: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """DPO (arXiv:2305.18290, eq. 7): -log s(b h) of h = log p(y_c) - log p(y_r). With label smoothing e (cDPO,
-    https://ericmitchell.ai/cdpo.pdf, eq. 3): -(1 - e) log s(b h) - e log s(-b h)."""
-    return _smoothed(beta * _margin(sums), label_smoothing)
+    https://ericmitchell.ai/cdpo.pdf, eq. 3): -(1 - e) log s(b h) - e log s(-b h). With a = rpo_alpha it also keeps the
+    chosen answer likely: - a log p(y_c)/|y_c| (arXiv:2404.19733, eq. 1). There that has no reference; here the loss
+    is smaller by a constant, and still starts at log 2."""
+    return _smoothed(beta * _margin(sums), label_smoothing) - rpo_alpha * means[:, 0]
 
 
 def ipo(means: Tensor, beta: float) -> Tensor:
