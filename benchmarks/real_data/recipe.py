@@ -60,7 +60,7 @@ class Trial:
     beta2: float = 0.95
     momentum: float = 0.9  # of Muon
     momentum_warmup: float = 0.0  # share of the steps over which it rises from 0.85
-    iterations: int = 5  # of Newton and Schulz
+    iterations: int = 3  # of Newton and Schulz
     normalise: float = 0.0  # NorMuon: beta of the mean square of each row of the update (arXiv:2510.05491)
     others_rate: float = 1.0  # rate of embedding, head and norms, as a multiple
     initial: str = "zero"  # o_proj and down_proj: zero, or scaled: N(0, 0.02 / sqrt(2 L))
@@ -116,7 +116,7 @@ NAMED = {
             "beta2=0.99",
             "momentum=0.8,0.95",
             "momentum_warmup=0.3",
-            "iterations=3",
+            "iterations=5",
             "normalise=0.95",
             "initial=scaled",
             "embedding_std=0.02",
