@@ -81,15 +81,18 @@ class Trial:
 
 
 MUON = "optimizer=muon schedule=wsd others_rate=2.0"  # as trainer/loop/optim.py has it
+BEFORE = "momentum=0.95 momentum_warmup=0.3 iterations=5"  # how Muon was set until November 2026
 MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],
     "seeds": [
         "learning_rate=1e-3,2e-3,4e-3 seed=0,1,2",
         f"{MODERN} seed=0,1,2",
-        f"{MODERN} momentum=0.95 momentum_warmup=0.3 seed=0,1,2",
+        f"{MUON} {BEFORE} steps=175 learning_rate=2e-3 seed=0,1,2",
         f"{MUON} steps=500 learning_rate=2e-3 seed=0,1",
-        f"{MUON} steps=500 learning_rate=2e-3 momentum=0.95 momentum_warmup=0.3 seed=0,1",
+        f"{MUON} iterations=5 steps=500 learning_rate=2e-3 seed=0,1",
+        f"{MUON} {BEFORE} steps=500 learning_rate=2e-3 seed=0,1",
+        f"{MUON} iterations=5 steps=250 rows=16 learning_rate=2e-3,4e-3",
         f"{MUON} steps=100 learning_rate=2e-3,4e-3 seed=0,1,2",
     ],
     "small": [
