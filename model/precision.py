@@ -134,10 +134,12 @@ def fast_fp32_training() -> bool:
     nothing on a CPU without AMX (a test). Not for generation: a product of one row takes longer to start.
     """
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    faster = cpu.get("cpu_name", "").startswith("AMD") and cpu.get("avx512_f") and not cpu.get("amx_tile")
-    if faster:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    return bool(faster)
+    amd = cpu.get("cpu_name", "").startswith("AMD") and cpu.get("avx512_f") and not cpu.get("amx_tile")
+    products = getattr(torch.backends.mkldnn, "matmul", None)  # newer torch has it
+    if not amd or products is None:
+        return False
+    products.fp32_precision = "bf16"
+    return True
 
 
 def keep_freed_memory() -> None:
