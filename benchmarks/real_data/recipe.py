@@ -60,7 +60,7 @@ class Trial:
     beta2: float = 0.95
     momentum: float = 0.9  # of Muon
     momentum_warmup: float = 0.0  # share of the steps over which it rises from 0.85
-    iterations: int = 3  # of Newton and Schulz
+    iterations: int = 5  # of Newton and Schulz
     normalise: float = 0.0  # NorMuon: beta of the mean square of each row of the update (arXiv:2510.05491)
     others_rate: float = 1.0  # rate of embedding, head and norms, as a multiple
     initial: str = "zero"  # o_proj and down_proj: zero, or scaled: N(0, 0.02 / sqrt(2 L))
@@ -81,7 +81,7 @@ class Trial:
 
 
 MUON = "optimizer=muon schedule=wsd others_rate=2.0"  # as trainer/loop/optim.py has it
-BEFORE = "momentum=0.95 momentum_warmup=0.3 iterations=5"  # how Muon was set until November 2026
+BEFORE = "momentum=0.95 momentum_warmup=0.3"  # how Muon was set until November 2026
 MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],
@@ -90,9 +90,9 @@ NAMED = {
         f"{MODERN} seed=0,1,2",
         f"{MUON} {BEFORE} steps=175 learning_rate=2e-3 seed=0,1,2",
         f"{MUON} steps=500 learning_rate=2e-3 seed=0,1",
-        f"{MUON} iterations=5 steps=500 learning_rate=2e-3 seed=0,1",
+        f"{MUON} iterations=3 steps=500 learning_rate=2e-3 seed=0,1",
         f"{MUON} {BEFORE} steps=500 learning_rate=2e-3 seed=0,1",
-        f"{MUON} iterations=5 steps=250 rows=16 learning_rate=2e-3,4e-3",
+        f"{MUON} steps=250 rows=16 learning_rate=2e-3,4e-3",
         f"{MUON} steps=100 learning_rate=2e-3,4e-3 seed=0,1,2",
     ],
     "small": [
@@ -119,7 +119,7 @@ NAMED = {
             "beta2=0.99",
             "momentum=0.8,0.95",
             "momentum_warmup=0.3",
-            "iterations=5",
+            "iterations=3",
             "normalise=0.95",
             "initial=scaled",
             "embedding_std=0.02",

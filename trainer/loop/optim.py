@@ -109,12 +109,10 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_add(gradients, buffers, alpha=beta))
 
 
-def orthogonalise(G: Tensor, steps: int = 3) -> Tensor:
-    """(N, a, b) -> matrices with the same singular vectors, and singular values of about 1 (0.7 to 1.2) where they were
-    above a hundredth of the matrix's norm.
+def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
+    """(N, a, b) -> matrices with the same singular vectors, and singular values of about 1 (0.7 to 1.2).
 
-    Newton-Schulz iteration with the quintic of Jordan et al.; in bf16, since it needs no precision. They take five
-    steps, which gives smaller singular values their full length too. It made no difference: docs/benchmarks.md.
+    Newton-Schulz iteration with the quintic of Jordan et al.; in bf16, since it needs no precision.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.bfloat16() if has_bf16(G.device) else G.float()
