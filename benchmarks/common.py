@@ -117,6 +117,14 @@ def _draw(path: Path, title: str, remark: str) -> None:
     figure.savefig(path, format="png")
 
 
+def engine_step(engine, batches) -> float:
+    """One optimiser step as the library's loop makes it, without logging and saving -> its mean loss."""
+    engine._set_learning_rate()
+    result = engine.train_step(batches)
+    engine.step += 1
+    return float(result.metrics["loss"]) / result.units
+
+
 def hugging_face_llama(model):
     """transformers' Llama with the shape and the weights of our model, and the usual optimiser -> (it, optimiser)."""
     from transformers import LlamaConfig, LlamaForCausalLM

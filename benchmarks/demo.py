@@ -49,8 +49,9 @@ def main():
     print(f"\n{machine()}")
     if minutes:
         show("the demo, without its last page", minutes, "minutes")
-    for stage in next(iter(results.values())):
-        for figure in next(iter(results.values()))[stage]:
+    first, *_ = results.values()
+    for stage, figures in first.items():
+        for figure in figures:
             values = [100 * result[stage][figure] for result in results.values()]
             aim = AIMS.get((stage, figure))
             show(f"{stage}: {figure}", values, "%", f"{aim:.0%}" if aim else "")

@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import machine, seconds, show
+from benchmarks.common import engine_step, machine, seconds, show
 from benchmarks.train_step import our_engine
 from model.config import ModelConfig
 
@@ -51,10 +51,8 @@ def main():
                 print(f"{name}: {total:,} parameters, {active:,} of them active")
             for step in range(2 + args.rounds):
                 for name, engine in engines.items():
-                    engine._set_learning_rate()
                     batches = engine.loader.batches(step)
-                    taken = seconds(lambda: engine.train_step(batches))  # noqa: B023
-                    engine.step += 1
+                    taken = seconds(lambda: engine_step(engine, batches))  # noqa: B023
                     if step >= 2:  # the first ones compile
                         times.setdefault(name, []).append(taken)
             print(f"\n{machine()}; {args.rows} x {args.length}, {engine.dtype}, compile {args.compile}")

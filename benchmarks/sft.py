@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import data_flags, machine, seconds, show
+from benchmarks.common import data_flags, engine_step, machine, seconds, show
 from common.options import parse
 from dataset.tokens.examples import SFTDataset
 from model.config import ModelConfig
@@ -94,11 +94,7 @@ def main():
         rows = lambda step: padded(data.train, engine.loader.examples(step).tolist(), args.length)
         theirs = {name: usual_step(model, config.learning_rate, getattr(torch, name), rows) for name in AIMS}
 
-        def ours(step: int) -> float:
-            engine._set_learning_rate()
-            result = engine.train_step(engine.loader.batches(step))
-            return float(result.metrics["loss"]) / result.units
-
+        ours = lambda step: engine_step(engine, engine.loader.batches(step))
         sides = {"ours": ours, **theirs}
         print("loss", *(f"{name:>8}" for name in sides))
         for step in range(2):

@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 import torch
 
-from benchmarks.common import RandomRows, hugging_face_llama, hugging_face_step, machine, seconds, show
+from benchmarks.common import RandomRows, engine_step, hugging_face_llama, hugging_face_step, machine, seconds, show
 from common.options import parse
 from model.config import ModelConfig
 from model.cost import step_flops
@@ -81,12 +81,7 @@ def main():
         bf16 = engine.dtype == torch.bfloat16
         theirs = their_step(engine, bf16)
 
-        def ours(batch) -> float:
-            engine._set_learning_rate()
-            result = engine.train_step([batch])
-            engine.step += 1
-            return float(result.metrics["loss"]) / result.units
-
+        ours = lambda batch: engine_step(engine, [batch])
         batches = iter([engine.loader.batches(step)[0] for step in range(3 + args.rounds * args.steps)])
         print("step  our loss  their loss")
         for step in range(3):  # also warms both up

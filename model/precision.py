@@ -129,14 +129,15 @@ def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 def fast_fp32_training() -> bool:
     """Sends fp32 products to oneDNN where that is faster than torch's choice, MKL -> whether it does.
 
-    MKL has no AVX-512 kernels for AMD's processors. On a Zen 5, oneDNN's take less than half the time. torch has no
-    setting that says so; it has one that permits bf16 inside fp32 products. That sends them to oneDNN, which rounds
-    nothing on a CPU without AMX (a test). Not for generation: a product of one row takes longer to start.
+    MKL has no AVX-512 kernels for AMD's processors. On a Zen 5, oneDNN's take less than half the time. A Zen 4 computes
+    AVX-512 in halves; it was not measured and stays as it is. torch has no setting that says so; it has one that
+    permits bf16 inside fp32 products. That sends them to oneDNN, which rounds nothing on a CPU without AMX (a test).
+    Not for generation: a product of one row takes longer to start.
     """
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    amd = cpu.get("cpu_name", "").startswith("AMD") and cpu.get("avx512_f") and not cpu.get("amx_tile")
+    zen5 = cpu.get("cpu_name", "").startswith("AMD") and cpu.get("avx512_vp2intersect") and not cpu.get("amx_tile")
     products = getattr(torch.backends.mkldnn, "matmul", None)  # newer torch has it
-    if not amd or products is None:
+    if not zen5 or products is None:
         return False
     products.fp32_precision = "bf16"
     return True

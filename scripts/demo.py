@@ -103,7 +103,12 @@ class Demo:
         self.forecast, self.number = Forecast(SECONDS), 0
 
     def train(self) -> None:
-        words = ["dataset/tiny_world", *given("--seed", self.config.world_seed, 0), "--save_dir", self.world]
+        words = [
+            "dataset/tiny_world",
+            *given("--seed", self.config.world_seed, DemoConfig.world_seed),
+            "--save_dir",
+            self.world,
+        ]
         self.command("world", "Invent a small world, in Chinese and English", words)
         words = ["trainer/train_tokenizer.py", "--vocab_size", VOCABULARY, "--save_dir", self.tokenizer]
         words += ["--data_path", *(self.world / f"{name}.jsonl" for name in ("pretrain", "sft"))]
@@ -123,7 +128,12 @@ class Demo:
             words += ["--from_weight", self.files["pretrain" if stage.name == "full_sft" else "full_sft"]]
         if stage.name == "rlhf":
             words += ["--val_path", self.world / "dpo_val.jsonl"]
-        words += [*stage.flags, *COMMON, *(QUICK if self.config.quick else []), *given("--seed", self.config.seed, 42)]
+        words += [
+            *stage.flags,
+            *COMMON,
+            *(QUICK if self.config.quick else []),
+            *given("--seed", self.config.seed, DemoConfig.seed),
+        ]
         words += ["--save_dir", self.save_dir]
         if self.config.fresh or not self.files[stage.name].is_file():
             return self.command(stage.name, stage.title, words)

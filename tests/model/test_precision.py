@@ -1,7 +1,6 @@
 """What is prepared for generation computes what it computed before."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,13 +54,27 @@ def test_layers_with_adapters_stay_single():
     assert attention.qkv_proj is None and attention.k_proj is not None and mlp.gate_up_proj is not None
 
 
+@pytest.mark.parametrize(
+    "cpu",
+    (
+        dict(cpu_name="AMD EPYC 9654", avx512_f=True),  # Zen 4: not measured
+        dict(cpu_name="Intel Xeon", avx512_f=True, avx512_vp2intersect=True),  # MKL's home
+        dict(cpu_name="AMD of the future", avx512_vp2intersect=True, amx_tile=True),  # there oneDNN would round to bf16
+    ),
+)
+def test_other_processors_keep_torchs_products(cpu, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert not fast_fp32_training() and torch.backends.mkldnn.matmul.fp32_precision == before
+
+
 @pytest.mark.parametrize("rows", (1, 64, 2048))
 def test_fast_fp32_training_rounds_nothing(rows):
     """The setting behind it permits bf16, whose products of 512 terms are off by 0.1. Where it is made, no processor
     may make use of that: forward, backward and batched products stay as exact as fp32 is."""
     torch.manual_seed(0)
     x, w, g = torch.randn(rows, 512), torch.randn(512, 384), torch.randn(rows, 384)
-    matmul = getattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="none"))
+    matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     try:
         fast_fp32_training()
