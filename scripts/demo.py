@@ -45,7 +45,7 @@ SECONDS = {
 }
 
 # Flags of the trainings. Most of the demo's time goes into the first.
-PRETRAIN = "--preset nano --epochs 2 --batch_size 8 --max_seq_len 256".split()
+PRETRAIN = "--preset nano --epochs 1 --batch_size 8 --max_seq_len 256".split()
 SFT = "--epochs 1 --batch_size 32 --max_seq_len 256 --recipe modern".split()
 LORA = "--epochs 9 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
 DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 1e-4 --rpo_alpha 1".split()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import dataset.tiny_world.words as text
-from dataset.tiny_world.world import Dice, World, about
+from dataset.tiny_world.world import LARGEST, Dice, World, about
 
 
 def lines(sentences) -> str:
@@ -24,19 +24,19 @@ def pretrain_rows(world: World, dice: Dice) -> Iterator[dict]:
     rows = []
     for language in text.LANGUAGES:
         for person in range(len(text.PEOPLE)):
-            rows += [biography(world, dice, person, language) for _ in range(150)]
-        rows += [gossip(world, dice, language) for _ in range(2000)]
-        rows += [passage(world, dice, language) for _ in range(5000)]
-        rows += [roll_call(world, dice, language) for _ in range(3500)]
-        rows += [list_again(world, dice, language) for _ in range(1600)]
+            rows += [biography(world, dice, person, language) for _ in range(80)]
+        rows += [gossip(world, dice, language) for _ in range(1200)]
+        rows += [passage(world, dice, language) for _ in range(7000)]
+        rows += [roll_call(world, dice, language) for _ in range(7500)]
+        rows += [list_again(world, dice, language) for _ in range(2000)]
         for kind, amount in WORKSHEETS.items():
             rows += [worksheet(world, dice, kind, language) for _ in range(amount)]
-    rows += [equations(world, dice) for _ in range(4000)]
+    rows += [equations(world, dice) for _ in range(7000)]
     rows += [dictionary(world, dice) for _ in range(2000)]
     yield from ({"text": row} for row in dice.shuffled(rows))
 
 
-WORKSHEETS = {"fact": 1400, "reading": 2400, "sum": 800, "calendar": 1000, "list": 2200, "translation": 400}
+WORKSHEETS = {"fact": 1600, "reading": 2800, "sum": 1000, "calendar": 1200, "list": 2600, "translation": 500}
 
 
 def biography(world: World, dice: Dice, person: int, language: str) -> str:
@@ -67,7 +67,7 @@ def again(dice: Dice, items: list[str]) -> list[str]:
 def roll_call(world: World, dice: Dice, language: str) -> str:
     """Names nobody has seen before, called twice: only looking back completes a name."""
     first, second = text.ROLL_CALL[language]
-    names = dice.some(world.names[language], dice.between(3, 8))
+    names = dice.some(world.names[language], dice.between(4, 12))
     return "\n".join([first, *names, second, *again(dice, names)])
 
 
@@ -86,7 +86,9 @@ def worksheet(world: World, dice: Dice, kind: str, language: str) -> str:
 
 
 def equations(world: World, dice: Dice) -> str:
-    drawn = [world.equation(dice, exam=False) for _ in range(8)]
+    """Half the time with numbers up to 50: with more pairs to remember, a model adds instead."""
+    largest = 50 if dice.chance(0.5) else LARGEST
+    drawn = [world.equation(dice, False, largest, largest) for _ in range(8)]
     return "\n".join(f"{a}{sign}{b}={result}" for a, sign, b, result in drawn)
 
 

@@ -16,6 +16,7 @@ words.py, the files in rows.py, the questions in exam.py.
 from __future__ import annotations
 
 import random
+from itertools import combinations
 
 import dataset.tiny_world.words as text
 
@@ -95,6 +96,10 @@ class World:
     def is_exam_pair(self, a: int, b: int) -> bool:
         return (min(a, b), max(a, b)) in self.exam_pairs
 
+    def tells_exam_pair(self, a: int, b: int, result: int) -> bool:
+        """Whether two of the three numbers of an equation are a pair that only the exam combines."""
+        return any(self.is_exam_pair(*pair) for pair in combinations((a, b, result), 2))
+
     def fact(self, person: int, relation: str, language: str) -> dict[str, str]:
         side = text.LANGUAGES.index(language)
         value = text.VALUES[relation][self.facts[person, relation]][side]
@@ -141,12 +146,16 @@ class World:
         turns = [(dice.pick(text.READING[language]).format(n=names[i]), passage[i]) for i in asked]
         return "\n".join(passage), turns
 
-    def equation(self, dice: Dice, exam: bool, largest_b: int = LARGEST) -> tuple[int, str, int, int]:
-        """(a, sign, b, result) with a pair of numbers that training may combine, or (exam) may not."""
+    def equation(
+        self, dice: Dice, exam: bool, largest_a: int = LARGEST, largest_b: int = LARGEST
+    ) -> tuple[int, str, int, int]:
+        """(a, sign, b, result) with a pair of numbers that only the exam combines (exam), or else without any such
+        pair among its three numbers: 21-9=12 says what 12+9 is."""
         while True:
-            a, b, sign = dice.between(2, LARGEST), dice.between(2, largest_b), dice.pick("+-")
-            if self.is_exam_pair(a, b) == exam and (sign == "+" or a > b):
-                return a, sign, b, a + b if sign == "+" else a - b
+            a, b, sign = dice.between(2, largest_a), dice.between(2, largest_b), dice.pick("+-")
+            result = a + b if sign == "+" else a - b
+            if result > 0 and (self.is_exam_pair(a, b) if exam else not self.tells_exam_pair(a, b, result)):
+                return a, sign, b, result
 
     def ask_sum(self, dice: Dice, language: str, exam: bool, count: int):
         turns = []
@@ -191,12 +200,12 @@ class World:
         while True:
             numbers = [dice.between(2, LARGEST) for _ in range(dice.between(3, 4))]
             signs = [dice.pick("+-") for _ in numbers[1:]]
-            results, pairs = numbers[:1], list(zip(numbers, numbers[1:]))
+            results, told = numbers[:1], any(self.is_exam_pair(a, b) for a, b in zip(numbers, numbers[1:]))
             for sign, b in zip(signs, numbers[1:]):
-                pairs.append((results[-1], b))
                 results.append(results[-1] + b if sign == "+" else results[-1] - b)
+                told |= self.tells_exam_pair(results[-2], b, results[-1])
             held = (numbers[0] * 7 + numbers[1] * 3 + numbers[2]) % 5 == 0
-            if held == exam and min(results) > 0 and not any(self.is_exam_pair(a, b) for a, b in pairs):
+            if held == exam and min(results) > 0 and not told:
                 break
         words, theme = text.STEPS[language], dice.below(2)
         if dice.chance(0.5):
