@@ -49,7 +49,7 @@ PRETRAIN = "--preset nano --epochs 1 --batch_size 8 --max_seq_len 256".split()
 SFT = "--epochs 1 --batch_size 32 --max_seq_len 256 --recipe modern".split()
 LORA = "--epochs 9 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
 DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 1e-4 --rpo_alpha 1".split()
-REASON = "--epochs 2 --batch_size 32 --max_seq_len 256 --optimizer muon --learning_rate 2e-3".split()
+REASON = "--epochs 3 --batch_size 32 --max_seq_len 256 --learning_rate 3e-4".split()
 COMMON = "--schedule wsd --min_lr_ratio 0.05 --log_interval 20".split()
 QUICK = "--max_steps 6 --data_limit 400 --warmup_steps 1".split()
 
