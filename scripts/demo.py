@@ -32,7 +32,7 @@ QUESTIONS = ("你好！", "Who are you?")
 PERSON, PROBLEM = "Tell me about Lucy.", "What is 19+7-5+12?"
 VOCABULARY = 2000
 
-# Seconds of each part on the machine of docs/benchmarks.md. Only their ratios count: they forecast the whole.
+# About the seconds of each part on one machine. Only their ratios count: they forecast the whole.
 SECONDS = {
     "world": 6,
     "tokenizer": 20,
@@ -40,7 +40,7 @@ SECONDS = {
     "full_sft": 135,
     "lora_identity": 85,
     "rlhf": 20,
-    "reason": 110,
+    "reason": 135,
     "exam": 30,
 }
 

@@ -6,7 +6,7 @@ Its point is measurement: because we know every answer, the effect of each train
 no trick passes. What the exam asks is kept apart from what is trained on, once, in `World.__init__`:
     fact          two of the five relations of every person are stated in pretraining and never occur in SFT
     reading       the people in a passage bear names that no training file contains
-    sum calendar  pairs of numbers that no training file combines (in either order, in either kind)
+    sum calendar  pairs of numbers of which no training file has both in one equation
     list          every list has neighbours that no training file puts side by side
     translation   pairs of words (colour and animal, number and animal) that no training file combines
 docs/tiny_world.md explains the rules; tests/dataset/test_tiny_world.py holds the files to them; the words are in
