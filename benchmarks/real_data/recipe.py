@@ -58,6 +58,7 @@ class Trial:
     shape: str = "linear"  # of that fall: linear or sqrt
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-8  # of AdamW, beside Muon too
     momentum: float = 0.9  # of Muon
     momentum_warmup: float = 0.0  # share of the steps over which it rises from 0.85
     iterations: int = 5  # of Newton and Schulz
@@ -65,6 +66,7 @@ class Trial:
     others_rate: float = 1.0  # rate of embedding, head and norms, as a multiple
     initial: str = "zero"  # o_proj and down_proj: zero, or scaled: N(0, 0.02 / sqrt(2 L))
     embedding_std: float = 0.0  # 0: 1 / sqrt(d)
+    alike: float = 0.0  # correlation of the keys' initial matrix with that of the first queries (arXiv:2305.09828)
     z_loss: float = 0.0
     growth: int = 0  # 1: half the rows in the first quarter of the tokens, twice as many in the last
     documents: str = "masked"  # masked, open (attention crosses documents), aligned (rows begin with a document)
@@ -117,6 +119,7 @@ NAMED = {
             "others_rate=1.0,4.0",
             "beta1=0.8",
             "beta2=0.99",
+            "eps=1e-6",
             "momentum=0.8,0.95",
             "momentum_warmup=0.3",
             "iterations=3",
@@ -204,6 +207,12 @@ def build(trial: Trial, vocab_size: int) -> CausalLM:
             torch.nn.init.normal_(parameter, std=trial.embedding_std)
         elif name.endswith(("o_proj.weight", "down_proj.weight")) and trial.initial == "scaled":
             torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * model.config.num_hidden_layers))
+    if trial.alike:
+        c = model.config
+        for block in model.model.layers:
+            q, k = block.self_attn.q_proj.weight.data, block.self_attn.k_proj.weight.data
+            first = q.view(c.num_key_value_heads, -1, c.head_dim, q.shape[1])[:, 0]  # (kv heads, head_dim, hidden)
+            k.mul_(math.sqrt(1 - trial.alike**2)).add_(first.reshape_as(k), alpha=trial.alike)
     return model
 
 
@@ -271,7 +280,7 @@ def train(trial: Trial, text: Text, compiled: bool) -> dict:
     matrices = groups[0]
     for group in groups:
         if "betas" in group:
-            group["betas"] = (trial.beta1, trial.beta2)
+            group["betas"], group["eps"] = (trial.beta1, trial.beta2), trial.eps
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(trial.seed))
     counts, used, curve, window = rows_of_steps(trial), 0, [], []
     for step, count in enumerate(counts):
