@@ -9,12 +9,14 @@ The numbers come from trials on real text: benchmarks/real_data/recipe.py, with 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 RECIPES: dict[str, dict[str, Any]] = {
     "modern": dict(optimizer="muon", schedule="wsd"),
     "classic": dict(optimizer="adamw", schedule="cosine"),
 }
+NANO_WIDTH = 192
 HELP = (
     "defaults that belong together: modern is Muon and wsd, classic AdamW, cosine and MiniMind's rates "
     "(default: that of the stage; classic with --optimizer adamw, an adapter or DeepSpeed; a continued run keeps the "
@@ -32,3 +34,13 @@ def default_recipe(config) -> str:
 def recipe_options(recipe: str, rates: dict[str, float]) -> dict[str, Any]:
     """{option: value} of a recipe. rates: the stage's peak learning rate for each of its recipes."""
     return RECIPES[recipe] | dict(learning_rate=rates[recipe])
+
+
+def rate_for_width(rate: float, hidden_size: int) -> float:
+    """The rate of `modern` for a model of this width. rate: what is best for `nano`; wider models need less.
+
+    Muon's updates have entries of one size at every width (arXiv:2502.16982). So their largest singular value, which
+    is what should stay the same (arXiv:2310.17813), grows as the square root of the width, and the rate has to fall so.
+    Rounded to two digits. Narrower models keep the rate: they were not tried.
+    """
+    return float(f"{rate * min(math.sqrt(NANO_WIDTH / hidden_size), 1.0):.1e}")

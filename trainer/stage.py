@@ -30,7 +30,7 @@ from common.files import ROOT
 from common.options import Options, option
 from model.config import PRESETS
 from trainer.loop import launch
-from trainer.recipes import HELP, RECIPES, default_recipe, recipe_options
+from trainer.recipes import HELP, RECIPES, default_recipe, rate_for_width, recipe_options
 from trainer.run.reference import read_curve
 from trainer.translated import TRANSLATED
 
@@ -285,6 +285,12 @@ class StageConfig(LoRAOptions):
         if "recipe" not in self.by_recipe:
             return self
         return replace(self, **dict.fromkeys(self.by_recipe) | dict(recipe=recipe))
+
+    def for_width(self, hidden_size: int) -> StageConfig:
+        """The same with the recipe's learning rate for models of this width; a rate that the user has given stays."""
+        if self.recipe != "modern" or "learning_rate" not in self.by_recipe:
+            return self
+        return replace(self, learning_rate=rate_for_width(self.rates["modern"], hidden_size))
 
     def with_launcher_settings(self) -> StageConfig:
         config = launch.with_launcher_settings(self)

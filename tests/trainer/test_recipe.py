@@ -69,6 +69,17 @@ def test_what_is_given_wins(tmp_path):
     assert equal_to_the_default.learning_rate == 2e-3 and equal_to_the_default.optimizer == "adamw"
 
 
+def test_a_wider_model_has_a_lower_rate():
+    """2e-3 was best for nano (192 wide), and too high for base (768): twice as wide twice, so half of the rate."""
+    rate = lambda width, *flags, stage=PretrainConfig: parse(stage, list(flags)).for_width(width).learning_rate
+    assert [rate(width) for width in (64, 192, 512, 768)] == [2e-3, 2e-3, 1.2e-3, 1e-3]
+    assert rate(768, "--recipe=modern", stage=SFTConfig) == 2.5e-4
+    assert rate(768, "--learning_rate=2e-3") == 2e-3, "what is given wins"
+    assert rate(768, "--recipe=classic") == 5e-4
+    again = parse(PretrainConfig, []).for_width(768).with_recipe("classic")
+    assert again.learning_rate == 5e-4, "it still counts as left open"
+
+
 def test_recipes_that_cannot_be(capsys):
     for stage, flags, said in (
         (DPOConfig, ["--recipe=modern"], "--recipe modern: this stage has only classic; leave it out"),
@@ -107,6 +118,11 @@ def test_a_continued_run_keeps_its_recipe(pretrain, monkeypatch):
     assert "recipe=classic" in pretrain("--max_steps=6", "--from_resume=auto"), "the state names it by now"
     with pytest.raises(ValueError, match='optimizer was "adamw", is "muon"'):
         pretrain("--max_steps=6", "--from_resume=auto", "--recipe=modern")
+
+
+def test_a_run_takes_the_rate_of_its_width(pretrain):
+    said = pretrain("--recipe=modern", "--hidden_size=768", "--num_hidden_layers=1", "--max_steps=1")
+    assert "*learning_rate=0.001" in said.split(), "2e-3 is the default, of narrow models"
 
 
 def test_an_optimiser_of_ones_own_has_to_be_given_again(pretrain):

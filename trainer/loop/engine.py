@@ -71,7 +71,8 @@ class Engine:
         states = self.save_dir / "resume" / Path(self.name).stem
         found = self._find(states)
         if found:
-            self.config = config = job.config = resume.with_recipe_of(found, config)
+            config = resume.with_recipe_of(found, config)
+        self.config = config = job.config = config.for_width(self.model.config.hidden_size)
         self.resumed = found is not None
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.run_id = found.parent.name if found and resume.is_newest(found) else resume.new_run(states)
