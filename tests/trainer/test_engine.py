@@ -334,6 +334,19 @@ def test_rates_beside_muon_by_hand():
     assert [group["lr"] for group in adamw.param_groups] == [0.01, 0.01]
 
 
+def test_small_gradients_beside_muon_by_hand():
+    """AdamW's first step is g / (|g| + eps). A gradient of 1e-7, of a token that the text lacks, moves its embedding by
+    1/11 of the rate beside Muon, and by 10/11 under AdamW alone."""
+    for name, share in (("muon", 1 / 11), ("adamw", 10 / 11)):
+        layer = torch.nn.Linear(2, 2)
+        before, optimizers = layer.bias.detach().clone(), build_optimizers(layer, name, 0.0)
+        set_rates(optimizers, 0.1)
+        layer.bias.grad = torch.full((2,), 1e-7)
+        optimizers[-1].step()
+        rate = optimizers[-1].param_groups[-1]["lr"]
+        torch.testing.assert_close(before - layer.bias, torch.full((2,), share * rate))
+
+
 def test_clipping_by_hand():
     """Gradients (3, 0) and (0, 4), scaled by 2: the norm is 5 after unscaling to (1.5, 2) ... 2.5; limit 1 leaves 0.6,
     0.8."""

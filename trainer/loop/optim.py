@@ -19,6 +19,9 @@ from model.precision import has_bf16
 # Beside Muon, embedding, head, norms and biases learn at this multiple of the learning rate. By trials, as Muon's
 # momentum below: docs/benchmarks.md.
 OTHERS_RATE = 2.0
+# AdamW makes steps of full size from the tiny gradients of tokens that the text lacks, all in one direction: their
+# embeddings would end long and equal, and could not be told apart when a later stage needs them. This stops it.
+OTHERS_EPS = 1e-6
 
 
 def learning_rate(step: int, total: int, *, peak: float, warmup: float, schedule: str, floor: float) -> float:
@@ -58,7 +61,7 @@ def build_optimizers(model: nn.Module, name: str, weight_decay: float) -> list[t
     if name == "muon":
         muon = [Muon(matrices, weight_decay=weight_decay)] if matrices else []  # with LoRA there are only matrices
         group = dict(params=others, weight_decay=0.0, multiple=OTHERS_RATE)
-        return muon + ([torch.optim.AdamW([group], **adamw)] if others else [])
+        return muon + ([torch.optim.AdamW([group], **adamw | dict(eps=OTHERS_EPS))] if others else [])
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     return [torch.optim.AdamW([group for group in groups if group["params"]], **adamw)]
 
