@@ -4,7 +4,7 @@
     python benchmarks/real_data/rates.py --data_dir ../shared/data --stages full_sft --steps 100
 
 Pretrains a model, tunes it with every rate and recipe, and starts LoRA and DPO from the best of these. Each run
-validates at its end, on 3 % of the rows (of the pairs 10 %). What exists in --work_dir is not run again, so it can be
+validates at its end, on 3 % of the rows (of the pairs 20 %). What exists in --work_dir is not run again, so it can be
 stopped.
 """
 
@@ -26,7 +26,7 @@ RATES = {  # stage -> recipe -> rates
     "dpo": {"classic": ("5e-7", "5e-6", "2e-5", "5e-5")},
 }
 FILES = {"full_sft": "sft.jsonl", "lora": "lora_medical.jsonl", "dpo": "dpo.jsonl"}
-OWN = {"full_sft": ["--batch_size", 16], "lora": ["--batch_size", 16], "dpo": ["--batch_size", 4]}
+OWN = {"full_sft": ["--batch_size", 16], "lora": ["--batch_size", 16], "dpo": ["--batch_size", 8, "--max_seq_len", 1024]}
 
 
 def validation(folder: Path, name: str) -> dict[str, float]:
@@ -46,7 +46,7 @@ def try_rates(name: str, parent: Path, common: list, args: argparse.Namespace) -
             run = f"{name}_{recipe}_{rate}"
             if not validation(args.work_dir, run):
                 flags = ["--from_weight", parent, "--recipe", recipe, "--learning_rate", rate, "--save_weight", run]
-                held_out = 0.1 if name == "dpo" else 0.03
+                held_out = 0.2 if name == "dpo" else 0.03
                 flags += ["--data_path", args.data_dir / FILES[name], "--val_fraction", held_out, *OWN[name]]
                 stage(name, *common, *flags, "--max_steps", args.steps)
             results[recipe, rate] = validation(args.work_dir, run)

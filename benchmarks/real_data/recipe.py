@@ -66,7 +66,6 @@ class Trial:
     others_rate: float = 1.0  # rate of embedding, head and norms, as a multiple
     initial: str = "zero"  # o_proj and down_proj: zero, or scaled: N(0, 0.02 / sqrt(2 L))
     embedding_std: float = 0.0  # 0: 1 / sqrt(d)
-    alike: float = 0.0  # correlation of the keys' initial matrix with that of the first queries (arXiv:2305.09828)
     z_loss: float = 0.0
     growth: int = 0  # 1: half the rows in the first quarter of the tokens, twice as many in the last
     documents: str = "masked"  # masked, open (attention crosses documents), aligned (rows begin with a document)
@@ -82,7 +81,7 @@ class Trial:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "optimizer=adamw"
 
 
-MUON = "optimizer=muon schedule=wsd others_rate=2.0"  # as trainer/loop/optim.py has it
+MUON = "optimizer=muon schedule=wsd others_rate=2.0 eps=1e-6"  # as trainer/loop/optim.py has it
 BEFORE = "momentum=0.95 momentum_warmup=0.3"  # how Muon was set until November 2026
 MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
@@ -99,7 +98,7 @@ NAMED = {
     ],
     "small": [
         "preset=small steps=200 learning_rate=5e-4,1e-3,2e-3",
-        f"{MUON} preset=small steps=90 learning_rate=1e-3,2e-3",
+        f"{MUON} preset=small steps=90 learning_rate=1e-3,1.2e-3,2e-3",
     ],
     # each alone, one seed: a gain below the spread of the seeds is none. Logit caps have no line: a plain Llama lacks
     # them, so other programs would compute another model
@@ -119,7 +118,7 @@ NAMED = {
             "others_rate=1.0,4.0",
             "beta1=0.8",
             "beta2=0.99",
-            "eps=1e-6",
+            "eps=1e-8",
             "momentum=0.8,0.95",
             "momentum_warmup=0.3",
             "iterations=3",
@@ -131,7 +130,10 @@ NAMED = {
             "grad_clip=0.0",
         )
     ],
-    "transfer": [f"{MUON} steps=100 width=192,512 layers=2 learning_rate=1e-3,2e-3,4e-3"],
+    "transfer": [
+        f"{MUON} steps=100 width=192,512 layers=2 learning_rate=1e-3,2e-3,4e-3",
+        f"{MUON} preset=base steps=60 learning_rate=5e-4,1e-3,2e-3",
+    ],
 }
 
 
@@ -207,12 +209,6 @@ def build(trial: Trial, vocab_size: int) -> CausalLM:
             torch.nn.init.normal_(parameter, std=trial.embedding_std)
         elif name.endswith(("o_proj.weight", "down_proj.weight")) and trial.initial == "scaled":
             torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * model.config.num_hidden_layers))
-    if trial.alike:
-        c = model.config
-        for block in model.model.layers:
-            q, k = block.self_attn.q_proj.weight.data, block.self_attn.k_proj.weight.data
-            first = q.view(c.num_key_value_heads, -1, c.head_dim, q.shape[1])[:, 0]  # (kv heads, head_dim, hidden)
-            k.mul_(math.sqrt(1 - trial.alike**2)).add_(first.reshape_as(k), alpha=trial.alike)
     return model
 
 
