@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from model.config import PRESETS
+
 RECIPES: dict[str, dict[str, Any]] = {
     "modern": dict(optimizer="muon", schedule="wsd"),
     "classic": dict(optimizer="adamw", schedule="cosine"),
 }
-NANO_WIDTH = 192
 HELP = (
     "defaults that belong together: modern is Muon and wsd, classic AdamW, cosine and MiniMind's rates "
     "(default: that of the stage; classic with --optimizer adamw, an adapter or DeepSpeed; a continued run keeps the "
@@ -43,4 +44,4 @@ def rate_for_width(rate: float, hidden_size: int) -> float:
     is what should stay the same (arXiv:2310.17813), grows as the square root of the width, and the rate has to fall so.
     Rounded to two digits. Narrower models keep the rate: they were not tried.
     """
-    return float(f"{rate * min(math.sqrt(NANO_WIDTH / hidden_size), 1.0):.1e}")
+    return float(f"{rate * min(math.sqrt(PRESETS['nano']['hidden_size'] / hidden_size), 1.0):.1e}")
