@@ -26,7 +26,11 @@ RATES = {  # stage -> recipe -> rates
     "dpo": {"classic": ("5e-7", "5e-6", "2e-5", "5e-5")},
 }
 FILES = {"full_sft": "sft.jsonl", "lora": "lora_medical.jsonl", "dpo": "dpo.jsonl"}
-OWN = {"full_sft": ["--batch_size", 16], "lora": ["--batch_size", 16], "dpo": ["--batch_size", 8, "--max_seq_len", 1024]}
+OWN = {
+    "full_sft": ["--batch_size", 16],
+    "lora": ["--batch_size", 16],
+    "dpo": ["--batch_size", 8, "--max_seq_len", 1024],
+}
 
 
 def validation(folder: Path, name: str) -> dict[str, float]:
