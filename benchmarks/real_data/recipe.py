@@ -82,7 +82,7 @@ class Trial:
 
 
 MUON = "optimizer=muon schedule=wsd others_rate=2.0 eps=1e-6"  # as trainer/loop/optim.py has it
-BEFORE = "momentum=0.95 momentum_warmup=0.3"  # how Muon was set until November 2026
+BEFORE = "momentum=0.95 momentum_warmup=0.3 eps=1e-8"  # how Muon was set until November 2026
 MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],

@@ -20,7 +20,7 @@ from model.precision import has_bf16
 # momentum below: docs/benchmarks.md.
 OTHERS_RATE = 2.0
 # AdamW makes steps of full size from the tiny gradients of tokens that the text lacks, all in one direction: their
-# embeddings would end long and equal, and could not be told apart when a later stage needs them. This stops it.
+# embeddings would end long and nearly equal, hard to tell apart when a later stage needs them. This weakens it.
 OTHERS_EPS = 1e-6
 
 
