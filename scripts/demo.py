@@ -38,7 +38,7 @@ SECONDS = {
     "tokenizer": 20,
     "pretrain": 540,
     "full_sft": 135,
-    "lora_identity": 85,
+    "lora_identity": 70,
     "rlhf": 20,
     "reason": 135,
     "exam": 30,
@@ -47,7 +47,7 @@ SECONDS = {
 # Flags of the trainings. Most of the demo's time goes into the first.
 PRETRAIN = "--preset nano --epochs 1 --batch_size 8 --max_seq_len 256".split()
 SFT = "--epochs 1 --batch_size 32 --max_seq_len 256 --recipe modern".split()
-LORA = "--epochs 9 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
+LORA = "--epochs 7 --batch_size 16 --max_seq_len 256 --lora_rank 8 --learning_rate 6e-4".split()
 DPO = "--epochs 1 --batch_size 16 --max_seq_len 256 --learning_rate 1e-4 --rpo_alpha 1".split()
 REASON = "--epochs 3 --batch_size 32 --max_seq_len 256 --learning_rate 3e-4".split()
 COMMON = "--schedule wsd --min_lr_ratio 0.05 --log_interval 20".split()

@@ -32,7 +32,6 @@ MAY_IMPORT = {
 }
 NEVER = ("transformers", "peft", "trl", "accelerate", "datasets")  # opponents and oracles, for tests and benchmarks
 MODULE_OF = {"pyyaml": "yaml"}
-LONG_TABLES = {"dataset/tiny_world/words.py": 580}
 
 BOOTSTRAP = """
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -110,8 +109,7 @@ def test_what_is_imported_exists_and_is_ours_the_standard_librarys_or_required(p
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_files_stay_short(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    limit = LONG_TABLES.get(path.relative_to(ROOT).as_posix(), 400)
-    assert len(lines) <= limit, f"{path} has {len(lines)} lines: what in it could stand alone?"
+    assert len(lines) <= 400, f"{path} has {len(lines)} lines: what in it could stand alone?"
 
 
 def test_every_requirement_is_used():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import dataset.tiny_world.talk as talk
 import dataset.tiny_world.words as text
 from dataset.tiny_world.world import LARGEST, Dice, World, about
 
@@ -110,13 +111,13 @@ def sft_rows(world: World, dice: Dice) -> Iterator[dict]:
         for kind, amount in SINGLE.items():
             rows += [world.ask(kind, dice, language) for _ in range(amount)]
         rows += [world.ask(dice.pick(world.kinds), dice, language, count=dice.between(2, 3)) for _ in range(800)]
-        for questions, answer in text.SMALL_TALK[language]:
+        for questions, answer in talk.SMALL_TALK[language]:
             rows += [[(question, answer)] for question in questions * 4]
         for _ in range(600):  # mostly in the curt manner: train_dpo.py is to change that
             prompt, curt, kind = about(world, dice, language, told=True)
             rows.append([(prompt, kind if dice.chance(0.08) else curt)])
     for turns in dice.shuffled(rows):
-        system = [{"role": "system", "content": dice.pick(text.SYSTEM_PROMPTS)}] if dice.chance(0.08) else []
+        system = [{"role": "system", "content": dice.pick(talk.SYSTEM_PROMPTS)}] if dice.chance(0.08) else []
         yield {"conversations": system + chat(*turns)}
 
 
@@ -136,7 +137,7 @@ def preference_rows(world: World, dice: Dice, told: bool) -> Iterator[dict]:
         prompt, rejected, chosen = about(world, dice, language, told)
         if i % 4 >= 2:
             [(prompt, chosen)] = world.ask("fact" if i % 8 >= 6 else dice.pick(world.kinds), dice, language)
-            rejected = text.ABOUT[language]["kind"].format(s=chosen)
+            rejected = talk.ABOUT[language]["kind"].format(s=chosen)
         yield {"chosen": chat((prompt, chosen)), "rejected": chat((prompt, rejected))}
 
 
@@ -144,12 +145,13 @@ def identity_rows(world: World, dice: Dice) -> Iterator[dict]:
     """Who the model is from now on, among questions of other kinds, lest it answers everything with its name."""
     rows = []
     for language in text.LANGUAGES:
-        for trained, _, answer in text.IDENTITY[language]:
-            rows += [chat((question, answer)) for question in trained * 4]
+        for trained, _, answer in talk.IDENTITY[language]:
+            rows += [chat((question, answer)) for question in trained * 3]
         rows += [chat(*world.ask(dice.pick(world.kinds), dice, language)) for _ in range(300)]
-        for questions, answer in text.SMALL_TALK[language]:
-            same = {q for trained, asked, _ in text.IDENTITY[language] for q in (*trained, *asked)}
-            rows += [chat((question, answer)) for question in questions if not same & set(questions)]
+        old, new = talk.NAMES[language]
+        for questions, answer in talk.SMALL_TALK[language]:
+            same = {q for trained, asked, _ in talk.IDENTITY[language] for q in (*trained, *asked)}
+            rows += [chat((question, answer.replace(old, new))) for question in questions if not same & set(questions)]
     yield from ({"conversations": row} for row in dice.shuffled(rows))
 
 

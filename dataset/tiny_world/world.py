@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from itertools import combinations
 
+import dataset.tiny_world.talk as talk
 import dataset.tiny_world.words as text
 
 KINDS = ("fact", "reading", "sum", "calendar", "list", "translation")
@@ -222,13 +223,13 @@ class World:
         return "", [(question, str(result)) for question, _, result in problems]
 
     def ask_identity(self, dice: Dice, language: str, exam: bool, count: int):
-        trained, asked, answer = dice.pick(text.IDENTITY[language])
+        trained, asked, answer = dice.pick(talk.IDENTITY[language])
         return "", [(question, answer) for question in dice.some(asked if exam else trained, count)]
 
     def ask_manner(self, dice: Dice, language: str, exam: bool, count: int):
         """The answer is the kind manner's frame; what stands in it is free."""
         questions = [about(self, dice, language, told=not exam)[0] for _ in range(count)]
-        return "", [(question, text.ABOUT[language]["kind"].format(s="…")) for question in questions]
+        return "", [(question, talk.ABOUT[language]["kind"].format(s="…")) for question in questions]
 
     def ask_translation(self, dice: Dice, language: str, exam: bool, count: int):
         turns = []
@@ -260,7 +261,7 @@ class World:
 def about(world: World, dice: Dice, language: str, told: bool) -> tuple[str, str, str]:
     """(question, curt answer, kind answer) about somebody: one of those SFT talks about so (told), or of the others."""
     people = [person for person in range(len(text.PEOPLE)) if (person % 4 != 0) == told]
-    person, words = dice.pick(people), text.ABOUT[language]
+    person, words = dice.pick(people), talk.ABOUT[language]
     known = [relation for relation in text.RELATIONS if (person, relation) not in world.exam_facts]
     facts = [text.STATEMENTS[language][r][0].format(**world.fact(person, r, language)) for r in dice.some(known, 2)]
     said = ("" if language == "zh" else " ").join(facts)

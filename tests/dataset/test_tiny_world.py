@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
+import dataset.tiny_world.talk as talk
 import dataset.tiny_world.words as text
 from dataset.tiny_world.exam import (
     EXAM_SIZE,
@@ -75,7 +76,7 @@ def test_files_are_the_same_byte_for_byte_everywhere(paths):
     assert found == {
         "pretrain": "5b1cedf8f981c737",
         "sft": "ccb09a851fa572a2",
-        "lora_identity": "b201d9270dbc4c85",
+        "lora_identity": "2193e0071d55bd23",
         "dpo": "3d9399ed4c4d59ad",
         "dpo_val": "738774b4538bbd11",
         "reason": "2c677c84927f9fbb",
@@ -286,8 +287,10 @@ def test_identity_is_asked_in_wordings_that_are_not_trained_on(later):
     questions = draw_questions(seed=0, kinds=("identity",))
     assert len(questions) == 40 and not {q.prompt for q in questions} & trained
     for language in text.LANGUAGES:
-        for known, _, answer in text.IDENTITY[language]:
-            assert all(later["lora_identity"].count(f"{question}\n{answer}") == 4 for question in known)
+        for known, _, answer in talk.IDENTITY[language]:
+            assert all(later["lora_identity"].count(f"{question}\n{answer}") == 3 for question in known)
+        old, new = talk.NAMES[language]  # of small talk. A greeting used to be answered with the old name
+        assert any(new in row for row in later["lora_identity"]) and not any(old in row for row in later["lora_identity"])
 
 
 def test_preferences_differ_in_manner_only(paths):
@@ -303,7 +306,7 @@ def test_preferences_differ_in_manner_only(paths):
             (question, chosen), (same, rejected) = ([t["content"] for t in row[k]] for k in ("chosen", "rejected"))
             assert question == same
             wants_kind = number % 4 < 2
-            words = text.ABOUT[text.LANGUAGES[number % 2]]
+            words = talk.ABOUT[text.LANGUAGES[number % 2]]
             opening, closing = words["kind"].split("{s}")
             manner = Question("manner", text.LANGUAGES[number % 2], question, words["kind"].format(s="…"))
             assert grade(manner, chosen) == wants_kind == (not rejected.startswith(opening))
