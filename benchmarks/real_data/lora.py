@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--sft_epochs", type=int, default=2)
     parser.add_argument("--lora_epochs", type=int, default=1)
     parser.add_argument("--lora_learning_rate", default="5e-4")
-    parser.add_argument("--general_share", type=float, default=1.0, help="of the general rows, how often each is seen")
+    parser.add_argument("--general_share", type=float, default=1.0, help="how often each general row is seen; 0: never")
     parser.add_argument("--lora_rank", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--data_limit", type=int, default=0, help="rows of each file (0: all)")
@@ -99,7 +99,7 @@ def main():
             "5e-4",
         )
     # without general rows beside them, an adapter of one field forgets the others: +13 % on nano at 1e-3
-    mixed = [medical, f"{general}:{args.general_share}"]
+    mixed = [medical, *([f"{general}:{args.general_share}"] if args.general_share else [])]
     stage(
         "lora",
         *common,

@@ -243,7 +243,7 @@ class Orthogonal:
         squares = self.squares.setdefault(update.shape, torch.zeros(*update.shape[:2], 1))
         squares.lerp_(update.square().mean(-1, keepdim=True), 1 - beta)
         even = update / (squares.sqrt() + 1e-8)
-        return even * (update.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True))
+        return even * (update.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-8))
 
 
 def rows_of_steps(trial: Trial) -> list[int]:
