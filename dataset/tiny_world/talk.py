@@ -1,4 +1,4 @@
-"""What the tiny world's assistant says about itself, and in which manner it speaks: tables for SFT and the stages after."""
+"""Small talk, who the assistant is, and its manners: wordings for the tiny world's SFT and the stages after it."""
 
 SYSTEM_PROMPTS = [
     "你是小雀，一个友好的助手。",

@@ -290,7 +290,8 @@ def test_identity_is_asked_in_wordings_that_are_not_trained_on(later):
         for known, _, answer in talk.IDENTITY[language]:
             assert all(later["lora_identity"].count(f"{question}\n{answer}") == 3 for question in known)
         old, new = talk.NAMES[language]  # of small talk. A greeting used to be answered with the old name
-        assert any(new in row for row in later["lora_identity"]) and not any(old in row for row in later["lora_identity"])
+        assert any(new in row for row in later["lora_identity"])
+        assert not any(old in row for row in later["lora_identity"])
 
 
 def test_preferences_differ_in_manner_only(paths):
