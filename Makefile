@@ -46,6 +46,7 @@ lint: .venv/ready-dev
 	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 .venv/ready: requirements.txt
+	@echo "setting up .venv: downloads torch and others, which takes some minutes"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q $(PIP_FLAGS) -r requirements.txt
 	touch $@

@@ -178,7 +178,8 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=size, desc=self.what, unit=unit, unit_scale=True, delay=1)  # seconds before it shows
+            # delay: seconds before it shows. leave None: below another bar it disappears in the end
+            self.bar = tqdm(total=size, desc=self.what, unit=unit, unit_scale=True, delay=1, leave=None)
 
     def advance(self, size: int) -> None:
         """Another `size` units are done."""

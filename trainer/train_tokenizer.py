@@ -83,7 +83,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
         min_frequency=2,
         special_tokens=list(SPECIAL + MARKUP + SPARE),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
@@ -234,7 +234,8 @@ def main() -> None:
     tokenizer = train_bpe(corpus.training_texts(), config.vocab_size)
     if not corpus.used:
         raise UserError(f"--holdout {config.holdout} and the weights leave no row to train on")
-    say(f"trained on {sum(corpus.used.values()):,} characters ({corpus.used['zh']:,} of them in rows in Chinese)")
+    chinese = f"{corpus.used['zh']:,} of them in rows that are at least a fifth Chinese"
+    say(f"trained on {sum(corpus.used.values()):,} characters ({chinese})")
     save(tokenizer, config.save_dir)
     say(report(corpus, config.save_dir))
     if (entries := tokenizer.get_vocab_size()) < config.vocab_size:

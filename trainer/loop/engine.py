@@ -203,6 +203,7 @@ class Engine:
 
     def _record(self, result: StepResult) -> None:
         self.step += 1
+        self.logger.advance(self.step)
         self.tokens += result.tokens
         self.meter.add(result.metrics, result.units, result.tokens, result.bad, result.batches)
         self.watch.record(self.step, result)

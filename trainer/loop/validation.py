@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from common.console import Progress
 from dataset.batches.loader import Loader
 from model.transformer import CausalLM
 from trainer.loop.backend import Backend
@@ -26,7 +27,10 @@ def validate(
     model.eval()
     found: dict[str, list[torch.Tensor]] = {}  # read at the end: reading a number waits for the device
     units, text_bytes = 0, 0
+    progress = Progress("validating", loader.steps_per_epoch, " batches") if backend.main else None
     for _, batches in loader.prefetch(0, loader.steps_per_epoch):
+        if progress:
+            progress.advance(1)
         for batch in batches:
             _, metrics = objective(model, batch.to(backend.device))
             for name, value in metrics.items():
@@ -34,6 +38,8 @@ def validate(
             units += objective.count(batch)
             targets = batch.targets.numpy()
             text_bytes += int(token_bytes[targets[targets >= 0]].sum())
+    if progress:
+        progress.close()
     model.train()
     sums = [sum(torch.stack(values).tolist()) for values in found.values()]
     units, text_bytes, *totals = backend.sum(units, text_bytes, *sums)

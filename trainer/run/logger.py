@@ -61,6 +61,7 @@ class NoLogger:
 
     def print(self, text: str) -> None: ...
     def start(self, step: int, total: int) -> None: ...
+    def advance(self, step: int) -> None: ...
     def log(self, step: int, **numbers: float) -> None: ...
     def draw(self) -> None: ...
     def close(self, summary: dict[str, Any] | None = None) -> None: ...
@@ -110,6 +111,11 @@ class RunLogger(NoLogger):
         if sys.stderr.isatty():
             self._try("progress bar", self._open_bar, step)
 
+    def advance(self, step: int) -> None:
+        """Moves the bar, if there is one, also after steps that are not logged."""
+        if self.bar is not None:
+            self._try("progress bar", self.bar.update, step - self.bar.n)
+
     def log(self, step: int, **numbers: float) -> None:
         now = time.monotonic()
         self.recent.append((now, step))
@@ -121,8 +127,8 @@ class RunLogger(NoLogger):
 
         line = self._line(step, numbers)
         if self.bar is not None:
-            self.bar.set_description_str(line, refresh=False)
-            self._try("progress bar", self.bar.update, step - self.bar.n)
+            self.bar.set_description_str(line)
+            self.advance(step)
         if self.bar is None or "val_loss" in numbers:
             self.print(f"step {step:,}/{self.total:,}  {line}")
         if self.reference and (warning := self._compare(numbers)):
