@@ -222,7 +222,8 @@ def quantize_for_cpu(model: CausalLM, kind: str) -> str:
 
 def describe(kind: str, counts: Counter[int], bytes: int, slow: bool) -> str:
     total = sum(counts.values())
-    said = f"--quantize {kind}: {total / 1e6:.1f}M weights in {8 * bytes / max(total, 1):.2f} bits each, with their scales"
+    bits = 8 * bytes / max(total, 1)
+    said = f"--quantize {kind}: {total / 1e6:.1f}M weights in {bits:.2f} bits each, with their scales"
     if kind == "int4" and counts[8]:
         said += f", {counts[8] / total:.0%} of them in int8 because of their layer's shape"
     if slow:

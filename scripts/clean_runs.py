@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from common.console import UserError, run, say
 from common.files import ROOT, remove_folder, sweep
+from common.manifest import problem
 from common.options import Options, option, parse
 
 
@@ -29,7 +30,7 @@ class CleanConfig(Options):
     """Options of cleaning"""
 
     save_dir: str = option(str(ROOT / "out"), "where the runs were written", aliases=("output_dir",), path=True)
-    keep_last: int = option(1, "checkpoints kept of each run", within="[1, inf)")
+    keep_last: int = option(1, "whole checkpoints kept of each run", within="[1, inf)")
     finished: bool = option(False, "keep none of runs that have done all their steps")
     older_than: float | None = option(None, "keep none of runs last saved more than N days ago", within="[0, inf)")
     remove: bool = option(False, "remove what is listed as such")
@@ -48,7 +49,14 @@ class Run:
     def unneeded(self, config: CleanConfig) -> list[Path]:
         """What can go."""
         done, old = self.step >= self.total, config.older_than is not None and self.days > config.older_than
-        return self.states if config.finished and done or old else self.states[: -config.keep_last]
+        if config.finished and done or old:
+            return self.states
+        whole = 0  # a damaged state is nothing to continue from: it must not push out one that is whole
+        for i in range(len(self.states) - 1, 0, -1):
+            whole += problem(self.states[i]) is None
+            if whole == config.keep_last:
+                return self.states[:i]
+        return []
 
 
 def number(state: Path) -> tuple[int, ...]:
@@ -57,7 +65,7 @@ def number(state: Path) -> tuple[int, ...]:
 
 
 def find_runs(save_dir: Path) -> list[Run]:
-    """Those with at least one checkpoint. A damaged one counts: it takes as much space."""
+    """Those with at least one checkpoint, whole or damaged."""
     found = []
     for folder in sorted((save_dir / "resume").glob("*/*")):
         states = [path for path in folder.glob("step_*") if path.name[5:].replace(".", "").isdigit()]

@@ -68,9 +68,9 @@ def watch(shared: mmap.mmap) -> None:
 def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple[bool, int, str]:
     """A run is killed `seconds` after its first save or, if `aimed`, after the start of a save -> (whether that was
     inside a save, the last step that had been saved, what is wrong then)"""
+    from common.manifest import problem
     from model.checkpoint import load_weights
     from trainer.run import resume
-    from trainer.run.resume import problem
 
     shared[0:8] = struct.pack("ii", 0, -1)
     child = os.fork()

@@ -25,11 +25,11 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.faults.filesystem import Operations, after_power_cut
+from common.manifest import problem
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from trainer.run import resume
-from trainer.run.resume import problem
 
 SHAPE = ModelConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 

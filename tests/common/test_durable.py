@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common import manifest
 from common.files import ROOT, atomic_file, sweep, temporary_name
+from common.manifest import problem
 from tests.helpers.rows import write_pretrain
 from tests.helpers.runs import run_stage
 from trainer.run import resume
-from trainer.run.resume import problem, write_state
+from trainer.run.resume import write_state
 
 
 def save(folder, step, keep_last=2, value=None):
@@ -140,13 +142,13 @@ def test_states_of_other_runs_are_neither_read_as_a_whole_nor_renamed(tmp_path, 
     for broken in ("1-ours/step_00000004", "2-theirs/step_00000006"):
         (tmp_path / broken / "weights.safetensors").write_bytes(b"-")
     (tmp_path / "3-unreadable" / "step_00000008" / "manifest.json").unlink()
-    hashed, said, hash_file = [], [], resume.hash_file
+    hashed, said, hash_file = [], [], manifest.hash_file
 
     def counted(path):
         hashed.append(path.relative_to(tmp_path).as_posix())
         return hash_file(path)
 
-    monkeypatch.setattr(resume, "hash_file", counted)
+    monkeypatch.setattr(manifest, "hash_file", counted)
     find = lambda wanted, data: resume.find_state(tmp_path, str(wanted), {"data": data}, said.append)
     assert find("auto", "a") == tmp_path / "1-ours" / "step_00000002"
     assert [path for path in hashed if not path.startswith("1-ours")] == ["2-theirs/step_00000006/state.json"]

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from common.manifest import write_manifest
 from tests.helpers.runs import run_script
 
 
@@ -14,6 +15,7 @@ def state(folder, run: str, step: int, total: int = 100, days: float = 0.0):
     path.mkdir(parents=True)
     (path / "weights.safetensors").write_bytes(b"x" * 1_000_000)
     (path / "state.json").write_text(json.dumps(dict(step=step, total=total)))
+    write_manifest(path, ["weights.safetensors", "state.json"])
     then = time.time() - days * 86400
     os.utime(path, (then, then))
 
@@ -66,7 +68,7 @@ def test_what_is_removed(out, flags, expected):
 def test_a_damaged_checkpoint_is_never_taken_for_a_finished_run(out):
     (out / "resume" / "pretrain_192" / "2-finished" / "step_00000100" / "state.json").write_text("{")
     assert "2-finished: step 100 of ?" in clean(out, "--finished", "--remove")
-    assert left(out)["2"] == [100]
+    assert left(out)["2"] == [90, 100]
 
 
 def test_a_place_without_runs(tmp_path):
@@ -79,3 +81,16 @@ def clean_empty(folder) -> str:
     status, said, _ = run_script("scripts/clean_runs.py", f"--save_dir={folder}")
     assert status == 0
     return said
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(out):
+    """A run continues from the newest whole one. The script used to keep the newest, whole or not, and remove that."""
+    newest = out / "resume" / "pretrain_192" / "1-goes-on" / "step_00000030"
+    (newest / "weights.safetensors").write_bytes(b"x" * 100)
+    clean(out, "--remove")
+    assert left(out)["1"] == [20, 30]
+    for step in (10, 20, 30):
+        state(out, "4-broken", step)
+        (out / "resume" / "pretrain_192" / "4-broken" / f"step_{step:08d}" / "weights.safetensors").write_bytes(b"")
+    clean(out, "--remove")
+    assert left(out)["4"] == [10, 20, 30]

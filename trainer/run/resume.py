@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.console import UserError
-from common.files import atomic_folder, hash_file, remove_folder, rename, sweep
+from common.files import atomic_folder, remove_folder, rename, sweep
+from common.manifest import problem, write_manifest
 from model.checkpoint import read_plain, same_weights
 from trainer.stage import StageConfig
 
-MANIFEST = "manifest.json"
 KEPT = 2  # states of a run that goes on, where --keep_last does not say otherwise
 
 # Options that a continued run may not change: it would be another run
@@ -75,44 +75,8 @@ def write_state(path: Path, tensors: dict[str, dict[str, Tensor]], values: dict)
         for name, content in tensors.items():
             content = {key: tensor.detach().contiguous() for key, tensor in content.items()}
             save_file(content, folder / f"{name}.safetensors", metadata={"format": "pt"})
-        _write_json(folder / "state.json", values)
-        files = [f"{name}.safetensors" for name in tensors] + ["state.json"]
-        _write_json(folder / MANIFEST, {name: _fingerprint(folder / name) for name in files})
-
-
-def problem(path: Path, only: str | None = None) -> str | None:
-    """What is wrong with a state on the disk: which file is missing, or is not what was written. None: it is whole.
-
-    only: look at this file alone, since reading all of a large model takes minutes
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} is damaged ({error})"
-    if not isinstance(manifest, dict) or "state.json" not in manifest:
-        return f"{MANIFEST} is damaged (it does not list state.json)"
-    for name, expected in manifest.items():
-        if only not in (None, name):
-            continue
-        try:
-            if Path(name).name != name or _fingerprint(path / name) != expected:
-                return f"{name} is not what was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except (OSError, ValueError) as error:
-            return f"{name} cannot be read ({error})"
-    return None
-
-
-def _fingerprint(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-
-
-def _write_json(path: Path, values: dict) -> None:
-    with open(path, "wb") as file:
-        file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
+        (folder / "state.json").write_bytes(json.dumps(values, indent=1, ensure_ascii=False).encode())
+        write_manifest(folder, [*(f"{name}.safetensors" for name in tensors), "state.json"])
 
 
 def random_state(device: torch.device) -> Tensor:
