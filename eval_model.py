@@ -73,7 +73,9 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
     use_moe: bool | None = option(None, "as hidden_size")
     tokenizer_path: str | None = option(None, "directory of the tokenizer (default: the weights know)", path=True)
     prompt: str = option("", "answer this and exit")
-    prompts_file: str | None = option(None, "answer these: .txt with one a line, .jsonl or .json", path=True)
+    prompts_file: str | None = option(
+        None, "answer these: .txt with one a line; .jsonl or .json, also with earlier turns", path=True
+    )
     eval_data: tuple[str, ...] = option(
         (), "measure the model on these files", path=True, aliases=("test_data", "test_file", "eval_file")
     )
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.prompts_file:  # read before the model is loaded, so that a mistake in it shows at once
         from dataset.read.questions import read_questions
 
-        prompts = [question.asked for question in read_questions(config.prompts_file)]
+        prompts = [question.messages for question in read_questions(config.prompts_file)]
     elif not interactive:
         prompts = read_lines(sys.stdin or ())
     model, tokenizer, checkpoint = load(config, screen)

@@ -95,19 +95,26 @@ def typed() -> Iterator[str]:
 # ---- without a terminal
 
 
-def read_lines(file: Iterable[str]) -> Iterator[str]:
-    """The prompts on standard input."""
+def read_lines(file: Iterable[str]) -> Iterator[list[dict]]:
+    """The prompts on standard input, each as a conversation of one message."""
     try:
-        yield from filter(None, map(str.strip, file))
+        for line in filter(None, map(str.strip, file)):
+            yield [{"role": "user", "content": line}]
     except UnicodeDecodeError:
         raise UserError("standard input: not UTF-8; save it as UTF-8") from None
 
 
-def answer_all(talk: Conversation, prompts: Iterable[str], screen: Screen) -> None:
-    """Answers each prompt on its own, without the ones before. Never waits for input."""
-    answered = False
-    for prompt in prompts:
-        talk.turns.clear()
+def answer_all(talk: Conversation, conversations: Iterable[list[dict]], screen: Screen) -> None:
+    """Answers the last user message of each conversation, without those before. Never waits for input.
+
+    A system message of a conversation takes the place of `talk.system`.
+    """
+    answered, system = False, talk.system
+    for messages in conversations:
+        last = max(n for n, message in enumerate(messages) if message["role"] == "user")
+        own = messages[0]["role"] == "system"
+        talk.system, talk.turns = messages[0]["content"] if own else system, messages[own:last]
+        prompt = messages[last]["content"]
         screen.write(f"> {prompt}\n")
         show(talk, prompt, screen)
         screen.write("\n\n")

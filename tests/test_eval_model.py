@@ -72,10 +72,10 @@ def say(out, capsys, monkeypatch):
     return say
 
 
-def expected(model, tokenizer, prompt, mode=1):
+def expected(model, tokenizer, prompt, mode=1, before=()):
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     if mode:
-        messages = [{"role": "user", "content": prompt}]
+        messages = [*before, {"role": "user", "content": prompt}]
         ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
     (reply,) = generate(model, [ids], GREEDY, max_new_tokens=8, stop=tokenizer.stop_ids)
     return printable(tokenizer.decode(reply))
@@ -113,11 +113,27 @@ def test_prompts_from_a_file(say, tmp_path, model, tokenizer):
         assert (status, answers) == (0, "".join(f"> {p}\n{expected(model, tokenizer, p)}\n\n" for p in prompts))
 
 
+def test_prompts_come_with_what_was_said_before(say, tmp_path, model, tokenizer):
+    """Only the last message was given to the model, without a word: the system prompt and earlier turns were lost."""
+    before = [
+        dict(role="system", content="Be brief."),
+        dict(role="user", content="你好"),
+        dict(role="assistant", content="早"),
+    ]
+    rows = [{"messages": [*before, dict(role="user", content="How?")]}, {"prompt": "你好"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    status, answers, _ = say("--prompts_file", tmp_path / "list.jsonl", "--system", "Be kind.")
+    kind = [dict(role="system", content="Be kind.")]
+    said = [expected(model, tokenizer, "How?", before=before), expected(model, tokenizer, "你好", before=kind)]
+    assert (status, answers) == (0, f"> How?\n{said[0]}\n\n> 你好\n{said[1]}\n\n")
+
+
 @pytest.mark.parametrize(
     "content, complaint",
     [
         (b'{"prompt": "a"}\n{"prompt" "b"}\n', "list.jsonl:2: broken JSON at column 11"),
         (b'{"ask": "a"}\n', "list.jsonl:1: no question in this row, it has ask; expected one of instruction, prompt"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}', "list.jsonl:1: this row asks nothing"),
         ("早上好\n".encode("gbk"), "list.jsonl:1: not UTF-8 at byte 1; it looks like gbk"),
     ],
 )

@@ -62,7 +62,9 @@ def read_questions(path: str | Path, limit: int = 0) -> list[Question]:
     found = []
     for where, row in read_rows(path):
         try:
-            found.append(question(row, where))
+            found.append(asked := question(row, where))
+            if not any(message["role"] == "user" for message in asked.messages):
+                raise UserError("this row asks nothing: none of its messages is the user's")
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
         if len(found) == limit:
