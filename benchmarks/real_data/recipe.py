@@ -81,8 +81,8 @@ class Trial:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "optimizer=adamw"
 
 
-MUON = "optimizer=muon schedule=wsd others_rate=2.0 eps=1e-6"  # as trainer/loop/optim.py has it
-BEFORE = "momentum=0.95 momentum_warmup=0.3 eps=1e-8"  # how Muon was set until November 2026
+MUON = "optimizer=muon schedule=wsd others_rate=4.0 eps=1e-6"  # as trainer/loop/optim.py has it
+BEFORE = "momentum=0.95 momentum_warmup=0.3 eps=1e-8 others_rate=2.0"  # how Muon was set until November 2026
 MODERN = f"{MUON} steps=175 learning_rate=2e-3"  # 0.35 of the steps of classic
 NAMED = {
     "rates": ["learning_rate=5e-4,1e-3,2e-3,4e-3", f"{MUON} steps=175 learning_rate=5e-4,1e-3,2e-3,4e-3"],
@@ -93,12 +93,14 @@ NAMED = {
         f"{MUON} steps=500 learning_rate=2e-3 seed=0,1",
         f"{MUON} iterations=3 steps=500 learning_rate=2e-3 seed=0,1",
         f"{MUON} {BEFORE} steps=500 learning_rate=2e-3 seed=0,1",
+        f"{MUON} others_rate=2.0,8.0 steps=500 learning_rate=2e-3 seed=0,1",
         f"{MUON} steps=250 rows=16 learning_rate=2e-3,4e-3",
         f"{MUON} steps=100 learning_rate=2e-3,4e-3 seed=0,1,2",
     ],
     "small": [
         "preset=small steps=200 learning_rate=5e-4,1e-3,2e-3",
         f"{MUON} preset=small steps=90 learning_rate=1e-3,1.2e-3,2e-3",
+        f"{MUON} others_rate=2.0 preset=small steps=90 learning_rate=1e-3,1.2e-3,2e-3",
     ],
     # each alone, one seed: a gain below the spread of the seeds is none. Logit caps have no line: a plain Llama lacks
     # them, so other programs would compute another model
@@ -115,7 +117,7 @@ NAMED = {
             "weight_decay=0.0",
             "documents=open",
             "documents=aligned",
-            "others_rate=1.0,4.0",
+            "others_rate=1.0,2.0,8.0",
             "beta1=0.8",
             "beta2=0.99",
             "eps=1e-8",

@@ -25,19 +25,19 @@ def pretrain_rows(world: World, dice: Dice) -> Iterator[dict]:
     rows = []
     for language in text.LANGUAGES:
         for person in range(len(text.PEOPLE)):
-            rows += [biography(world, dice, person, language) for _ in range(80)]
-        rows += [gossip(world, dice, language) for _ in range(1200)]
-        rows += [passage(world, dice, language) for _ in range(7000)]
-        rows += [roll_call(world, dice, language) for _ in range(7500)]
-        rows += [list_again(world, dice, language) for _ in range(2000)]
+            rows += [biography(world, dice, person, language) for _ in range(60)]
+        rows += [gossip(world, dice, language) for _ in range(900)]
+        rows += [passage(world, dice, language) for _ in range(5200)]
+        rows += [roll_call(world, dice, language) for _ in range(5600)]
+        rows += [list_again(world, dice, language) for _ in range(1700)]
         for kind, amount in WORKSHEETS.items():
             rows += [worksheet(world, dice, kind, language) for _ in range(amount)]
     rows += [equations(world, dice) for _ in range(7000)]
-    rows += [dictionary(world, dice) for _ in range(2000)]
+    rows += [dictionary(world, dice) for _ in range(1300)]
     yield from ({"text": row} for row in dice.shuffled(rows))
 
 
-WORKSHEETS = {"fact": 1600, "reading": 2800, "sum": 1000, "calendar": 1200, "list": 2600, "translation": 500}
+WORKSHEETS = {"fact": 1150, "reading": 2000, "sum": 800, "calendar": 1000, "list": 2200, "translation": 350}
 
 
 def biography(world: World, dice: Dice, person: int, language: str) -> str:

@@ -324,11 +324,11 @@ def test_what_decays_and_what_muon_moves():
 
 
 def test_rates_beside_muon_by_hand():
-    """The rest learns at twice the rate. AdamW alone has one rate."""
+    """The rest learns at four times the rate. AdamW alone has one rate."""
     layer = torch.nn.Linear(2, 2)
     muon, rest = build_optimizers(layer, "muon", 0.1)
     set_rates([muon, rest], 0.01)
-    assert (muon.param_groups[0]["lr"], rest.param_groups[0]["lr"]) == (0.01, 0.02)
+    assert (muon.param_groups[0]["lr"], rest.param_groups[0]["lr"]) == (0.01, 0.04)
     (adamw,) = build_optimizers(layer, "adamw", 0.1)
     set_rates([adamw], 0.01)
     assert [group["lr"] for group in adamw.param_groups] == [0.01, 0.01]

@@ -18,7 +18,7 @@ from model.precision import has_bf16
 
 # Beside Muon, embedding, head, norms and biases learn at this multiple of the learning rate. By trials, as Muon's
 # momentum below: docs/benchmarks.md.
-OTHERS_RATE = 2.0
+OTHERS_RATE = 4.0
 # AdamW makes steps of full size from the tiny gradients of tokens that the text lacks, all in one direction: their
 # embeddings would end long and nearly equal, hard to tell apart when a later stage needs them. This weakens it.
 OTHERS_EPS = 1e-6
