@@ -172,6 +172,11 @@ def allow_many_files() -> None:
             return
 
 
+def previous_name(path: Path, number: int | str = "") -> Path:
+    """Of the file that `path` replaces."""
+    return path.with_name(f"{path.stem}.previous{number}{path.suffix}")
+
+
 def keep_previous(path: Path, every: bool = False) -> str:
     """Gives a file that will be replaced a second name, `<name>.previous.pth`, which no `--weight` finds.
 
@@ -181,7 +186,7 @@ def keep_previous(path: Path, every: bool = False) -> str:
     """
     if not path.exists():
         return ""
-    names = (path.with_name(f"{path.stem}.previous{number}{path.suffix}") for number in ("", *range(2, 10_000)))
+    names = (previous_name(path, number) for number in ("", *range(2, 10_000)))
     kept = next(name for name in names if not (every and name.exists()))
     temporary = temporary_name(kept)
     try:

@@ -127,7 +127,7 @@ def test_going_on_from_an_older_state_becomes_a_run_of_its_own(tmp_path, capsys)
     runs = sorted(tmp_path.glob("resume/*/*"))
     assert [names(run) for run in runs] == [["step_00000004", "step_00000006"], ["step_00000006"]]
     said = capsys.readouterr().out
-    assert "a continued run keeps its architecture, data" in said and "learning_rate 0.01 -> 0.001" in said
+    assert "a continued run keeps its stage, architecture, data" in said and "learning_rate 0.01 -> 0.001" in said
     run_stage("pretrain", *flags, "--max_steps=8", "--from_resume=auto", "--learning_rate=1e-3")
     assert names(runs[1]) == ["step_00000006", "step_00000008"]  # the newest run goes on
 

@@ -6,7 +6,7 @@ import torch
 from model.adapter import find_base, load_adapter
 from model.checkpoint import find_weights, load_weights
 from tests.helpers.compare import same, state_of
-from tests.helpers.rows import write_pretrain, write_sft
+from tests.helpers.rows import write_pretrain, write_reason, write_sft
 from tests.helpers.runs import run_stage
 from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
@@ -32,6 +32,51 @@ def test_weights_are_not_written_over_those_they_start_from(pretrain, tmp_path):
     pretrain("--max_steps=4", "--from_weight=pretrain", "--save_weight=pretrain_2")
     pretrain("--max_steps=6", "--from_weight=pretrain", "--save_weight=pretrain_2", "--from_resume=auto")
     assert load_weights(tmp_path / "pretrain_2_32.pth").lineage[-1]["steps"] == 6
+
+
+def test_weights_are_not_written_over_their_own_backup(pretrain, tmp_path):
+    """Going back to the version before, and training it again: the first save moved pretrain_32.pth over the backup
+    that the run had started from, and the parent was nowhere on the disk."""
+    for seed in (1, 2):
+        pretrain("--max_steps=1", f"--seed={seed}")
+    before = (tmp_path / "pretrain_32.previous.pth").read_bytes()
+    with pytest.raises(ValueError, match="pretrain_32.previous.pth: this run starts from these.*--save_weight"):
+        pretrain("--max_steps=1", f"--from_weight={tmp_path / 'pretrain_32.previous.pth'}")
+    assert (tmp_path / "pretrain_32.previous.pth").read_bytes() == before
+    pretrain("--max_steps=1", f"--from_weight={tmp_path / 'pretrain_32.previous.pth'}", "--save_weight=third")
+
+
+@pytest.mark.parametrize(
+    "first, second, said",
+    [
+        (["full_sft", "--use_lora"], ["full_sft"], "lora was"),
+        (["full_sft"], ["full_sft", "--use_lora"], "lora was null"),
+        (["distill_reason"], ["full_sft"], 'stage was "reason", is "full_sft"'),
+    ],
+)
+def test_a_state_of_another_kind_of_run_is_not_continued(pretrain, tmp_path, first, second, said):
+    """`--from_resume auto` without the --use_lora of before ended in a KeyError; reasoning went on as fine-tuning,
+    with its moments, and nobody was told."""
+    write_reason(tmp_path / "sft.jsonl")
+    pretrain("--max_steps=1")
+    common = [f"--data_path={tmp_path / 'sft.jsonl'}", f"--save_dir={tmp_path}", "--save_weight=z", "--max_seq_len=64"]
+    common += [f"--from_weight={tmp_path / 'pretrain_32.pth'}"]
+    run_stage(*first, *common, "--max_steps=1")
+    with pytest.raises(ValueError, match=said):
+        run_stage(*second, *common, "--max_steps=2", "--from_resume=auto")
+    run_stage(*first, *common, "--max_steps=2", "--from_resume=auto")
+
+
+def test_a_continued_step_keeps_its_examples_and_says_so(pretrain, tmp_path, capsys):
+    """--accumulation_steps 4 on resume was ignored, while the log and the weights said that it was now 4."""
+    pretrain("--max_steps=2")
+    pretrain("--max_steps=4", "--accumulation_steps=4", "--from_resume=auto")
+    said = capsys.readouterr().out
+    assert "--accumulation_steps 1 instead of 4: a continued run keeps the 8 examples of a step" in said
+    assert "accumulation_steps 1 -> 4" not in said
+    pretrain("--max_steps=6", "--batch_size=2", "--from_resume=auto")
+    said = capsys.readouterr().out
+    assert "--accumulation_steps 4 instead of 1" in said and "accumulation_steps 1 -> 4" in said
 
 
 def test_a_fresh_run_of_the_same_name_keeps_what_the_last_one_wrote(pretrain, tmp_path, capsys):

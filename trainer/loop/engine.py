@@ -72,13 +72,13 @@ class Engine:
         found = self._find(states)
         if found:
             config = resume.with_recipe_of(found, config)
+            config = resume.with_batch_of(found, config, backend.world, job.notes.append)
         self.config = config = job.config = config.for_width(self.model.config.hidden_size)
         self.resumed = found is not None
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.run_id = found.parent.name if found and resume.is_newest(found) else resume.new_run(states)
         self.states = states / self.run_id
-        accumulation = resume.accumulation_of(found, config, backend.world) if found else config.accumulation_steps
-        self.loader = self._loader(job.data.train, accumulation, shuffle=True)
+        self.loader = self._loader(job.data.train, config.accumulation_steps, shuffle=True)
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
         self.meter = Meter(self.model, self.dtype, backend.device, config.measure_peak)
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
@@ -339,6 +339,7 @@ class Engine:
     def _identity(self) -> dict:
         """A state belongs to this run if it has the same identity."""
         return dict(
+            stage=self.job.stage,
             architecture=self.model.config.to_dict(),
             data=self.job.data.train.fingerprint,
             tokenizer=self.job.tokenizer.hash,

@@ -12,7 +12,7 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from common.files import keep_previous
+from common.files import keep_previous, previous_name
 from model.adapter import find_base, load_adapter, save_adapter
 from model.checkpoint import Checkpoint, load_weights, save_weights, write_plain
 from model.export import save_hf, write_peft
@@ -31,9 +31,11 @@ class Weights:
     keeps_all: ClassVar[bool] = False  # what an earlier run wrote there is kept; of weights, one version only
 
     def writes(self, path: Path, config: StageConfig) -> list[Path]:
-        """All files and folders that are written, `path` first."""
+        """All files and folders that are written or, by `keep_previous`, replaced; `path` first."""
         exported = [Path(config.output_dir) / "final_model"] if config.output_dir else []
-        return [path, path.parent / "best" / path.name, *exported]
+        own = [path, path.parent / "best" / path.name]
+        kept = [] if self.keeps_all else [previous_name(file) for file in own if file.exists()]
+        return [*own, *kept, *exported]
 
     def save(
         self, path: Path, model: CausalLM, *, tokenizer: dict, lineage: list[dict], write: Callable = write_plain
@@ -72,7 +74,8 @@ class AdapterOnly(Weights):
         self.identity = dict(lora=self.settings.to_dict(), bits=self.bits)
 
     def writes(self, path, config):
-        return [*super().writes(path, config)[:2], *([Path(config.save_dir) / self.merged] if self.merged else [])]
+        merged = [Path(config.save_dir) / self.merged] if self.merged else []
+        return [*super().writes(path, config)[:2], *merged, *(previous_name(file) for file in merged if file.exists())]
 
     def save(self, path, model, *, tokenizer, lineage, write=write_plain):
         save_adapter(path, model, self.settings, base=self.base, tokenizer=tokenizer, lineage=lineage, write=write)

@@ -21,6 +21,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,8 +40,9 @@ KEPT = 2  # states of a run that goes on, where --keep_last does not say otherwi
 FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
 WEIGHTS = ("parent", "teacher")  # parts of the identity that are hashes of weights
 RULE = (
-    f"a continued run keeps its architecture, data, tokenizer, parent weights, {', '.join(FIXED)} and the examples of "
-    "a step (batch_size x accumulation_steps x processes); the rest may change, learning_rate and epochs for instance"
+    f"a continued run keeps its stage, architecture, data, tokenizer, parent weights, {', '.join(FIXED)} and the "
+    "examples of a step (batch_size x accumulation_steps x processes); the rest may change, learning_rate and epochs "
+    "for instance"
 )
 
 
@@ -171,16 +173,22 @@ def with_recipe_of(state: Path, config: StageConfig) -> StageConfig:
     return config
 
 
-def accumulation_of(state: Path, config: StageConfig, world: int) -> int:
-    """Micro-batches in a step. A continued run keeps the examples of a step (batch_size x accumulation_steps x
-    processes), also when the number of processes has changed."""
+def with_batch_of(state: Path, config: StageConfig, world: int, say: Callable[[str], None]) -> StageConfig:
+    """With as many micro-batches in a step that it has the examples (batch_size x accumulation_steps x processes) of
+    the state, also when the number of processes has changed."""
     examples, at_once = read_values(state)["examples"], config.batch_size * world
     if examples % at_once:
         raise UserError(
             f"--batch_size {config.batch_size} x {world} processes does not divide the {examples} examples of a step "
             f"in {state}"
         )
-    return examples // at_once
+    needed = examples // at_once
+    if needed != config.accumulation_steps:
+        say(
+            f"--accumulation_steps {needed} instead of {config.accumulation_steps}: a continued run keeps the "
+            f"{examples} examples of a step"
+        )
+    return replace(config, accumulation_steps=needed)
 
 
 def changes(then: dict, now: dict) -> list[str]:
@@ -233,11 +241,13 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
 
     def differences(values: dict) -> list[str]:
         theirs = values["identity"]
-        return [
-            f"{k} was {_short(theirs.get(k))}, is {_short(v)}"
-            for k, v in identity.items()
-            if not (same_weights(v, theirs.get(k)) if k in WEIGHTS else v == theirs.get(k))
-        ]
+        # what only one of them has counts too: an adapter, say. But not the optimiser, which is left out of what is
+        # wanted where the state's recipe says it, nor the stage, which states did not have until December 2026
+        one_sided = {"optimizer"} - identity.keys() | {"stage"} - theirs.keys()
+        names = [k for k in (identity | theirs) if k not in one_sided]
+        both = [(k, theirs.get(k), identity.get(k)) for k in names]
+        same = lambda k, was, now: same_weights(now, was) if k in WEIGHTS else was == now
+        return [f"{k} was {_short(was)}, is {_short(now)}" for k, was, now in both if not same(k, was, now)]
 
     path = Path(wanted)
     if wanted in ("1", "auto"):
