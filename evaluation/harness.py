@@ -91,7 +91,7 @@ def register() -> type:
 
         @property
         def prefix_token_id(self) -> int:
-            return self.text.end_of_text  # opens a document in our pretraining
+            return self.text.start_of_text
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
             return encode_with_control(self.text, string) if self.templated else self.text.encode(string)

@@ -34,11 +34,10 @@ AT_ONCE = 512  # examples, with all rows of the same prompt, that are packed tog
 def windows(tokenizer: Tokenizer, text: str, length: int = WINDOW) -> list[Encoded]:
     """A document in parts of at most `length` targets. Every token of it, and the end, is a target once.
 
-    Each part sees only itself, as a row of pretraining does: <|endoftext|> opens the first, and the last token of a
+    Each part sees only itself, as a row of pretraining does: `start_of_text` opens the first, and the last token of a
     part opens the next one.
     """
-    end = tokenizer.end_of_text
-    ids = [end, *tokenizer.encode(text), end]
+    ids = [tokenizer.start_of_text, *tokenizer.encode(text), tokenizer.end_of_text]
     parts = [ids[begin : begin + length + 1] for begin in range(0, len(ids) - 1, length)]
     return [Encoded(part, [True] * len(part)) for part in parts]
 

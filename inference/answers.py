@@ -38,9 +38,9 @@ class Answer:
 def prompt_ids(
     tokenizer: Tokenizer, question: list[dict] | str, tools: list | None = None, enable_thinking: bool | None = None
 ) -> list[int]:
-    """A conversation up to the assistant's turn; or <|endoftext|> and a text, which is continued."""
+    """A conversation up to the assistant's turn; or what opens a text and the text, which is continued."""
     if isinstance(question, str):
-        return [tokenizer.end_of_text, *tokenizer.encode(question)]
+        return [tokenizer.start_of_text, *tokenizer.encode(question)]
     return encode_chat(tokenizer, question, tools, add_generation_prompt=True, enable_thinking=enable_thinking).ids
 
 

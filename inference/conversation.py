@@ -63,8 +63,8 @@ class Conversation:
 
     def encode(self, new: list[dict]) -> list[int]:
         """The prompt: the history, and `new` messages."""
-        if self.completes:  # as in pretraining, where a document follows the end of another
-            return [self.tokenizer.end_of_text, *self.tokenizer.encode(new[-1]["content"])]
+        if self.completes:
+            return [self.tokenizer.start_of_text, *self.tokenizer.encode(new[-1]["content"])]
         from tokenizer.chat import encode_chat
 
         system = [{"role": "system", "content": self.system}] if self.system else []

@@ -72,11 +72,11 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
 
 
 def _prompt_ids(served: Served, prompt: str | list[int]) -> tuple[list[int], int]:
-    """(ids, how many of them the client did not write). A text follows the end of another, as in pretraining."""
+    """(ids, how many of them the client did not write): of a text, what opens it; token ids are complete."""
     if isinstance(prompt, str):
         check_length(served, [prompt], "prompt")
         try:
-            return [served.tokenizer.end_of_text, *served.tokenizer.encode(prompt)], 1
+            return [served.tokenizer.start_of_text, *served.tokenizer.encode(prompt)], 1
         except UserError as error:
             raise Refused(str(error), "prompt") from None
     limit = served.engine.model.config.vocab_size

@@ -27,6 +27,7 @@ from model.precision import prepare_for_inference
 from model.quant_cpu import quantize_for_cpu
 from model.transformer import CausalLM
 from tests.helpers.models import small_model
+from tests.helpers.tokenizers import BEGINS, llama_like
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
 
@@ -311,6 +312,14 @@ def test_the_history_and_the_commands(tokenizer):
     ]
     assert [turn["content"] for turn in talk.turns] == ["d", "four"]
     assert "there is no /rest\n" in text and "/system <text>" in text and "never asked" not in text
+
+
+def test_a_text_for_llama_begins_with_its_bos(tmp_path):
+    llama = llama_like(tmp_path, "the", "cat", "sat")
+    session = Scripted(llama.encode("sat"), llama.encode("the cat"))
+    talk = Conversation(session, llama, GREEDY, completes=True)
+    assert "".join(piece for piece, _ in talk.answer("the cat")).strip() == "sat"
+    assert session.prompts == [[BEGINS, *llama.encode("the cat")]]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(tokenizer):

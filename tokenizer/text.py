@@ -43,6 +43,7 @@ class Tokenizer:
 
     control      control token -> id
     token_bytes  (vocab_size,) int64: bytes of text that each id stands for, 0 for control tokens
+    adds_bos     whether bos_token stands before a text
     hash         SHA-256 of everything that decides the ids, the chat template included
     """
 
@@ -52,6 +53,8 @@ class Tokenizer:
         self.config = config or {}  # tokenizer_config.json: foreign chat templates ask it for bos_token and the like
         self.control: dict[str, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
         self.hash = _hash(spec, chat_template, self.config)
+        begins = self.special("bos_token")
+        self.adds_bos = begins in self.control and _adds_bos(spec, self.config, begins)
         self._plain = self._inside = _without_added_tokens(spec, path)
         self.blank_at_start_only = _blank_at_start_only(spec)
         if self.blank_at_start_only:
@@ -118,6 +121,12 @@ class Tokenizer:
     def end_of_text(self) -> int:
         """Ends a document and fills rows: <|endoftext|>, or what takes its place in a foreign tokenizer."""
         return self._named(*TEXT_ENDS, self.special("eos_token"))
+
+    @property
+    def start_of_text(self) -> int:
+        """Opens a text: bos_token if the tokenizer puts it there (Llama, Mistral). Else end_of_text (ours, Qwen), as in
+        pretraining, where a document follows the end of another."""
+        return self.control[self.special("bos_token")] if self.adds_bos else self.end_of_text
 
     @property
     def im_start(self) -> int:
@@ -257,6 +266,17 @@ def _blank_at_start_only(spec: dict) -> bool:
 
 def _without_blank(pre_tokenizer: dict) -> dict:
     return json.loads(json.dumps(pre_tokenizer).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
+
+
+def _adds_bos(spec: dict, config: dict, bos: str) -> bool:
+    """What the files state, or else what their post-processor does. With neither, as old files and tokenizer.model
+    have it, Llama's class adds one (transformers 4, LlamaTokenizer's add_bos_token)."""
+    stated, processor = config.get("add_bos_token"), spec.get("post_processor")
+    if stated is not None:
+        return bool(stated)
+    if not processor:
+        return "LlamaTokenizer" in str(config.get("tokenizer_class"))
+    return f'"single": [{{"SpecialToken": {{"id": {json.dumps(bos)}' in json.dumps(processor)
 
 
 def _bytes_of_ids(spec: dict) -> tuple[dict[int, bytes], bool]:

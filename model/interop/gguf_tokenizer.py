@@ -11,7 +11,6 @@ programs which hide control tokens hide these.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -34,7 +33,7 @@ NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # TokenType of the forma
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, rows: int) -> list[str]:
     """Writes it with a GGUFWriter -> lines to print. rows: of the embedding, which are all filled."""
-    spec, _, config, folder = read_files(tokenizer.path)
+    spec, _, _, folder = read_files(tokenizer.path)
     model, notes = spec["model"], []
     tokens = {i: token for token, i in model["vocab"].items()} | {i: name for name, i in tokenizer.control.items()}
     kinds = {i: BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for i, token in tokens.items()}
@@ -65,9 +64,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, rows: int) -> list[str]:
             add(named)
     if tokenizer.special("eos_token") not in tokenizer.control:
         writer.add_eos_token_id(min(tokenizer.stop_ids))
-    begins = tokenizer.special("bos_token")
-    processor = json.dumps(spec.get("post_processor"), ensure_ascii=False)
-    writer.add_add_bos_token(bool(config.get("add_bos_token", begins and json.dumps(begins)[1:-1] in processor)))
+    writer.add_add_bos_token(tokenizer.adds_bos)
     if template := tokenizer.chat_template or (TEMPLATE if IM_START in tokenizer.control else ""):
         writer.add_chat_template(template)
     return notes

@@ -15,8 +15,9 @@ from model.checkpoint import load_weights, save_weights
 from model.export import save_hf
 from model.lora import LoRASettings, adapted, add_lora
 from tests.helpers.harness import check_same_numbers, evaluate, write_tasks
-from tests.helpers.models import TOKENIZER, small_model
+from tests.helpers.models import TOKENIZER, small_model, tiny_model
 from tests.helpers.runs import run_script
+from tests.helpers.tokenizers import BEGINS, ENDS, llama_like
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,17 @@ def test_longer_than_the_model_as_transformers_own_adapter(lm_eval, weights, tmp
     assert said == their_said and len(set(said)) > 3
     with pytest.raises(ValueError, match="max_gen_toks 24 leaves none of 24 positions for the question"):
         ours.generate_until(requests("generate_until", [(texts[0], {"until": [], "max_gen_toks": 24})]))
+
+
+def test_a_text_that_stands_alone_opens_as_transformers_own_adapter_opens_it(lm_eval, tmp_path):
+    """For Llama both take its BOS."""
+    from evaluation.harness import register
+
+    llama = llama_like(tmp_path / "llama", "the", "cat")
+    model, known = tiny_model(vocab_size=llama.vocab_size), dict(path=llama.path, hash=llama.hash)
+    weights = save_weights(tmp_path / "pretrain_24.pth", model, tokenizer=known, lineage=[])
+    lm = register()(weight=str(weights), dtype="float32", device="cpu")
+    assert (lm.prefix_token_id, lm.eot_token_id) == (BEGINS, ENDS)
 
 
 def test_answers_are_drawn_only_if_the_task_says_so(lm_eval, weights):

@@ -16,6 +16,7 @@ from model.checkpoint import Checkpoint
 from model.export import save_hf
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import write_sft
+from tests.helpers.tokenizers import BEGINS, ENDS, llama_like
 from tokenizer.chat import Encoded, encode_chat
 
 
@@ -101,6 +102,13 @@ def test_each_token_of_a_document_is_a_target_once():
     assert [target for part in parts for target in part.ids[1:]] == [*ids, E]
     assert parts[0].ids[0] == E and parts[1].ids[0] == parts[0].ids[-1]
     assert all(len(part.ids) <= 5 for part in parts)
+
+
+def test_a_document_for_llama_stands_between_its_bos_and_eos(tmp_path):
+    """It began with </s>: a model of texts like <s> the cat </s> had a perplexity of 2.43 instead of 1.11."""
+    llama = llama_like(tmp_path, "the", "cat")
+    (row,) = windows(llama, "the cat")
+    assert row.ids == [BEGINS, *llama.encode("the cat"), ENDS]
 
 
 def test_perplexity_and_bits_per_byte_by_hand():

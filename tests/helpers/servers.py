@@ -38,8 +38,10 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "t
 ENDLESS = HELLO | {"logit_bias": {str(token): -1000 for token in TOKENIZER.stop_ids}, "stream": True}
 
 
-def served(model, name="tiny", rows=4, capacity=512, base=None, before_step=lambda: None) -> Served:
-    return Served(name, Engine(model, rows, capacity, before_step), TOKENIZER, base, created=1_700_000_000)
+def served(
+    model, name="tiny", rows=4, capacity=512, base=None, before_step=lambda: None, tokenizer=TOKENIZER
+) -> Served:
+    return Served(name, Engine(model, rows, capacity, before_step), tokenizer, base, created=1_700_000_000)
 
 
 @contextmanager
@@ -86,7 +88,7 @@ class Parrot(nn.Module):
         logits = torch.zeros(1, self.config.vocab_size)
         place = position - self.start
         logits[0, self.script[place] if place < len(self.script) else TOKENIZER.im_end] = 20.0
-        return SimpleNamespace(logits=logits if selected is not None else logits[None])
+        return SimpleNamespace(logits=logits.expand(len(selected), -1) if selected is not None else logits[None])
 
 
 def say(parrot, *pieces):

@@ -7,6 +7,7 @@ from inference.answers import answers, answers_to_ids, final_text, prompt_ids
 from inference.decode import generate
 from inference.sampling import Sampling
 from tests.helpers.models import TOKENIZER, small_model
+from tests.helpers.tokenizers import BEGINS, llama_like
 
 GREEDY = Sampling(temperature=0)
 QUESTIONS = [[{"role": "user", "content": "你好" * n + " there"}] for n in (9, 1, 30, 4, 17, 2, 2, 60)]
@@ -89,3 +90,8 @@ def test_a_thought_that_the_prompt_has_opened_is_part_of_what_was_said(model):
 def test_a_text_is_continued(model):
     (answer,) = answers(model, TOKENIZER, ["Once upon"], max_new_tokens=5)
     assert answer.ids == alone(model, [TOKENIZER.end_of_text, *TOKENIZER.encode("Once upon")], 5)
+
+
+def test_a_text_for_llama_begins_with_its_bos(tmp_path):
+    llama = llama_like(tmp_path, "the", "cat")
+    assert prompt_ids(llama, "the cat") == [BEGINS, *llama.encode("the cat")]

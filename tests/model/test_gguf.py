@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.interop.gguf import architecture_of, read_gguf, to_halves, to_neighbours, write_gguf
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.models import TOKENIZER, random_model
+from tests.helpers.tokenizers import BEGINS, llama_like
 from tokenizer.chat import TEMPLATE
 from tokenizer.text import SHIPPED, Tokenizer
 
@@ -169,6 +170,13 @@ def test_the_tokenizer_in_the_file(tmp_path):
     assert found["tokenizer.ggml.eos_token_id"] == 2 and found["tokenizer.ggml.padding_token_id"] == 0
     assert found["tokenizer.ggml.add_bos_token"] is False
     assert found["tokenizer.chat_template"] == TEMPLATE
+
+
+@pytest.mark.parametrize("config, adds", [({}, True), ({"add_bos_token": False}, False), ({"bos_token": None}, False)])
+def test_llama_cpp_puts_bos_before_a_text_where_we_do(config, adds, tmp_path):
+    llama = llama_like(tmp_path / "llama", "the", **config)
+    write(tmp_path / "a.gguf", tokenizer=llama, vocab_size=llama.vocab_size)
+    assert fields(tmp_path / "a.gguf")["tokenizer.ggml.add_bos_token"] is adds is (llama.start_of_text == BEGINS)
 
 
 def changed_tokenizer(folder, **changes) -> Tokenizer:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.tokenizers import BEGINS, ENDS, llama_like
 from tokenizer.text import SHIPPED, Tokenizer
 
 CONTROL = [
@@ -235,67 +236,60 @@ def test_added_tokens_outside_of_the_vocabulary(tmp_path):
     base = Tokenizer.load(write(tmp_path / "base", spec, {"eos_token": "<|end_of_text|>"}))
     assert base.stop_ids == {6385, 6386}
     assert llama.chat_template == "x"
+    assert llama.start_of_text == llama.end_of_text, "it is not told which of the names is the BOS"
+    named = Tokenizer.load(write(tmp_path / "named", spec, {"bos_token": names[0], "eos_token": names[2]}))
+    assert named.start_of_text == 6384
     with pytest.raises(ValueError, match=r"llama: the tokenizer has no <\|im_start\|> token; take one that has"):
         llama.im_start  # noqa: B018 - asked for only by the ChatML format
 
 
 def test_sentencepiece_style_bpe(tmp_path):
-    """Llama 2's and Mistral's first: ▁ for a space and one before any text; bytes as <0x0A> where no piece fits."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
-    vocab |= {"▁": 259, "h": 260, "i": 261, "▁h": 262, "▁hi": 263}
-    spec = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "post_processor": None,
-        "pre_tokenizer": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": name,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for i, name in enumerate(["<unk>", "<s>", "</s>"])
-        ],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab,
-            "merges": ["▁ h", "▁h i"],
-        },
-    }
-    mistral = Tokenizer.load(write(tmp_path / "mistral", spec))
+    mistral = llama_like(tmp_path, "hi")
     assert mistral.encode("hi hi") == [263, 263]
     for text in ["hi hi", "好\n", " hi", "</s>"]:
         assert mistral.decode(mistral.encode(text)) == text
         stream = mistral.stream()
         assert "".join(map(stream.push, mistral.encode(text))) + stream.flush() == text
     assert 2 not in mistral.encode("</s>") and mistral.end_of_text == 2
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"add_bos_token": True}, {"bos_token": {"__type": "AddedToken", "content": "<s>"}}]
+)
+def test_a_text_opens_as_the_family_opens_it(tmp_path, config):
+    """Llama's texts began with </s>, which it was trained to see at an end: its perplexity doubled without a word."""
+    from transformers import AutoTokenizer
+
+    llama = llama_like(tmp_path, "the", "cat", **config)
+    assert (llama.start_of_text, llama.end_of_text) == (BEGINS, ENDS)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("the cat").input_ids == [llama.start_of_text, *llama.encode("the cat")]
+    assert llama.encode("<s>the")[0] != BEGINS, "the name in a text stays text"
+
+
+def test_where_no_bos_is_put_before_a_text_the_end_of_another_opens_it(tokenizer, tmp_path):
+    """Ours; Qwen2, which names none; MiniMind, whose bos_token only opens turns."""
+    assert tokenizer.start_of_text == tokenizer.end_of_text
+    assert llama_like(tmp_path / "none", "the", bos_token=None).start_of_text == ENDS
+    assert llama_like(tmp_path / "off", "the", add_bos_token=False).start_of_text == ENDS
+    assert llama_like(tmp_path / "missing", "the", bos_token="<bos>").start_of_text == ENDS
+    minimind = shipped_spec() | dict(post_processor=dict(type="ByteLevel", trim_offsets=False))
+    names = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|im_start|>", eos_token="<|im_end|>")
+    assert Tokenizer.load(write(tmp_path / "minimind", minimind, names)).start_of_text == 0
+    both = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    ends = shipped_spec() | dict(post_processor=dict(type="TemplateProcessing", single=both))
+    names = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    assert not Tokenizer.load(write(tmp_path / "ends", ends, names)).adds_bos, "the template puts it behind a text"
+
+
+def test_llamas_class_adds_a_bos_where_the_files_say_nothing(tmp_path):
+    """Directories with a tokenizer.model, or from before tokenizer.json had a post-processor."""
+    llama_like(tmp_path, "the")
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")) | dict(post_processor=None)
+    config = dict(tokenizer_class="LlamaTokenizerFast", bos_token="<s>")
+    assert Tokenizer.load(write(tmp_path, spec, config)).start_of_text == BEGINS
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    assert Tokenizer.load(write(tmp_path, spec, config)).start_of_text == ENDS
 
 
 @pytest.mark.parametrize(
