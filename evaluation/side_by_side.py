@@ -39,7 +39,7 @@ class Talk:
         if room < 1:
             yield f"(a question of {len(ids)} tokens leaves no room in {limit} positions)"
             return
-        stream, said = contender.tokenizer.stream(), []
+        stream, said = contender.tokenizer.stream(after=ids if contender.completes else ()), []
         with contender.active():
             reply = self.session.reply(ids, self.sampling, max_new_tokens=room, stop=contender.tokenizer.stop_ids)
         with closing(reply):

@@ -87,7 +87,7 @@ class Conversation:
     def _stream(self, new: list[dict], ids: list[int], room: int) -> Pieces:
         opens, closes = (self.tokenizer.control.get(tag) for tag in ("<think>", "</think>"))
         begun = thinking = next((token == opens for token in reversed(ids) if token in (opens, closes)), False)
-        stream, said = self.tokenizer.stream(), []
+        stream, said = self.tokenizer.stream(after=ids if self.completes else ()), []
         message = None
         reply = self.session.reply(ids, self.sampling, max_new_tokens=room, stop=self.tokenizer.stop_ids)
         try:

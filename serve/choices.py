@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from inference.engine import LogProb, Request, Sequence
@@ -119,10 +119,13 @@ def chat_logprobs(tokenizer: Tokenizer, found: list[tuple[int, LogProb]]) -> dic
 
 
 class TextOffsets:
-    """Where the text of each token begins, in characters. A character of several tokens is counted with the last."""
+    """Where the text of each token begins, in characters. A character of several tokens is counted with the last.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.stream, self.next = tokenizer.stream(skip_control=True), 0
+    after: the ids that the first of these tokens follows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
+        self.stream, self.next = tokenizer.stream(skip_control=True, after=after), 0
 
     def push(self, token: int) -> int:
         offset = self.next

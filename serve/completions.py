@@ -28,7 +28,7 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
         ids, hidden = await asyncio.to_thread(_prompt_ids, served, prompt)
         for _ in range(n):
             requests.append(server.request(served, body, ids, len(requests) % n, asked, **more))
-            answers.append(Answer(tokenizer, stop=stops, plain=True))
+            answers.append(Answer(tokenizer, ids, stop=stops, plain=True))
             prompts.append((ids, hidden))
     about = {"id": f"cmpl-{token_hex(12)}", "object": "text_completion", "created": int(time.time())}
     about |= {"model": body.model or served.name, "system_fingerprint": FINGERPRINT}
@@ -39,7 +39,7 @@ async def complete(server: Server, body: CompletionRequest, request: Request) ->
         ids, hidden = prompts[choice.index]
         return tokenizer.decode(ids[hidden:], skip_control=True) if body.echo else ""
 
-    offsets = [TextOffsets(tokenizer) for _ in requests]
+    offsets = [TextOffsets(tokenizer, after=() if body.echo else ids) for ids, _ in prompts]
 
     def told(choice: Choice, start: int, first: bool) -> dict | None:
         """The log-probabilities of the tokens from `start` on, and first of the prompt's."""

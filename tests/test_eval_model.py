@@ -314,12 +314,14 @@ def test_the_history_and_the_commands(tokenizer):
     assert "there is no /rest\n" in text and "/system <text>" in text and "never asked" not in text
 
 
-def test_a_text_for_llama_begins_with_its_bos(tmp_path):
+def test_a_text_for_llama_begins_with_its_bos_and_keeps_its_blank(tmp_path):
+    """It began with </s>, and "the cat" went on with "sat"."""
     llama = llama_like(tmp_path, "the", "cat", "sat")
     session = Scripted(llama.encode("sat"), llama.encode("the cat"))
     talk = Conversation(session, llama, GREEDY, completes=True)
-    assert "".join(piece for piece, _ in talk.answer("the cat")).strip() == "sat"
+    assert "".join(piece for piece, _ in talk.answer("the cat")) == " sat"
     assert session.prompts == [[BEGINS, *llama.encode("the cat")]]
+    assert "".join(piece for piece, _ in talk.answer("")) == "the cat", "nothing stands before it"
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(tokenizer):

@@ -51,7 +51,7 @@ class Answer:
     stop      words that end the answer; nothing of them is shown
     tools     whether <tool_call> blocks are calls; else what is in them is text
     call      the beginning of a call that the prompt already holds (tool_choice)
-    plain     no reasoning and no calls, only text: /v1/completions
+    plain     no reasoning and no calls, only text that goes on where the prompt ends: /v1/completions
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Answer:
         self.reads_calls = CALL[0] in tags
         self.tags = {tokenizer.control[tag]: tag for tag in tags if tag in tokenizer.control}
         self.spelled = Scanner([tag for tag in tags if tag not in tokenizer.control])  # MiniMind2's are text
-        self.decoder = tokenizer.stream(skip_control=True)
+        self.decoder = tokenizer.stream(skip_control=True, after=prompt if plain else ())
         self.stops = Scanner(stop)
         self.mode = "content"  # | reasoning | call
         self.buffer = ""  # of a call

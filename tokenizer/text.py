@@ -104,8 +104,9 @@ class Tokenizer:
         """The bytes that each id stands for; of control tokens, their names."""
         return [self._bytes.get(i, b"") for i in map(int, ids)]
 
-    def stream(self, skip_control: bool = False) -> StreamDecoder:
-        return StreamDecoder(self, skip_control)
+    def stream(self, skip_control: bool = False, after: Iterable[int] = ()) -> StreamDecoder:
+        """after: ids that a text of the same row continues. It keeps its first blank, unless none of them is text."""
+        return StreamDecoder(self, skip_control, inside=any(i not in self._control_ids for i in after))
 
     def same_ids(self, other: Tokenizer) -> bool:
         """Whether every id stands for the same in both. Chat templates may differ."""
@@ -163,13 +164,16 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """The text of tokens as they arrive. A character appears when its last byte has arrived, so shown text is final."""
+    """The text of tokens as they arrive. A character appears when its last byte has arrived, so shown text is final.
 
-    def __init__(self, tokenizer: Tokenizer, skip_control: bool = False):
+    inside  text stands before it, so the blank it begins with is its own and not the one that SentencePiece adds.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_control: bool = False, inside: bool = False):
         self._bytes = tokenizer._bytes
         self._hidden = tokenizer._control_ids if skip_control else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drop_space = tokenizer._drops_first_space
+        self._drop_space = tokenizer._drops_first_space and not inside
 
     def push(self, id: int) -> str:
         return self.push_all((id,))

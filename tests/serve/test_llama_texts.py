@@ -1,4 +1,4 @@
-"""Texts for a model with Llama 2's tokenizer: they begin with its BOS."""
+"""Texts for a model with Llama 2's tokenizer: they begin with its BOS, and what is continued keeps its first blank."""
 
 import httpx
 import pytest
@@ -38,3 +38,24 @@ def test_a_text_begins_with_bos(ask, llama):
     assert values(PROMPT) == pytest.approx(values([BEGINS, *ids]), abs=1e-4)
     assert values(PROMPT) != pytest.approx(values([ENDS, *ids]), abs=1e-2)
     assert ask(prompt=[BEGINS, *ids])["usage"]["prompt_tokens"] == len(ids) + 1 == ask()["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_text_goes_on_with_its_blank(ask, echo):
+    """It was "the catsat on the mat", and the offsets of its tokens did not fit it."""
+    choice = ask(echo=echo, logprobs=0)["choices"][0]
+    assert choice["text"] == (PROMPT if echo else "") + GOES_ON
+    told = choice["logprobs"]
+    pieces = [(at, token) for at, token in zip(told["text_offset"], told["tokens"]) if token != "</s>"]
+    pieces = [(0, token.lstrip()) if echo and not n else (at, token) for n, (at, token) in enumerate(pieces)]
+    assert all(choice["text"][at : at + len(token)] == token for at, token in pieces)
+    assert len(pieces) == len(choice["text"].split())
+
+
+def test_a_stop_word_may_begin_with_the_blank(ask):
+    assert ask(stop=" sat")["choices"][0]["text"] == ""
+    assert ask(stop="sat")["choices"][0]["text"] == " "
+
+
+def test_where_nothing_stands_before_it_a_text_has_no_blank(ask):
+    assert ask(prompt="")["choices"][0]["text"] == GOES_ON.strip()

@@ -292,6 +292,15 @@ def test_llamas_class_adds_a_bos_where_the_files_say_nothing(tmp_path):
     assert Tokenizer.load(write(tmp_path, spec, config)).start_of_text == ENDS
 
 
+def test_a_text_that_goes_on_keeps_its_first_blank(tmp_path):
+    """ "the cat" went on with "sat": the blank that SentencePiece puts before a text was taken off a continuation."""
+    llama = llama_like(tmp_path, "the", "cat", "sat")
+    ids = [llama.start_of_text, *llama.encode("the cat sat")]
+    for cut in range(len(ids)):
+        stream, before = llama.stream(skip_control=True, after=ids[:cut]), llama.decode(ids[:cut], skip_control=True)
+        assert before + stream.push_all(ids[cut:]) == "the cat sat"
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
