@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.console import UserError
-from dataset.read.turns import REASONING, read_turn
+from dataset.read.turns import REASONING, read_message
 from inference.sampling import Sampling
 from tokenizer.messages import dumps
 
@@ -142,7 +142,7 @@ class ChatRequest(Common):
         for i, message in enumerate(self.messages):
             if message.get("role") == "assistant" and _is_silent(message):
                 continue  # an answer that was stopped before it began
-            messages += read_turn({"role": None, **message}, f"messages[{i}]")
+            messages.append(read_message({"role": None, **message}, f"messages[{i}]", repair=False))
         if not messages:
             raise Refused("messages: every message is empty", "messages")
         return messages, None if self.tool_choice == "none" else self.tools or None

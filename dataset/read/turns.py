@@ -46,7 +46,7 @@ YES_OR_NO = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "
 def said(value: object, role: str, where: str, more: dict | None = None) -> list[dict]:
     """Text, one message or a list of them -> messages. more: keys of the message, where the value is text."""
     if isinstance(value, str):
-        return [_message({"role": role, "content": value} | (more or {}), where)]
+        return [read_message({"role": role, "content": value} | (more or {}), where)]
     if isinstance(value, dict):
         return read_turn(value, where)
     if not isinstance(value, list) or not value:
@@ -58,7 +58,7 @@ def read_turn(turn: object, where: str) -> list[dict]:
     """One message, or a question and its answer."""
     if isinstance(turn, dict):
         if "role" in turn or "from" in turn:
-            return [_message(turn, where)]
+            return [read_message(turn, where)]
         if paired := _paired(turn):
             asked, answered = paired
             system = [{"role": "system", "content": turn["system"]}] if turn.get("system") else []
@@ -79,7 +79,9 @@ def unread_keys(turn: object) -> list[str]:
     return [key for key, value in turn.items() if value is not None and key not in READ and key not in paired]
 
 
-def _message(turn: dict, where: str) -> dict:
+def read_message(turn: dict, where: str, *, repair: bool = True) -> dict:
+    """A turn that says its role. repair: a </think> that nothing opens ends a thought, as templates leave it in
+    training data; without, it is text."""
     role = turn["role"] if "role" in turn else turn["from"]
     content = turn["content"] if "content" in turn else turn.get("value")
     if len(turn) == 2 and isinstance(content, str) and isinstance(role, str) and role not in CALLS:
@@ -105,7 +107,7 @@ def _message(turn: dict, where: str) -> dict:
         if content is None:
             message["content"] = ""
     if message["role"] == "assistant" and isinstance(content, str):
-        message["content"], thoughts = _one_thought(content, thoughts, where)
+        message["content"], thoughts = _one_thought(content, thoughts, where, repair)
     if len({thought.strip() for thought in thoughts}) > 1:
         raise UserError(f"{where}: two different thoughts, {short(thoughts[0])} and {short(thoughts[1])}; keep one")
     if thoughts:
@@ -116,7 +118,7 @@ def _message(turn: dict, where: str) -> dict:
     return message if trained or message["role"] != "assistant" else message | {"train": False}
 
 
-def _one_thought(content: str, thoughts: list[str], where: str) -> tuple[str, list[str]]:
+def _one_thought(content: str, thoughts: list[str], where: str, repair: bool) -> tuple[str, list[str]]:
     """(content, thoughts) of an assistant's turn: the content begins with its thought, or `thoughts` has it.
 
     Templates that end a prompt with <think> leave only </think> in the answer. And servers that put the thought into a
@@ -124,7 +126,7 @@ def _one_thought(content: str, thoughts: list[str], where: str) -> tuple[str, li
     """
     before, end, answer = content.partition("</think>")
     opened = before.lstrip().startswith("<think>")
-    if not end or (not opened and ("<think>" in before or before[-1:] in ("`", "'", '"'))):
+    if not end or (not opened and (not repair or "<think>" in before or before[-1:] in ("`", "'", '"'))):
         return content, thoughts  # no thought, or words about the tags
     thought = before.lstrip().removeprefix("<think>")
     if thoughts and (opened or thought.strip() == thoughts[0].strip()):

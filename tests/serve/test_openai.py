@@ -201,6 +201,32 @@ def test_an_answer_of_blanks_may_be_sent_back(client):
     assert count([HELLO[0], called, HELLO[0]]) > count([HELLO[0], HELLO[0]])  # it was left out
 
 
+def test_an_answer_about_a_tag_may_be_sent_back(server):
+    """A </think> without a <think> was taken for the end of a thought that had lost its beginning, as in training data:
+    the first answer here was status 400, and the others got a thought that nobody had."""
+    tags = [tokenizer.control[tag] for tag in ("<think>", "</think>")]
+
+    def ids(content, **more):
+        history = [*HELLO, {"role": "assistant", "content": content, **more}, *HELLO]
+        answer = httpx.post(server.url + "/tokenize", json={"messages": history})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["tokens"]
+
+    for words in (
+        "The tag </think> closes a thought.",
+        "Close it like this:\n</think>\nDone.",
+        "</think>\n\n4",
+        "2 and 2.</think>\n\n4",
+    ):
+        for content in (words, [{"type": "text", "text": words}]):
+            found = ids(content)
+            assert not set(tags) & set(found) and words in tokenizer.decode(found)
+    thought = ids("a\n</think>\nb", reasoning_content="a")  # the thought is sent beside the words: these stay whole
+    assert [thought.count(tag) for tag in tags] == [1, 1] and "a\n</think>\nb" in tokenizer.decode(thought)
+    block = ids("<think>\na\n</think>\n\n</think> is a tag.")  # the one piece of markup
+    assert [block.count(tag) for tag in tags] == [1, 1]
+
+
 def test_a_demanded_tool_is_called(client, parrot):
     say(parrot, ' {"city": "Rome"}}\n', "</tool_call>")
     choice = {"type": "function", "function": {"name": "get_weather"}}
