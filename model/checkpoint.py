@@ -267,8 +267,10 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | None = None) -> Tokenizer
     rows = checkpoint.config.vocab_size
     place = None if path is None else str(find_path(path))
     tokenizer = tokenizer_of(checkpoint.tokenizer, Path(checkpoint.path), rows, place)
-    # Without a hash only the size can tell; embeddings are padded a little (Qwen: 151,936 rows for 151,669 tokens).
-    if "hash" not in checkpoint.tokenizer and tokenizer.vocab_size < 0.99 * rows:
+    # Without a hash only the size can tell a tokenizer that merely lies near: embeddings are padded a little (Qwen:
+    # 151,936 rows for 151,669 tokens). One that is named, or lies among the weights' own files, may have far fewer.
+    near = path is None and Path(tokenizer.path).resolve() != Path(checkpoint.path).resolve()
+    if near and "hash" not in checkpoint.tokenizer and tokenizer.vocab_size < 0.99 * rows:
         raise UserError(
             f"{checkpoint.path}: has {rows:,} token embeddings, but the tokenizer in {tokenizer.path} only "
             f"{tokenizer.vocab_size:,} tokens; give its own with --tokenizer_path"

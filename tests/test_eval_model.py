@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from inference.sampling import Sampling
 from inference.tools import ROUNDS
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
+from model.export import save_hf
 from model.precision import prepare_for_inference
 from model.quant_cpu import quantize_for_cpu
 from model.transformer import CausalLM
@@ -230,8 +232,27 @@ def test_a_bare_state_dict_needs_a_tokenizer_of_its_size(say, model, tokenizer, 
     assert say("--weight", file, "--prompt", "a", "--tokenizer_path", tokenizer.path)[0] == 0
     for rows in (6000, 7000):
         torch.save(CausalLM(ModelConfig(vocab_size=rows, hidden_size=32, num_hidden_layers=1)).state_dict(), file)
-        status, _, remarks = say("--weight", file, "--prompt", "a", "--tokenizer_path", tokenizer.path)
+        shutil.copytree(tokenizer.path, tmp_path / "tokenizer", dirs_exist_ok=True)  # may be another model's
+        status, _, remarks = say("--weight", file, "--prompt", "a")
         assert status == 2 and f"{rows:,} token embeddings" in remarks and "6,400" in remarks
+
+
+def test_embeddings_may_have_many_rows_without_a_token(say, model, tokenizer, tmp_path):
+    """Rounded up to a multiple of 128, 323 tokens have 384 rows. The message was "give its own with --tokenizer_path",
+    also to who had given it."""
+    file, folder = tmp_path / "full_sft_32.pth", tmp_path / "hf"
+    rows = torch.zeros(600, 32)
+    state = {name: torch.cat([own, rows]) if len(own) == 6400 else own for name, own in model.state_dict().items()}
+    torch.save(state, file)
+    save_hf(folder, load_weights(file), tokenizer.path, tokenizer.stop_ids)
+    for flags in (["--weight", file, "--tokenizer_path", tokenizer.path], ["--weight", folder]):
+        status, answer, remarks = say(*flags, "--prompt", "a", "--temperature", 0, "--max_new_tokens", 5)
+        assert status == 0, remarks
+    (folder / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).rename(folder / "tokenizer" / name)
+    status, _, remarks = say("--weight", folder, "--prompt", "a")
+    assert status == 2 and "7,000 token embeddings" in remarks  # not beside the weights: perhaps not theirs
 
 
 class Malice:
