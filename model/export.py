@@ -43,6 +43,7 @@ from tokenizer.text import IM_START, Tokenizer, read_files
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 GENERATION, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")  # the names that are written here, and by transformers
 SHARD_BYTES = 5_000_000_000  # of one *.safetensors; more is written as several files and an index
 
 
@@ -80,8 +81,6 @@ def save_hf(
         raise UserError(f"{directory}: cannot be written in Hugging Face's layout: {error}") from None
     tensors = stored_once(checkpoint.config, checkpoint.state)
     shards = _shards(tensors, dtype, shard_bytes)
-    if len(shards) == 1:  # an index of an earlier export, in several files, would be preferred by readers
-        (directory / INDEX).unlink(missing_ok=True)
     places, size, kinds = {}, 0, set()
     for n, shard in enumerate(shards):  # one after the other, so that not all of a large model is in memory
         file = SINGLE if len(shards) == 1 else f"model-{n + 1:05}-of-{len(shards):05}.safetensors"
@@ -93,6 +92,7 @@ def save_hf(
         kinds |= {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
     if len(shards) > 1:
         _write_json(directory / INDEX, dict(metadata=dict(total_size=size), weight_map=places))
+    _remove_others(directory, {*places.values()})
     copy_tokenizer(directory, tokenizer)
     generation = _generation_config(Path(tokenizer), stop_ids)
     _write_json(directory / GENERATION, generation)
@@ -101,6 +101,16 @@ def save_hf(
     values |= {name: generation.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(directory / "config.json", values)  # last: with it the directory is a model
     return directory
+
+
+def _remove_others(directory: Path, written: set[str]) -> None:
+    """Weights of an earlier export: transformers would read one file rather than new shards, we an old index rather
+    than one new file. When this is called the new ones are complete, so a crash leaves a whole model, old or new."""
+    if SINGLE in written:
+        (directory / INDEX).unlink(missing_ok=True)  # before the shards that it names
+    for path in list(directory.iterdir()):
+        if OURS.fullmatch(path.name) and path.name not in written:
+            path.unlink()
 
 
 def _shards(tensors: StoredTensors, dtype: torch.dtype | None, limit: int) -> list[list[str]]:

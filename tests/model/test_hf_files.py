@@ -1,6 +1,7 @@
 """Which files of a Hugging Face directory are read: those of the index, and what is missing is named."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from common.files import ROOT
 from model.adapter import load_adapter
 from model.checkpoint import Checkpoint, load_weights
 from model.config import ModelConfig
-from model.export import save_hf
+from model.export import SHARD_BYTES, save_hf
 from model.interop.hf import config_from_hf
 from model.interop.hf_files import INDEX, open_tensors
 from model.transformer import CausalLM
@@ -21,12 +22,12 @@ SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_h
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def export(folder, seed=0, **changes):
-    """A directory with one model.safetensors -> its tensors."""
+def export(folder, seed=0, shard_bytes=SHARD_BYTES, **changes):
+    """A directory with one model.safetensors, unless it is larger than that -> its tensors."""
     torch.manual_seed(seed)
     model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_hf(folder, Checkpoint(folder, state, model.config), folder, stop_ids={2})
+    save_hf(folder, Checkpoint(folder, state, model.config), folder, stop_ids={2}, shard_bytes=shard_bytes)
     return dict(load_weights(folder).state)
 
 
@@ -109,6 +110,58 @@ def test_an_export_replaces_an_older_one_in_shards(tmp_path):
     shard(tmp_path, export(tmp_path, seed=0))
     new = export(tmp_path, seed=1)
     assert_same(load_weights(tmp_path).state, new)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors*"))
+
+
+def theirs(folder):
+    """As transformers reads: one file first, then the index."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_an_export_in_shards_replaces_an_older_one(tmp_path):
+    """transformers took the old model.safetensors, which lay beside the new shards and their index."""
+    export(tmp_path, seed=0)
+    new = export(tmp_path, seed=1, shard_bytes=1000)
+    for found in (load_weights(tmp_path).state, theirs(tmp_path)):
+        assert torch.equal(found["model.norm.weight"], new["model.norm.weight"])
+        assert torch.equal(found["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+    assert names(tmp_path) == [ONE, TWO, INDEX]
+    for name in ("consolidated.safetensors", "model.fp16.safetensors"):  # somebody else's
+        write(tmp_path / name, new)
+    export(tmp_path, seed=1, shard_bytes=1000, num_hidden_layers=2)
+    three = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert names(tmp_path) == ["consolidated.safetensors", *three, "model.fp16.safetensors", INDEX]
+    export(tmp_path, seed=0)
+    assert names(tmp_path) == ["consolidated.safetensors", "model.fp16.safetensors", "model.safetensors"]
+
+
+@pytest.mark.parametrize("before, after", [(SHARD_BYTES, 1000), (1000, SHARD_BYTES)])
+def test_an_export_that_is_interrupted_leaves_a_whole_model(tmp_path, monkeypatch, before, after):
+    """After each file that is written or removed: the old tensors or the new ones, for us and for transformers."""
+    new = export(tmp_path / "new", seed=1)["model.embed_tokens.weight"]
+    old = export(tmp_path / "old", seed=0, shard_bytes=before)["model.embed_tokens.weight"]
+    states = []
+
+    def look(folder):
+        for found in (load_weights(folder).state, theirs(folder)):
+            weight = found["model.embed_tokens.weight"]
+            states.append("old" if torch.equal(weight, old) else "new" if torch.equal(weight, new) else "mixed")
+
+    for name in ("replace", "unlink"):
+        change = getattr(os, name)
+
+        def watched(path, *rest, change=change, **more):
+            change(path, *rest, **more)
+            look(tmp_path / "old")
+
+        monkeypatch.setattr(os, name, watched)
+    export(tmp_path / "old", seed=1, shard_bytes=after)
+    assert set(states) == {"old", "new"} and states[-2:] == ["new", "new"]
 
 
 def test_a_head_of_its_own_counts_more_than_tie_word_embeddings(tmp_path):
