@@ -16,6 +16,8 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -31,6 +33,17 @@ PASSES_ON = frozenset(
 WIDENS = frozenset("center indent wordwrap truncate batch slice urlize".split())  # by a number they are given
 
 
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, by which templates tell transformers what to train on. Here it only
+    prints what is inside, since foreign.py finds that without. As in transformers, what is set inside ends with it."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        tag = next(parser.stream)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=tag.lineno)
+
+
 class Bounded(ImmutableSandboxedEnvironment):
     """Compile with `from_string`, then call `render_bounded`."""
 
@@ -40,7 +53,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=["jinja2.ext.loopcontrols", Generation],
             finalize=self._weighed,  # what {{ }} prints
         )
         self.steps = 0

@@ -59,6 +59,20 @@ MISTRAL = """{{- bos_token }}
     {%- else %}{{- ' ' + m.content + eos_token }}{% endif %}
 {%- endfor %}"""
 
+# SmolLM3: an answer stands in a block that tells transformers what to train on. As in a macro, what is set in it ends
+# with it; the blanks around the tags are the ones that Jinja leaves around any other
+MARKED = """{{- bos_token }}{% set who = 'nobody' %}
+{% for m in messages %}
+    {% if m.role == 'assistant' %}
+        {%- generation %}
+        {% set who = m.role ~ loop.index -%}
+        [{{ who }}] {{ m.content | trim }}{{ eos_token }}
+    {% endgeneration -%}
+    {% else %}
+{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %} /
+    {%- endif %} {{ who }}
+{% endfor %}"""
+
 # GLM: an answer is ended by the header of the next turn
 GLM = """[gMASK]<sop>
 {%- for m in messages %}{{- '<|' + m.role + '|>\\n' + m.content }}{% endfor %}
@@ -67,6 +81,7 @@ GLM = """[gMASK]<sop>
 FAMILIES = {
     "qwen": (QWEN, "<|im_end|>", ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]),
     "llama": (LLAMA, "<|eot_id|>", ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+    "marked": (MARKED, "</s>", ["<s>", "</s>"]),
     "mistral": (MISTRAL, "</s>", ["<s>", "</s>", "[INST]", "[/INST]"]),
     "glm": (GLM, "<|endoftext|>", ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"]),
 }
@@ -113,6 +128,13 @@ def test_labels_llama(family):
     tokenizer, _ = family("llama")
     chat = [said("user", "a"), said("assistant", " b\n"), said("user", "c"), said("assistant", "d")]
     assert spoken(tokenizer, encode_chat(tokenizer, chat)) == ["b<|eot_id|>", "d<|eot_id|>"]
+
+
+def test_labels_of_marked_answers(family):
+    """The tag was unknown, and with it the whole tokenizer."""
+    tokenizer, _ = family("marked")
+    chat = [said("user", "a"), said("assistant", " b\n"), said("user", "c"), said("assistant", "d")]
+    assert spoken(tokenizer, encode_chat(tokenizer, chat)) == [" b</s>", " d</s>"], "' b' is one token"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -168,7 +190,7 @@ ROUNDS = st.lists(st.tuples(st.builds(said, st.just("user"), PLAIN), ANSWER), mi
 def test_ids_equal_transformers_on_harmless_chats(family, name, rounds, prompt):
     tokenizer, theirs = family(name)
     messages = [message for pair in rounds for message in pair]
-    if name != "qwen":  # the other three have no reasoning and no tools
+    if name != "qwen":  # the others have no reasoning and no tools
         messages = [said(m["role"], split_reasoning(m)[1]) for m in messages]
     encoded = encode_chat(tokenizer, messages, add_generation_prompt=prompt)
     for_them = [dict(m) for m in messages]

@@ -19,6 +19,7 @@ ENDLESS = [
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{% for a in [[1]] recursive %}{{ loop([a]) }}{% endfor %}",
     "{% for a in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+    "{% generation %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endgeneration %}",
 ]
 NESTED = "{% set ns = namespace(x=['a']) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
 HUGE = [
@@ -38,6 +39,7 @@ HUGE = [
     "{{ '{:>9999999999}'.format(1) }}",
     "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}",
     "{{ lipsum(n=99999) }}",
+    "{% generation %}" + NESTED + "{{ ns.x ~ 'b' }}{% endgeneration %}",
 ]
 REACHING = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -77,6 +79,8 @@ def test_attributes_are_not_there(tmp_path, template):
         ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "cannot be compiled"),
         ("{% for i in x %}" * 25 + "{% endfor %}" * 25, "cannot be compiled"),
         ("{% if %}", "Expected an expression"),
+        ("{% generation %}" * 5000 + "{% endgeneration %}" * 5000, "cannot be compiled"),
+        ("{% generation %}{{ 1 }}", "Unexpected end of template"),
     ],
 )
 def test_a_template_that_is_none(tmp_path, template, named):
