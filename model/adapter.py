@@ -183,12 +183,14 @@ def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) ->
 def find_by_hash(
     wanted: str, recorded: str | None, *folders: Path | str, width: int | None = None
 ) -> Checkpoint | None:
-    """The weights with this hash: where they were `recorded`, else among the files in `folders`, of that width if it is
-    known. None: nowhere."""
+    """The weights with this hash: where they were `recorded`, else among the files in `folders`. Weights of another
+    `width` are not theirs; files with it in their name are looked at first. None: nowhere."""
     places = [ROOT / recorded] if recorded else []
-    for folder in map(Path, folders):
-        for own in (folder, folder / "best"):
-            places += sorted(own.glob(f"*_{width}*.pth" if width else "*.pth"))
+    likely = f"*_{width}*.pth" if width else "*.pth"
+    for names in (likely, "*.pth"):
+        for folder in map(Path, folders):
+            for own in (folder, folder / "best"):
+                places += sorted(own.glob(names))
     for place in dict.fromkeys(places):
         if place.exists():
             try:
@@ -197,7 +199,7 @@ def find_by_hash(
                 found = load_weights(place)
             except ValueError:  # a damaged file among others: go on looking
                 continue
-            if same_weights(found.hash, wanted):
+            if width in (None, found.config.hidden_size) and same_weights(found.hash, wanted):
                 return found
     return None
 
@@ -207,7 +209,8 @@ def _may_be(place: Path, wanted: str) -> bool:
     if place.suffix != ".pth":
         return True
     content = open_pickled(place)
-    recorded = content["sha256"].get("model") if isinstance(content, dict) and "sha256" in content else None
+    hashes = content.get("sha256") if isinstance(content, dict) else None
+    recorded = hashes.get("model") if isinstance(hashes, dict) else None
     return recorded in (None, wanted.partition(".")[0])
 
 

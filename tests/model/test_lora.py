@@ -1,13 +1,14 @@
 """Adapters against peft's arithmetic and gradients, and what must not change: the base, to the last bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from common.console import UserError
 from model.adapter import AdapterFile, find_base, load_adapter, save_adapter
-from model.checkpoint import load_weights, save_weights
+from model.checkpoint import load_weights, same_weights, save_weights
 from model.export import write_peft
 from model.interop.minimind import config_from_minimind
 from model.lora import (
@@ -103,6 +104,23 @@ def test_only_the_right_file_is_read_as_a_whole(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr("model.adapter.load_weights", lambda path: read.append(path.name) or load_weights(path))
     assert find_base(adapter, None, tmp_path).path.name == "renamed_24.pth" and read == ["renamed_24.pth"]
+
+
+def test_the_base_is_found_under_any_name(tmp_path, monkeypatch):
+    """Only names with the width in them were looked at. Those still come first; what lies beside is no trouble."""
+    about, settings = dict(tokenizer={}, lineage=[]), LoRASettings(rank=2)
+    parent = load_weights(save_weights(tmp_path / "best" / "base.pth", base(), **about))
+    recorded = dict(path=str(tmp_path / "gone_24.pth"), hash=parent.hash)
+    adapter = load_adapter(save_adapter(tmp_path / "a.pth", with_adapter(settings), settings, base=recorded, **about))
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    torch.save({"sha256": "ab", "x": torch.zeros(2)}, tmp_path / "other.pth")
+    (tmp_path / "damaged.pth").write_bytes(b"PK")
+    torch.save(base(hidden_size=48).state_dict(), tmp_path / "bare.pth")  # has no hash: its width tells
+    hashed = []
+    monkeypatch.setattr("model.adapter.same_weights", lambda *two: hashed.append(two[0]) or same_weights(*two))
+    assert find_base(adapter, None, tmp_path).path == tmp_path / "best" / "base.pth" and hashed == [parent.hash]
+    shutil.copyfile(tmp_path / "best" / "base.pth", tmp_path / "best" / "zoo_24.pth")
+    assert find_base(adapter, None, tmp_path).path.name == "zoo_24.pth"
 
 
 # ---- the same as peft
