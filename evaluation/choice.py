@@ -111,14 +111,17 @@ def as_choice(row: dict, where: str) -> Choice | None:
 
 
 def _number(given: object, labels: list, options: Sequence) -> int | None:
-    """Which option is meant: a label, a letter, a number from 0, or the option itself."""
+    """Which option is meant: a label, a letter, the option itself, or a number from 0. A text that is both, as "3" is
+    among 2, 3, 4 and 5, is the option."""
     text = str(given).strip()
     for names in ([str(label).strip() for label in labels], LETTERS[: len(options)]):
         if text and text.upper() in names:
             return names.index(text.upper())
-    if text.isdigit() and int(text) < len(options):
-        return int(text)
     texts = [str(option).strip() for option in options]
+    if isinstance(given, str) and texts.count(text) == 1:
+        return texts.index(text)
+    if text.isdecimal() and int(text) < len(options):
+        return int(text)
     return texts.index(text) if text in texts else None
 
 

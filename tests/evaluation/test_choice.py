@@ -65,6 +65,27 @@ def test_a_label_that_is_a_number_counts_from_one_where_the_labels_do(tmp_path):
     assert read_choices(tmp_path / "b.jsonl")[0].right == 2
 
 
+def test_an_option_that_is_a_number_may_be_named_by_its_text(tmp_path):
+    """"3" among 2, 3, 4 and 5 was taken for a position: the answer 5 counted as right."""
+
+    def right(answer, *options, name="a.jsonl"):
+        text = json.dumps(dict(question="1+2?", choices=options, answer=answer))
+        if name == "a.csv":
+            text = "\n".join([",".join(("question", *"ABCD", "answer")), ",".join(("1+2?", *options, answer))])
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (found,) = read_choices(tmp_path / name)
+        return found.options[found.right]
+
+    for name in ("a.jsonl", "a.csv"):
+        assert right("3", "2", "3", "4", "5", name=name) == "3"
+        assert right("0", "2", "3", "4", "5", name=name) == "2", "no option is called 0: a position"
+        assert right("1", "1", "3", "1", "5", name=name) == "3", "two are called 1: a position"
+        assert right("²", "1", "2", "²", "5", name=name) == "²"  # a digit that int() does not read
+        assert right("B", "C", "D", "B", "A", name=name) == "D", "a letter is a letter"
+    assert right(3, "2", "3", "4", "5") == "5", "a number in JSON is a position"
+    assert right("3", 2, 3, 4, 5) == "3"
+
+
 def test_an_empty_option_does_not_shift_the_letters(tmp_path):
     """C is the second of the three that are there, and is shown as B. The third option was taken for right."""
     (tmp_path / "a.csv").write_text("question,A,B,C,D,answer\n1+1?,one,,two,four,C\n")
