@@ -4,7 +4,7 @@ out/full_dist_<hidden>[_moe].pth.
     python trainer/train_distillation.py --teacher out/full_sft_768.pth --hidden_size 512  # full_sft_512.pth learns
     python trainer/train_distillation.py --teacher full_sft --preset nano                   # a fresh student learns
     python trainer/train_distillation.py --teacher full_sft --write_logprobs teacher.lp     # the teacher is asked once,
-    python trainer/train_distillation.py --teacher_logprobs teacher.lp                      # and no longer in memory
+    python trainer/train_distillation.py --teacher_logprobs teacher.lp --preset nano        # and no longer in memory
 
 Data: chats, as in full fine-tuning. What the losses are: docs/reasoning_and_distillation.md.
 """
@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from common.console import run, say
+from common.console import UserError, run, say
 from common.options import option, parse
 from trainer.stage import StageConfig
 
@@ -53,6 +53,7 @@ def main():
     config = parse(DistillationConfig, description=__doc__)
 
     from dataset.tokens.teacher import TaughtDataset
+    from model.checkpoint import same_weights
     from model.precision import pick_dtype
     from trainer.losses.distillation import Distill, Teacher, open_teacher, read_views, write_views
     from trainer.run_stage import start_stage
@@ -68,7 +69,13 @@ def main():
         if config.write_logprobs:
             say(write_views(config, stage.data, stage.tokenizer, teacher, stage.backend))
             return
-        stage.output.identity["teacher"] = teacher.hash if teacher else views["teacher"]
+        teacher_hash = teacher.hash if teacher else views["teacher"]
+        if stage.parent and same_weights(teacher_hash, stage.parent.hash):
+            source = f"--teacher {config.teacher}" if teacher else f"--teacher_logprobs {config.teacher_logprobs}"
+            raise UserError(
+                f"{source}: the student is these very weights; give --preset for a fresh student, or --from_weight"
+            )
+        stage.output.identity["teacher"] = teacher_hash
         stage.notes.append(f"teacher: {teacher or views['about']}")
         stage.train(Distill(config.distill_loss, config.temperature, config.alpha, stage.tokenizer.vocab_size, teacher))
 
