@@ -168,12 +168,7 @@ def open_model(
         preset = config.preset or ("nano" if choose_files(config, kind)[1] else "small")
         model = CausalLM(architecture(config, tokenizer, preset))
         return None, model, tokenizer, f"from: a fresh {preset}"
-    parent, tokenizer, origin = open_parent(config, wanted)
-    if required and not tokenizer.same_ids(required):
-        raise UserError(
-            f"--teacher {config.teacher}: its tokenizer ({required.path}, {required.vocab_size:,} ids) is not that of "
-            f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
-        )
+    parent, tokenizer, origin = open_parent(config, wanted, required)
     model = build_parent(config, parent)
     if config.resize_vocab and tokenizer.vocab_size > model.config.vocab_size:
         add_tokens(model, tokenizer.vocab_size)
@@ -190,8 +185,10 @@ def build_parent(config: StageConfig, parent: Checkpoint) -> CausalLM:
     return parent.build(dtype, config.bits, device)
 
 
-def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer, str]:
-    """The weights to start from, their tokenizer, and a line to print."""
+def open_parent(
+    config: StageConfig, wanted: str, required: Tokenizer | None = None
+) -> tuple[Checkpoint, Tokenizer, str]:
+    """The weights to start from, their tokenizer, and a line to print. required: as in `open_model`."""
     folders = [config.save_dir, ROOT / "out"]
     if wanted == config.save_weight and Path(config.save_dir).resolve() != (ROOT / "out").resolve():
         folders.reverse()  # the one in save_dir is what this very command wrote the last time
@@ -206,6 +203,11 @@ def open_parent(config: StageConfig, wanted: str) -> tuple[Checkpoint, Tokenizer
                 "ids that the weights know would stand for other text; only add tokens, after the last id"
             )
         tokenizer = larger
+    if required and not tokenizer.same_ids(required):
+        raise UserError(
+            f"--teacher {config.teacher}: its tokenizer ({required.path}, {required.vocab_size:,} ids) is not that of "
+            f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
+        )
     if config.preset:
         check_stated(parent, **{k: v for k, v in PRESETS[config.preset].items() if stated.get(k) is None})
     stages = " -> ".join(entry["stage"] for entry in parent.lineage)

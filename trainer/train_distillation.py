@@ -55,20 +55,27 @@ def main():
     from dataset.tokens.teacher import TaughtDataset
     from model.checkpoint import same_weights
     from model.precision import pick_dtype
+    from trainer.inputs import open_data, open_parent
+    from trainer.loop.processes import start
     from trainer.losses.distillation import Distill, Teacher, open_teacher, read_views, write_views
     from trainer.run_stage import start_stage
 
     weights, tokenizer, views = open_teacher(config) if config.teacher else (None, None, read_views(config))
-    student = None if config.preset else "full_sft"  # with --preset, a fresh one
     options = dict(on_long=config.on_long, views=views)
+    if config.write_logprobs:
+        if config.from_weight:  # ids are the teacher's, the chat template is the student's
+            _, tokenizer, _ = open_parent(config, config.from_weight, tokenizer)
+        data = open_data(TaughtDataset, config, "sft", tokenizer, **options)
+        with start(config) as backend:
+            teacher = Teacher(weights, pick_dtype(config.dtype, backend.device)[0], backend.device)
+            say(write_views(config, data, tokenizer, teacher, backend))
+        return
+    student = None if config.preset else "full_sft"  # with --preset, a fresh one
     with start_stage(
         "distillation", config, TaughtDataset, kind="sft", weights=student, tokenizer=tokenizer, **options
     ) as stage:
         device = stage.backend.device
         teacher = Teacher(weights, pick_dtype(config.dtype, device)[0], device) if weights else None
-        if config.write_logprobs:
-            say(write_views(config, stage.data, stage.tokenizer, teacher, stage.backend))
-            return
         teacher_hash = teacher.hash if teacher else views["teacher"]
         if stage.parent and same_weights(teacher_hash, stage.parent.hash):
             source = f"--teacher {config.teacher}" if teacher else f"--teacher_logprobs {config.teacher_logprobs}"

@@ -236,6 +236,16 @@ def test_the_file_says_what_the_teacher_does(world, capsys):
     assert not extras["teacher_logprobs"][~trained].any()
 
 
+def test_asking_a_teacher_needs_no_student(world):
+    """A teacher from elsewhere, and no full_sft in out/: the command ended with "no weights called 'full_sft'"."""
+    flags = flags_of(world, f"--teacher={world / 'teacher_32.pth'}", f"--save_dir={world / 'empty'}", "--top_k=2")
+    run_stage("distillation", *flags, f"--write_logprobs={world / 'alone.lp'}")
+    run_stage(
+        "distillation", *flags, f"--write_logprobs={world / 't.lp'}", f"--from_weight={world / 'full_sft_32.pth'}"
+    )
+    assert (world / "alone.lp").read_bytes() == (world / "t.lp").read_bytes()
+
+
 def test_a_file_of_all_ids_trains_as_the_teacher_itself(world):
     path = world / "all.lp"
     run_stage("distillation", *flags_of(world, "--teacher=teacher", f"--write_logprobs={path}", f"--top_k={V + 5}"))
