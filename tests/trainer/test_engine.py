@@ -168,6 +168,28 @@ def test_what_a_continued_run_keeps(tmp_path):
         sft_engine(tmp_path, 3, 1, max_steps=4, val_fraction=0.2, from_resume="auto")
 
 
+def test_losses_of_two_validation_files_are_not_compared(tmp_path, capsys):
+    """A run continued with another --val_path kept best/ at the old file's loss, which the new one may never reach.
+    States from before carry no fingerprint, and keep their best loss."""
+    write_sft(tmp_path / "sft.jsonl")
+    write_sft(tmp_path / "a.jsonl", 8)
+    write_sft(tmp_path / "b.jsonl", 9)
+    first = sft_engine(tmp_path, 4, 2, max_steps=4, val_path=tmp_path / "a.jsonl")
+    first.best = 0.25
+    first.save()
+    options = dict(max_steps=4, from_resume="auto")
+    assert sft_engine(tmp_path, 4, 2, val_path=tmp_path / "a.jsonl", **options).best == 0.25
+    said = "the validation data is another: the best loss starts anew"
+    assert said not in capsys.readouterr().out
+    assert sft_engine(tmp_path, 4, 2, val_path=tmp_path / "b.jsonl", **options).best == float("inf")
+    assert said in capsys.readouterr().out
+    state = first._state()
+    del state["val_data"]
+    first._state = lambda: state
+    first.save()
+    assert sft_engine(tmp_path, 4, 2, val_path=tmp_path / "b.jsonl", **options).best == 0.25
+
+
 def test_resuming_another_model_is_refused(tmp_path):
     write_pretrain(tmp_path / "data.jsonl")
     flags = [f"--data_path={tmp_path / 'data.jsonl'}", "--max_steps=2", f"--save_dir={tmp_path}"]

@@ -364,6 +364,7 @@ class Engine:
             tokens=self.tokens,
             examples=self.loader.examples_per_step,
             best=self.best if self.best < float("inf") else None,
+            val_data=self.job.data.val.fingerprint if self.job.data.val is not None else None,
             scale=self.watch.scale,
             losses=self.losses,
             window=list(self.meter.sums),
@@ -388,8 +389,11 @@ class Engine:
         if self.watch.scaled and state["scale"] > 1:  # runs that are not in fp16 save a scale of 1
             self.watch.scale = state["scale"]
         self.meter.restore(state["window"], tensors["ranks"]["window"], self.backend)
-        self.best = float("inf") if state["best"] is None else state["best"]
         say, now = self.logger.print, self._state()
+        if state["best"] is not None and state.get("val_data", now["val_data"]) == now["val_data"]:
+            self.best = state["best"]
+        elif state["best"] is not None and now["val_data"]:
+            say("the validation data is another: the best loss starts anew")
         say(f"resumed after step {self.step:,} of {self.total:,} from {path}; {resume.RULE}")
         for line in resume.changes(state, now):
             say(line)
