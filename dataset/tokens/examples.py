@@ -77,6 +77,7 @@ class TokenDataset:
         self._caches: list[TokenCache] = []  # of all files one after the other; a large file has several
         self._files: list[int] = []  # of each cache: which file it is of
         self._weights: list[float] = []  # of each file: how often its examples come in an epoch
+        known: dict[str, Path] = {}  # content -> file
         for spec in [paths] if isinstance(paths, (str, Path)) else paths:
             path, weight = weighted(spec)
             caches = token_caches(
@@ -91,6 +92,8 @@ class TokenDataset:
                 limit=left,
                 mapping=mapping,
             )
+            for content in {cache.facts["content"] for cache in caches}:
+                refuse_again(known.setdefault(content, path), path)
             self._caches += caches
             self._files += [len(self._weights)] * len(caches)
             self._weights.append(weight)
@@ -367,6 +370,15 @@ class SFTDataset(EntryDataset):
         if cut and trained[0]:  # the beginning of this answer was cut
             trained[: trained.argmin()] = False
         return trained
+
+
+def refuse_again(first: Path, again: Path) -> None:
+    """UserError for a file with the content of an earlier one: its rows would be on both sides of a split."""
+    if first is again:
+        return
+    if first.resolve() == again.resolve():
+        raise UserError(f"{again} is named twice; {again}:2 repeats it")
+    raise UserError(f"{first} and {again} have the same content; leave one out: {first}:2 repeats it")
 
 
 def _hash(*parts: object) -> str:
