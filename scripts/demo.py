@@ -36,7 +36,7 @@ VOCABULARY = 2000
 SECONDS = {
     "world": 6,
     "tokenizer": 20,
-    "pretrain": 540,
+    "pretrain": 430,
     "full_sft": 135,
     "lora_identity": 70,
     "rlhf": 20,
