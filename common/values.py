@@ -45,11 +45,13 @@ def convert(spec: Spec, spelling: str, raw: Any) -> tuple[Any, Any]:
 
     denied  of a switch that is off, the value that it rules out: `--bf16 0` gives ("float32", "bfloat16"). Else None.
     """
-    if raw is None or spec.optional and str(raw).lower() in ("none", "null"):
+    word = raw[0] if isinstance(raw, list) and len(raw) == 1 else raw
+    if str(word).lower() in ("none", "null"):
         if spec.optional:
             return None, None
-        raise UserError("needs a value")
-    if raw == "":
+        if spec.many and spec.default == ():
+            return (), None
+    if raw is None or raw == "":
         raise UserError("needs a value")
     if stands_for := spec.stands_for(spelling):
         on, off = stands_for

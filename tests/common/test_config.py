@@ -402,3 +402,11 @@ def test_yaml_may_merge_what_it_overrides(tmp_path):
     assert tree["b"] == {"epochs": "2", "batch_size": "3"}
     assert tree["c"] == {"epochs": "2", "batch_size": "3", "seed": "1"}
     assert read_yaml(yaml_file(tmp_path, "")) is None
+
+
+@pytest.mark.parametrize("word", ["none", "null", "None"])
+def test_no_files_is_said_as_no_value_is(word, tmp_path):
+    """`val_path: null` over a value from elsewhere was "needs a value", and --val_path none looked for a file none."""
+    recipe = yaml_file(tmp_path, "val_path: a.jsonl\n")
+    assert read("--config", recipe, "--val_path", word).val_path == ()
+    assert read("--config", yaml_file(tmp_path, f"val_path: {word}\n")).val_path == ()
