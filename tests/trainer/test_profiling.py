@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 import torch
 
-from common.console import UserError
 from tests.helpers.compare import same, state_of
 from tests.helpers.rows import write_pretrain, write_sft
 from tests.helpers.runs import run_stage
@@ -114,5 +113,13 @@ def test_names_in_plain_words(operator, kind):
 def test_short_runs():
     assert steps_of_each(100) == (10, 5, 2) and steps_of_each(17) == (10, 5, 2)
     assert steps_of_each(7) == (3, 2, 2) and steps_of_each(3) == (1, 1, 1)
-    with pytest.raises(UserError, match="needs at least 3 steps, and this run has 2"):
-        steps_of_each(2)
+
+
+def test_a_run_with_too_few_steps_left_goes_on_without(tmp_path):
+    """The end of a continued run, 2 steps of 12, was an error that said "this run has 2"; a finished one had "0"."""
+    for left in (2, 0):
+        profile = Slept(tmp_path)
+        assert list(profile.steps(iter(range(left)), left)) == list(range(left))
+        (said,) = profile.said
+        assert f"needs at least 3 steps, and {left} are left" in said
+    assert not torch.autograd._profiler_enabled() and not list(tmp_path.iterdir())

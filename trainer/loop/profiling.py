@@ -17,16 +17,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.console import UserError
 from common.files import atomic_file
 from trainer.run.meter import wait_for
 
 WARM_UP, TIMED, TRACED = 10, 5, 2  # steps, one after the other; fewer of each in a short run
+LEAST = 3  # steps, one of each
 OVERHEAD = "Python and launching"
 KINDS = {  # what the names of operators and of a GPU's kernels stand for; the first that matches counts
     "exchange between processes": r"nccl|gloo|c10d|allreduce|all_reduce",
@@ -87,6 +88,10 @@ class Profile(NoProfile):
 
     def steps(self, batches: Iterable, count: int) -> Iterator:
         """The batches of `count` steps. Some of the steps are timed, and the ones after them traced."""
+        if count < LEAST:
+            self.say(f"--profile: needs at least {LEAST} steps, and {count} are left; going on without")
+            yield from islice(batches, count)
+            return
         warm_up, timed, traced = steps_of_each(count)
         inner = iter(batches)
         try:
@@ -126,9 +131,7 @@ def open_profile(wanted: bool, folder: Path, device: torch.device, say: Callable
 
 
 def steps_of_each(count: int) -> tuple[int, int, int]:
-    """How many of the first steps warm up, are timed and are traced."""
-    if count < 3:
-        raise UserError(f"--profile: needs at least 3 steps, and this run has {count}; raise --max_steps")
+    """How many of the first of `count` steps, at least LEAST, warm up, are timed and are traced."""
     timed, traced = min(TIMED, count // 3), min(TRACED, count // 3)
     return min(WARM_UP, count - timed - traced), timed, traced
 
