@@ -39,6 +39,13 @@ class PretrainConfig(ArchitectureOptions):
     save_weight: str = "pretrain"
     rates: ClassVar[dict[str, float]] = {"modern": 2e-3, "classic": 5e-4}
 
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.on_long != "truncate":
+            what = "pretraining cuts a stream into rows, nothing is too long; leave it out"
+            found.append(f"--on_long {self.on_long}: {what}")
+        return found
+
 
 def main():
     config = parse(PretrainConfig, description=__doc__)

@@ -410,3 +410,12 @@ def test_no_files_is_said_as_no_value_is(word, tmp_path):
     recipe = yaml_file(tmp_path, "val_path: a.jsonl\n")
     assert read("--config", recipe, "--val_path", word).val_path == ()
     assert read("--config", yaml_file(tmp_path, f"val_path: {word}\n")).val_path == ()
+
+
+def test_pretraining_leaves_nothing_out(capsys):
+    """It cuts a stream into rows, and took --on_long drop without a word."""
+    from trainer.train_pretrain import PretrainConfig
+
+    with pytest.raises(SystemExit):
+        parse(PretrainConfig, ["--on_long", "drop"])
+    assert "--on_long drop: pretraining cuts a stream into rows, nothing is too long" in capsys.readouterr().err
