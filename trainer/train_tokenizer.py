@@ -140,7 +140,7 @@ class Corpus:
         specs = config.data_path or generate(ROOT / "out" / "tiny_world").values()
         pairs = [weighted(spec) for spec in specs]
         self.config = config
-        self.files = [((TextFile if path.suffix == ".txt" else Jsonl)(path), weight) for path, weight in pairs]
+        self.files = [((TextFile if path.suffix.lower() == ".txt" else Jsonl)(path), weight) for path, weight in pairs]
         size = sum(file.size * min(weight, 1) for file, weight in self.files)  # a row counted twice is stored once
         self.share = min(1.0, config.sample_mb * 1e6 / size)
         self.used: Counter[str] = Counter()

@@ -121,8 +121,9 @@ def test_what_is_held_out_is_never_trained_on(tmp_path):
 def test_text_files_and_json_arrays(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "b.json").write_text('[{"text": "three"}, {"text": "four"}]', encoding="utf-8")
-    corpus = Corpus(TokenizerConfig((str(tmp_path / "a.txt"), str(tmp_path / "b.json"))))
-    assert list(corpus.training_texts()) == ["one\ntwo\n", "three", "four"]
+    (tmp_path / "C.TXT").write_text("five\n", encoding="utf-8")  # was read as JSON
+    corpus = Corpus(TokenizerConfig(tuple(str(tmp_path / name) for name in ("a.txt", "b.json", "C.TXT"))))
+    assert list(corpus.training_texts()) == ["one\ntwo\n", "three", "four", "five\n"]
 
 
 # ---- figures
