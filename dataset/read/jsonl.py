@@ -230,6 +230,9 @@ def require_file(path: str | Path) -> Path:
         if not path.parent.is_dir():
             hint = f"; there is no folder {path.parent}"
         raise FileNotFoundError(f"{path}: no such file{hint}")
+    if not path.is_file():
+        what = "a pipe" if path.is_fifo() else "not a regular file"
+        raise OSError(f"{path}: is {what}; the data is read several times, so write it to a file")
     return path
 
 

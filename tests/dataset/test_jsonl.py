@@ -482,3 +482,14 @@ def test_a_row_over_several_lines_is_named_as_such(tmp_path):
     path.write_text('{\n  "text": "a"\n}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="a row has to be on one line"):
         Jsonl(path)[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes have no path")
+def test_a_pipe_is_refused_by_name(tmp_path):
+    """--data_path <(zcat a.jsonl.gz) ended with "File or stream is not seekable.", without file and way out."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    for kind in (Jsonl, TextFile):
+        with pytest.raises(OSError, match=r"a\.jsonl: is a pipe; .*, so write it to a file"):
+            kind(tmp_path / "a.jsonl")
+    with pytest.raises(OSError, match="null: is not a regular file"):
+        Jsonl(os.devnull)
