@@ -66,14 +66,16 @@ def main():
     from dataset.doctor.duplicates import hashes_of
     from dataset.doctor.examine import examine
     from dataset.read.mapping import read_mapping
+    from dataset.tokens.order import weighted
     from model.hub import load_tokenizer
 
     tokenizer, mapping = load_tokenizer(config.tokenizer_path), read_mapping(config.data_mapping)
     options = dict(mapping=mapping, cache_dir=config.cache_dir)
-    known = [hashes_of(path, **options) for path in config.val_path]
+    known = [hashes_of(weighted(spec)[0], **options) for spec in config.val_path]
     known = np.sort(np.concatenate(known)) if known else None
     reports = []
-    for path in config.data_path:
+    for spec in config.data_path:
+        path, _ = weighted(spec)
         found = examine(
             path,
             tokenizer,

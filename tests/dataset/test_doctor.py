@@ -208,6 +208,14 @@ def test_a_file_that_cannot_be_read_at_all_is_one_line(tmp_path, capsys, data, r
     assert status == 1 and reason in said and str(file) in said
 
 
+def test_a_files_weight_is_left_aside(tmp_path, capsys):
+    """`sft.jsonl:2`, as training takes it, was "no such file; did you mean sft.jsonl?"."""
+    file = jsonl(tmp_path / "sft.jsonl", *(chat(f"ask {i}", f"say {i}") for i in range(5)))
+    val = jsonl(tmp_path / "val.jsonl", chat("ask", "say"))
+    status, said = run(capsys, f"{file}:2", "--val_path", f"{val}:0.5")
+    assert status == 0 and "no such file" not in said and "rows        5 " in said
+
+
 def test_a_row_of_fifty_megabytes(tmp_path):
     file = tmp_path / "a.jsonl"
     long = json.dumps(chat("q", "word " * (10 << 20)))
