@@ -66,7 +66,7 @@ def test_a_label_that_is_a_number_counts_from_one_where_the_labels_do(tmp_path):
 
 
 def test_an_option_that_is_a_number_may_be_named_by_its_text(tmp_path):
-    """"3" among 2, 3, 4 and 5 was taken for a position: the answer 5 counted as right."""
+    """ "3" among 2, 3, 4 and 5 was taken for a position: the answer 5 counted as right."""
 
     def right(answer, *options, name="a.jsonl"):
         text = json.dumps(dict(question="1+2?", choices=options, answer=answer))
