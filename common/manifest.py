@@ -14,7 +14,8 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path, names: list[str]) -> None:
     """Of these files of the folder."""
     text = json.dumps({name: _fingerprint(folder / name) for name in names}, indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_bytes(text.encode())
+    with open(folder / MANIFEST, "wb") as file:
+        file.write(text.encode())
 
 
 def problem(folder: Path, only: str | None = None) -> str | None:

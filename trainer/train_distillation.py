@@ -17,7 +17,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from dataclasses import dataclass
 
-from common.console import UserError, run, say
+from common.console import run, say
 from common.options import option, parse
 from trainer.stage import StageConfig
 
@@ -78,9 +78,9 @@ def main():
         teacher = Teacher(weights, pick_dtype(config.dtype, device)[0], device) if weights else None
         teacher_hash = teacher.hash if teacher else views["teacher"]
         if stage.parent and same_weights(teacher_hash, stage.parent.hash):
-            source = f"--teacher {config.teacher}" if teacher else f"--teacher_logprobs {config.teacher_logprobs}"
-            raise UserError(
-                f"{source}: the student is these very weights; give --preset for a fresh student, or --from_weight"
+            stage.notes.append(
+                "warning: the student starts as the teacher itself, so there is little to learn; --preset makes "
+                "a fresh student, --from_weight names another"
             )
         stage.output.identity["teacher"] = teacher_hash
         stage.notes.append(f"teacher: {teacher or views['about']}")

@@ -77,7 +77,8 @@ def write_state(path: Path, tensors: dict[str, dict[str, Tensor]], values: dict)
         for name, content in tensors.items():
             content = {key: tensor.detach().contiguous() for key, tensor in content.items()}
             save_file(content, folder / f"{name}.safetensors", metadata={"format": "pt"})
-        (folder / "state.json").write_bytes(json.dumps(values, indent=1, ensure_ascii=False).encode())
+        with open(folder / "state.json", "wb") as file:
+            file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
         write_manifest(folder, [*(f"{name}.safetensors" for name in tensors), "state.json"])
 
 
