@@ -271,6 +271,22 @@ def test_a_tracker_that_is_not_installed_says_how_to_get_it(run_dir, monkeypatch
     assert capsys.readouterr().out.count(f"(pip install {tracker})") == 1 and steps(run_dir) == [10, 20, 30]
 
 
+def test_a_bar_that_cannot_be_drawn_stops_nothing(run_dir, monkeypatch):
+    """The terminal was closed: drawing the bar's text raises, and training goes on."""
+
+    def fail(*_, **__):
+        raise OSError("closed")
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logger = RunLogger.create(run_dir, Stage())
+    logger.start(0, 10)
+    monkeypatch.setattr(logger.bar, "refresh", fail)
+    logger.advance(1)
+    logger.log(2, loss=2.0)
+    assert "progress bar" in logger.failed
+    logger.close()
+
+
 def test_on_a_terminal_there_is_a_bar_and_validation_stays_above_it(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     logger = RunLogger.create(run_dir, Stage())

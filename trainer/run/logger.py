@@ -127,7 +127,7 @@ class RunLogger(NoLogger):
 
         line = self._line(step, numbers)
         if self.bar is not None:
-            self.bar.set_description_str(line)
+            self._try("progress bar", self.bar.set_description_str, line)  # draws, so it can fail
             self.advance(step)
         if self.bar is None or "val_loss" in numbers:
             self.print(f"step {step:,}/{self.total:,}  {line}")
