@@ -5,6 +5,8 @@ Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H/K qu
     sdpa      torch's scaled_dot_product_attention: any device, any mask, KV cache
     varlen    torch's flash attention over segments of any length, for training on CUDA in bf16 or fp16: packed rows
               without a mask, so memory is linear in T
+    apart     torch's flash attention for CPUs, one document after the other, for training on CPUs in fp32: long
+              packed rows without a mask, so memory is linear in T
     blocked   for training on CPUs in bf16: batched matrix products over blocks of queries. Block i only multiplies with
               the keys it may see, and the G queries of a group are folded into rows, which keeps the products large.
 
@@ -27,6 +29,7 @@ from torch import Tensor
 BLOCKS = 4  # of queries: skips 3/8 of the products; more blocks are smaller and slower (measured at T = 512)
 SMALLEST_BLOCK = 128  # queries: four blocks of 32 took longer than one of 128 (LoRA on 0.5B, T = 128)
 SHORT = 32  # positions: room is made for one document in so many
+LONG = 512  # positions: in rows of 256, one call for each document costs more than it saves (nano, documents of 55)
 VARLEN: Callable[..., Any] | None = None  # torch's kernel, once `load_varlen` has found it
 
 
@@ -50,10 +53,10 @@ class Segments(NamedTuple):
 class AttentionMask(NamedTuple):
     """Which keys a query sees, in the form the kernel wants. sdpa without a tensor: causal if T == S, all if T == 1."""
 
-    kernel: str  # "sdpa" | "varlen" | "blocked"
+    kernel: str  # "sdpa" | "varlen" | "apart" | "blocked"
     tensor: Tensor | None = None  # (B or 1, 1, T, S): 0 where a key is visible, else -inf, to be added to the scores
     reach: int | None = None  # no query sees a key that stands this many places before it, or more; None: unknown
-    segments: Segments | None = None  # for `varlen`
+    segments: Segments | None = None  # for `varlen` and `apart`
 
 
 def find_segments(documents: Tensor, prefixes: Tensor | None = None) -> Segments:
@@ -125,7 +128,9 @@ def build_mask(
         elif segments is None:
             segments = find_segments(documents.cpu(), None if prefixes is None else prefixes.cpu()).to(like.device)
         return AttentionMask(kernel, None, window, segments)
-    if kernel == "sdpa" and documents is None and window is None:
+    if kernel == "apart" and documents is not None and prefixes is None and window is None:
+        return AttentionMask(kernel, None, None, segments or find_segments(documents))
+    if kernel != "blocked" and documents is None and window is None:
         if queries == 1 or past == 0 and is_causal_works(like.device):
             return AttentionMask("sdpa")
     # is_causal aligns to the top left, which is wrong once there are more keys than queries: spell the mask out
@@ -139,7 +144,7 @@ def build_mask(
     if window is not None:
         mask = mask & (positions[:, past:, None] - positions[:, None, :] < window)
     added = additive(mask.view(-1, 1, queries, keys), like.dtype)
-    return AttentionMask(kernel, added, window if prefixes is None else None)
+    return AttentionMask("blocked" if kernel == "blocked" else "sdpa", added, window if prefixes is None else None)
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,6 +162,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Te
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D)."""
     if mask.kernel == "varlen":
         return varlen_attention(q, k, v, mask)
+    if mask.kernel == "apart":
+        assert mask.segments is not None
+        flat = (t.flatten(0, 1) for t in (q, k, v))
+        return _attention_apart(*flat, mask.segments.queries)[0].view(q.shape)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before positions
     if mask.kernel == "blocked":
         return blocked_attention(q, k, v, mask).transpose(1, 2)
@@ -242,3 +251,58 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
         weights = scores.softmax(-1).view(B, K, G * R, S)  # computed in fp32 inside, kept in the dtype of q
         out.append((weights @ v[:, :, first:stop]).view(B, K, G, R, D))
     return torch.cat(out, dim=3).view(B, H, T, D)
+
+
+# Ops of their own, as in model/moe.py: traced, lengths that are numbers in a tensor would break the graph.
+
+
+@torch.library.custom_op("sparrow::attention_apart", mutates_args=())
+def _attention_apart(q: Tensor, k: Tensor, v: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
+    """q (N, H, D), k and v (N, K, D), begins (documents + 1,) -> (N, H, D), and what the backward pass needs (N, H)."""
+    lengths = [n for n in begins.diff().tolist() if n]
+    parts = zip(*(_by_document(t, lengths) for t in (q, k, v)))
+    outs, sums = zip(*(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, True) for part in parts))
+    return _joined(outs), torch.cat([log_sum.mT[0] for log_sum in sums])
+
+
+@torch.library.custom_op("sparrow::attention_apart_backward", mutates_args=())
+def _apart_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, begins: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of `out`, all shaped as in `_attention_apart`."""
+    lengths = [n for n in begins.diff().tolist() if n]
+    parts = zip(*(_by_document(t, lengths) for t in (grad, q, k, v, out)), (t.mT[None] for t in log_sum.split(lengths)))
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    of_q, of_k, of_v = zip(*(backward(*part, 0.0, True) for part in parts))
+    return _joined(of_q), _joined(of_k), _joined(of_v)
+
+
+def _by_document(x: Tensor, lengths: list[int]) -> list[Tensor]:
+    """(N, heads, D) -> views (1, heads, length, D)."""
+    return [part.transpose(0, 1)[None] for part in x.split(lengths)]
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+@_attention_apart.register_fake
+def _(q, k, v, begins):
+    return torch.empty_like(q), q.new_empty(q.shape[:2])
+
+
+@_apart_backward.register_fake
+def _(grad, q, k, v, out, log_sum, begins):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx, inputs, output) -> None:
+    q, k, v, begins = inputs
+    ctx.save_for_backward(q, k, v, *output, begins)
+
+
+def _backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_apart_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+_attention_apart.register_autograd(_backward, setup_context=_keep)

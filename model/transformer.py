@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import AttentionMask, Segments, build_mask, causal_attention, has_flash, load_varlen
+from model.attention import LONG, AttentionMask, Segments, build_mask, causal_attention, has_flash, load_varlen
 from model.config import ModelConfig
 from model.cost import LOGITS_AT_ONCE, idle_parameters
 from model.head import Loss, cross_entropy, loss_in_chunks
@@ -201,7 +201,7 @@ class CausalLM(nn.Module):
     """A decoder-only language model. The attributes below are set from outside."""
 
     compute_dtype: torch.dtype | None = None  # None: that of the weights
-    attention_kernel: str | None = None  # "sdpa" | "varlen" | "blocked"; None: see `_kernel`
+    attention_kernel: str | None = None  # "sdpa" | "varlen" | "apart" | "blocked"; None: see `_kernel`
     recompute = False  # activation checkpointing: keep only each block's input, and compute the rest again
     rope_frequencies: Tensor  # (R/2,)
     local_rope_frequencies: Tensor | None  # (R/2,), of the layers with a window; None: the same
@@ -317,11 +317,13 @@ class CausalLM(nn.Module):
     cross_entropy = staticmethod(cross_entropy)  # an attribute, so that it can be compiled
 
     def _kernel(self, x: Tensor, masked: bool) -> str:
-        """masked: a query does not see all that stands before it."""
+        """x (B, T, d). masked: a query does not see all that stands before it."""
         if self.attention_kernel:
             return self.attention_kernel
         if masked and has_flash(x.device, x.dtype, self.config.head_dim) and load_varlen():
             return "varlen"
+        if masked and x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] >= LONG:
+            return "apart"
         # on CPUs in bf16 sdpa is faster where it needs neither gradients nor a mask, and half as fast with either
         slow = torch.is_grad_enabled() or masked
         return "blocked" if x.device.type == "cpu" and x.dtype == torch.bfloat16 and slow else "sdpa"

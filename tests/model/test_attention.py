@@ -13,7 +13,7 @@ from model.transformer import CausalLM
 from tests.helpers.models import random_model
 from tests.helpers.varlen import varlen_attn
 
-KERNELS = ("sdpa", "varlen", "blocked")
+KERNELS = ("sdpa", "varlen", "apart", "blocked")
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 MIXED = dict(  # a window in two of three layers, with frequencies of their own, and half of each head rotated
     num_hidden_layers=3,
@@ -335,7 +335,10 @@ def test_which_kernel_is_taken(monkeypatch):
     assert has_flash(cuda, torch.bfloat16, 64) and has_flash(cuda, torch.float16, 128)
     assert not has_flash(cuda, torch.float32, 64) and not has_flash(cuda, torch.bfloat16, 192)
     assert not has_flash(torch.device("cpu"), torch.bfloat16, 64)
-    x = torch.empty(0, dtype=torch.float16)
+    long, short = torch.empty(1, 512, 32), torch.empty(1, 256, 32)
+    assert model._kernel(long, masked=True) == "apart" and model._kernel(long, masked=False) == "sdpa"
+    assert model._kernel(short, masked=True) == "sdpa" and model._kernel(long.bfloat16(), masked=True) == "blocked"
+    x = torch.empty(1, 512, 32, dtype=torch.float16, device="meta")
     monkeypatch.setattr("model.transformer.has_flash", lambda device, dtype, _: dtype == torch.float16)
     assert model._kernel(x, masked=True) == "varlen" and model._kernel(x, masked=False) == "sdpa"
     assert model._kernel(x.float(), masked=True) == "sdpa"
@@ -343,3 +346,40 @@ def test_which_kernel_is_taken(monkeypatch):
     assert model._kernel(x, masked=True) == "sdpa"
     monkeypatch.setattr(attention, "_capability", lambda _: (7, 5))
     assert not has_flash(cuda, torch.float16, 64)
+
+
+def test_documents_apart_in_compiled_code():
+    """The operators that the compiler does not look into promise it shapes and strides, and keep them, also where
+    nothing needs a gradient. Segments that are empty fill the list of where the documents begin."""
+    begins = torch.tensor([0, 5, 6, 15, 23, 23, 23], dtype=torch.int32)
+    q, k, v = (torch.randn(23, heads, 8) for heads in (4, 2, 2))
+    for grad in (True, False):
+        inputs = tuple(t.clone().requires_grad_(grad) for t in (q, k, v))
+        torch.library.opcheck(torch.ops.sparrow.attention_apart.default, (*inputs, begins))
+    out, log_sum = torch.ops.sparrow.attention_apart(q, k, v, begins)
+    torch.library.opcheck(
+        torch.ops.sparrow.attention_apart_backward.default, (torch.ones_like(out), q, k, v, out, log_sum, begins)
+    )
+
+
+def test_documents_apart_never_build_a_square():
+    """A row of 512 in fp32, as the model takes it: no tensor of T * T numbers is made, forward or backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
+            self.size = max([self.size, *(t.numel() for t in tensors)])
+            return out
+
+    model, sizes = CausalLM(CONFIG), []
+    tokens, documents = torch.zeros(1, 512, dtype=torch.long), torch.arange(512)[None] // 100
+    for kernel in (None, "sdpa"):
+        model.attention_kernel = kernel
+        with Largest() as seen:
+            model(tokens, targets=tokens, documents=documents).loss.sum().backward()
+        sizes.append(seen.size)
+    assert sizes[0] < 512 * 512 <= sizes[1]
