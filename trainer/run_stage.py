@@ -28,6 +28,7 @@ from tokenizer.text import Tokenizer
 from trainer.inputs import Data, open_data, open_model
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
+from trainer.loop.interrupts import explained
 from trainer.loop.processes import start
 from trainer.losses.base import Objective
 from trainer.run.artifacts import AdapterOnly, Weights
@@ -92,7 +93,7 @@ def start_stage(
         output, note = add_adapter(config, model, parent)
         notes.append(note)
     data = open_data(dataset, config, kind, tokenizer, **options)
-    with start(config) as backend:
+    with start(config) as backend, explained(config, model, backend.world):
         torch.manual_seed(config.seed + backend.rank)  # dropout: other samples on every rank
         yield Stage(name, config, model, tokenizer, data, backend, output, notes, parent)
 

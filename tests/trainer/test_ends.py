@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from common.files import ROOT
 from model.config import ModelConfig
 from model.cost import batch_bytes
 from model.transformer import CausalLM
+from trainer import run_stage
 from trainer.loop import processes
 from trainer.loop.interrupts import explained, memory_advice
 
@@ -79,6 +81,17 @@ def test_other_errors_stay_what_they_are():
     with pytest.raises(ValueError, match="another process of this run has ended.*--ddp_timeout 30 seconds"):
         with explained(CONFIG, tiny(), 2):
             raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:23942")
+
+
+def test_a_dead_process_is_explained_before_the_first_step_too(monkeypatch):
+    """A process that died while the others started, or after the last step, left them with a traceback."""
+    monkeypatch.setattr(run_stage, "open_model", lambda *_: (None, tiny(), None, ""))
+    monkeypatch.setattr(run_stage, "open_data", lambda *_: None)
+    monkeypatch.setattr(run_stage, "start", lambda _: nullcontext(SimpleNamespace(rank=0, world=2)))
+    config = SimpleNamespace(**vars(CONFIG), seed=1, trains_adapter=False)
+    with pytest.raises(ValueError, match="another process of this run has ended"):
+        with run_stage.start_stage("pretrain", config, None, kind="pretrain", weights=None):
+            raise RuntimeError("Read error [127.0.0.1]:45970: Connection reset by peer")
 
 
 def test_after_a_restart_the_addresses_of_the_dead_are_not_read(monkeypatch):

@@ -29,7 +29,7 @@ from trainer.inputs import check_start
 from trainer.loop.backend import Backend
 from trainer.loop.compiling import compile_model
 from trainer.loop.health import HealthCheck
-from trainer.loop.interrupts import catch_signals, explained
+from trainer.loop.interrupts import catch_signals
 from trainer.loop.job import Job
 from trainer.loop.opening import announce
 from trainer.loop.optim import build_optimizers, learning_rate, set_rates
@@ -161,7 +161,7 @@ class Engine:
         self.logger.start(self.step, self.total)
         self.model.train()
         self.meter.go()
-        with catch_signals() as received, explained(config, self.model, self.backend.world):
+        with catch_signals() as received:
             steps = self.loader.prefetch(self.step, self.total)
             for _, batches in self.profile.steps(steps, self.total - self.step):
                 # agreed on before a rollout draws random numbers: a step that has begun is finished
