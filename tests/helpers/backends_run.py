@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -116,7 +117,7 @@ def measure(folder, name, device, steps: int, world: int, state=None) -> dict:
 
 def muon_update() -> list:
     """What three steps of Muon make of the same matrices and gradients on every rank: three and two of a shape, which
-    two processes cannot share evenly, and a stack of experts."""
+    two processes cannot share evenly, and a stack of experts. Nothing in it is deprecated: each rank would say so."""
     import torch
 
     from trainer.loop.optim import Muon
@@ -129,7 +130,9 @@ def muon_update() -> list:
     for _ in range(3):
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape)
-        optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            optimizer.step()
     return [parameter.detach() for parameter in parameters]
 
 

@@ -137,7 +137,10 @@ def orthogonalise_together(G: Tensor) -> Tensor:
     padded = F.pad(G, (0, 0, 0, 0, 0, share * world - len(G)))
     own = orthogonalise(padded[dist.get_rank() * share :][:share]).contiguous()
     whole = own.new_empty(share * world, *own.shape[1:])
-    dist.all_gather_into_tensor(whole, own)
+    if hasattr(dist, "all_gather_single"):  # torch 2.13 warns about the old name
+        dist.all_gather_single(whole, own)
+    else:
+        dist.all_gather_into_tensor(whole, own)
     return whole[: len(G)]
 
 
