@@ -75,8 +75,8 @@ class Choices:
         return next((c.sequence.error for c in self.choices if c.finish_reason == "error"), None)
 
     def usage(self) -> dict:
-        """Prompts that several choices share count once, as OpenAI counts them."""
-        prompts = {id(choice.sequence.request.prompt): choice.sequence for choice in self.choices}
+        """Prompts that several choices share count once, as OpenAI counts them: for the first, which has to read it."""
+        prompts = {id(choice.sequence.request.prompt): choice.sequence for choice in reversed(self.choices)}
         read = sum(len(sequence.request.prompt) for sequence in prompts.values())
         written = sum(choice.seen for choice in self.choices)
         return {

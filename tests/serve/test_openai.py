@@ -80,6 +80,13 @@ def test_many_choices_with_a_seed(client, model):
     )
 
 
+def test_a_new_prompt_of_many_choices_is_not_said_to_be_known(client):
+    """The others start from what the first one reads. The last one's count was told, of a prompt that counts once."""
+    asked = dict(model="tiny", prompt=[*range(300, 200, -1)], max_tokens=1, n=3)
+    found = [client.completions.create(**asked).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    assert found == [0, 99]
+
+
 def test_stop_words_and_penalties_are_obeyed(client, model):
     _, _, text = expected(model, HELLO, 40)
     word = text[8:11]
