@@ -166,6 +166,9 @@ def add_errors(app: FastAPI) -> None:
         if not place and "json" not in request.headers.get("content-type", ""):  # what curl -d sends by itself
             said = "body: expected JSON with the header Content-Type: application/json"
             return Json(Refused(said).body, 400)
+        if first["type"] == "json_invalid":  # its place is a character's, not a field's
+            said = f"body: not JSON: {first['ctx']['error']}, at character {place}"
+            return Json(Refused(said).body, 400)
         return Json(Refused(f"{place or 'body'}: {first['msg']}", place or None).body, 400)
 
     @app.exception_handler(HTTPException)

@@ -430,6 +430,13 @@ def test_curl_without_its_header_is_told_which_one(server):
     assert answer.json()["error"]["message"] == "body: expected JSON with the header Content-Type: application/json"
 
 
+def test_what_is_not_json_is_told_where(server):
+    """The answer was "14: JSON decode error", with 14 as the parameter."""
+    sent = dict(content='{"messages": [', headers={"Content-Type": "application/json"})
+    error = httpx.post(server.url + "/v1/chat/completions", **sent).json()["error"]
+    assert error["message"] == "body: not JSON: Expecting value, at character 14" and error["param"] is None
+
+
 def test_other_paths_and_methods(server):
     for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/", 405)):
         answer = httpx.request(method, server.url + path)
