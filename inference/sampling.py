@@ -145,7 +145,8 @@ def draw(logits: Tensor, rows: SamplingRows, noise: Tensor | None) -> Tensor:
         p = torch.where(p >= _least_kept(p, rows.top_p), p, 0)
     if rows.min_p is not None:
         p = torch.where(p >= rows.min_p * p.amax(-1, keepdim=True), p, 0)
-    drawn = (p / -noise.log()).argmax(-1)  # noise 0 gives infinity: this token is not drawn
+    noise = noise.clamp_min(torch.finfo(noise.dtype).tiny)  # at 0 a token is worth as little as those that were dropped
+    drawn = (p / -noise.log()).argmax(-1)
     return drawn if rows.greedy is None else torch.where(rows.greedy, logits.argmax(-1), drawn)
 
 

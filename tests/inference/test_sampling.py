@@ -31,6 +31,13 @@ def test_top_p_stops_as_soon_as_it_is_reached():
     assert not Sampling(temperature=1.0, top_p=0.5).draw(rows, torch.Generator().manual_seed(0)).any()
 
 
+@pytest.mark.parametrize("only", ({"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}))
+def test_the_only_token_that_is_left_is_drawn_whatever_the_noise(only):
+    """Its noise is 0 once in twenty million draws. Then all tokens were worth 0, and the first of them was drawn."""
+    rows = SamplingRows.of([Sampling(**{"temperature": 1.0, "top_p": 1.0, **only})])
+    assert draw(torch.tensor([[0.0, 1.0, 20.0]]), rows, torch.tensor([[0.5, 0.5, 0.0]])).tolist() == [2]
+
+
 def test_penalties_and_bias_by_hand():
     """Read: 0. Said: 0 once, 2 twice. Repetition 2 divides 2.0 and multiplies -1.0; presence and frequency take
     0.5 + 0.25 from what was said once and 1.0 from what was said twice; a bias is added."""
