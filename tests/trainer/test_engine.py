@@ -16,7 +16,9 @@ from tests.helpers.compare import assert_same_gradients, same, state_of
 from tests.helpers.rows import write_pretrain, write_sft
 from tests.helpers.runs import FLAGS, SHAPE, first_gradients, run_stage, sft_engine, torchrun, train_twice
 from trainer.loop import engine as engine_module
+from trainer.loop import interrupts
 from trainer.loop.optim import Muon, build_optimizers, clip_and_check, learning_rate, orthogonalise, set_rates
+from trainer.losses.next_token import NextToken
 
 # ---- one step, divided in different ways
 
@@ -203,6 +205,29 @@ def test_resuming_another_model_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=said):
             run_stage("pretrain", *flags, "--from_resume=auto", changed)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_long_validation_does_not_keep_a_signal_waiting(tmp_path, monkeypatch):
+    """torchrun kills its processes 30 seconds after it has passed on SIGTERM. A validation that went on for longer lost
+    all that was done since the last save."""
+
+    class Signalled(NextToken):
+        def __call__(self, model, batch):
+            if not engine.model.training:
+                validated.append(engine.step)
+                if len(validated) == 1:
+                    signal.raise_signal(signal.SIGTERM)
+            return super().__call__(model, batch)
+
+    monkeypatch.setattr(interrupts, "PATIENCE_SECONDS", 0.0)
+    write_sft(tmp_path / "sft.jsonl")
+    engine, validated = sft_engine(tmp_path, 2, 1, val_fraction=0.5, max_steps=8, val_interval=2), []
+    engine.job.objective = Signalled()
+    assert engine.val_loader.steps_per_epoch > 1
+    with pytest.raises(SystemExit) as end:
+        engine.run()
+    assert end.value.code == 143 and validated == [2] and engine.saved_step == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

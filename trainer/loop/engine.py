@@ -29,7 +29,7 @@ from trainer.inputs import check_start
 from trainer.loop.backend import Backend
 from trainer.loop.compiling import compile_model
 from trainer.loop.health import HealthCheck
-from trainer.loop.interrupts import catch_signals
+from trainer.loop.interrupts import Signals, catch_signals
 from trainer.loop.job import Job
 from trainer.loop.opening import announce
 from trainer.loop.optim import build_optimizers, learning_rate, set_rates
@@ -61,7 +61,7 @@ class Engine:
         lower_frozen(self.model, self.dtype)
         self.step, self.saved_step, self.tokens, self.best = 0, 0, 0, float("inf")
         self.written: set[Path] = set()
-        self.writer = Writer(background=backend.device.type != "cpu")
+        self.writer, self.received = Writer(background=backend.device.type != "cpu"), Signals()
         self.losses: dict[str, float] = {}  # the newest losses, written into the weights' lineage
         self.name = weights_name(config.save_weight, self.model.config)
         self.save_dir = Path(config.save_dir)
@@ -162,6 +162,7 @@ class Engine:
         self.model.train()
         self.meter.go()
         with catch_signals() as received:
+            self.received = received
             steps = self.loader.prefetch(self.step, self.total)
             for _, batches in self.profile.steps(steps, self.total - self.step):
                 # agreed on before a rollout draws random numbers: a step that has begun is finished
@@ -277,16 +278,16 @@ class Engine:
 
     def validate(self) -> dict[str, float]:
         """Means over the validation data, if there is any; keeps the weights whose loss is the best so far. And the
-        health of what the model says, if there are prompts for it."""
+        health of what the model says, if there are prompts for it. {} if it was broken off by a signal."""
         if self.val_loader is None:
             return self.health(self.model)
-        token_bytes = self.job.tokenizer.token_bytes
-        means = validate(self.model, self.val_loader, self.job.objective, self.backend, token_bytes)
-        if means["val_loss"] < self.best:
+        bytes_of = self.job.tokenizer.token_bytes
+        means = validate(self.model, self.val_loader, self.job.objective, self.backend, bytes_of, self.received)
+        if means and means["val_loss"] < self.best:
             self.best = means["val_loss"]
             with self.backend.full_weights():
                 self._write(self.folder / "best" / self.name)
-        return means | self.health(self.model)
+        return means and means | self.health(self.model)
 
     # ---- what a run leaves ----
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -16,10 +17,22 @@ from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
 DUPLICATE_SIGNAL_SECONDS = 5.0  # a launcher passes on a signal that its processes have received already within these
+PATIENCE_SECONDS = 10.0  # after a signal; torchrun kills its processes 30 seconds after it has passed one on
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
 NO_PEER = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|timed out|timeout|gloo|nccl|unbound buffer", re.IGNORECASE
 )
+
+
+class Signals(list[int]):
+    """The numbers of the signals that were received."""
+
+    since = math.inf  # when the first one came
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the first one came so long ago that no work may go on before everything is saved."""
+        return time.monotonic() - self.since > PATIENCE_SECONDS
 
 
 @contextmanager
@@ -29,15 +42,14 @@ def catch_signals():
     On Ctrl-C the terminal signals torchrun and its processes, and torchrun signals the processes again: that copy does
     not count as a second signal.
     """
-    received: list[int] = []
-    before, first = {}, []
+    received, before = Signals(), {}
     launched = "TORCHELASTIC_RUN_ID" in os.environ
 
     def note(number, frame):
-        if received and not (launched and time.monotonic() - first[0] < DUPLICATE_SIGNAL_SECONDS):
+        if received and not (launched and time.monotonic() - received.since < DUPLICATE_SIGNAL_SECONDS):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        first.append(time.monotonic())
+        received.since = min(received.since, time.monotonic())
         received.append(number)
 
     try:
