@@ -64,6 +64,17 @@ def test_the_rows_that_fit_are_foretold_and_not_tried(tmp_path, monkeypatch, fre
     assert 3.0 + max(tried) <= module.USABLE_SHARE * free or free < 5
 
 
+def test_all_ranks_try_the_same_rows(tmp_path, monkeypatch):
+    """Each rank went by its own peak. Where one was above the limit and another below, they tried different rows, and
+    waited for each other until one gave up."""
+    write_sft(tmp_path / "sft.jsonl")
+    engine = sft_engine(tmp_path, 4, 1)
+    monkeypatch.setattr(module, "peak_memory", lambda: 5.0)
+    monkeypatch.setattr(engine, "train_step", lambda batches: None)
+    monkeypatch.setattr(engine.backend, "all_reduce_max", lambda own: own.clamp(min=7.0))  # another rank's
+    assert module.trial(engine, 2) == 7.0
+
+
 def test_a_device_that_runs_out_of_memory_gets_fewer_rows(tmp_path, monkeypatch, capsys):
     """Four rows at once are too many for the device, which only says so once they are there."""
     write_sft(tmp_path / "sft.jsonl")

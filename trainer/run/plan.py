@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from common.console import UserError
+from trainer.loop.backend import Backend
 from trainer.loop.interrupts import memory_advice
 from trainer.loop.periodic import count_saves
 from trainer.run.logger import peak_memory
@@ -99,12 +100,13 @@ def rows_that_fit(engine) -> int:
 
 
 def trial(engine, rows: int) -> float:
-    """Peak memory in GiB of one training step with so many rows at once."""
+    """Peak memory in GiB of one training step with so many rows at once, of the rank that needs most: all ranks have to
+    try the same rows."""
     forget_peak(engine.backend.device)
     set_rows(engine, rows)
     batches = engine.loader.batches(0)[:1]
     engine.train_step(batches)
-    return peak_memory()
+    return most_memory(engine.backend)
 
 
 def set_rows(engine, rows: int) -> None:
@@ -136,6 +138,11 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, TypeError, AttributeError):
         pass
+
+
+def most_memory(backend: Backend) -> float:
+    """peak_memory() of the rank where it is highest."""
+    return backend.all_reduce_max(torch.tensor(peak_memory(), device=backend.device)).item()
 
 
 def free_memory(device: torch.device) -> float:
@@ -193,8 +200,7 @@ def measure(engine, rows: int) -> dict[str, float]:
     engine.writer.wait()
     result["save"] = time.perf_counter() - start
     engine.logger.close()
-    memory = backend.all_reduce_max(torch.tensor(peak_memory(), device=backend.device)).item()
-    result |= dict(memory=memory, took=time.perf_counter() - begin)
+    result |= dict(memory=most_memory(backend), took=time.perf_counter() - begin)
     return result
 
 
