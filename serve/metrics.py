@@ -40,11 +40,14 @@ class Metrics:
     def count(self, choices: list[Choice]) -> None:
         for choice in choices:
             sequence = choice.sequence
+            if sequence.slot is None:  # it never began
+                continue
             self.tokens["prompt"] += len(sequence.request.prompt)
             self.tokens["cached"] += sequence.cached_tokens
             self.tokens["generated"] += choice.seen
             self.tokens["guessed"] += sequence.guessed
-            self.request.add(time.perf_counter() - sequence.submitted)
+            if choice.finish_reason:
+                self.request.add(time.perf_counter() - sequence.submitted)
             if sequence.first_token:
                 self.first_token.add(sequence.first_token - sequence.submitted)
 

@@ -120,8 +120,10 @@ class Server:
                 one_call=one_call,
             )
             async with work as choices:
-                yield choices
-                self.metrics.count(choices.choices)
+                try:
+                    yield choices
+                finally:  # also what nobody waited for
+                    self.metrics.count(choices.choices)
         except Busy:
             raise overloaded() from None
         except UserError as error:

@@ -1,6 +1,8 @@
 """The official client against a real server: whatever it can ask is answered in the types it expects."""
 
 import json
+import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -11,7 +13,7 @@ from inference.decode import generate
 from inference.engine import Engine
 from inference.sampling import Sampling
 from tests.helpers.models import TOKENIZER as tokenizer
-from tests.helpers.servers import GREEDY, WEATHER, expected, running, say, served
+from tests.helpers.servers import CHAT, GREEDY, WEATHER, Parrot, expected, running, say, served
 from tokenizer.chat import encode_chat
 
 HELLO = [{"role": "user", "content": "你好, how are you?"}]
@@ -444,6 +446,24 @@ def test_other_paths_and_methods(server):
     for path in ("/", "/health"):  # curl -I, proxies
         answer = httpx.head(server.url + path)
         assert answer.status_code == 200 and answer.content == b"" and int(answer.headers["content-length"]) > 10
+
+
+@pytest.mark.parametrize("stream", (True, False))
+def test_what_was_written_for_those_who_left_is_counted(model, stream):
+    """Of a stream that its reader left, nothing was counted. Of other answers also their time was, which had no end."""
+    parrot = Parrot(model.config)
+    parrot.seconds = 0.02
+    say(parrot, "on and on " * 50)
+    with running(served(parrot, rows=1)) as server:
+        asked = dict(json={"messages": HELLO, "stream": stream}, timeout=0.5)
+        with suppress(httpx.TimeoutException), httpx.stream("POST", server.url + CHAT, **asked):
+            time.sleep(0.5)
+        metrics = server.state.metrics
+        for _ in range(500):
+            if metrics.responses:
+                break
+            time.sleep(0.01)
+        assert metrics.tokens["generated"] > 0 and metrics.request.count == 0
 
 
 def test_health_and_metrics(server, client):
