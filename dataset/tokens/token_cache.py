@@ -287,7 +287,8 @@ def _blocks_from_processes(
     waiting: deque[tuple[Chunk, Future]] = deque()
     try:
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
+            waiting.append((chunk, Future()))  # before it is sent: once a process has died, that is an error
+            waiting[-1] = chunk, pool.submit(_encode_in_worker, chunk)
             while len(waiting) > 3 * workers:
                 yield waiting[0][0], waiting[0][1].result()
                 waiting.popleft()

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -340,6 +342,21 @@ def test_when_the_processes_die_this_one_goes_on(tmp_path, monkeypatch, capfd):
     ds = pretrain(file, Dies(), num_workers=2, max_seq_len=1000)
     assert text(ds.tokens(0)) == "".join(f"Etext {i}" for i in range(30)) + "E"
     assert "a process died" in capfd.readouterr().err
+
+
+def test_rows_that_a_dead_process_cannot_be_sent_are_not_lost(tmp_path, monkeypatch):
+    """They died while this process wrote: it learns that when it sends the next rows, and these were left out."""
+
+    class Pool(ProcessPoolExecutor):
+        def submit(self, *args, **kwargs):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(tc, "TOKENISED_BYTES", 20)
+    monkeypatch.setattr(tc, "PROCESSES_FROM", 0)
+    monkeypatch.setattr(tc, "ProcessPoolExecutor", Pool)
+    file = jsonl(tmp_path / "a.jsonl", *[{"text": f"text {i}"} for i in range(9)])
+    ds = pretrain(file, num_workers=2, max_seq_len=1000)
+    assert text(ds.tokens(0)) == "".join(f"Etext {i}" for i in range(9)) + "E"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
