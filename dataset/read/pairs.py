@@ -45,6 +45,8 @@ def check_pair(row: dict) -> None:
         for i, message in enumerate(messages[same:], start=same):
             if message["role"] in ("user", "system"):
                 raise UserError(f"the prompts differ: {name}[{i}] is {_short(message)}, which the other side lacks")
+        if not any(message["role"] == "assistant" and message.get("train", True) for message in messages[same:]):
+            raise UserError(f"{name}: its answer is marked as one that is not trained on")
 
 
 def encode_pairs(tokenizer: Tokenizer, rows: Sequence[dict]) -> list[Pair | UserError]:

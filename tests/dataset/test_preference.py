@@ -46,6 +46,10 @@ BAD = {
         "chosen": [user("1+1?"), says("2")],
         "rejected": [user("1+1?"), says("")],
     },
+    "chosen: its answer is marked": {
+        "chosen": [user("1+1?"), says("2") | {"weight": 0}],
+        "rejected": [user("1+1?"), says("3")],
+    },
     '"chosen" must be messages, or text beside a "prompt"': {"chosen": "2", "rejected": "3"},
     'no pair of "chosen" and "rejected" in this row': {"conversations": [user("1+1?"), says("2")]},
 }
