@@ -143,6 +143,7 @@ class Examination:
 
     def __init__(self, report: DataReport):
         self.report = report
+        self.refused: dict[int, str] = {}  # rows that are fine but for the tokenizer's chat template -> why
 
     def run(
         self,
@@ -167,9 +168,11 @@ class Examination:
                         self._judge(rows[n].index, rows[n].line, OVERLAP, report.overlap)
                 drawn = drawing.random(len(rows)) < share
                 drawn[:1] |= not at  # the first row always
-                sample = [(row.line, row.row) for row, taken in zip(rows, drawn) if taken and row.size <= HUGE]
-                for line, reason, _ in statistics.add(sample):  # refused by the chat template
-                    report.errors.add(reason, line)
+                sample = {row.index: row for row, taken in zip(rows, drawn) if taken and row.size <= HUGE}
+                for index, reason, _ in statistics.add([(index, row.row) for index, row in sample.items()]):
+                    report.errors.add(reason, sample[index].line)  # refused by the chat template
+                    self._judge(index, sample[index].line, BAD)
+                    self.refused[index] = reason
                 at += len(chunk.rows)
                 progress.advance(sum(map(len, chunk.rows)) + len(chunk.rows))
             if self.source:
@@ -228,11 +231,11 @@ class Examination:
         with Writer(clean) as good, Writer(rejects) as bad:
             for chunk in self.source.chunks(READ_BYTES):
                 verdicts = self.verdicts[at : at + len(chunk.rows)].tolist()
-                for raw, line, verdict in zip(chunk.rows, chunk.lines.tolist(), verdicts):
+                for index, (raw, line, verdict) in enumerate(zip(chunk.rows, chunk.lines.tolist(), verdicts), at):
                     if verdict == OK:
                         good.write(raw)
                         continue
-                    reason = WORDS.get(verdict) or read_row(self.read, raw)[1]
+                    reason = WORDS.get(verdict) or self.refused.get(index) or read_row(self.read, raw)[1]
                     bad.write(encode({"line": line, "reason": reason, "row": raw.decode("utf-8", "replace")}).encode())
                 at += len(chunk.rows)
             return good.rows, bad.rows

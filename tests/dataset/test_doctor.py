@@ -165,6 +165,28 @@ def test_fix_writes_what_training_takes_and_says_why_the_rest_is_not_there(tmp_p
     assert run(capsys, tmp_path / "a.clean.jsonl", "--val_path", val)[0] == 0
 
 
+def test_fix_leaves_out_what_the_chat_format_refuses(tmp_path):
+    """The two answers differ in blanks that the format does not keep. Of an array, many rows are in one line."""
+    asked = lambda question, *answers: dict(zip(("prompt", "chosen", "rejected"), (question, *answers)))
+    rows = [asked("1?", "a", "b"), asked("2?", "<think>a</think>b", "<think>\na\n</think>\nb"), asked("3?", "a", "b")]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    examination = examine(file, ByteTokenizer())
+    assert examination.report.bad == 1
+    assert examination.fix(tmp_path / "clean.jsonl", tmp_path / "rejects.jsonl") == (2, 1)
+    assert "the same in this tokenizer's chat format" in (tmp_path / "rejects.jsonl").read_text("utf-8")
+    assert len(PreferenceDataset(tmp_path / "clean.jsonl", ByteTokenizer(), max_seq_len=64)) == 2
+
+
+def test_a_pair_that_no_stage_trains_on_is_an_error_wherever_it_stands(tmp_path):
+    pair = lambda i, **marks: {
+        "chosen": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "a"} | marks],
+        "rejected": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "b"}],
+    }
+    report = check(jsonl(tmp_path / "a.jsonl", pair(1), pair(2, weight=0)), sample=1)
+    assert report.bad == 1 and not report.empty.count
+
+
 def test_the_report_for_people_and_for_machines(tmp_path, capsys):
     file = jsonl(tmp_path / "a.jsonl", chat("hi", "yo"), chat("hi", "yo"), '{"broken')
     status, said = run(capsys, file)
