@@ -72,9 +72,11 @@ class TextFile:
     def _build(self, folder: Path) -> dict:
         """Hashes the file, and finds the first line that begins after each PART bytes."""
         self._cuts = cuts = {0: 1}
-        first = next(self.chunks(HEAD_BYTES)).rows[0]
+        first = next(self.chunks(HEAD_BYTES), None)
+        if first is None:  # a byte order mark and nothing else
+            raise UserError(f"{self.path}:1: the file is empty")
         try:
-            decode(first)
+            decode(first.rows[0])
         except UserError as error:
             raise UserError(f"{self.path}:1: {error}") from None
         digest, position, line, wanted = hashlib.sha256(), 0, 1, self.PART

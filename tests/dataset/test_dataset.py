@@ -165,6 +165,12 @@ def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path):
         pretrain(tmp_path / "a.txt")
 
 
+def test_a_text_of_a_byte_order_mark_alone_is_empty(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match=r"a\.txt:1: the file is empty"):
+        pretrain(tmp_path / "a.txt")
+
+
 # ---- too long
 
 
