@@ -166,7 +166,7 @@ def _asked(row: dict, key: str) -> list[dict]:
         for i, turn in enumerate(turns):
             messages += read_turn(turn, f"{key}[{i}]")
     elif key == "instruction" or isinstance(row[key], str):
-        parts = [text_of(row[name], f'"{name}"') for name in (key, *BELOW) if row.get(name)]
+        parts = [text_of(row[name], f'"{name}"') for name in (key, *BELOW) if row.get(name) not in NOTHING]
         messages = [{"role": "user", "content": "\n".join(parts)}]
     else:
         messages = said(row[key], "user", key)
@@ -295,6 +295,7 @@ DIALOGUES = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "query", "question")
 SYSTEM = ("system", "system_prompt")
 BELOW = ("input", "context")  # what a question is about; put below it
+NOTHING = (None, "", [], {})  # nobody has written 0 by chance
 
 LAYOUTS: tuple[Layout, ...] = (
     *(Layout("preference", (asked, "chosen", "rejected"), _preference) for asked in QUESTIONS + DIALOGUES),

@@ -121,6 +121,7 @@ def test_every_layout_in_the_table_can_be_read():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]: only text can be read"),
         ({"instruction": "hi", "output": 42}, '"output" must be text or a list of messages, this is int 42'),
         ({"instruction": ["hi"], "output": "yo"}, '"instruction" must be text'),
+        ({"instruction": "Even?", "input": 0, "output": "yes"}, '"input" must be text, this is int 0'),
         ({"instruction": "hi", "output": ""}, "output: the assistant says nothing"),
         ({"instruction": "hi", "output": "yo", "history": [["hi"]]}, "history[0] must be [question, answer]"),
         ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "conversations[0].tool_calls: not JSON"),
