@@ -20,6 +20,7 @@ import numpy as np
 
 from common.console import UserError
 from common.files import atomic_file
+from dataset.kinds import KINDS
 from dataset.read.jsonl import Jsonl
 from dataset.read.mapping import Mapping, Reader, find_reader
 from dataset.read.row_errors import MAX_BAD_ROWS, RowErrors
@@ -142,19 +143,23 @@ class _File:
                 for raw, line in zip(chunk.rows, chunk.lines.tolist()):
                     try:
                         row = self.read(raw)
+                        row = row if self.to == self.read.kind else _better_answer(row)
                     except ValueError as error:
                         errors.add(line, str(error), raw)
                         report.bad += 1
                         continue
-                    yield raw, row if self.to == self.read.kind else _better_answer(row)
+                    yield raw, row
 
 
 def _better_answer(row: dict) -> dict | None:
-    """A preference or rated row -> a conversation; None if its only answer is labelled bad."""
+    """A preference or rated row -> a conversation; None if its only answer is labelled bad. UserError if it is one that
+    training would refuse."""
     if row.get("label") is False:
         return None
-    found = {"messages": row.get("chosen") or row.get("messages"), "tools": row.get("tools")}
-    return {key: value for key, value in found.items() if value}
+    found = {"messages": row.get("chosen") or row["messages"], "tools": row.get("tools")}
+    found = {key: value for key, value in found.items() if value}
+    KINDS["chat"].check(found)  # it asks for more than the other kinds do
+    return found
 
 
 def _lines(files: list[_File], report: MergeReport, held_out) -> Iterator[tuple[bytes, bool]]:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from common.console import UserError
 from dataset.read.formats import canonical
 from dataset.read.mix import prepare, to_ours
 from scripts import prepare_data
@@ -105,6 +106,13 @@ def test_better_answers_become_conversations(tmp_path, capsys):
     run("--data_path", pairs, rated, "--to=chat", f"--save_path={tmp_path / 'o.jsonl'}")
     assert rows(tmp_path / "o.jsonl") == [{"conversations": ONE}] * 2
     assert "left out: 1 answers that were labelled bad" in capsys.readouterr().out
+
+
+def test_a_better_answer_that_training_would_refuse_is_a_bad_row(tmp_path):
+    pairs = jsonl(tmp_path / "a.jsonl", {"prompt": "hi", "chosen": "<think>cut off", "rejected": "yo"})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*begins with <think>, which never ends"):
+        prepare([pairs], [], target=tmp_path / "o.jsonl", to="chat")
+    prepare([pairs], [], target=tmp_path / "o.jsonl")  # as pairs they can be trained on
 
 
 def test_a_mapping_and_the_flags_of_a_preprocessing_script(tmp_path, capsys):
