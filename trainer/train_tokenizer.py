@@ -31,6 +31,7 @@ MARKUP = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "
 SPARE = tuple(f"<|spare_{n}|>" for n in range(5))  # for control tokens added later, without a new vocabulary
 FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json")
 SMALLEST = len(SPECIAL + MARKUP + SPARE) + 256
+LARGEST = 10_000_000  # the trainer takes memory for all of them before it begins
 
 # Qwen2's (huggingface.co/Qwen/Qwen2-0.5B, tokenizer.json); llama.cpp calls it "qwen2". Every digit is one token
 WORDS = (
@@ -52,7 +53,7 @@ class TokenizerConfig(Options):
     )
     save_dir: str = option(str(ROOT / "out" / "tokenizer"), "where it is written", aliases=("output_dir",), path=True)
     vocab_size: int = option(
-        6400, "number of tokens, with the control tokens and the 256 bytes", within=f"[{SMALLEST}, inf)"
+        6400, "number of tokens, with the control tokens and the 256 bytes", within=f"[{SMALLEST}, {LARGEST}]"
     )
     holdout: int = option(
         0, "leave every Nth row out of training, and measure on these rows (0: none)", within="[0, inf)"
@@ -232,8 +233,11 @@ def main() -> None:
     corpus = Corpus(config)
     say(f"{len(corpus.files)} files" + (f", a sample: {corpus.share:.1%} of their rows" if corpus.share < 1 else ""))
     tokenizer = train_bpe(corpus.training_texts(), config.vocab_size)
-    if not corpus.used:
-        raise UserError(f"--holdout {config.holdout} and the weights leave no row to train on")
+    if not corpus.used.total():
+        raise UserError(
+            "no text to train on: the rows have none, or none of them are left by --sample_mb "
+            f"{config.sample_mb:g}, --holdout {config.holdout} and the weights"
+        )
     chinese = f"{corpus.used['zh']:,} of them in rows that are at least a fifth Chinese"
     say(f"trained on {sum(corpus.used.values()):,} characters ({chinese})")
     save(tokenizer, config.save_dir)

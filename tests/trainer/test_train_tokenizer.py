@@ -200,7 +200,8 @@ def test_the_default_folder_is_not_the_shipped_one(root):
     "content, flags, message",
     [
         ('{"text": "a"}\n{broken\n', [], r"a\.jsonl:2: broken JSON"),
-        ('{"text": "a"}\n', ["--holdout", "1"], "--holdout 1 and the weights leave no row"),
+        ('{"text": "a"}\n', ["--holdout", "1"], r"no text to train on: .* --holdout 1"),
+        ('{"text": 5}\n{"text": ""}\n', [], "no text to train on: the rows have none"),
         (None, [], "no such file"),
     ],
 )
@@ -212,7 +213,8 @@ def test_mistakes_are_named(tmp_path, monkeypatch, content, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_too_small_for_the_bytes(monkeypatch, capsys):
+@pytest.mark.parametrize("size", ["256", "1000000000000"])  # no room for the bytes; more than any memory
+def test_a_vocabulary_of_an_impossible_size(size, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--vocab_size", "256")
-    assert "--vocab_size 256: must be" in capsys.readouterr().err
+        run(monkeypatch, "--vocab_size", size)
+    assert f"--vocab_size {size}: must be" in capsys.readouterr().err
