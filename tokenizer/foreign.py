@@ -21,7 +21,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from itertools import pairwise
+from collections import Counter
+from itertools import accumulate, pairwise
 
 from common.console import UserError
 from tokenizer.messages import Segment, dumps, markup, split_reasoning
@@ -90,26 +91,34 @@ class ForeignTemplate:
         text = self._print(shown, guarded(tools), add_generation_prompt, enable_thinking)
 
         trained = []  # [begin, end) in text
-        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant" and marks[i] in text]
+        first, last = {}, {}  # mark -> where it begins that stands first, where it ends that stands last
+        for match in re.finditer(f"[{marks[0]}-{marks[-1]}]", text):
+            first.setdefault(match[0], match.start())
+            last[match[0]] = match.end()
+        # of each message: where all before it have ended, and where the next one after it begins
+        before = [0, *accumulate((last.get(mark, 0) for mark in marks), max)]
+        after = [*accumulate((first.get(mark, len(text)) for mark in reversed(marks)), min, initial=len(text))][-2::-1]
+        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant" and marks[i] in first]
         for i in spoken:
-            first, last = text.find(marks[i]), text.rfind(marks[i]) + 1
-            before = max((text.rfind(mark) for mark in marks[:i]), default=-1) + 1
-            after = min((at for mark in marks[i + 1 :] if (at := text.find(mark)) >= 0), default=len(text))
-            header = text.rfind(self.header, before, first)
-            ends = list(self.controls.finditer(text, last, after))
+            begin, stop = first[marks[i]], last[marks[i]]
+            header = text.rfind(self.header, before[i], begin)
+            ends = list(self.controls.finditer(text, stop, after[i]))
             end = next((match for match in ends if match[0] == self.names["eos_token"]), ends[0] if ends else None)
             if messages[i].get("train", True):
-                trained.append((header + len(self.header) if header >= 0 else first, end.end() if end else last))
+                trained.append((header + len(self.header) if header >= 0 else begin, end.end() if end else stop))
 
         edges = {0, len(text), *(edge for span in trained for edge in span)}
+        inside = Counter(begin for begin, _ in trained)  # at each edge: how many trained parts begin there, less ends
+        inside.subtract(stop for _, stop in trained)
         for match in self.controls.finditer(text):
             edges |= {match.start(), match.end()}
         erase = dict.fromkeys(map(ord, [guard, *marks]))
         segments: list[Segment] = []
+        depth = 0
         for begin, end in pairwise(sorted(edges)):
             piece = markup(tokenizer, text[begin:end])
-            label = any(start <= begin and end <= stop for start, stop in trained)
-            segments.append((piece if isinstance(piece, int) else piece.translate(erase), label))
+            depth += inside[begin]
+            segments.append((piece if isinstance(piece, int) else piece.translate(erase), depth > 0))
         if spoken and spoken[-1] == len(messages) - 1 and not ends and not add_generation_prompt:
             # GLM ends a turn with the header of the next one; the last turn needs an end that can be learned too
             segments.append((tokenizer.end_of_text, messages[-1].get("train", True)))
