@@ -91,14 +91,18 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     elif suffix == ".json":
         yield from _object(path)
     else:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                if raw := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
-                    try:
-                        yield where, loads(decode(raw)) if suffix == ".jsonl" else decode(raw)
-                    except UserError as error:
-                        raise UserError(f"{where}: {error}") from None
+        yield from _lines(path, suffix == ".jsonl")
+
+
+def _lines(path: Path, are_json: bool) -> Iterator[tuple[str, object]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if raw := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
+                try:
+                    yield where, loads(decode(raw)) if are_json else decode(raw)
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
 
 
 def _object(path: Path) -> Iterator[tuple[str, object]]:
@@ -108,12 +112,10 @@ def _object(path: Path) -> Iterator[tuple[str, object]]:
     try:
         tree = loads(text)
     except UserError as error:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]  # not at U+2028, which may stand in a text
         if len(lines) < 2 or not lines[0].rstrip().endswith("}"):
             raise UserError(f"{path}: {error}") from None
-        yield from (
-            (f"{path}:{number}", loads(line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-        )
+        yield from _lines(path, True)
         return
     lists = {key: value for key, value in tree.items() if isinstance(value, list)} if isinstance(tree, dict) else {}
     named = next((key for key in LISTS if key in lists), None)

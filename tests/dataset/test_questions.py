@@ -59,6 +59,7 @@ FILES = {
     "a.json": json.dumps(["hi", {"prompt": "hi"}], indent=1),
     "b.json": json.dumps({"questions": [{"prompt": "hi"}, "hi"], "version": 1}),
     "c.json": '{"prompt": "hi"}\n{"prompt": "hi"}\n',  # lines, whatever the file is called
+    "d.json": '{"note": "a\u2028b", "prompt": "hi"}\n{"prompt": "hi"}\n',  # this is no line end in JSON
 }
 
 
@@ -91,6 +92,7 @@ def test_kinds_as_a_column_and_as_a_section(tmp_path):
         ("a.jsonl", '{"ask": "a"}\n', "a.jsonl:1: no question in this row, it has ask; expected one of instruction"),
         ("a.jsonl", '{"text": "a"}\n', 'a.jsonl:1: "text" is a document'),
         ("a.jsonl", "7\n", "a.jsonl:1: a question is text or an object, this is int"),
+        ("a.json", '{"prompt": "a"}\n{"prompt" "b"}\n', "a.json:2: broken JSON at column 11"),
         ("a.json", '{"prompt": 7}', "a.json"),
         ("a.json", "{}", "a.json: expected a list of questions"),
         ("a.txt", "\n \n", "a.txt: there is no question in it"),
