@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import json
 from dataclasses import dataclass
 
-from common.console import printable, run, say
+from common.console import UserError, printable, run, say
 from common.options import Options, option, parse
 
 BAR = 40  # characters of the longest bar
@@ -69,6 +69,9 @@ def main():
     from dataset.tokens.order import weighted
     from model.hub import load_tokenizer
 
+    targets = [clean_path(weighted(spec)[0]) for spec in config.data_path] if config.fix else []
+    if twice := next((path for path in targets if targets.count(path) > 1), None):
+        raise UserError(f"--fix: several of the files would be written to {twice}; fix them one by one")
     tokenizer, mapping = load_tokenizer(config.tokenizer_path), read_mapping(config.data_mapping)
     options = dict(mapping=mapping, cache_dir=config.cache_dir)
     known = [hashes_of(weighted(spec)[0], **options) for spec in config.val_path]
@@ -90,8 +93,7 @@ def main():
         if not config.json:
             say("\n".join(lines(found.report, config)))
         if config.fix and not found.report.failure:
-            clean = Path(path).with_name(f"{Path(path).stem}.clean.jsonl")
-            rejects = Path(path).with_name(f"{Path(path).name}.rejects.jsonl")
+            clean, rejects = clean_path(path), path.with_name(f"{path.name}.rejects.jsonl")
             good, bad = found.fix(clean, rejects)
             if not config.json:
                 say(f"{'':<{LABEL}}wrote {rows(good)} to {shown(clean)}, {bad:,} to {shown(rejects)}")
@@ -99,6 +101,10 @@ def main():
         say(json.dumps([report.as_dict() for report in reports], ensure_ascii=False, indent=1))
     if any(report.failure or report.bad for report in reports):
         raise SystemExit(1)
+
+
+def clean_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.clean.jsonl")
 
 
 def lines(report, config: CheckConfig) -> list[str]:

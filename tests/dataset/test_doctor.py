@@ -178,6 +178,14 @@ def test_fix_leaves_out_what_the_chat_format_refuses(tmp_path):
     assert len(PreferenceDataset(tmp_path / "clean.jsonl", ByteTokenizer(), max_seq_len=64)) == 2
 
 
+def test_fix_never_writes_two_files_into_one(tmp_path, capsys):
+    for name in ("a.jsonl", "a.json"):
+        jsonl(tmp_path / name, {"text": name})
+    with pytest.raises(ValueError, match=r"would be written to .*a\.clean\.jsonl"):
+        run(capsys, tmp_path / "a.jsonl", tmp_path / "a.json", "--fix")
+    assert not (tmp_path / "a.clean.jsonl").exists()
+
+
 def test_a_pair_that_no_stage_trains_on_is_an_error_wherever_it_stands(tmp_path):
     pair = lambda i, **marks: {
         "chosen": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "a"} | marks],
