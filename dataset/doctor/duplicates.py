@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.console import UserError
 from dataset.read.jsonl import Jsonl
 from dataset.read.mapping import Mapping, find_reader
 from dataset.read.mix import encode
@@ -28,6 +29,8 @@ def content_hash(row: dict) -> int:
 
 def hashes_of(path: str | Path, *, mapping: Mapping | None = None, cache_dir: str | Path | None = None) -> np.ndarray:
     """(rows,) uint64: the sorted hashes of a file's rows. Rows that cannot be read are left out."""
+    if Path(path).suffix.lower() == ".txt":
+        raise UserError(f"{path}: is one text, which has no rows that could be in another file too")
     source = Jsonl(path, cache_dir=cache_dir)
     read = find_reader(source, mapping=mapping)
 

@@ -186,6 +186,12 @@ def test_fix_never_writes_two_files_into_one(tmp_path, capsys):
     assert not (tmp_path / "a.clean.jsonl").exists()
 
 
+def test_a_text_as_validation_file_is_told_what_it_is(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"a\.txt: is one text"):
+        hashes_of(tmp_path / "a.txt")
+
+
 def test_a_pair_that_no_stage_trains_on_is_an_error_wherever_it_stands(tmp_path):
     pair = lambda i, **marks: {
         "chosen": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "a"} | marks],
