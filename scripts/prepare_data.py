@@ -81,7 +81,7 @@ def main():
 
     target = Path(config.save_path)
     if target.suffix != ".jsonl":
-        if target.suffix in (".json", ".txt", ".csv", ".parquet"):
+        if target.suffix in (".json", ".txt", ".csv", ".parquet", ".gz"):
             raise UserError(f"--save_path {target}: what is written is .jsonl; name it so, or give a folder")
         target = target / "train.jsonl"
     val_target = target.with_name("val.jsonl" if target.name == "train.jsonl" else f"{target.stem}.val.jsonl")

@@ -87,9 +87,10 @@ def prepare(
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{path} holds {kind}" for path, kind in kinds.items())
         raise UserError(f"files of different kinds cannot be joined: {found}")
-    for file in files + extra:
-        if file.rows.path.resolve() in (target.resolve(), val_target and val_target.resolve()):
-            raise UserError(f"{target}: would overwrite a file that is being read; choose another --save_path")
+    read = {file.rows.path.resolve() for file in files + extra}
+    for path in (target, val_target if val_fraction else None):
+        if path and path.resolve() in read:
+            raise UserError(f"{path}: would overwrite a file that is being read; choose another --save_path")
     report = MergeReport(files[0].to, {str(file.rows.path): file.read.layout for file in files + extra})
     left = data_limit or sum(len(file.rows) for file in files)
     for file in files:

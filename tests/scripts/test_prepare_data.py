@@ -146,12 +146,20 @@ def test_mistakes_leave_what_was_there(tmp_path):
             prepare(files, [], target=out)
     with pytest.raises(ValueError, match="would overwrite"):
         prepare([good], [], target=good)
+    with pytest.raises(ValueError, match="a.jsonl: would overwrite"):
+        prepare([good], [], target=out, val_target=good, val_fraction=0.5)
     with pytest.raises(ValueError, match="text rows .* cannot become chat"):
         prepare([text], [], target=out, to="chat")
     with pytest.raises(ValueError, match="--val_fraction 0.5: 1 rows are too few to split"):
         prepare([good], [], target=out, val_target=tmp_path / "v.jsonl", val_fraction=0.5)
     assert out.read_text(encoding="utf-8") == "kept"
     assert not [p for p in tmp_path.iterdir() if ".tmp" in p.name], "no half file"
+
+
+def test_a_validation_file_can_be_converted_into_its_own_folder(tmp_path):
+    val = alpaca(tmp_path / "val.jsonl", "q")
+    run("--data_path", val, "--output_dir", tmp_path)  # no validation part is written
+    assert asked(tmp_path / "train.jsonl") == ["q"]
 
 
 def test_bad_rows_are_skipped_counted_and_kept_aside(tmp_path, capsys):
@@ -165,7 +173,7 @@ def test_bad_rows_are_skipped_counted_and_kept_aside(tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("name", ("all.json", "all.txt"))
+@pytest.mark.parametrize("name", ("all.json", "all.txt", "all.jsonl.gz"))
 def test_a_name_that_promises_another_format_is_refused(name, tmp_path):
     """.json is one array everywhere else; and all.txt became a folder."""
     status, _, error = run_script(
