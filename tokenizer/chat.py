@@ -90,7 +90,10 @@ def _render(
     enable_thinking: bool | None = None,
 ) -> list[Segment]:
     render = _chatml if tokenizer.chat_template in (None, TEMPLATE) else _foreign(tokenizer)
-    return render(tokenizer, messages, tools, add_generation_prompt, enable_thinking)
+    try:
+        return render(tokenizer, messages, tools, add_generation_prompt, enable_thinking)
+    except RecursionError:  # the parser takes deeper nesting, in tools and arguments, than Python can walk through
+        raise UserError("nested too deeply") from None
 
 
 @functools.lru_cache(maxsize=4)

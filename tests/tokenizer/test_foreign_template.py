@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.helpers.rows import said
 from tests.helpers.strategies import CALLS, PLAIN
 from tests.helpers.templates import build, spoken
-from tokenizer.chat import encode_chat
+from tokenizer.chat import encode_chat, encode_chats
 from tokenizer.messages import split_reasoning
 
 # Qwen3: reasoning in earlier turns is dropped, the last turn always has a think block, contents lose newlines
@@ -254,6 +254,15 @@ def test_private_use_characters_in_a_row_survive(family):
     text = "".join(map(chr, range(0xF0000, 0xF0010)))
     decoded = tokenizer.decode(encode_chat(tokenizer, [said("user", f"<{text}>"), said("assistant", text)]).ids)
     assert decoded.count(text) == 2 and f"<{text}>" in decoded
+
+
+def test_a_call_nested_too_deeply_is_an_error_of_its_row(family):
+    arguments = {}
+    for _ in range(700):  # JSON's parser takes it
+        arguments = {"a": arguments}
+    call = said("assistant", "", tool_calls=[{"name": "f", "arguments": arguments}])
+    found = encode_chats(family("qwen")[0], [([said("user", "a"), call], None), ([said("user", "a")], None)])
+    assert str(found[0]) == "nested too deeply" and found[1].ids
 
 
 # ---- a template is somebody's program
