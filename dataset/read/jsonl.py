@@ -141,6 +141,7 @@ class Jsonl(Rows):
         check: Callable[[Head], object] | None = None,
     ):
         self.path, self._check = require_file(path), check
+        self.before = os.stat(self.path)  # for `refuse_changes`
         self.size, state, head = state_of(self.path)
         refuse_other_files(self.path, head)
         self.cache = cache_root(self.path, cache_dir)
@@ -201,7 +202,6 @@ class Jsonl(Rows):
     def _build(self, folder: Path) -> dict:
         if self._check and len(head := Head(self.path)):
             self._check(head)
-        before = os.stat(self.path)
         with open(folder / "starts", "wb") as starts, open(folder / "lines", "wb") as lines:
             if self._is_array:
                 require_space(self.cache, self.size, f"{self.path}: the rows of the array")
@@ -213,7 +213,7 @@ class Jsonl(Rows):
                     closing(Progress(f"reading {self.path.name}", self.size)) as progress,
                 ):
                     rows, content = index_lines(file, starts, lines, progress)
-        refuse_changes(self.path, before)
+        refuse_changes(self.path, self.before)
         self._require_rows(rows)
         return {"source": str(self.path.resolve()), "content": content, "rows": rows}
 

@@ -24,6 +24,7 @@ class TextFile:
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None):
         self.path = require_file(path)
+        self.before = os.stat(self.path)  # for `refuse_changes`
         self.cache = cache_root(self.path, cache_dir)
         self.size, state, _ = state_of(self.path)
         if not self.size:
@@ -80,7 +81,6 @@ class TextFile:
         except UserError as error:
             raise UserError(f"{self.path}:1: {error}") from None
         digest, position, line, wanted = hashlib.sha256(), 0, 1, self.PART
-        before = os.stat(self.path)
         with open(self.path, "rb") as file, closing(Progress(f"reading {self.path.name}", self.size)) as progress:
             while block := file.read(BLOCK):
                 digest.update(block)
@@ -90,5 +90,5 @@ class TextFile:
                     wanted = position + found + self.PART
                 line, position = line + block.count(b"\n"), position + len(block)
                 progress.advance(len(block))
-        refuse_changes(self.path, before)
+        refuse_changes(self.path, self.before)
         return {"source": str(self.path.resolve()), "content": digest.hexdigest(), "cuts": list(cuts.items())}

@@ -30,7 +30,7 @@ import numpy as np
 
 from common.console import Progress, UserError, note
 from dataset.kinds import KINDS
-from dataset.read.jsonl import Chunk, Head, Jsonl, entry_name
+from dataset.read.jsonl import Chunk, Head, Jsonl, entry_name, refuse_changes
 from dataset.read.mapping import Mapping, Reader, find_reader, require_reader
 from dataset.read.row_errors import MAX_BAD_ROWS, RowErrors, allowed, too_many_bad
 from dataset.read.text import TextFile
@@ -131,6 +131,7 @@ def token_caches(
         in_part = 1 if plain else len(part)
         with RowErrors(source.path, source.cache, in_part, on_bad_row, max_bad_rows, called) as errors:
             facts = _Builder(folder, source, part, called, tokenizer, reader).build(in_part, num_workers, errors)
+        refuse_changes(source.path, source.before)  # else other text would be kept as that of this content
         _check_empty(source.path, facts, max_empty_rows)
         return facts
 

@@ -320,6 +320,21 @@ def test_an_interrupted_build_leaves_no_half_cache(tmp_path, monkeypatch):
     assert text(pretrain(file, tokenizer, max_seq_len=100).tokens(0)) == "".join(f"Etext {i}" for i in range(9)) + "E"
 
 
+@pytest.mark.parametrize("name", ("a.jsonl", "a.txt"))
+def test_a_file_that_changes_while_it_is_tokenised_leaves_nothing(tmp_path, monkeypatch, name):
+    """The ids of the new text were kept under the hash of the old one."""
+    file, encode_it = jsonl(tmp_path / name, {"text": "old"}), tc.encode
+
+    def changed(*args):
+        file.write_text(file.read_text().replace("old", "newer"))
+        return encode_it(*args)
+
+    monkeypatch.setattr(tc, "encode", changed)
+    with pytest.raises(ValueError, match="changed while it was being read"):
+        pretrain(file)
+    assert not [p for p in (tmp_path / ".cache").iterdir() if "-text-" in p.name or "-plain-" in p.name]
+
+
 def test_processes_give_what_one_process_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(tc, "TOKENISED_BYTES", 100)
     file = jsonl(tmp_path / "a.jsonl", *[chat(f"question {i} 麻雀", f"answer {i}") for i in range(40)])
