@@ -46,8 +46,8 @@ class Mapping:
             return turn
         turn = turn | {ours: turn[theirs] for ours, theirs in self.turns.items() if theirs in turn}
         for name in ("role", "from"):
-            if isinstance(turn.get(name), str):
-                turn[name] = self.roles.get(turn[name], turn[name])
+            if isinstance(turn.get(name), (str, int)):
+                turn[name] = self.roles.get(str(turn[name]), turn[name])
         return turn
 
 
@@ -75,7 +75,7 @@ def read_mapping(path: str | Path | None) -> Mapping | None:
                 near = difflib.get_close_matches(str(name), known[section], 1)
                 hint = f"did you mean {near[0]}?" if near else f"ours are {', '.join(known[section])}"
                 raise UserError(f"--data_mapping {path}: {section}: {name} is none of our names; {hint}")
-            if not isinstance(theirs, str) and not (section == "roles" and isinstance(theirs, list)):
+            if not isinstance(theirs, str) and not (section == "roles" and isinstance(theirs, (list, int))):
                 raise UserError(f"--data_mapping {path}: {section}: {name}: {theirs!r} is no name of yours")
     pairs = [(ours, theirs) for ours, theirs in tree.get("roles", {}).items()]
     roles = {str(t): ours for ours, theirs in pairs for t in (theirs if isinstance(theirs, list) else [theirs])}

@@ -231,6 +231,11 @@ roles: {user: [customer, guest], assistant: agent}
     ds = sft(jsonl(tmp_path / "a.jsonl", row), mapping=read_mapping(mapping))
     assert text(ds.tokens(0)) == "[system\nbe]\n[user\nhi]\n[assistant\nyo]"
 
+    mapping.write_text("columns: {messages: turns}\nroles: {user: [0, guest], assistant: 1}", encoding="utf-8")
+    numbered = {"turns": [{"role": 0, "content": "hi"}, {"role": 1, "content": "yo"}]}
+    ds = sft(jsonl(tmp_path / "c.jsonl", numbered), mapping=read_mapping(mapping))
+    assert text(ds.tokens(0)) == "[user\nhi]\n[assistant\nyo]"
+
     mapping.write_text("columns: {instruction: input, input: output, output: instruction}", encoding="utf-8")
     swapped = jsonl(tmp_path / "b.jsonl", {"input": "Add.", "output": "1+1", "instruction": "2"})
     ds = sft(swapped, mapping=read_mapping(mapping))
