@@ -39,7 +39,7 @@ from dataset.tokens.encode import BadRow, Block, open_document, token_dtype
 from dataset.tokens.lengths import Lengths
 from tokenizer.text import Tokenizer
 
-FORMAT = 5  # part of every key: raise it when the files change, and old caches are made anew
+FORMAT = 6  # part of every key: raise it when the files change, and old caches are made anew
 TOKENISED_BYTES = 1 << 20  # bytes of rows that are tokenised together
 PART_BYTES = 1 << 30  # bytes of rows that are tokenised into a cache of their own
 ESTIMATED_FROM = 256 << 20  # bytes of rows from which the space that their tokens need is estimated first
