@@ -29,6 +29,7 @@ Criterion = Callable[[Tensor, Tensor, slice], Tensor]
 WINDOW = 512  # positions of a packed row, unless an example is longer
 ROWS = 8  # packed rows of a forward pass
 AT_ONCE = 512  # examples, with all rows of the same prompt, that are packed together
+PART = 2048  # bytes of a single document that are drawn together for its error bars
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int = WINDOW) -> list[Encoded]:
@@ -94,4 +95,16 @@ def totals(tokenizer: Tokenizer, rows: Sequence[Encoded], logp: Sequence[np.ndar
     for total, row, own in zip(found, rows, logp):
         trained = np.array(row.ids[1:], np.int64)[np.array(row.trained[1:], bool)]
         total[:] = -own.sum(dtype=np.float64), len(own), tokenizer.token_bytes[trained].sum()
+    return found
+
+
+def totals_by_part(tokenizer: Tokenizer, rows: Sequence[Encoded], logp: Sequence[np.ndarray]) -> np.ndarray:
+    """The `windows` of a document -> totals of each PART bytes of it. A part is the same text for every tokenizer and
+    every length of windows; a token belongs to the part in which it begins."""
+    ids = np.concatenate([row.ids[1:] for row in rows])
+    sizes = tokenizer.token_bytes[ids].astype(np.int64)
+    begins = np.minimum(np.cumsum(sizes) - sizes, max(sizes.sum() - 1, 0))  # the end belongs to the last part
+    parts = begins // PART
+    found = np.zeros((parts[-1] + 1, 3))
+    np.add.at(found, parts, np.stack((-np.concatenate(logp), np.ones(len(ids)), sizes), axis=1))
     return found

@@ -24,7 +24,7 @@ from dataset.read.jsonl import require_file
 from dataset.read.parse import decode
 from dataset.read.questions import Question, read_questions, read_rows
 from evaluation.choice import read_choices, read_examples, score
-from evaluation.likelihood import WINDOW, log_likelihoods, totals, windows
+from evaluation.likelihood import PART, WINDOW, log_likelihoods, totals, totals_by_part, windows
 from evaluation.metrics import METRICS, to_install
 from evaluation.statistics import bootstrap
 from inference.answers import GREEDY, Answer, answers_to_ids, prompt_ids
@@ -148,14 +148,15 @@ def _measure_text(model: CausalLM, tokenizer: Tokenizer, found: Measured, names:
         parts = windows(tokenizer, text, length)
         rows += parts
         owners += [where] * len(parts)
-    sums = totals(tokenizer, rows, log_likelihoods(model, rows, progress="documents"))
+    logp = log_likelihoods(model, rows, progress="documents")
     if len(texts) > 1:  # a document is what is drawn for the error bars; of a single one, its parts
         numbers = {where: n for n, (where, _) in enumerate(texts)}
-        parts, sums = sums, np.zeros((len(texts), 3))
-        np.add.at(sums, [numbers[owner] for owner in owners], parts)
+        sums = np.zeros((len(texts), 3))
+        np.add.at(sums, [numbers[owner] for owner in owners], totals(tokenizer, rows, logp))
         owners = list(numbers)
     else:
-        owners = [f"{owner} part {n}" for n, owner in enumerate(owners, 1)]
+        sums = totals_by_part(tokenizer, rows, logp)
+        owners = [f"{owners[0]} from byte {n * PART}" for n in range(len(sums))]
     found.rows = len(texts)
     for name in names:
         found.add(name, sums, owners, f"windows of {length}" + _of_tokenizer(name, tokenizer))

@@ -139,6 +139,9 @@ def against(results: Sequence[Measured], earlier: dict, tokenizer: str) -> str:
             if name == "ppl" and earlier.get("tokenizer") != tokenizer:
                 notes.append("perplexity is not compared: the tokenizers differ; bits per byte can be")
                 continue
+            how = before["metrics"][name]["how"] if before and "metrics" in before else found.how[name]
+            if how.partition(";")[0] != found.how[name].partition(";")[0]:
+                notes.append(f"{METRICS[name].title} of {file}: now {found.how[name]}, before {how}")
             theirs = np.array([others[found.labels[name][n]] for n in shared])
             delta, spread = paired_difference(METRICS[name].value, theirs, counts[shared])
             form = METRICS[name].form.replace("{:", "{:+")

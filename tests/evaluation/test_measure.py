@@ -106,8 +106,22 @@ def test_documents_in_one_line_are_three(model, tmp_path):
 def test_a_text_file_is_one_document_with_its_parts_for_the_error_bars(model, tmp_path):
     (tmp_path / "a.txt").write_text("once upon a time " * 200, encoding="utf-8")
     found = measure(model, TOKENIZER, tmp_path / "a.txt", ["bpb"], Settings(window=64))
-    assert found.rows == 1 and found.labels["bpb"][:2] == ["1 part 1", "1 part 2"]
-    assert found.figure("bpb").low is not None
+    assert found.rows == 1 and found.labels["bpb"] == ["1 from byte 0", "1 from byte 2048"]
+    assert found.figure("bpb").low is not None and found.counts["bpb"][:, 2].sum() == 3400
+    parts = windows(TOKENIZER, "once upon a time " * 200, 64)
+    expected = totals(TOKENIZER, parts, log_likelihoods(model, parts)).sum(0)
+    np.testing.assert_allclose(found.counts["bpb"].sum(0), expected, rtol=1e-6)
+
+
+def test_the_parts_of_a_text_file_do_not_depend_on_how_it_is_read(model, tmp_path):
+    """Windows were the parts. The first ones of 64 tokens were compared with all of 128, silently."""
+    (tmp_path / "a.txt").write_text("从前 once upon a time " * 200, encoding="utf-8")
+    wide, narrow = (measure(model, TOKENIZER, tmp_path / "a.txt", ["bpb"], Settings(window=n)) for n in (128, 64))
+    assert wide.labels == narrow.labels
+    write_json(tmp_path / "r.json", [wide])
+    said = against([narrow], read_json(tmp_path / "r.json"), TOKENIZER.hash)
+    assert f"{narrow.figure('bpb').value - wide.figure('bpb').value:+.4f}" in said
+    assert "note: bits per byte of a.txt: now windows of 64, before windows of 128" in said
 
 
 def test_pairs(model, tmp_path):
