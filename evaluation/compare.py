@@ -58,6 +58,7 @@ def compare(
     eval_data: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """settings: how answers are made. eval_data: held-out files, whose loss tells what a model has forgotten."""
+    held_out = _held_out(contenders, eval_data, settings)  # first: a mistake in a file shows before minutes of answering
     said: list[list[Answer]] = []
     models: list[dict[str, Any]] = []
     for contender in contenders:
@@ -100,7 +101,7 @@ def compare(
         questions=rows,
         surprise=[[_mean_bits(own) for own in readings] for readings in read],
         figures=_figures(questions, said),
-        held_out=_held_out(contenders, eval_data, settings),
+        held_out=held_out,
         votes=[],
     )
 

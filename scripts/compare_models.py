@@ -76,6 +76,11 @@ class CompareConfig(DeviceOptions, SamplingOptions):
             found.append("--finetuned_model: name the model to compare, for instance --finetuned_model rlhf")
         if self.interactive and (self.eval_data or self.output):
             found.append("--interactive: prints and writes nothing; leave out --output and --eval_data")
+        if self.eval_data:  # before a model is loaded
+            from dataset.read.jsonl import require_file
+
+            for path in self.eval_data:
+                require_file(path)
         return found
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from common.console import UserError
 from dataset.read.questions import Question
 from evaluation import compare as comparing
 from evaluation.compare import _held_out, compare
@@ -17,6 +18,7 @@ from inference.session import Session
 from model.adapter import save_adapter
 from model.checkpoint import load_weights, save_weights
 from model.lora import LoRASettings, add_lora
+from scripts.compare_models import CompareConfig
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import jsonl
 
@@ -91,6 +93,17 @@ def test_a_pretrained_model_is_measured_as_one_that_continues(tmp_path, monkeypa
 def test_a_pretrained_model_gets_the_last_message_of_a_conversation():
     turns = [user("Once upon a time"), assistant("there was"), user("a sparrow")]
     assert contender("p", stage="pretrain").encode(turns) == prompt_ids(TOKENIZER, "a sparrow")
+
+
+def test_no_question_is_answered_before_a_mistake_in_a_file_shows(tmp_path, monkeypatch):
+    """It showed after all answers, and they were lost."""
+    monkeypatch.setattr(comparing, "answer_questions", lambda *_: pytest.fail("answered"))
+    models, questions = [contender("a"), contender("b")], [Question("q:1", [user("why?")], None)]
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="empty.jsonl: the file is empty"):
+        compare(models, questions, eval_data=[tmp_path / "empty.jsonl"])
+    with pytest.raises(FileNotFoundError, match="val.jsonl: no such file"):  # not even a model is loaded
+        CompareConfig(finetuned_model=("x",), eval_data=(str(tmp_path / "val.jsonl"),)).problems()
 
 
 # ---- opening
