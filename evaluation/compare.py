@@ -108,11 +108,18 @@ def compare(
 
 def write_report(output: str | Path, result: dict[str, Any]) -> Path:
     """Writes the result as .json and, to look at, as .html -> the path of the page. output: either of the two."""
-    output = Path(output)
-    with atomic_file(output.with_suffix(".json")) as temporary:
+    numbers, page = report_files(output)
+    with atomic_file(numbers) as temporary:
         temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     title = ", ".join(model["name"] for model in result["models"])
-    return write_page(output.with_suffix(".html"), "compare", title, result)
+    return write_page(page, "compare", title, result)
+
+
+def report_files(output: str | Path) -> tuple[Path, Path]:
+    """The .json and the .html that `output` names. Another ending than these is part of the name: run_v1.1"""
+    output = Path(output)
+    name = output.stem if output.suffix.lower() in (".json", ".html") else output.name
+    return output.with_name(f"{name}.json"), output.with_name(f"{name}.html")
 
 
 def _settings_of(contender: Contender, settings: Settings) -> Settings:

@@ -140,13 +140,13 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def count_votes(config: CompareConfig) -> None:
-    from evaluation.compare import FORMAT, write_report
+    from evaluation.compare import FORMAT, report_files, write_report
     from evaluation.votes import as_text, read_page_votes, read_votes, tally
 
     if not config.output:  # those of the server's page, which are about no report
         names, votes = read_page_votes(config.votes)
         return say(as_text(tally(votes, len(names)), names))
-    path = Path(config.output).with_suffix(".json")
+    path, _ = report_files(config.output)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["format"] != FORMAT:

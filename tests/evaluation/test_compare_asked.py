@@ -8,7 +8,7 @@ import pytest
 from common.console import UserError
 from dataset.read.questions import Question
 from evaluation import compare as comparing
-from evaluation.compare import _held_out, compare
+from evaluation.compare import _held_out, compare, write_report
 from evaluation.lineage import History
 from evaluation.measure import Settings
 from evaluation.models import Contender, open_models
@@ -67,6 +67,15 @@ def test_the_report_has_all_that_was_said(monkeypatch):
     assert (own["tokens"], own["seconds"], own["tokens_per_second"]) == (5, 2.0, 2.5)
     assert "length_ratio" not in own["health"], "only one of the two questions has a reference"
     assert own["health"]["ended"] == 0.5 and result["models"][1]["health"]["no_room"] == 1
+
+
+def test_a_dot_in_the_name_of_a_report_is_kept(tmp_path):
+    """run_v1.1 was written over run_v1.0, as run_v1.json and run_v1.html."""
+    result = compare([contender("a"), contender("b")], [Question("q:1", [user("why?")], None)], Settings(2))
+    for name, stem in (("run_v1.0", "run_v1.0"), ("run_v1.1", "run_v1.1"), ("a.json", "a"), ("b.html", "b")):
+        assert write_report(tmp_path / name, result) == tmp_path / f"{stem}.html"
+        assert (tmp_path / f"{stem}.html").is_file() and (tmp_path / f"{stem}.json").is_file()
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 def test_better_is_less_of_what_is_a_fault():
