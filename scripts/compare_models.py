@@ -19,6 +19,7 @@ from pathlib import Path
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -116,9 +117,12 @@ def main():
     settings = Settings(
         max_new_tokens=config.max_new_tokens, sampling=config.sampling(config.seed), system=config.system
     )
-    result = compare(contenders, questions, settings, config.eval_data)
     called = "-".join(contender.name.replace("/", "_") for contender in contenders)
+    if len(called.encode()) > 200:  # a file's name may have 255 bytes
+        called = f"{len(contenders)}_models-{hashlib.sha256(called.encode()).hexdigest()[:8]}"
     output = Path(config.output or Path(config.save_dir) / "compare" / f"{called}.json")
+    check_writable(str(output), "--output", is_file=True)
+    result = compare(contenders, questions, settings, config.eval_data)
     say(summary(result))
     say(f"\nreport: {write_report(output, result)}; open it in a browser")
 

@@ -316,6 +316,18 @@ def test_votes_of_the_servers_page_name_their_models_themselves(tmp_path):
         assert status == 2 and expected in err and len(err.splitlines()) == 1, err
 
 
+def test_a_report_that_cannot_be_written_shows_before_the_answers(home, tmp_path, monkeypatch):
+    """The names of many models are longer than a file's name may be. All was answered, and nothing written."""
+    flags = f"--base_model full_sft --save_dir {home} --max_new_tokens 2 --data_limit 1 --device cpu --finetuned_model"
+    status, out, err = run_script("scripts/compare_models.py", *flags.split(), *["rlhf"] * 25)
+    assert status == 0 and list((home / "compare").glob("26_models-*.html")), err
+    monkeypatch.setattr("evaluation.compare.compare", lambda *_: pytest.fail("answered"))
+    (tmp_path / "compare").touch()
+    words = ["--base_model", home / "full_sft_32.pth", "--finetuned_model", home / "rlhf_32.pth"]
+    status, _, err = run_script("scripts/compare_models.py", *words, "--save_dir", tmp_path)
+    assert status == 2 and "nothing can be written there" in err, err
+
+
 # ---- the page
 
 
