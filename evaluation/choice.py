@@ -24,7 +24,7 @@ import numpy as np
 
 from common.console import UserError
 from dataset.read.jsonl import require_file
-from dataset.read.parse import decode
+from dataset.read.parse import read_text
 from dataset.read.questions import read_rows
 from evaluation.likelihood import log_likelihoods
 from inference.answers import prompt_ids
@@ -127,7 +127,7 @@ def _number(given: object, labels: list, options: Sequence) -> int | None:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """MMLU's files have no line of names: question, A, B, C, D, answer."""
-    text = decode(path.read_bytes()).removeprefix("\ufeff")
+    text = read_text(path)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     names: list[str] = []
     for row in lines:

@@ -21,7 +21,7 @@ import numpy as np
 from common.console import UserError
 from dataset.read.formats import layout_of
 from dataset.read.jsonl import require_file
-from dataset.read.parse import decode
+from dataset.read.parse import read_text
 from dataset.read.questions import Question, read_questions, read_rows
 from evaluation.choice import read_choices, read_examples, score
 from evaluation.likelihood import PART, WINDOW, log_likelihoods, totals, totals_by_part, windows
@@ -165,7 +165,7 @@ def _measure_text(model: CausalLM, tokenizer: Tokenizer, found: Measured, names:
 def _documents(found: Measured, limit: int) -> list[tuple[str, str]]:
     path = Path(found.path)
     if path.suffix.lower() not in (".json", ".jsonl"):
-        texts = [(f"{path}:1", decode(path.read_bytes()).removeprefix("\ufeff").replace("\r\n", "\n"))]
+        texts = [(f"{path}:1", read_text(path).replace("\r\n", "\n"))]
     else:
         texts = []
         for where, row in read_rows(path):

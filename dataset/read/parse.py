@@ -79,6 +79,14 @@ def _value(text: str) -> object:
     return _decoder.decode(text)
 
 
+def read_text(path: Path) -> str:
+    """All of a file. UserError with its name."""
+    try:
+        return decode(path.read_bytes()).removeprefix("\ufeff")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def decode(raw: bytes) -> str:
     try:
         text = raw.decode("utf-8")

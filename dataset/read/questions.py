@@ -19,7 +19,7 @@ from common.console import UserError
 from dataset.kinds import KINDS
 from dataset.read.formats import QUESTIONS, canonical, layout_of
 from dataset.read.jsonl import elements, require_file
-from dataset.read.parse import decode, loads, refuse_other_files
+from dataset.read.parse import decode, loads, read_text, refuse_other_files
 from tokenizer.messages import check_messages, split_reasoning
 
 ANSWER = {"instruction": "output", "prompt": "completion", "query": "response", "question": "answer"}
@@ -108,7 +108,7 @@ def _lines(path: Path, are_json: bool) -> Iterator[tuple[str, object]]:
 def _object(path: Path) -> Iterator[tuple[str, object]]:
     """The rows of an object that holds them in a list or, by their kind, in several; or the rows of a .jsonl that is
     called .json."""
-    text = decode(path.read_bytes()).removeprefix("\ufeff")
+    text = read_text(path)
     try:
         tree = loads(text)
     except UserError as error:

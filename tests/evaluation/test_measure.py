@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import eval_model
-from common.console import run
+from common.console import UserError, run
 from evaluation.likelihood import log_likelihoods, totals, windows
 from evaluation.measure import Measured, Settings, kind_of, measure
 from evaluation.metrics import METRICS
@@ -239,6 +239,14 @@ def test_numbers_are_usual_only_where_the_file_marks_them(model, tmp_path):
 
 
 # ---- what cannot be measured is said
+
+
+def test_bytes_that_are_no_text_are_said_with_the_file(model, tmp_path):
+    """Of several files nobody knew which one."""
+    for name in ("a.txt", "a.csv", "a.json", "a.jsonl"):
+        (tmp_path / name).write_bytes(b'{"text": "\xff"}')
+        with pytest.raises(UserError, match=rf"{name}.*: not UTF-8 at byte 11"):
+            measure(model, TOKENIZER, tmp_path / name)
 
 
 def test_questions_without_references_have_health_only(model, tmp_path):
