@@ -19,6 +19,7 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     text = read_text(path)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     names: list[str] = []
-    for row in lines:
+    for row in _readable(lines, path):
         where = f"{path}:{lines.line_num}"
         if not any(cell.strip() for cell in row):
             continue
@@ -141,6 +142,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         if len(row) != len(names):
             raise UserError(f"{where}: {len(row)} columns, where the first line has {len(names)}")
         yield where, dict(zip(names, row))
+
+
+def _readable(lines: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from lines
+    except csv.Error as error:  # a cell of more than 128 KiB: a quotation mark that nothing closes
+        raise UserError(f"{path}:{lines.line_num}: {error}; is a quotation mark above not closed?") from None
 
 
 def score(
