@@ -181,7 +181,7 @@ def tokens(text: str) -> list[str]:
     whole, and each Chinese character is a word."""
     text = unicodedata.normalize("NFKC", text).lower()
     found = [word.replace(",", "") if word[-1].isdigit() else word for word in TOKEN.findall(text)]
-    return [word for word in found if word not in ("a", "an", "the")]
+    return [word for word in found if word not in ("a", "an", "the")] or found  # "A" alone is an answer
 
 
 def same_answer(reply: str, reference: str) -> bool:

@@ -109,6 +109,9 @@ def test_without_the_packages_it_says_what_to_install(monkeypatch):
         ("an answer", "answer", True),
         ("Ｂｅｉｊｉｎｇ", "beijing!", True),
         ("北京。", "北 京", True),
+        ("A.", "A", True),  # as "B." is "B", although a letter that is an article goes elsewhere
+        ("(a)", "A", True),
+        ("The", "A", False),
         ("3.5", "35", False),  # SQuAD's script removes the dot, and takes these for the same
         ("-5", "5", False),
         ("1,000", "1000", True),
