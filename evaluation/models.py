@@ -173,7 +173,8 @@ def _open_base(
 
 def _names(weights: list[str], paths: list[Path]) -> list[str]:
     """Short names, each once: the file's, or as much of its path as tells it from the others."""
-    names = [path.name if path.name != "lora_model" else weight for weight, path in zip(weights, paths)]
+    called = ["/".join(Path(weight).parts[-2:]) for weight in weights]  # no names of home directories
+    names = [path.name if path.name != "lora_model" else own for own, path in zip(called, paths)]
     names = [name.removesuffix(".pth") for name in names]
     for i, name in enumerate(names):
         if names.count(name) > 1:

@@ -58,7 +58,7 @@ def main():
     places = dict(tokenizer_path=config.tokenizer_path, device=config.device, dtype="float32")  # exact, for the eye
     (contender,) = open_models([config.weight], config.save_dir, **places)
     figures = xray(contender, config.prompt, system=config.system, max_new_tokens=config.max_new_tokens)
-    path = Path(config.output or Path(config.save_dir) / "xray" / f"{contender.name}.html")
+    path = Path(config.output or Path(config.save_dir) / "xray" / f"{contender.name.replace('/', '_')}.html")
     write_page(path, "xray", f"X-ray of {contender.name}", figures)
     said = contender.tokenizer.decode(figures["ids"][figures["prompt_tokens"] :])
     if said:

@@ -14,8 +14,9 @@ from evaluation.page import write_page
 from evaluation.trace import change_of, changes, lens, trace
 from evaluation.xray import _experts, _packed, _predictions, text_of, unpacked, xray
 from inference.answers import prompt_ids
-from model.adapter import save_adapter
+from model.adapter import load_adapter, save_adapter
 from model.checkpoint import load_weights, save_weights
+from model.export import write_peft
 from model.lora import LoRASettings, adapted, add_lora
 from tests.helpers.models import TINY_TOKENS, TOKENIZER, small_model, tiny_model
 from tests.helpers.runs import run_script
@@ -174,6 +175,18 @@ def test_an_adapters_effect_is_with_against_without(home):
     expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) / math.log(2)
     torch.testing.assert_close(torch.tensor(lora["divergence"]), expected, atol=1e-3, rtol=1e-2)
     assert xray(plain, "hello")["lora"] is None
+
+
+def test_a_directory_of_pefts_is_called_by_its_own_names(home, tmp_path):
+    """Its whole path was the name: the page was written beside the adapter, and reports showed home directories."""
+    folder, save_dir = tmp_path / "medical/lora_model", tmp_path / "out"
+    write_peft(folder, load_adapter(home / "lora/mine_32.pth"), None)
+    words = ["--weight", folder, "--save_dir", save_dir, "--tokenizer_path", TOKENIZER.path]
+    status, _, err = run_script("scripts/xray.py", *words, "--prompt", "hello", "--max_new_tokens", "2")
+    assert status == 0 and [page.name for page in (save_dir / "xray").iterdir()] == ["medical_lora_model.html"], err
+    assert [own.name for own in folder.parent.iterdir()] == ["lora_model"]
+    names = [own.name for own in open_models(["full_sft", str(folder)], home, tokenizer_path=TOKENIZER.path)]
+    assert names == ["full_sft_32", "medical/lora_model"]
 
 
 def test_mistakes_are_one_line(home):
