@@ -169,6 +169,8 @@ def load(config: EvalConfig, screen: Screen) -> tuple[CausalLM, Tokenizer, Check
     model = prepare_for_inference(model, dtype).to(device)
     packed = quantize_for_cpu(model, config.quantize) if config.quantize else ""
     screen.note("\n".join(filter(None, (checkpoint.describe(model), packed, remark))))
+    if adapter:
+        checkpoint.path = adapter.path  # results are of the adapter, not of its base
     return model, tokenizer, checkpoint
 
 

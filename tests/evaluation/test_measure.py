@@ -16,7 +16,9 @@ from evaluation.metrics import METRICS
 from evaluation.report import against, draw, read_json, table, write_json
 from inference.answers import Answer, answers
 from inference.sampling import Sampling
-from model.checkpoint import save_weights
+from model.adapter import save_adapter
+from model.checkpoint import load_weights, save_weights
+from model.lora import LoRASettings, add_lora
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import jsonl
 from tokenizer.chat import encode_chat
@@ -338,6 +340,19 @@ def test_the_program_prints_and_writes(say, tmp_path, model):
 
     status, printed, _ = say("--eval_data", files[0], "--metrics", "ppl", "--against", tmp_path / "r.json")
     assert status == 0 and "a.jsonl  perplexity  +0.000  +0.000 .. +0.000  5" in " ".join(printed.split("\n")), printed
+
+
+def test_the_result_of_an_adapter_has_its_name(say, out, tmp_path):
+    """It had the name of the weights, as if those had been measured."""
+    base = load_weights(out / "full_sft_32.pth")
+    adapted, settings = base.build(), LoRASettings(rank=2, targets=("attention",))
+    add_lora(adapted, settings)
+    parent, file = dict(path=str(base.path), hash=base.hash), tmp_path / "lora_mine_32.pth"
+    save_adapter(file, adapted, settings, base=parent, tokenizer=base.tokenizer, lineage=[])
+    path, results = jsonl(tmp_path / "a.jsonl", *CHATS), tmp_path / "r.json"
+    flags = ["--eval_data", path, "--metrics", "bpb", "--lora_path", file, "--json", results]
+    assert say(*flags)[0] == 0 and json.loads(results.read_text("utf-8"))["weights"] == str(file)
+    assert f"change since {results} ({file})" in say("--eval_data", path, "--metrics", "bpb", "--against", results)[1]
 
 
 def test_every_flag_reaches_the_measuring(say, tmp_path, monkeypatch):
