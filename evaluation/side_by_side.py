@@ -9,13 +9,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from io import TextIOWrapper
 
 from common.console import cut, note, printable, width_of
 from evaluation.columns import GAP, Columns
 from evaluation.models import Contender
 from inference.sampling import Sampling
 from inference.session import Session
-from inference.terminal import typed
+from inference.terminal import read_lines, typed
 
 NARROWEST = 24  # characters of a column; below that, the answers are printed one after the other
 
@@ -121,5 +122,8 @@ def show(talks: Sequence[Talk], line: str) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Lines of standard input; at a terminal, with a prompt."""
-    yield from typed() if sys.stdin.isatty() else sys.stdin
+    """Lines of standard input; at a terminal, with a prompt. Pipes are UTF-8, as for eval_model.py."""
+    terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(**{"errors": "replace"} if terminal else {"encoding": "utf-8"})
+    yield from typed() if terminal else (messages[-1]["content"] for messages in read_lines(sys.stdin))

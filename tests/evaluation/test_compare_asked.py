@@ -1,5 +1,6 @@
 """What each model is asked, and what of its answers gets into the result: a report is only as right as its parts."""
 
+from io import BytesIO, TextIOWrapper
 from itertools import count
 from types import SimpleNamespace
 
@@ -152,6 +153,18 @@ def test_an_adapter_of_the_quickstart_is_found_by_its_folder(tmp_path):
 
 
 # ---- a conversation
+
+
+def test_a_pipe_is_utf_8_whatever_the_locale(monkeypatch):
+    """Other bytes ended in a traceback; with a locale of GBK, those of UTF-8 were read as other characters."""
+    asked = []
+    monkeypatch.setattr("evaluation.side_by_side.show", lambda talks, line: asked.append(line))
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO("早上好\n".encode() + b"\xff\n"), encoding="gbk"))
+    with pytest.raises(UserError, match="standard input: not UTF-8"):
+        converse([contender("a")], GREEDY, 4, "")
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO("早上好\n\n/reset\nhi".encode()), encoding="gbk"))
+    converse([contender("a")], GREEDY, 4, "")
+    assert asked == ["早上好", "hi"]
 
 
 def answer(talk: Talk, text: str) -> str:
