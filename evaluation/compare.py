@@ -224,7 +224,7 @@ def _figures(questions: Sequence[Question], said: Sequence[Sequence[Answer]]) ->
         if shared:
             counts = [np.array([[own[n], 1.0] for n in shared]) for own in values]
             found.append(_row(name, title, form, better, ratio, counts))
-    return found
+    return [row for row in found if not np.isnan(row["values"][0]["value"])]  # no reference has a number, say
 
 
 def _row(

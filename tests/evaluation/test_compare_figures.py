@@ -118,6 +118,13 @@ def test_numbers_are_compared_only_where_the_file_marks_them():
     assert [own["value"] for own in row["values"]] == [1.0, 0.0] and row["changes"][1]["value"] == -1.0
 
 
+def test_a_figure_that_cannot_be_said_is_left_out():
+    """No reference has a number after its mark. The report said nan%, and its .json was none: it had a NaN in it."""
+    found = _figures([asked("how many?", "#### none")], [[answered("3")], [answered("4")]])
+    assert row_of(found, "exact") and row_of(found, "number") is None
+    json.dumps(found, allow_nan=False)
+
+
 def test_rows_that_one_model_cannot_read_are_left_out_for_all(tmp_path):
     """The second row is longer than the 40 positions of one of them."""
     file = jsonl(tmp_path / "c.jsonl", chat("hi", "yes"), chat("why?", "so " * 60), chat("you?", "me"))
