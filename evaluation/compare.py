@@ -256,13 +256,14 @@ def _held_out(contenders: Sequence[Contender], paths: Sequence[str | Path], sett
     same = all(contender.tokenizer.same_ids(contenders[0].tokenizer) for contender in contenders)
     kinds = ("likelihood", "choice", "pairs")  # nothing that has to be generated
     known = [name for name, metric in METRICS.items() if metric.of in kinds and (same or name != "ppl")]
+    window = min(settings.window, *(contender.model.config.max_position_embeddings for contender in contenders))
     found = []
     for path in paths:
         names = [name for name in known if METRICS[name].of in OF_KIND[kind_of(require_file(path))]]
         results: list[Measured] = []
         for contender in contenders:
             with contender.active() as model:
-                own = _settings_of(contender, settings)
+                own = replace(_settings_of(contender, settings), window=window)
                 results.append(measure(model, contender.tokenizer, path, names, own))
         rows = []
         for name in results[0].counts:

@@ -125,6 +125,14 @@ def test_a_figure_that_cannot_be_said_is_left_out():
     json.dumps(found, allow_nan=False)
 
 
+def test_documents_are_read_in_the_same_windows(tmp_path):
+    """The same weights with fewer positions seemed to have forgotten something: each was read in its own windows."""
+    long, short = contender("long", 0.2), contender("short", 0.2, max_position_embeddings=64)
+    (tmp_path / "a.txt").write_text("once upon a time " * 200, encoding="utf-8")
+    (found,) = _held_out([long, short], [tmp_path / "a.txt"], Settings())
+    assert abs(row_of(found["figures"], "bpb")["changes"][1]["value"]) < 1e-6
+
+
 def test_rows_that_one_model_cannot_read_are_left_out_for_all(tmp_path):
     """The second row is longer than the 40 positions of one of them."""
     file = jsonl(tmp_path / "c.jsonl", chat("hi", "yes"), chat("why?", "so " * 60), chat("you?", "me"))
