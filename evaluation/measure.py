@@ -122,7 +122,8 @@ def kind_of(path: Path) -> str:
         layout = layout_of(first)
         if layout and layout.kind == "text":
             return "text"
-        if any(key.lower() in ("choices", "options", "a") for key in first) or isinstance(first.get("question"), dict):
+        named = [key.lower() for key, value in first.items() if value is not None]
+        if any(key in ("choices", "options", "a") for key in named) or isinstance(first.get("question"), dict):
             return "choice"
     return "questions"
 

@@ -158,6 +158,7 @@ def test_what_a_file_holds(tmp_path):
         ("c.jsonl", PAIRS, "questions"),
         ("d.jsonl", CHOICES, "choice"),
         ("e.jsonl", [{"prompt": "hi"}], "questions"),
+        ("g.jsonl", [{"question": "hi", "answer": "you", "choices": None, "A": None}], "questions"),  # of joined tables
     ):
         assert kind_of(jsonl(tmp_path / name, *rows)) == kind
     (tmp_path / "f.json").write_text(json.dumps(CHATS))
