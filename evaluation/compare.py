@@ -58,7 +58,7 @@ def compare(
     eval_data: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """settings: how answers are made. eval_data: held-out files, whose loss tells what a model has forgotten."""
-    held_out = _held_out(contenders, eval_data, settings)  # first: a mistake in a file shows before minutes of answering
+    held_out = _held_out(contenders, eval_data, settings)  # first, so that mistakes in files show at once
     said: list[list[Answer]] = []
     models: list[dict[str, Any]] = []
     for contender in contenders:

@@ -107,17 +107,24 @@ def read_lines(file: Iterable[str]) -> Iterator[list[dict]]:
 def answer_all(talk: Conversation, conversations: Iterable[list[dict]], screen: Screen) -> None:
     """Answers the last user message of each conversation, without those before. Never waits for input.
 
-    A system message of a conversation takes the place of `talk.system`.
+    A system message of a conversation takes the place of `talk.system`. One that is too long does not end the others;
+    UserError after all of them.
     """
-    answered, system = False, talk.system
+    answered, unanswered, system = False, 0, talk.system
     for messages in conversations:
         last = max(n for n, message in enumerate(messages) if message["role"] == "user")
         own = messages[0]["role"] == "system"
         talk.system, talk.turns = messages[0]["content"] if own else system, messages[own:last]
         prompt = messages[last]["content"]
         screen.write(f"> {prompt}\n")
-        show(talk, prompt, screen)
+        try:
+            show(talk, prompt, screen)
+        except UserError as error:
+            unanswered += 1
+            screen.note(f"not answered: {error}")
         screen.write("\n\n")
         answered = True
+    if unanswered:
+        raise UserError(f"prompts that were not answered: {unanswered}")
     if not answered:
         raise UserError("there is no prompt to answer; give --prompt or --prompts_file, or run it in a terminal")

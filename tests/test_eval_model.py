@@ -131,6 +131,15 @@ def test_prompts_come_with_what_was_said_before(say, tmp_path, model, tokenizer)
     assert (status, answers) == (0, f"> How?\n{said[0]}\n\n> 你好\n{said[1]}\n\n")
 
 
+def test_a_prompt_that_is_too_long_does_not_end_the_others(say, tmp_path, model, tokenizer):
+    """Nothing after it was answered."""
+    rows = [{"prompt": "a " * 40_000}, {"prompt": "你好"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    status, answers, remarks = say("--prompts_file", tmp_path / "list.jsonl")
+    assert status == 2 and answers.endswith(f"> 你好\n{expected(model, tokenizer, '你好')}\n\n")
+    assert "not answered: a prompt of" in remarks and "error: prompts that were not answered: 1" in remarks
+
+
 @pytest.mark.parametrize(
     "content, complaint",
     [
