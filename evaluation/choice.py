@@ -115,7 +115,7 @@ def _number(given: object, labels: list, options: Sequence) -> int | None:
     """Which option is meant: a label, a letter, the option itself, or a number from 0. A text that is both, as "3" is
     among 2, 3, 4 and 5, is the option."""
     text = str(given).strip()
-    for names in ([str(label).strip() for label in labels], LETTERS[: len(options)]):
+    for names in ([str(label).strip().upper() for label in labels], LETTERS[: len(options)]):
         if text and text.upper() in names:
             return names.index(text.upper())
     texts = [str(option).strip() for option in options]

@@ -57,6 +57,14 @@ def test_labels_of_the_hub_that_are_numbers(tmp_path):
     assert read_choices(tmp_path / "a.jsonl")[0].right == 1
 
 
+def test_labels_may_be_small_letters_or_words(tmp_path):
+    """They were not found: "b" was the second option, whatever its label, and "yes" an error."""
+    for labels, answer, right in ((list("dcba"), "b", 2), (["yes", "no", "both", "none"], "both", 2)):
+        row = {"question": "1+1?", "choices": {"text": OPTIONS, "label": labels}, "answerKey": answer}
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        assert read_choices(tmp_path / "a.jsonl")[0].right == right
+
+
 def test_a_label_that_is_a_number_counts_from_one_where_the_labels_do(tmp_path):
     """ARC has some questions with the labels 1 to 4. Taken for a position, "2" would be the third option."""
     (tmp_path / "a.jsonl").write_text(FILES["arc.jsonl"])
