@@ -530,8 +530,8 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
         (["--weight", "Qwen/Qwen2-0.5B"], "Qwen/Qwen2-0.5B: no such file or directory; as a model on a hub: HF_H"),
         (["--weight", "pretrain", "--use_moe", "true"], "no weights called 'pretrain' (pretrain_<hidden>_moe.pth)"),
         (
-            ["--weight", "rlhf"],
-            "trainer/train_dpo.py makes them; of others, downloaded ones",
+            ["--weight", "full_dist"],  # the demo, which may have been run here, makes none of these
+            "trainer/train_distillation.py makes them; of others, downloaded ones",
         ),
         (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
         (["--base_model", "x"], "--base_model x: python scripts/compare_models.py compares models"),
