@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ OTHERS_RATE = 4.0
 # AdamW makes steps of full size from the tiny gradients of tokens that the text lacks, all in one direction: their
 # embeddings would end long and nearly equal, hard to tell apart when a later stage needs them. This weakens it.
 OTHERS_EPS = 1e-6
+QUINTICS = ((3.4445, -4.7750, 2.0315),) * 5  # of Muon, by Jordan et al.
 
 
 def learning_rate(step: int, total: int, *, peak: float, warmup: float, schedule: str, floor: float) -> float:
@@ -112,17 +114,17 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_add(gradients, buffers, alpha=beta))
 
 
-def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(G: Tensor, quintics: Sequence[tuple[float, float, float]] = QUINTICS) -> Tensor:
     """(N, a, b) -> matrices with the same singular vectors, and singular values of about 1 (0.7 to 1.2).
 
-    Newton-Schulz iteration with the quintic of Jordan et al.; in bf16, since it needs no precision.
+    Newton-Schulz iteration: each quintic (a, b, c) takes a singular value s to a s + b s^3 + c s^5. In bf16, since it
+    needs no precision.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G.bfloat16() if has_bf16(G.device) else G.float()
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):  # X = a X + (b A + c A A) X, where A = X X'
+    for a, b, c in quintics:  # X = a X + (b A + c A A) X, where A = X X'
         A = X @ X.mT
         X = X.baddbmm(A.baddbmm(A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
