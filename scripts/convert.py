@@ -12,6 +12,7 @@ all. docs/export.md says which program takes what.
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -225,6 +226,11 @@ def find_adapter(config: ConvertConfig) -> "AdapterFile | None":
     from model.interop.peft import CONFIG
 
     source = Path(config.source or "")
+    if not source.exists() and len(source.parts) == 1:  # a name, as of weights
+        from evaluation.models import locate
+
+        with suppress(UserError):  # `convert_weights` says what is wrong with it
+            source = locate(source.name, config.save_dir)
     if source.is_dir():
         is_adapter = (source / CONFIG).is_file() and not (source / "config.json").is_file()
     elif is_adapter := source.is_file() and source.suffix == ".pth":

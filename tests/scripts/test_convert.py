@@ -242,6 +242,16 @@ def test_adapters_go_to_peft_to_minimind_and_back(source, adapter, tmp_path):
     assert load_adapter(tmp_path / "b.pth").base["hash"] == load_weights(source[0]).hash
 
 
+def test_an_adapter_by_its_name(adapter, tmp_path):
+    """As weights are named. It was said to be whole weights, as no file of that name is here."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "lora_mine_32.pth").write_bytes(adapter[0].read_bytes())
+    convert("lora_mine", tmp_path / "peft", "--to", "peft", "--save_dir", tmp_path)
+    assert "adapter_model.safetensors" in entries(tmp_path / "peft")
+    line = refused("lora_other", tmp_path / "b", "--to", "hf", "--save_dir", tmp_path)
+    assert "lora_other" in line
+
+
 def test_adapters_beside_fused_layers_go_to_peft_and_back(tmp_path):
     """GLM's gate_up_proj is two layers here. Without its weights, nobody knows how many rows are gate's."""
     shape = dict(rotary_fraction=0.5, rope_interleaved=True, post_norms=True, tie_word_embeddings=False)
