@@ -4,7 +4,6 @@ The templates are small ones in the manner of four families; each has a trait th
 """
 
 import sys
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -237,16 +236,25 @@ def test_a_turn_with_another_header_does_not_take_an_earlier_one(tmp_path):
     assert spoken(tokenizer, encode_chat(tokenizer, chat)) == ["b<|im_end|>", "x\n</think>\n\nd<|im_end|>"]
 
 
-def test_a_chat_of_a_thousand_turns(family):
-    """Each turn was looked for from every other one: 1,000 turns took 7 seconds, 2,000 more than a minute."""
+def test_the_work_grows_with_the_turns_and_not_faster(family):
+    """Each turn was looked for from every other one: 2,000 turns took more than a minute. Eight times the turns may ask
+    for eight times the calls of built-in functions, not for twenty times as many."""
     tokenizer, _ = family("qwen")
-    chat = [
-        turn for n in range(500) for turn in (said("user", f"question {n} of many " * 5), said("assistant", f"{n}"))
-    ]
-    before = time.process_time()
-    encoded = encode_chat(tokenizer, chat)
-    assert time.process_time() - before < 3
-    assert spoken(tokenizer, encoded)[:-1] == [f"{n}<|im_end|>" for n in range(499)]
+    chats = [[turn for i in range(n) for turn in (said("user", f"{i}?"), said("assistant", f"{i}"))] for n in (40, 320)]
+    encode_chat(tokenizer, chats[0])  # what is made once
+    calls = [0, 0]
+    for n, chat in enumerate(chats):
+
+        def count(frame, event, _):
+            calls[n] += event == "c_call"  # noqa: B023
+
+        sys.setprofile(count)
+        try:
+            encoded = encode_chat(tokenizer, chat)
+        finally:
+            sys.setprofile(None)
+        assert spoken(tokenizer, encoded)[:-1] == [f"{i}<|im_end|>" for i in range(len(chat) // 2 - 1)]
+    assert calls[1] < 10 * calls[0]
 
 
 def test_private_use_characters_in_a_row_survive(family):
