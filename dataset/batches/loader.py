@@ -234,6 +234,12 @@ class Loader:
             shapes.update((size, self.row_length(step)) for size in sizes)
         return len(shapes)
 
+    def count_positions(self, steps: int) -> int:
+        """About how many positions so many steps of this rank compute."""
+        asked = self._some_steps()
+        counts = (len(self.rows(step)) // self.world * self.row_length(step) for step in asked)
+        return steps * sum(counts) // len(asked)
+
     def limit_shapes(self, most: int = FEW_SHAPES) -> None:
         """From now on batches have at most so many shapes, as far as some steps show, for compiled code: the rows of a
         step's last batch are filled up to one of a few numbers. Blank rows cost time and change no result."""

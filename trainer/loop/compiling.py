@@ -10,27 +10,27 @@ from pathlib import Path
 import torch
 
 from common.console import UserError
+from dataset.batches.loader import FEW_SHAPES, Loader
 from dataset.tokens.cache import user_cache
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
 # What compiling is worth, by kind of device: FLOP/s of eager code, share of the time that it saves, seconds for each
-# shape. Guesses, so the saving has to be clearly more. A CPU's numbers were measured, a GPU's were not yet.
+# shape. Guesses, so the saving has to be clearly more. A CPU's numbers were measured (docs/benchmarks.md), a GPU's were
+# not yet.
 WORTH = {"cpu": (1e11, 0.25, 30.0), "cuda": (1e14, 0.4, 12.0)}
 MARGIN = 2.0
 
 
-def compile_model(
-    model: CausalLM, config: StageConfig, device: torch.device, steps: int, packing: bool, shapes: int = 1
-) -> bool:
-    """Compiles each block (all layers share one small graph), and the head with its loss -> whether it did.
+def compile_model(model: CausalLM, config: StageConfig, device: torch.device, loader: Loader, steps: int) -> bool:
+    """Compiles each block (all layers share one small graph), and the head with its loss -> whether it did. Then the
+    loader makes batches of few shapes, as each is compiled on its own.
 
-    steps    optimiser steps of the run
-    packing  rows are packed: then each step has a different number of trained positions
-    shapes   of batches, of which each is compiled
+    steps  optimiser steps of the run
     """
     mode = config.compile
-    worth = mode == "on" or pays(model, config, device, steps, shapes)
+    shapes = min(loader.count_shapes(), FEW_SHAPES)
+    worth = mode == "on" or pays(model, device, loader.count_positions(steps), shapes)
     if mode == "off" or mode == "auto" and not (worth and can_compile(device.type)):
         return False
     if not can_compile(device.type):
@@ -43,8 +43,10 @@ def compile_model(
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, of which there are few
     for block in model.model.layers:
         block.compile(dynamic=False)
-    model.token_loss = torch.compile(model.token_loss, dynamic=packing)  # one graph for any number of positions
-    model.cross_entropy = torch.compile(model.cross_entropy, dynamic=packing)
+    # one graph for any number of trained positions, which differs from step to step in packed rows
+    model.token_loss = torch.compile(model.token_loss, dynamic=loader.packing)
+    model.cross_entropy = torch.compile(model.cross_entropy, dynamic=loader.packing)
+    loader.limit_shapes()
     return True
 
 
@@ -61,11 +63,10 @@ def can_compile(device: str) -> bool:
     return has_triton()
 
 
-def pays(model: CausalLM, config: StageConfig, device: torch.device, steps: int, shapes: int) -> bool:
-    """Whether a run of this many steps is long enough to earn back the time that compiling takes."""
+def pays(model: CausalLM, device: torch.device, positions: int, shapes: int) -> bool:
+    """Whether a run of so many positions is long enough to earn back the time that compiling takes."""
     if device.type not in WORTH:
         return False
     rate, share, seconds = WORTH[device.type]
-    positions = steps * config.batch_size * config.accumulation_steps * config.max_seq_len
     saved = share * positions * 6 * model.num_parameters(active=True) / rate
-    return saved > MARGIN * seconds * max(shapes, 4 if device.type == "cpu" else 1)
+    return saved > MARGIN * seconds * shapes

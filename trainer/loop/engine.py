@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.console import UserError
 from common.files import keep_previous, relative_to_root
-from dataset.batches.loader import FEW_SHAPES, Batch, Loader
+from dataset.batches.loader import Batch, Loader
 from model.checkpoint import weights_name
 from model.precision import fast_fp32_training, lower_frozen, pick_dtype
 from trainer.inputs import check_start
@@ -98,10 +98,8 @@ class Engine:
         )
         self.profile = open_profile(config.profile and backend.main, run_dir, backend.device, self.logger.print)
         announce(self, notice)
-        shapes = min(self.loader.count_shapes(), FEW_SHAPES)
-        self.compiled = compile_model(self.model, config, backend.device, self.total, job.packing, shapes)
+        self.compiled = compile_model(self.model, config, backend.device, self.loader, self.total)
         if self.compiled:
-            self.loader.limit_shapes()
             self.logger.print("compiling the blocks: the first step takes longer")
         self.wrapped = backend.wrap(self.model, self.optimizers)
         if found:

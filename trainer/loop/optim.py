@@ -94,8 +94,9 @@ class Muon(torch.optim.Optimizer):
                     by_shape[p.shape].append(p)
             rate = group["lr"] if bad is None else group["lr"] * (1 - bad)
             for shape, params in by_shape.items():
-                update = torch.stack(self._momentum(params, group["momentum"], bad)).view(-1, *shape[-2:])
-                update = orthogonalise_together(update).view(-1, *shape).to(params[0].dtype)
+                update = torch.empty(len(params), *shape, dtype=working_dtype(params[0]), device=params[0].device)
+                torch._foreach_copy_(list(update), self._momentum(params, group["momentum"], bad))
+                update = orthogonalise_together(update.view(-1, *shape[-2:])).view(-1, *shape).to(params[0].dtype)
                 torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
                 torch._foreach_sub_(params, list(update.mul_(rate * 0.2 * math.sqrt(max(shape[-2:])))))
 
@@ -114,13 +115,17 @@ class Muon(torch.optim.Optimizer):
         return list(torch._foreach_add(gradients, buffers, alpha=beta))
 
 
+def working_dtype(of: Tensor) -> torch.dtype:
+    """What Muon's products are computed in there: bf16, since they need no precision."""
+    return torch.bfloat16 if has_bf16(of.device) else torch.float32
+
+
 def orthogonalise(G: Tensor, quintics: Sequence[tuple[float, float, float]] = QUINTICS) -> Tensor:
     """(N, a, b) -> matrices with the same singular vectors, and singular values of about 1 (0.7 to 1.2).
 
-    Newton-Schulz iteration: each quintic (a, b, c) takes a singular value s to a s + b s^3 + c s^5. In bf16, since it
-    needs no precision.
+    Newton-Schulz iteration: each quintic (a, b, c) takes a singular value s to a s + b s^3 + c s^5.
     """
-    X = G.bfloat16() if has_bf16(G.device) else G.float()
+    X = G.to(working_dtype(G))
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
