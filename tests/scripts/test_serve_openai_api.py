@@ -256,9 +256,10 @@ def start(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
 
     def start(*argv):
+        others = set(threading.enumerate())
         serve_openai_api.main([*argv, "--port", "0", "--device", "cpu", "--save_dir", str(tmp_path / "out")])
-        for thread in threading.enumerate():
-            if thread.daemon and thread is not threading.current_thread():
+        for thread in set(threading.enumerate()) - others:
+            if thread.daemon:
                 thread.join(1)
         return capsys.readouterr().err, opened
 

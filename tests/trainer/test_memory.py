@@ -72,9 +72,13 @@ def test_bytes_of_a_training_by_hand():
     assert three == 2 * row
 
 
+BATCHES = ((8, 256, SMALL), (1, 512, WORDS), (9, 512, WORDS), (4, 512, UNTIED))
+CASES = [(width, *batch) for width in (2, 4) for batch in BATCHES]
+CASES = [pytest.param(*case, marks=pytest.mark.soak if case[:2] == (4, 9) else ()) for case in CASES]  # it takes long
+
+
 @pytest.mark.parametrize("method", memory_table.METHODS)
-@pytest.mark.parametrize("width", (2, 4))
-@pytest.mark.parametrize("rows, length, shape", [(8, 256, SMALL), (1, 512, WORDS), (9, 512, WORDS), (4, 512, UNTIED)])
+@pytest.mark.parametrize("width, rows, length, shape", CASES)
 def test_a_step_takes_what_the_formula_says(method, width, rows, length, shape):
     """All tensors that exist at the peak of a step of two batches, counted. Where the blocks are most of it, the
     estimate is up to a third too high in fp32: it takes all gradients of a block to exist at once."""
