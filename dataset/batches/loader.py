@@ -8,8 +8,8 @@
 An epoch is a seeded permutation, so a step's examples are a slice of it. Two ways to fill rows:
     packing=False   an example is a row (pretraining): batch_size x accumulation_steps x world rows a step
     packing=True    the same number of *examples* a step, packed best-fit into as few rows as hold them. A rank's rows
-                    form batches of batch_size, the remaining ones batches of powers of two (5 rows = 4 + 1), so that
-                    compiled code is reused; after `limit_shapes` one batch, with blank rows up to a size that is usual
+                    form batches of batch_size, the remaining ones a smaller batch; after `limit_shapes`, for compiled
+                    code, with blank rows up to a size that is usual
 The ranks take rows in turn. Which examples a step holds depends only on the product batch_size x accumulation_steps x
 world.
 
@@ -251,9 +251,9 @@ class Loader:
     def _batch_sizes(self, rows: int) -> list[int]:
         """The rows of each batch of a rank's step; together at least `rows`."""
         full, rest = divmod(rows, self.batch_size)
-        if not self.sizes or not rest:
-            return batch_sizes(rows, self.batch_size)
-        return [self.batch_size] * full + [min((n for n in self.sizes if n >= rest), default=self.batch_size)]
+        usual = [n for n in self.sizes if n >= rest] or [self.batch_size]
+        last = min(usual) if self.sizes else rest
+        return [self.batch_size] * full + [last] * (rest > 0)
 
     def describe(self) -> str:
         """Examples -> rows -> steps of an epoch, for people. Of more than 64 steps, 64 are counted."""
@@ -321,12 +321,6 @@ class Loader:
         t = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         positions = t - np.maximum.accumulate(np.where(opens, t, 0), axis=1)
         return np.cumsum(opens, axis=1, dtype=np.int32) * filled, positions
-
-
-def batch_sizes(rows: int, most: int) -> list[int]:
-    """As many full batches of `most` rows as there are, then powers of two: 21 rows, at most 8 each: [8, 8, 4, 1]."""
-    full, rest = divmod(rows, most)
-    return [most] * full + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
 
 
 def spread(numbers: Iterable[int], most: int) -> list[int]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.batches.loader import IGNORED, Batch, Loader, batch_sizes, select
+from dataset.batches.loader import IGNORED, Batch, Loader, select
 from dataset.tokens.examples import TokenDataset
 from dataset.tokens.order import shuffled
 from tests.helpers.streams import Streams
@@ -118,7 +118,7 @@ def test_few_shapes_for_compiled_code():
     before = {len(batch.tokens) for step in steps for batch in free.batches(step)}
     after = {len(batch.tokens) for step in steps for batch in limited.batches(step)}
     assert len(after) <= 4 and limited.count_shapes() <= 4
-    assert all(len(limited.batches(step)) == 1 for step in steps), "and no step is cut into powers of two"
+    assert all(len(limited.batches(step)) == 1 for step in steps)
     for step in steps:
         trained = [sum(batch.trained_tokens for batch in side.batches(step)) for side in (free, limited)]
         examples = [sorted(i for batch in side.batches(step) for i in batch.examples) for side in (free, limited)]
@@ -211,11 +211,11 @@ def test_a_short_last_step_is_filled_with_blank_rows_that_count_nothing():
     assert last.trained_tokens == 2
 
 
-def test_rows_are_computed_in_few_sizes():
-    assert batch_sizes(21, 8) == [8, 8, 4, 1]
-    assert batch_sizes(5, 8) == [4, 1]
-    assert batch_sizes(30, 12) == [12, 12, 4, 2]
-    assert batch_sizes(0, 8) == []
+def test_what_remains_of_a_steps_rows_is_one_batch():
+    """It was batches of powers of two once, 4 + 2 + 1 for 7 rows: three passes where one is enough."""
+    side = loader(many(), batch_size=8, max_seq_len=12)
+    assert side._batch_sizes(21) == [8, 8, 5] and side._batch_sizes(7) == [7]
+    assert side._batch_sizes(16) == [8, 8] and side._batch_sizes(0) == []
 
 
 def test_selected_names_each_trained_position_once_and_fills_up_with_untrained_ones():

@@ -188,8 +188,8 @@ def test_split_keeps_pairs_and_reference_together(tmp_path):
 
 
 def test_few_shapes_for_compiled_code(tmp_path):
-    """Each step chose the cheapest length of rows, and cut them into powers of two. Now there are two lengths, and with
-    two sizes each four shapes; the same pairs in the same steps."""
+    """Each step chooses the cheapest length of rows, and has its own number of them. Limited, there are two lengths,
+    and with two sizes each four shapes; the same pairs in the same steps."""
     ds = PreferenceDataset(write_dpo(tmp_path / "dpo.jsonl", rows=96), TOKENIZER, max_seq_len=48)
     free, limited = (loader_of(ds, 8, 1) for _ in range(2))
     limited.limit_shapes()
