@@ -24,7 +24,7 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from common.console import UserError, note, printable
 from common.files import ROOT
-from common.values import Spec, as_typed, convert, inside, interval_in_words, is_off, show
+from common.values import NO, YES, Spec, as_typed, convert, inside, interval_in_words, is_off, show
 from common.yaml_file import read_yaml
 
 SCRIPTS = ("trainer/train_*.py", "eval_model.py", "scripts/*_data.py")  # where to look for the owner of an option
@@ -128,10 +128,18 @@ def specs(cls: type) -> dict[str, Spec]:
 # ---- parsing ----
 
 
-def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, description: str | None = None) -> Any:
+def parse(
+    cls: type,
+    argv: list[str] | None = None,
+    *,
+    bare: str = "",
+    prog: str | None = None,
+    description: str | None = None,
+) -> Any:
     """argv (default: the command line) -> a checked instance of `cls`.
 
-    If anything is wrong, every problem is printed to stderr and the program ends with status 2.
+    bare: the option whose flag may be left out: words that belong to no other flag are its values. If anything is
+    wrong, every problem is printed to stderr and the program ends with status 2.
     """
     known, problems = specs(cls), []
     parser = argparse.ArgumentParser(
@@ -145,18 +153,19 @@ def parse(cls: type, argv: list[str] | None = None, *, prog: str | None = None, 
     parser.add_argument("--config", help=argparse.SUPPRESS, nargs="?", const="")
     for spec in known.values():
         for spelling in spec.spellings():
-            bare = "true" if spec.kind is bool or spec.switch or spec.stands_for(spelling) else ""
+            alone = "true" if spec.kind is bool or spec.switch or spec.stands_for(spelling) else ""
             parser.add_argument(
                 f"--{spelling}",
                 dest=spec.name,
                 action=_Record,
                 help=argparse.SUPPRESS,
                 nargs="*" if spec.many else "?",
-                const=None if spec.many else bare,
+                const=None if spec.many else alone,
             )
     for key in cls.translated:
         parser.add_argument(f"--{key}", dest=key, action=_Record, help=argparse.SUPPRESS, nargs="*")
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = _with_flag(words, bare, known) if bare else words
     seen, unknown = parser.parse_known_args(words, argparse.Namespace(given=[]))
     first_rank = os.environ.get("RANK", "0") == "0"  # all ranks find the same problems
     if not words and os.path.isfile("config.yaml") and first_rank:  # other projects read it unasked
@@ -190,6 +199,25 @@ def _underscored(word: str) -> str:
     """--batch-size=4 -> --batch_size=4"""
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def _with_flag(words: list[str], bare: str, known: dict[str, Spec]) -> list[str]:
+    """The words, with --`bare` before those that belong to no flag: at the beginning, after a switch or a value."""
+    by_flag = {f"--{spelling}": spec for spec in known.values() for spelling in spec.spellings()}
+    found, owner, values = [], None, 1  # the option that the last flag named, and how many words followed it
+    for word in words:
+        if word.startswith("-"):
+            name, equals, _ = word.partition("=")
+            owner, values = by_flag.get(name), len(equals)
+        else:
+            full = values and not (owner and owner.many)
+            switch = owner and owner.kind is bool and word.lower() not in YES + NO
+            if (full or switch) and (known[bare].many or f"--{bare}" not in found):
+                found.append(f"--{bare}")
+                owner, values = known[bare], 0
+            values += 1
+        found.append(word)
+    return found
 
 
 def _flags(words: list[str]) -> Iterator[tuple[str, str, str]]:

@@ -57,9 +57,7 @@ class CheckConfig(Options):
 
 
 def main():
-    words = sys.argv[1:]
-    files = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    config = parse(CheckConfig, ["--data_path", *words] if files else words, description=__doc__)
+    config = parse(CheckConfig, bare="data_path", description=__doc__)
 
     import numpy as np
 

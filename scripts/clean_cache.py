@@ -42,9 +42,7 @@ def caches() -> list[Path]:
 
 
 def main():
-    words = sys.argv[1:]
-    folders = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    config = parse(CleanConfig, ["--cache_dir", *words] if folders else words, description=__doc__)
+    config = parse(CleanConfig, bare="cache_dir", description=__doc__)
 
     from common.files import remove_folder, sweep
     from dataset.tokens.cache import entries

@@ -40,9 +40,7 @@ class DownloadConfig(Options):
 
 
 def main():
-    words = sys.argv[1:]
-    names = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    config = parse(DownloadConfig, ["--names", *words] if names else words, description=__doc__)
+    config = parse(DownloadConfig, bare="names", description=__doc__)
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from dataset.read import hub as data

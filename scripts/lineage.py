@@ -39,9 +39,7 @@ class LineageConfig(Options):
 
 
 def main():
-    words = sys.argv[1:]
-    bare = bool(words) and not words[0].startswith("-")
-    config = parse(LineageConfig, ["--weight", *words] if bare else words, description=__doc__)
+    config = parse(LineageConfig, bare="weight", description=__doc__)
 
     from evaluation import lineage
     from evaluation.models import locate

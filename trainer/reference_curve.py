@@ -104,9 +104,7 @@ def check(run: Run, curve: Curve) -> str:
 
 
 def main():
-    words = sys.argv[1:]
-    folders = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    config = parse(CurveConfig, ["--runs", *words] if folders else words, description=__doc__)
+    config = parse(CurveConfig, bare="runs", description=__doc__)
     check_writable(config.output, "--output", is_file=True)
     output = Path(config.output)
     runs = [read_run(Path(folder)) for folder in config.runs]

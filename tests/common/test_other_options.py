@@ -1,8 +1,10 @@
 """YAML keys and values as people have them from other trainers: understood, or answered with what to write."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from common.options import parse
+from common.options import Options, option, parse
 from common.yaml_file import read_yaml
 from trainer.train_full_sft import SFTConfig
 from trainer.train_lora import LoRAConfig
@@ -115,3 +117,33 @@ def test_a_config_in_this_directory_is_not_taken_unasked(tmp_path, monkeypatch, 
 def test_an_adapter_is_named_after_its_data(words, name):
     """Every one without a name was called lora_identity, and replaced the one before."""
     assert parse(LoRAConfig, words.split()).save_weight == name
+
+
+@dataclass(frozen=True)
+class Named(Options):
+    """Options of a script that takes names without a flag."""
+
+    files: tuple[str, ...] = option((), "names")
+    name: str = option("", "a name")
+    many: tuple[str, ...] = option((), "other names")
+    check: bool = option(False, "a switch")
+
+
+@pytest.mark.parametrize(
+    "words", ["a b --check", "--check a b", "--name x a b --check", "a --check true b", "--name=x a --check b"]
+)
+def test_names_without_a_flag_stand_anywhere(words):
+    config = parse(Named, words.split(), bare="files")
+    assert config.files == ("a", "b") and config.check and config.name in ("", "x")
+
+
+def test_a_word_that_could_belong_to_a_flag_does():
+    config = parse(Named, "--many a b --name c --check no --files d".split(), bare="files")
+    assert config == Named(files=("d",), name="c", many=("a", "b"))
+
+
+@pytest.mark.parametrize("words", ["a b", "a --check b", "--name a b", "--check a b"])
+def test_one_name_is_one(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(Named, words.split(), bare="name")
+    assert "b: unknown option" in (err := capsys.readouterr().err) or "--check b: say true or false" in err

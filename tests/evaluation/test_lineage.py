@@ -67,6 +67,7 @@ def test_all_is_unchanged_and_the_status_says_so(trained):
     assert set(found(trained / "out/full_sft_32.pth").values()) == {UNCHANGED}
     status, out, err = run_script("scripts/lineage.py", trained / "out/full_sft_32.pth", "--check")
     assert status == 0 and "4 unchanged" in err, err  # the tokenizer, two data files, a parent
+    assert run_script("scripts/lineage.py", "--check", trained / "out/full_sft_32.pth") == (0, out, err)
 
 
 def test_an_adapter_has_its_bases_history(trained):
