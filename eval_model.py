@@ -24,6 +24,7 @@ from common.options import option, parse
 from inference.conversation import Conversation
 from inference.options import EngineOptions, LowBitOptions, SamplingOptions
 from inference.terminal import Screen, answer_all, chat, read_lines, show, typed
+from inference.tools import TOOLS
 
 if TYPE_CHECKING:  # torch is imported after the command line is checked: --help is instant
     from model.adapter import AdapterFile
@@ -210,9 +211,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.prompts_file:  # read before the model is loaded, so that a mistake in it shows at once
         from dataset.read.questions import read_questions
 
-        prompts = [question.messages for question in read_questions(config.prompts_file)]
+        prompts = [(question.messages, question.tools) for question in read_questions(config.prompts_file)]
     elif not interactive:
-        prompts = read_lines(sys.stdin or ())
+        prompts = ((messages, None) for messages in read_lines(sys.stdin or ()))
     model, tokenizer, checkpoint = load(config, screen)
     stages = [entry.get("stage") for entry in checkpoint.lineage]
     completes = config.model_mode == 0 or config.model_mode is None and stages[-1:] == ["pretrain"]
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
 
     sampling = config.sampling(config.seed)
     said = dict(completes=completes, system=config.system, enable_thinking=config.enable_thinking)
-    said |= dict(tools=config.tools is not None)
+    said |= dict(tools=TOOLS if config.tools else None)
     session = Session(model, config.prompt_lookup_num_tokens)
     talk = Conversation(session, tokenizer, sampling, config.max_new_tokens or 1024, **said)
     if config.prompt:

@@ -25,7 +25,7 @@ Pieces = Generator[tuple[str, bool], None, dict | None]  # of an answer's text; 
 
 @dataclass
 class Conversation:
-    """`session` (inference/session.py) computes the answers. tools: the model may call those of inference/tools.py."""
+    """`session` (inference/session.py) computes the answers. tools: what the model is told of; only `TOOLS` are run."""
 
     session: Session
     tokenizer: Tokenizer
@@ -34,7 +34,7 @@ class Conversation:
     completes: bool = False  # continues a text instead of answering a message
     system: str = ""
     enable_thinking: bool | None = None
-    tools: bool = False
+    tools: list[dict] | None = None
     turns: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
@@ -50,7 +50,7 @@ class Conversation:
         for rounds in range(ROUNDS + 1):
             message = yield from self._reply(new)
             calls = message.get("tool_calls") if message else None
-            if not calls:
+            if not calls or self.tools is not TOOLS:
                 return
             if rounds == ROUNDS:
                 yield f"\n(it may call tools {ROUNDS} times)", True
@@ -68,9 +68,8 @@ class Conversation:
         from tokenizer.chat import encode_chat
 
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages, tools = [*system, *self.turns, *new], TOOLS if self.tools else None
-        thinking = self.enable_thinking
-        return encode_chat(self.tokenizer, messages, tools, add_generation_prompt=True, enable_thinking=thinking).ids
+        messages, asked = [*system, *self.turns, *new], dict(enable_thinking=self.enable_thinking)
+        return encode_chat(self.tokenizer, messages, self.tools, add_generation_prompt=True, **asked).ids
 
     def _reply(self, new: list[dict]) -> Pieces:
         """One message of the model's."""

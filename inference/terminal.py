@@ -104,17 +104,21 @@ def read_lines(file: Iterable[str]) -> Iterator[list[dict]]:
         raise UserError("standard input: not UTF-8; save it as UTF-8") from None
 
 
-def answer_all(talk: Conversation, conversations: Iterable[list[dict]], screen: Screen) -> None:
-    """Answers the last user message of each conversation, without those before. Never waits for input.
+def answer_all(
+    talk: Conversation, conversations: Iterable[tuple[list[dict], list[dict] | None]], screen: Screen
+) -> None:
+    """Answers the last user message of each conversation (messages, tools), without those before. Never waits for
+    input.
 
-    A system message of a conversation takes the place of `talk.system`. One that is too long does not end the others;
-    UserError after all of them.
+    A system message of a conversation takes the place of `talk.system`, and its tools that of `talk.tools`. One that is
+    too long does not end the others; UserError after all of them.
     """
-    answered, unanswered, system = False, 0, talk.system
-    for messages in conversations:
+    answered, unanswered, system, usual = False, 0, talk.system, talk.tools
+    for messages, tools in conversations:
         last = max(n for n, message in enumerate(messages) if message["role"] == "user")
         own = messages[0]["role"] == "system"
         talk.system, talk.turns = messages[0]["content"] if own else system, messages[own:last]
+        talk.tools = tools or usual
         prompt = messages[last]["content"]
         screen.write(f"> {prompt}\n")
         try:

@@ -21,7 +21,7 @@ from eval_model import Conversation, Screen, chat
 from evaluation import benchmark
 from inference.decode import generate
 from inference.sampling import Sampling
-from inference.tools import ROUNDS
+from inference.tools import ROUNDS, TOOLS
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.export import save_hf
@@ -75,11 +75,11 @@ def say(out, capsys, monkeypatch):
     return say
 
 
-def expected(model, tokenizer, prompt, mode=1, before=()):
+def expected(model, tokenizer, prompt, mode=1, before=(), tools=None):
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     if mode:
         messages = [*before, {"role": "user", "content": prompt}]
-        ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
+        ids = encode_chat(tokenizer, messages, tools, add_generation_prompt=True).ids
     (reply,) = generate(model, [ids], GREEDY, max_new_tokens=8, stop=tokenizer.stop_ids)
     return printable(tokenizer.decode(reply))
 
@@ -129,6 +129,18 @@ def test_prompts_come_with_what_was_said_before(say, tmp_path, model, tokenizer)
     kind = [dict(role="system", content="Be kind.")]
     said = [expected(model, tokenizer, "How?", before=before), expected(model, tokenizer, "你好", before=kind)]
     assert (status, answers) == (0, f"> How?\n{said[0]}\n\n> 你好\n{said[1]}\n\n")
+
+
+def test_prompts_come_with_their_tools(say, tmp_path, model, tokenizer):
+    """They were left out, without a word. A row's own take the place of --tools."""
+    tools = [dict(type="function", function=dict(name="weather", parameters=dict(type="object", properties={})))]
+    rows = [{"messages": [dict(role="user", content="How?")], "tools": tools}, {"prompt": "你好"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for flags, usual in (([], None), (["--tools", "demo"], TOOLS)):
+        said = [expected(model, tokenizer, "How?", tools=tools), expected(model, tokenizer, "你好", tools=usual)]
+        status, answers, _ = say("--prompts_file", tmp_path / "list.jsonl", *flags)
+        assert (status, answers) == (0, f"> How?\n{said[0]}\n\n> 你好\n{said[1]}\n\n")
+    assert said[0] != expected(model, tokenizer, "How?")
 
 
 def test_a_prompt_that_is_too_long_does_not_end_the_others(say, tmp_path, model, tokenizer):
@@ -444,13 +456,16 @@ def called(tokenizer, name, arguments):
 def test_tools_are_called_and_their_results_answered(tokenizer):
     call = called(tokenizer, "calculator", {"expression": "6 * 7"})
     session = Scripted(call, tokenizer.encode("It is 42."), tokenizer.encode("fine"))
-    talk, text = talk_with(tokenizer, session, ["What is 6 * 7?", "thanks"], tools=True)
+    talk, text = talk_with(tokenizer, session, ["What is 6 * 7?", "thanks"], tools=TOOLS)
     assert "[calculator] 42\nIt is 42.\n" in text
     second = tokenizer.decode(session.prompts[1])
     assert '"name": "calculator"' in second.partition("user\n")[0], "the tools are described in the system turn"
     assert second.endswith("<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
     assert '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6 * 7"}}\n</tool_call><|im_end|>' in second
     assert [turn["role"] for turn in talk.turns] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    elsewhere = copy.deepcopy(TOOLS)  # of a prompt: described, and nobody here can run them
+    _, text = talk_with(tokenizer, Scripted(call), ["What is 6 * 7?"], tools=elsewhere)
+    assert "<tool_call>" in text and "[calculator]" not in text
     # without --tools the same answer is text, and nothing is called
     _, text = talk_with(tokenizer, Scripted(call), ["What is 6 * 7?"])
     assert "[calculator]" not in text and "<tool_call>" in text
@@ -459,7 +474,7 @@ def test_tools_are_called_and_their_results_answered(tokenizer):
 def test_a_model_that_only_calls_tools_is_stopped(tokenizer):
     call = called(tokenizer, "evil\x1b[31m", {"a": "\u202e"})
     session = Scripted(*[list(call) for _ in range(9)])
-    talk, text = talk_with(tokenizer, session, ["go"], tools=True)
+    talk, text = talk_with(tokenizer, session, ["go"], tools=TOOLS)
     assert len(session.prompts) == ROUNDS + 1 and text.count("error: there is no tool") == ROUNDS
     assert f"(it may call tools {ROUNDS} times)" in text and "\x1b" not in text and "\u202e" not in text
 
@@ -468,7 +483,7 @@ def test_with_tools_the_oldest_question_goes_with_all_that_belongs_to_it(tokeniz
     call = called(tokenizer, "date", {})
     replies = [reply for i in range(4) for reply in (list(call), tokenizer.encode(f"reply {i}"))]
     session = Scripted(*replies, limit=420)
-    talk, _ = talk_with(tokenizer, session, [f"question {i}" for i in range(4)], tools=True)
+    talk, _ = talk_with(tokenizer, session, [f"question {i}" for i in range(4)], tools=TOOLS)
     roles = [turn["role"] for turn in talk.turns]
     assert roles == ["user", "assistant", "tool", "assistant"] * (len(roles) // 4) and 4 <= len(roles) < 16
     assert talk.turns[-1]["content"] == "reply 3"
