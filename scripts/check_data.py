@@ -6,7 +6,8 @@
     python scripts/check_data.py *.jsonl --json           # for machines
 
 Training would stop at what is called an error here. The exit status is 1 if there are errors, else 0. Every row is
-checked; a random sample of 4 MB of rows is tokenised (--sample_mb 0: all rows).
+read and checked; a random sample of 4 MB of rows is tokenised (--sample_mb 0: all rows), where it shows what the
+tokenizer's chat format refuses.
 """
 
 import sys
@@ -119,6 +120,9 @@ def lines(report, config: CheckConfig) -> list[str]:
     say("errors", f"{rows(report.bad)} cannot be read" if report.bad else "none")
     for finding in sorted(report.errors.values(), key=lambda finding: -finding.count):
         say("", f"{finding.count:,} x {finding.what}  ({where(finding)})")
+    if report.untried and report.kind != "text":
+        why = "only on a sample; --sample_mb 0 tries all" if config.sample_mb else "longer than 1 MB"
+        say("chat format", f"not tried on {report.untried:,} of {rows(report.rows)}: {why}")
     if report.roles:
         say("roles", ", ".join(f"{role} {count:,}" for role, count in report.roles.items()))
     for finding in report.notes.values():

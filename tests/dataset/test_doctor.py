@@ -124,6 +124,19 @@ def test_a_sample_is_said_to_be_one(tmp_path):
     assert check(file, sample=0).tokens["sampled"] == 2000 and check(file, sample=1).tokens["sampled"] >= 1
 
 
+def test_that_only_a_sample_was_tried_in_the_chat_format_is_said(tmp_path, capsys):
+    """What it refuses is found in the sample only, and the report said "errors none"."""
+    same = {"prompt": "1?", "chosen": "<think>a</think>b", "rejected": "<think>\na\n</think>\nb"}
+    pairs = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(2000)]
+    file = jsonl(tmp_path / "a.jsonl", *pairs, same)
+    status, said = run(capsys, file, "--sample_mb", 0.001)
+    untried = check(file, sample=1049).untried
+    assert status == 0 and 1900 < untried < 2000
+    assert f"chat format not tried on {untried:,} of 2,001 rows: only on a sample; --sample_mb 0" in said, said
+    status, said = run(capsys, file, "--sample_mb", 0)
+    assert status == 1 and "in this tokenizer's chat format" in said and "not tried" not in said
+
+
 def test_equal_rows_are_found_whatever_their_spelling_and_however_they_are_stored(tmp_path, monkeypatch):
     """The order of keys, spaces and the layout make no other row. Hashes in many files, as for a huge data set."""
     monkeypatch.setattr(duplicates, "PART", 64)  # bytes: a file for every four rows
