@@ -153,9 +153,10 @@ def files_of_a_model(repository: Repository) -> list[RemoteFile]:
 def _about(folder: Path) -> dict[str, Any]:
     """What a folder that was fetched is a copy of; {}: it was not fetched, or is not there."""
     try:
-        return read_json(folder / ABOUT)
+        about = read_json(folder / ABOUT)
     except (OSError, ValueError):
         return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _is_whole(folder: Path) -> bool:

@@ -56,7 +56,7 @@ def read_run(folder: Path) -> Run:
     try:
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         rows = [row for row in read_metrics(folder / "metrics.jsonl") if {"loss", "tokens"} <= row.keys()]
-        seed, facts = info["config"]["seed"], info["facts"]
+        seed, facts = info["config"]["seed"], {**info["facts"]}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; name folders like out/runs/pretrain_192-20261128") from None
     except KeyError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from common.console import UserError
@@ -22,12 +23,9 @@ def generate(directory: str | Path, seed: int = 0, files: tuple[str, ...] = ("pr
         if name not in FILES:
             raise UserError(f"the tiny world has no file {name!r}: choose from {', '.join(FILES)}")
         stamp = path.with_suffix(".stamp.json")
-        if (
-            stamp.is_file()
-            and path.is_file()
-            and json.loads(stamp.read_text("utf-8")) == _stamp(seed, path.read_bytes())
-        ):
-            continue
+        with suppress(FileNotFoundError, ValueError):  # not there, or not JSON
+            if json.loads(stamp.read_text("utf-8")) == _stamp(seed, path.read_bytes()):
+                continue
         rows = FILES[name](world, Dice(name, seed))
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         for target, content in ((path, data), (stamp, json.dumps(_stamp(seed, data)).encode())):

@@ -134,11 +134,13 @@ def _made(root: Path) -> bool:
 
 
 def _facts(path: Path) -> dict | None:
-    """The entry's facts; None if it does not exist or one of its files has not the size that was written."""
+    """The entry's facts; None if it does not exist, or is not what was written: other facts, a file of another size."""
     try:
         facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
-        whole = all((path / name).stat().st_size == size for name, size in facts["files"].items())
-    except (OSError, ValueError, KeyError):
+        whole = {"source", "content"} <= facts.keys() and all(
+            (path / name).stat().st_size == size for name, size in facts["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return facts if whole else None
 

@@ -1,6 +1,7 @@
 """JSONL files: which rows they hold, what a broken one is called, and when the index is made anew."""
 
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -283,8 +284,12 @@ def test_a_build_that_fails_leaves_nothing_and_a_damaged_entry_is_built_again(tm
     temporary_name(root / "a-tokens-1").mkdir()  # what a process leaves that was killed for good
     folder, _ = get_or_build(root, "a-tokens-1", build)
     assert sorted(os.listdir(root)) == ["a-tokens-1"]
-    for damage in (lambda: (folder / "big").write_bytes(b"123"), lambda: (folder / "facts.json").unlink()):
+    damages = [lambda: (folder / "big").write_bytes(b"123"), lambda: (folder / "facts.json").unlink()]
+    for other in ("[]", "7", '{"files": []}', '{"files": {}}', '{"source": "s", "content": "c", "files": {"big": []}}'):
+        damages.append(functools.partial((folder / "facts.json").write_text, other))  # JSON, but not what is written
+    for damage in damages:
         damage()
+        assert cache.entries(root) == []
         assert (get_or_build(root, "a-tokens-1", build)[0] / "big").read_bytes() == b"12345678"
     assert get_or_build(root, "a-tokens-1", None)[1]["content"] == "c"
 

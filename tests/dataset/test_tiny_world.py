@@ -101,6 +101,7 @@ def test_generate_keeps_what_is_there_and_repairs_what_is_not(tmp_path):
     first.write_bytes(data[:1000])  # a file cut short by a full disk
     generate(tmp_path, seed=3, files=("sft",))
     assert first.read_bytes() == data
+    first.with_suffix(".stamp.json").write_text("[")
     generate(tmp_path, seed=4, files=("sft",))
     assert first.read_bytes() != data
     with pytest.raises(ValueError, match="no file 'dp0'"):

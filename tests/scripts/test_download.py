@@ -141,6 +141,14 @@ def test_a_copy_in_hugging_faces_cache_is_used(hub, tmp_path):
     assert not hub.asked
 
 
+def test_a_note_that_is_something_else_counts_as_none(hub, tmp_path):
+    hub.add("a/tiny", TEXTS | {"model.safetensors": WEIGHTS})
+    folder = models.find_model("a/tiny")
+    (folder / models.ABOUT).write_text("[]")
+    hub.asked.clear()
+    assert models.find_model("a/tiny") == folder and not hub.asked, "it is whole all the same"
+
+
 def test_a_copy_that_lacks_a_shard_is_no_copy(hub, tmp_path):
     folder = tmp_path / "models/tiny"
     folder.mkdir(parents=True)

@@ -304,6 +304,9 @@ def test_runs_that_do_not_belong_together_are_refused(made, tmp_path):
     old = changed(runs[1], tmp_path / "old")
     (old / "run.json").write_text('{"config": {"seed": 1}}', encoding="utf-8")
     assert "does not say what the run was made of" in refused(old)
+    for other in ("[]", '{"config": {"seed": 1}, "facts": []}'):
+        (old / "run.json").write_text(other, encoding="utf-8")
+        assert f"{old / 'run.json'}: cannot be read" in refused(runs[0], old)
     bad = changed(runs[1], tmp_path / "bad")
     (bad / "metrics.jsonl").write_text('{"step": 10, "tokens": 5, "loss": null}\n', encoding="utf-8")
     assert "not finite in step 10" in refused(bad)
