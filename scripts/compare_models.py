@@ -147,8 +147,9 @@ def count_votes(config: CompareConfig) -> None:
     from evaluation.compare import FORMAT, report_files, write_report
     from evaluation.votes import as_text, read_page_votes, read_votes, tally
 
+    files = {Path(file).resolve(): file for file in config.votes}.values()  # one that is named twice: once
     if not config.output:  # those of the server's page, which are about no report
-        names, votes = read_page_votes(config.votes)
+        names, votes = read_page_votes(files)
         return say(as_text(tally(votes, len(names)), names))
     path, _ = report_files(config.output)
     try:
@@ -157,7 +158,7 @@ def count_votes(config: CompareConfig) -> None:
             raise KeyError
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a report of this script") from None
-    votes = [vote for file in config.votes for vote in read_votes(file, result)]
+    votes = [vote for file in files for vote in read_votes(file, result)]
     result["votes"] = tally(votes, len(result["models"]))
     say(as_text(result["votes"], [model["name"] for model in result["models"]]))
     note(f"report: {write_report(path, result)}")

@@ -272,7 +272,8 @@ def test_votes_come_back_into_the_report(result, tmp_path):
     assert status == 0 and "rlhf_32 6 times" in out and "p = 0.0312" in out, err
     more = dict(content, votes=[dict(question=1, left=0, right=1, choice="tie")])
     (tmp_path / "w.json").write_text(json.dumps(more), encoding="utf-8")
-    words = ["--output", report, "--votes", tmp_path / "v.json", tmp_path / "w.json"]
+    (tmp_path / "link.json").symlink_to(tmp_path / "v.json")  # the same votes are counted once
+    words = ["--output", report, "--votes", tmp_path / "v.json", tmp_path / "w.json", tmp_path / "link.json"]
     assert "rlhf_32 6 times, 1 ties" in run_script("scripts/compare_models.py", *words)[1], "of both files"
     assert json.loads(report.read_text(encoding="utf-8"))["votes"][0]["wins_b"] == 6
     for change, expected in [
@@ -296,7 +297,7 @@ def test_votes_of_the_servers_page_name_their_models_themselves(tmp_path):
     files = [tmp_path / "1.json", tmp_path / "2.json"]
     files[0].write_text(json.dumps(content | dict(votes=votes)), encoding="utf-8")
     files[1].write_text(json.dumps(content | dict(models=["b", "a"], votes=turned)), encoding="utf-8")
-    status, out, err = run_script("scripts/compare_models.py", "--votes", *files)
+    status, out, err = run_script("scripts/compare_models.py", "--votes", *files, files[0])
     assert status == 0 and "a preferred 0 times, b 6 times, 1 ties" in out and "p = 0.0312" in out, err
     third = tmp_path / "3.json"  # another model, which is number 0 there
     third.write_text(json.dumps(content | dict(models=["c", "b"], votes=votes[:1])), encoding="utf-8")
