@@ -121,6 +121,8 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
         chats = dict(system=self.system, tools=self.tools, enable_thinking=self.enable_thinking is not None)
         if self.model_mode == 0 and (what := next(filter(chats.get, chats), None)):
             found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")
+        if self.benchmark and self.system:
+            found.append("--system: the exam is asked without one; leave it out")
         if self.metrics:
             from evaluation.metrics import chosen
 

@@ -18,6 +18,7 @@ import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +159,15 @@ def score(
     *,
     chats: bool = True,
     examples: Sequence[Choice] = (),
+    system: str = "",
 ) -> dict[str, np.ndarray]:
     """{way: (n, 2)}: whether the way finds the right option, and 1, for each question; 0 and 0 where the model has
     fewer positions than that takes.
 
-    chats: with a chat template. examples: solved questions that are shown before each.
+    chats: with a chat template, and the system prompt if there is one. examples: solved questions that are shown before
+    each.
     """
-    encode = _chat_row if chats else _text_row
+    encode = partial(_chat_row, system=system) if chats else _text_row
     solved = [(example.question, example.options[example.right]) for example in examples]
     lettered = [(example.listed, LETTERS[example.right]) for example in examples]
     rows = [encode(tokenizer, [*solved, (q.question, option)]) for q in questions for option in q.options]
@@ -187,9 +190,9 @@ def score(
     return found
 
 
-def _chat_row(tokenizer: Tokenizer, shown: list[tuple[str, str]]) -> Encoded:
+def _chat_row(tokenizer: Tokenizer, shown: list[tuple[str, str]], system: str = "") -> Encoded:
     """shown: questions with their answers; of the last answer the likelihood counts."""
-    turns = []
+    turns = [{"role": "system", "content": system}] if system else []
     for question, answer in shown:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "train": False}]
     del turns[-1]["train"]

@@ -198,7 +198,8 @@ def _measure_questions(
     found.rows = len(questions)
     wanted = {METRICS[name].of for name in names}
     if "likelihood" in wanted or "pairs" in wanted:
-        _likelihoods(model, tokenizer, found, [name for name in names if METRICS[name].of != "answers"], questions)
+        rated = [name for name in names if METRICS[name].of != "answers"]
+        _likelihoods(model, tokenizer, found, rated, questions, settings.system)
     graded = [name for name in names if METRICS[name].of == "answers"]
     if graded:
         said = answer_questions(model, tokenizer, questions, settings)
@@ -206,13 +207,13 @@ def _measure_questions(
 
 
 def _likelihoods(
-    model: CausalLM, tokenizer: Tokenizer, found: Measured, names: list[str], questions: list[Question]
+    model: CausalLM, tokenizer: Tokenizer, found: Measured, names: list[str], questions: list[Question], system: str
 ) -> None:
     """Of the answers in the file, as in training: every assistant's turn counts."""
     known = [q for q in questions if q.answer]
     pairs = [n for n, q in enumerate(known) if q.rejected] if "preference" in names else []
     chats = [(q.conversation, q.tools) for q in known] + [(known[n].rejected or [], known[n].tools) for n in pairs]
-    encoded = encode_chats(tokenizer, chats)
+    encoded = encode_chats(tokenizer, [(with_system(messages, system), tools) for messages, tools in chats])
     limit = model.config.max_position_embeddings
     fits = [isinstance(row, Encoded) and any(row.trained[1:]) and len(row.ids) <= limit + 1 for row in encoded]
     nothing = Encoded([0], [False])
@@ -292,7 +293,7 @@ def _measure_choices(
     questions = read_choices(found.path, settings.limit)
     found.rows = len(questions)
     examples = read_examples(found.path, settings.num_fewshot) if settings.num_fewshot else []
-    counts = score(model, tokenizer, questions, chats=settings.chats, examples=examples)
+    counts = score(model, tokenizer, questions, chats=settings.chats, examples=examples, system=settings.system)
     chance = sum(1 / len(q.options) for q in questions) / len(questions)
     for name in names:
         kept = np.flatnonzero(counts[name][:, 1])

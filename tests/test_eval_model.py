@@ -549,12 +549,13 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
             "trainer/train_distillation.py makes them; of others, downloaded ones",
         ),
         (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
+        (["--benchmark", "tiny_world", "--system", "be brief"], "--system: the exam is asked without one"),
         (["--base_model", "x"], "--base_model x: python scripts/compare_models.py compares models"),
         (["--prompts_file", "nothere.json"], "nothere.json: no such file"),
     ),
 )
 def test_what_is_not_there_ends_in_one_line(say, flags, complaint):
-    status, out, err = say(*flags, *([] if "--prompts_file" in flags else ["--prompt", "hi"]))
+    status, out, err = say(*flags, *([] if {"--prompts_file", "--benchmark"} & {*flags} else ["--prompt", "hi"]))
     assert status == 2 and not out and err.startswith("error: ") and complaint in err and err.count("\n") == 1, err
 
 

@@ -227,6 +227,29 @@ def test_what_the_questions_are_asked_with(model, tmp_path, monkeypatch):
     assert prompts[2:] == ["<|endoftext|>why?", "<|endoftext|>hi"]
 
 
+def test_likelihoods_are_read_after_the_system_prompt(model, tmp_path, monkeypatch):
+    """--system was ignored where nothing is generated. A row's own stays; a text that is continued has none."""
+    rows = []
+
+    def read(model, encoded, **_):
+        rows.extend(TOKENIZER.decode(row.ids) for row in encoded)
+        return [np.zeros(sum(row.trained[1:]), np.float32) for row in encoded]
+
+    monkeypatch.setattr("evaluation.measure.log_likelihoods", read)
+    monkeypatch.setattr("evaluation.choice.log_likelihoods", read)
+    own = {"messages": [dict(role=role, content="mine") for role in ("system", "user", "assistant")]}
+    pairs, chats = jsonl(tmp_path / "dpo.jsonl", *PAIRS), jsonl(tmp_path / "a.jsonl", own)
+    choices = jsonl(tmp_path / "mmlu.jsonl", *CHOICES)
+    measure(model, TOKENIZER, pairs, ["preference"], Settings(system="short"))
+    assert len(rows) == 2 * len(PAIRS) and all(row.startswith("<|im_start|>system\nshort<|im_end|>") for row in rows)
+    measure(model, TOKENIZER, choices, ["choice"], Settings(system="short"))
+    assert all(row.startswith("<|im_start|>system\nshort<|im_end|>") for row in rows)
+    rows.clear()
+    measure(model, TOKENIZER, chats, ["ppl"], Settings(system="short"))
+    measure(model, TOKENIZER, choices, ["choice"], Settings(system="short", chats=False))
+    assert "mine" in rows[0] and not any("short" in row for row in rows)
+
+
 def test_tools_of_a_row_are_read_before_its_answer(model, tmp_path):
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
