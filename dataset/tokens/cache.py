@@ -95,12 +95,13 @@ def get_or_build(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[
     if found := find_entry(root, name):
         return found
     path, lock_file, is_new = root / name, root / f"{name}.lock", _made(root)
+    still_open = False  # a lock file of ours, which Windows keeps until then; that of another process stays
     try:
         with lock(lock_file, printable(f"{name}: waiting for the process that is building it")):
             if found := find_entry(root, name):
                 return found
-            remove_folder(path)  # a damaged one
             try:
+                remove_folder(path)  # a damaged one
                 with atomic_folder(path) as folder:
                     facts = build(folder)
                     facts["files"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -109,11 +110,14 @@ def get_or_build(root: Path, name: str, build: Callable[[Path], dict]) -> tuple[
                 if (facts := _facts(path)) is None:
                     raise
             finally:
-                with suppress(OSError):  # whoever waits for it looks for the entry; Windows keeps it while it is open
-                    lock_file.unlink()
+                try:
+                    lock_file.unlink()  # whoever waits for it looks for the entry
+                except OSError:
+                    still_open = True
     except BaseException:
-        with suppress(OSError):  # Windows lets go of the lock file only now
-            lock_file.unlink()
+        with suppress(OSError):
+            if still_open:
+                lock_file.unlink()
         with suppress(OSError):  # not empty, or another process has removed it
             root.rmdir()
         raise

@@ -311,6 +311,34 @@ def test_one_builds_and_the_others_wait(tmp_path, capfd):
     assert len(builds) == 1 and "waiting for the process that is building it" in capfd.readouterr().err
 
 
+def test_who_is_interrupted_while_waiting_leaves_the_builder_its_lock(tmp_path, monkeypatch):
+    """It removed the lock file, and whoever came next built the same entry beside the first one."""
+    from filelock import FileLock
+
+    acquire, ends = FileLock.acquire, threading.Event()
+
+    def interrupted(self, timeout=None):
+        if timeout is None:
+            raise KeyboardInterrupt
+        return acquire(self, timeout)
+
+    def build(folder):
+        ends.wait(10)
+        return {"source": "s", "content": "c"}
+
+    monkeypatch.setattr(FileLock, "acquire", interrupted)
+    builder = threading.Thread(target=get_or_build, args=(tmp_path, "a-tokens-1", build))
+    builder.start()
+    while not list(tmp_path.glob(".*")):
+        time.sleep(0.01)  # until it builds
+    with pytest.raises(KeyboardInterrupt):
+        get_or_build(tmp_path, "a-tokens-1", None)
+    assert (tmp_path / "a-tokens-1.lock").exists()
+    ends.set()
+    builder.join(10)
+    assert os.listdir(tmp_path) == ["a-tokens-1"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="asks whether a process lives")
 def test_without_locks_what_another_process_is_building_is_left_alone(tmp_path, monkeypatch):
     """On drives without locks two processes build the same entry at the same time. Cleaning up after killed processes
