@@ -95,8 +95,9 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
     for i in range(min(config.show_labels, len(train))):
         notes.append(f"--- {train.source(i)}")
         for tokens, trained in train.sequences(i):
-            trained = [True] * len(tokens) if trained is None else trained
-            notes.append(show_labels(tokenizer, tokens, trained, colours=takes_colour(sys.stdout)))
+            targets = [True] * len(tokens) if trained is None else [*trained]
+            targets[0] = False  # nothing predicts it
+            notes.append(show_labels(tokenizer, tokens, targets, colours=takes_colour(sys.stdout)))
     return Data(train, val, builtin, notes)
 
 

@@ -1,12 +1,13 @@
 """What a stage opens before it starts, and what it says about it."""
 
 from common.options import parse
-from dataset.tokens.examples import SFTDataset
+from dataset.tokens.examples import PretrainDataset, SFTDataset
 from tests.helpers.models import TOKENIZER
 from tests.helpers.rows import chat, jsonl
 from trainer import inputs
 from trainer.inputs import choose_files, open_data
 from trainer.train_full_sft import SFTConfig
+from trainer.train_pretrain import PretrainConfig
 
 
 def warnings(folder, short: int, long: int) -> list[str]:
@@ -24,6 +25,14 @@ def test_many_rows_lost_to_the_length_get_a_warning_of_their_own(tmp_path):
         "warning: 4 of 10 rows (40%) are left out, too long for --max_seq_len 32; the longest needs "
     )
     assert warnings(tmp_path, short=19, long=1) == [], "a few are usual"
+
+
+def test_the_first_token_of_a_row_of_pretraining_is_not_shown_as_trained_on(tmp_path):
+    """Nothing predicts it. As the last target of the row before, it is trained on there."""
+    data, ids = jsonl(tmp_path / "a.jsonl", {"text": "one two three four five"}), TOKENIZER.encode("one two three four")
+    words = [f"--data_path={data}", f"--save_dir={tmp_path}", f"--max_seq_len={len(ids)}", "--show_labels=2"]
+    shown = open_data(PretrainDataset, parse(PretrainConfig, words), "pretrain", TOKENIZER).notes
+    assert shown[-3] == "<|endoftext|>⟦one two three four⟧" and shown[-1] == " four⟦ five<|endoftext|>⟧", shown
 
 
 def test_data_larger_than_memory_belongs_on_an_ssd(monkeypatch):
