@@ -73,9 +73,10 @@ class TaughtDataset(SFTDataset):
             ("the data (files, rows, --on_long)", views["data"][:12], self.fingerprint[:12]),
         ):
             if theirs != ours:
+                same = "give a fresh student the teacher's (--tokenizer_path), or " if what == "the tokenizer" else ""
                 raise UserError(
                     f"--teacher_logprobs {views['path']}: was written for other examples: {what} was {theirs}, is "
-                    f"{ours}; write it again with --write_logprobs"
+                    f"{ours}; {same}write it again with --write_logprobs"
                 )
         begin = HEADER + 8 * (views["examples"] + 1)
         dtype = record_type(views["top_k"], views["vocab_size"])

@@ -284,6 +284,18 @@ def test_a_file_for_something_else_is_refused(more, message, world):
         run_stage("distillation", *flags_of(world, f"--teacher_logprobs={path}", *more))
 
 
+def test_a_fresh_student_of_another_tokenizer_is_told_the_flag(world, tmp_path):
+    """The advice was to write the file again, which made the same file."""
+    path = world / "t.lp"
+    run_stage("distillation", *flags_of(world, "--teacher=teacher", f"--write_logprobs={path}", "--top_k=2"))
+    without_tags(tmp_path / "other", "<answer>", "</answer>")
+    with pytest.raises(ValueError, match=r"the tokenizer was \w+, is \w+; give a fresh student .*--tokenizer_path"):
+        run_stage(
+            "distillation",
+            *flags_of(world, f"--teacher_logprobs={path}", "--preset=nano", f"--tokenizer_path={tmp_path / 'other'}"),
+        )
+
+
 def test_an_interrupted_file_is_continued(world, monkeypatch, capsys):
     """Ctrl-C in the third step. What was asked before is not asked again, and the file is the same."""
     flags = flags_of(world, "--teacher=teacher", "--top_k=2", "--batch_size=1")
