@@ -126,7 +126,8 @@ def lines(report, config: CheckConfig) -> list[str]:
     if report.roles:
         say("roles", ", ".join(f"{role} {count:,}" for role, count in report.roles.items()))
     for finding in report.notes.values():
-        say("note", f"{rows(finding.count)}: {finding.what}  ({where(finding)})")
+        of_rows = f"{rows(finding.count)}: {finding.what}  ({where(finding)})"
+        say("note", of_rows if finding.count else finding.what)
     if report.empty.count:
         say("empty", f"{rows(report.empty.count)} with nothing to train on  ({where(report.empty)})")
     if report.kind:

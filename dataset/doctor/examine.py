@@ -43,7 +43,7 @@ class Finding:
     """Rows that have something in common, and what."""
 
     what: str = ""
-    count: int = 0
+    count: int = 0  # 0: it is about the file
     lines: list[int] = field(default_factory=list)  # the first ones
 
     def add(self, line: int) -> None:
@@ -55,11 +55,14 @@ class Finding:
 class Findings(dict[str, Finding]):
     """One finding for each reason. Reasons that differ in a number or a quotation only are the same."""
 
-    def add(self, reason: str, line: int) -> None:
+    def add(self, reason: str, line: int | None = None) -> None:
+        """line: of the row; None: the reason is about the file."""
         key = re.sub(r"\d+", "N", re.sub(r"\"[^\"]*\"|'[^']*'", "...", reason))[:60]
         if key not in self and len(self) >= REASONS:
             key, reason = "other", "other reasons"
-        self.setdefault(key, Finding(reason)).add(line)
+        finding = self.setdefault(key, Finding(reason))
+        if line is not None:
+            finding.add(line)
 
 
 @dataclass
@@ -119,10 +122,10 @@ def examine(
         return Examination(report)
     report.size, report.kind, report.layout = source.size, read.kind, read.layout
     if read.unread:
-        report.notes.add(f"columns that are not read: {', '.join(read.unread)}", read.line)
+        report.notes.add(f"columns that are not read: {', '.join(read.unread)}")
     if not KINDS[read.kind].trained:
         what = f"no stage trains on {read.kind} rows yet; scripts/prepare_data.py --to chat keeps the good ones"
-        report.notes.add(what, read.line)
+        report.notes.add(what)
     examination = Examination(report)
     statistics = TokenStatistics(read.kind, tokenizer, max_seq_len, batch_size)
     examination.run(source, read, statistics, val_hashes, share=min(1.0, sample / source.size) if sample else 1.0)

@@ -368,8 +368,10 @@ def test_memory_does_not_grow_with_what_is_wrong(tmp_path):
     assert examine(file, ByteTokenizer()).verdicts.nbytes == 3001, "a byte a row"
 
 
-def test_columns_that_are_left_aside_are_named(tmp_path):
+def test_columns_that_are_left_aside_are_named(tmp_path, capsys):
     row = {"instruction": "Who?", "context": "Lucy.", "response": "Lucy", "category": "qa", "score": 3}
     report = check(jsonl(tmp_path / "a.jsonl", row))
     assert list(finding.what for finding in report.notes.values()) == ["columns that are not read: category, score"]
     assert "columns not read: category, score" in sft(tmp_path / "a.jsonl", max_seq_len=99).summary
+    said = run(capsys, jsonl(tmp_path / "b.jsonl", row, row, row))[1]
+    assert f"{'note':<{check_data.LABEL}}columns that are not read" in said, "all rows have them, not only the first"
