@@ -172,8 +172,9 @@ def as_text(history: History, parts: list[Part] | None = None) -> str:
         return f"   {what:<10}{path or '?'}  {short(hash)}{verdict(what, path, hash)}"
 
     recorded = history.tokenizer
+    path = relative_to_root(history.path)
     lines = [
-        f"{history.path}  {short(history.hash)}" if not history.base else f"{history.path}, an adapter",
+        f"{path}  {short(history.hash)}" if not history.base else f"{path}, an adapter",
         line("tokenizer", recorded.get("path", ""), recorded.get("hash", "")),
     ]
     for number, entry in enumerate(history.stages, 1):

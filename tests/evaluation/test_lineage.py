@@ -1,11 +1,12 @@
 """The way that led to a weights file is in the file; what it was made of can be checked."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from common.files import hash_file
+from common.files import ROOT, hash_file
 from evaluation.lineage import (
     CHANGED,
     MISSING,
@@ -61,6 +62,8 @@ def test_every_stage_and_what_it_was_made_of(trained):
     text = as_text(history)
     assert "1. pretrain: " in text and "2 steps" in text and "loss" in text and "seed 42" in text
     assert "python trainer/train_full_sft.py --device=cpu" in text
+    inside = as_text(replace(history, path=str(ROOT / "out/x_32.pth")))
+    assert inside.startswith("out/x_32.pth  "), "as its parents are shown"
 
 
 def test_all_is_unchanged_and_the_status_says_so(trained):
