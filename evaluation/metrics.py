@@ -51,7 +51,7 @@ def chosen(names: Sequence[str]) -> list[str]:
         if match is None and word in ("human", "humanevaluation"):
             raise UserError("--metrics human: people vote in the report of scripts/compare_models.py")
         if match is None:
-            raise UserError(f"--metrics {name}: choose from {', '.join([*METRICS, 'rouge'])}")
+            raise UserError(f"--metrics {name}: choose from {', '.join([*METRICS, *GROUPS])}")
         own = GROUPS.get(match, (match,))
         if packages := to_install(own):  # now, not after minutes of answering
             raise UserError(f"--metrics {name}: needs what is not installed, pip install {packages}")

@@ -45,13 +45,13 @@ def table(results: Sequence[Measured]) -> str:
             lines.append((Path(found.path).name, *_line(name, found.figure(name)), found.how[name]))
     for name, counts in _of_all(results).items():
         lines.append(("together", *_line(name, figure(name, counts)), ""))
-    text = _aligned(lines)
+    text = _aligned(lines) if len(lines) > 1 else ""  # questions without answers have no figures but health
     for found in results:
         if found.health:
             text += f"\n\nhealth of {found.health['answers']:,} answers to {Path(found.path).name}\n"
             text += _aligned([health_line(name, value) for name, value in found.health.items() if name != "answers"])
         text += "".join(f"\nnote: {Path(found.path).name}: {line}" for line in found.notes)
-    return text
+    return text.lstrip("\n")
 
 
 def _line(name: str, own: Figure) -> tuple[str, str, str, str]:

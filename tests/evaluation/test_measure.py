@@ -280,6 +280,8 @@ def test_questions_without_references_have_health_only(model, tmp_path):
     found = measure(model, TOKENIZER, path, ["exact"], SHORT)
     assert found.figure("exact").rows == 2 and found.health["answers"] == 3
     assert "1 of 3 questions have no reference: not in exact" in found.notes
+    alone = measure(model, TOKENIZER, jsonl(tmp_path / "alone.jsonl", {"instruction": "hi"}), ["exact"], SHORT)
+    assert table([alone]).startswith("health of 1 answers"), "the head of a table without lines stood above"
 
 
 def test_rows_longer_than_the_model_are_counted(tmp_path):
