@@ -250,7 +250,7 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
     if known:
         advice = f"there are {', '.join(known)}; {advice}"
     adapters = [path for folder in map(Path, folders) for path in folder.glob(f"lora/{glob.escape(weight)}_*.pth")]
-    if adapters:
+    if adapters and not any(name.startswith(f"{weight}_") for name in known):
         advice = f"{adapters[0]} is an adapter, which eval_model.py takes as --lora_name {weight}"
     raise NoWeights(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
 

@@ -130,6 +130,9 @@ def test_a_name_means_the_newest_file_of_the_first_folder(tmp_path, monkeypatch)
     save(out / "lora" / "lora_me_16.pth")
     with pytest.raises(ValueError, match="lora/lora_me_16.pth is an adapter, .* as --lora_name lora_me$"):
         find_weights("lora_me", out)
+    save(out / "lora" / "sft_16.pth")
+    with pytest.raises(ValueError, match="there are sft_16.pth"):  # it named the adapter, whatever its size
+        find_weights("sft", out, hidden_size=512)
     assert load_weights(out).path == out / "sft_long_64.pth"  # a directory: its newest file
     assert weights_name("sft", ModelConfig(**SHAPE, num_experts=2)) == "sft_16_moe.pth"
 
