@@ -11,6 +11,7 @@ trace and the operators, not for the times. The run goes on as without it.
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import shutil
 import tempfile
@@ -139,6 +140,7 @@ def steps_of_each(count: int) -> tuple[int, int, int]:
 def start_profiler(device: torch.device) -> Any:
     known = {"cuda": torch.profiler.ProfilerActivity.CUDA, "xpu": torch.profiler.ProfilerActivity.XPU}
     activities = [torch.profiler.ProfilerActivity.CPU, *([known[device.type]] if device.type in known else [])]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13 prints where its profiler starts and stops
     profiler = torch.profiler.profile(activities=activities)
     wait_for(device)
     profiler.start()
