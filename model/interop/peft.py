@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.console import UserError
-from common.files import atomic_file
+from common.files import staged
 from common.json_file import read_json
 from model.lora import LoRASettings
 
@@ -152,8 +152,7 @@ def save_peft(directory: Path, settings: dict, state: dict[str, Tensor], base: d
     for name, tensor in state.items():
         layer, matrix = name.rsplit(".", 1)
         tensors[f"base_model.model.{layer}.lora_{matrix}.weight"] = tensor.contiguous()
-    with atomic_file(directory / TENSORS) as temporary:
+    with staged(directory / CONFIG) as temporary:  # both files or none: one says what the other is multiplied by
         ours = {f"base_{key}": str(value or "") for key, value in base.items()}  # for `load_peft`
-        save_file(tensors, temporary, metadata={"format": "pt", **ours})
-    with atomic_file(directory / CONFIG) as temporary:
+        save_file(tensors, temporary.with_name(TENSORS), metadata={"format": "pt", **ours})
         temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Adapters that somebody else has written: what is wrong with one is named, and nothing is allocated for it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,27 @@ def folder(tmp_path):
     add_lora(model, settings)
     save_peft(tmp_path, settings.to_dict(), lora_state(model), dict(path=None, hash=None), 2)
     return tmp_path
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(folder, monkeypatch):
+    """A full disk between its two files left the new matrices with the old alpha."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    settings = LoRASettings(rank=2, alpha=99.0, targets=("q_proj",))
+    state = {name: tensor + 1 for name, tensor in load_adapter(folder).state.items()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_peft(folder, settings.to_dict(), state, dict(path=None, hash=None), 2)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    save_peft(folder, settings.to_dict(), state, dict(path=None, hash=None), 2)
+    assert load_adapter(folder).settings.alpha == 99 and sorted(path.name for path in folder.iterdir()) == [
+        CONFIG,
+        TENSORS,
+    ]
 
 
 def change(folder, tensors=None, metadata=None, **settings):
