@@ -9,6 +9,7 @@ folder is flushed, which makes the new name survive a power cut.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -31,7 +32,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     If the block or the system fails, `path` is untouched and the temporary file is removed.
     """
     path = Path(path)
-    with _system_errors(path):
+    with system_errors(path):
         _make_folder(path.parent)
         sweep(path.parent, path.name)
         temporary = temporary_name(path)
@@ -60,7 +61,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
     """Yields a new hidden folder beside `path`, which is gone after the block. Removes those of killed programs."""
-    with _system_errors(path):
+    with system_errors(path):
         _make_folder(path.parent)
         sweep(path.parent, path.name)
         temporary = temporary_name(path)
@@ -308,16 +309,18 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _system_errors(path: Path) -> Iterator[None]:
+def system_errors(path: Path) -> Iterator[None]:
     """An error of the system inside the block names a file: `path`, if it names no other or the temporary one, which
     nobody knows.
 
     safetensors' writer, which is in Rust, raises an error of its own, with the system's number in its text: it becomes
-    the OSError that Python's own functions raise.
+    the OSError that Python's own functions raise. So does numpy's where the disk is full, which has no number.
     """
     try:
         yield
     except OSError as error:
+        if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy's `tofile`
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if error.errno is not None:  # else its text is ours, and says everything
             names = [str(name) for name in (error.filename, error.filename2) if name is not None]
             hidden = str(temporary_name(path))

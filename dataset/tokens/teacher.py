@@ -26,7 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common.console import UserError
-from common.files import put_in_place
+from common.files import put_in_place, system_errors
 from dataset.tokens.examples import SFTDataset
 from tokenizer.text import Tokenizer
 
@@ -157,7 +157,7 @@ def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, f
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     done = _steps_done(partial, head)
-    with open(partial, "r+b" if done else "wb") as file:
+    with system_errors(path), open(partial, "r+b" if done else "wb") as file:
         records = Records(file, head, begins, dtype, done)
         if not done:
             records.save()

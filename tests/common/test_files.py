@@ -93,6 +93,25 @@ run(lambda: save_state(Path(sys.argv[2]), 1, {"weights": {"w": torch.zeros(1 << 
 
 
 @posix
+def test_a_full_disk_is_an_error_of_the_system_also_in_numpys_writer(tmp_path):
+    """It was "262144 requested and 8192 written", in a traceback."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from common.console import run
+from trainer.losses.preference import _save_unknown
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+run(lambda: _save_unknown(Path(sys.argv[2]), 1 << 17))
+"""
+    command = [sys.executable, "-c", script, str(ROOT), str(tmp_path / "reference.npy")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'reference.npy'}: the disk is full; ")
+    assert names(tmp_path) == []
+
+
+@posix
 def test_the_umask_decides_who_may_read(tmp_path):
     """safetensors makes files that only their owner can read: nobody else could continue or use them."""
     before = os.umask(0o022)

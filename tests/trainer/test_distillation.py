@@ -1,5 +1,6 @@
 """Distillation: distances against plain formulas and trl, chunks, the teacher's file; the stage, with either."""
 
+import errno
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from common.files import ROOT
 from common.options import parse, specs
 from dataset.batches.loader import Loader
 from dataset.tokens.examples import SFTDataset
-from dataset.tokens.teacher import TaughtDataset, read_header
+from dataset.tokens.teacher import Records, TaughtDataset, read_header
 from model import transformer
 from model.checkpoint import load_weights, save_weights
 from tests.helpers.compare import assert_same_gradients, same, state_of
@@ -329,6 +330,16 @@ def test_an_interrupted_file_is_continued(world, monkeypatch, capsys):
     assert "continues" not in capsys.readouterr().err
 
 
+def test_a_full_disk_is_said_with_the_name_of_the_file(world, monkeypatch):
+    def full(*_):
+        raise OSError("3 requested and 2 written")  # numpy's words
+
+    monkeypatch.setattr(Records, "__setitem__", full)
+    with pytest.raises(OSError) as caught:
+        run_stage("distillation", *flags_of(world, "--teacher=teacher"), f"--write_logprobs={world / 'full.lp'}")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(world / "full.lp"))
+
+
 def test_what_is_no_such_file_is_refused(world):
     with pytest.raises(ValueError, match="not a file that --write_logprobs writes"):
         run_stage("distillation", *flags_of(world, f"--teacher_logprobs={world / 'sft.jsonl'}"))
@@ -421,6 +432,21 @@ def test_a_student_comes_closer_to_its_teacher(world, capsys):
     ]
     assert distances[-1] < 0.9 * distances[0]
     assert load_weights(world / "full_dist_32.pth").lineage[-1]["stage"] == "distillation"
+
+
+def test_tokenizer_path_names_the_teachers_or_is_refused(world):
+    """It was not read: a teacher whose tokenizer was moved could not be used, and a fresh student took the teacher's
+    without a word where another was named."""
+    smaller = without_tags(world / "small", "<answer>", "</answer>")
+    teacher = write_weights(world, "foreign", 1, tokenizer=smaller)
+    moved = (world / "small").rename(world / "moved")
+    flags = flags_of(world, f"--teacher={teacher}", "--preset=nano", "--max_steps=1", f"--save_dir={world / 'out'}")
+    with pytest.raises(ValueError, match="cannot find the tokenizer .*Say where it is with --tokenizer_path"):
+        run_stage("distillation", *flags)
+    run_stage("distillation", *flags, f"--tokenizer_path={moved}")
+    assert load_weights(world / "out/full_dist_192.pth").tokenizer["hash"] == smaller.hash
+    with pytest.raises(ValueError, match="--tokenizer_path .*: its [0-9,]+ ids are not those of --teacher"):
+        run_stage("distillation", *flags_of(world, "--teacher=teacher", "--preset=nano", f"--tokenizer_path={moved}"))
 
 
 def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(world):

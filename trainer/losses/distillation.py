@@ -33,6 +33,7 @@ from common.files import ROOT
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
 from model.checkpoint import Checkpoint, find_tokenizer, find_weights, load_weights
+from model.hub import load_tokenizer
 from model.precision import prepare_for_inference
 from model.transformer import positions_at_once
 from tokenizer.text import Tokenizer
@@ -132,11 +133,19 @@ class Distill:
 
 
 def open_teacher(config) -> tuple[Checkpoint, Tokenizer, None]:
-    """--teacher -> its weights and its tokenizer."""
+    """--teacher -> its weights and its tokenizer: that of --tokenizer_path, which may have another chat template."""
     weights = load_weights(find_weights(config.teacher, config.save_dir, ROOT / "out"))
     check_positions(config, weights.config, f"--teacher {config.teacher}")
-    place = config.tokenizer_path if not weights.tokenizer else None  # another project's file does not say
-    return weights, find_tokenizer(weights, place), None
+    own = load_tokenizer(config.tokenizer_path) if config.tokenizer_path else None
+    # another project's file does not say which is its own, and one that was moved is found nowhere else
+    is_its = own and weights.tokenizer.get("hash") in (None, own.hash)
+    tokenizer = find_tokenizer(weights, config.tokenizer_path if is_its else None)
+    if own and not own.same_ids(tokenizer):
+        raise UserError(
+            f"--tokenizer_path {config.tokenizer_path}: its {own.vocab_size:,} ids are not those of --teacher "
+            f"{config.teacher} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
+        )
+    return weights, own or tokenizer, None
 
 
 def read_views(config) -> dict:
