@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def targets(trained: np.ndarray) -> np.ndarray:
 class Records:
     """The records of a file that is being written: records[example] = ids, logprobs, in any order of examples.
 
-    done  how many steps of the work are in the file
+    done  how many steps of the work are in the file; at least as many as there are if it lacks only its name
     """
 
     def __init__(self, file: BinaryIO, head: dict, begins: np.ndarray, dtype: np.dtype, done: int):
@@ -123,12 +124,12 @@ class Records:
         if time.monotonic() - self.saved > 60:
             self.save()
 
-    def save(self) -> None:
+    def save(self, complete: bool = False) -> None:
         """Writes the header, after all that it speaks of is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.seek(0)
-        self.file.write(json.dumps(self.head | dict(done=self.done)).encode().ljust(HEADER))
+        self.file.write(json.dumps(self.head | ({} if complete else dict(done=self.done))).encode().ljust(HEADER))
         self.file.flush()
         self.saved = time.monotonic()
 
@@ -168,8 +169,7 @@ def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, f
         except BaseException:  # Ctrl-C, too
             records.save()
             raise
-        records.file.seek(0)
-        records.file.write(json.dumps(head).encode().ljust(HEADER))
+        records.save(complete=True)
     put_in_place(partial, path)
 
 
@@ -178,7 +178,7 @@ def _steps_done(partial: Path, head: dict) -> int:
     try:
         with open(partial, "rb") as file:
             found = json.loads(file.read(HEADER).decode())
-        done = found.pop("done")
+        done = found.pop("done", sys.maxsize)  # else a kill came between its last step and its name
         return done if found == json.loads(json.dumps(head)) else 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 0

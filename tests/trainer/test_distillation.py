@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -328,6 +329,29 @@ def test_an_interrupted_file_is_continued(world, monkeypatch, capsys):
     flags[flags.index("--teacher=teacher")] = "--teacher=full_sft"
     run_stage("distillation", *flags, f"--write_logprobs={world / 'other.lp'}")
     assert "continues" not in capsys.readouterr().err
+
+
+def test_a_file_that_lacks_only_its_name_gets_it(world, monkeypatch, capsys):
+    """A kill while the whole file was flushed to the disk: the teacher was asked about everything again."""
+    flags = flags_of(world, "--teacher=teacher", f"--write_logprobs={world / 'late.lp'}")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dataset.tokens.teacher.put_in_place", killed)
+        run_stage("distillation", *flags)
+    monkeypatch.setattr(Teacher, "states", None)  # it is not asked
+    run_stage("distillation", *flags)
+    found = re.search(r"continues after (\d+) of (\d+) steps", capsys.readouterr().err)
+    assert found and found[1] == found[2]
+    assert read_header(world / "late.lp")["tokens"] and not (world / "late.lp.partial").exists()
+
+
+def test_a_place_that_no_file_can_have_is_refused_before_the_teacher_is_asked(world, monkeypatch):
+    monkeypatch.setattr(Teacher, "states", None)
+    with pytest.raises(ValueError, match=r"--write_logprobs .*: is a directory, expected a file"):
+        run_stage("distillation", *flags_of(world, "--teacher=teacher", f"--write_logprobs={world}"))
 
 
 def test_a_full_disk_is_said_with_the_name_of_the_file(world, monkeypatch):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.console import Progress, UserError, note
+from common.console import Progress, UserError, check_writable, note
 from common.files import ROOT
 from dataset.batches.loader import IGNORED, Batch, Loader
 from dataset.tokens.teacher import read_header, writing
@@ -163,6 +163,7 @@ def read_views(config) -> dict:
 @torch.no_grad()
 def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, backend: Backend) -> str:
     """Runs the teacher over every example and writes --write_logprobs -> a line to print."""
+    check_writable(config.write_logprobs, "--write_logprobs", is_file=True)
     if backend.world > 1:
         raise UserError("--write_logprobs: a file is written by one process; start it without torchrun")
     dataset, width = data.train, tokenizer.vocab_size
@@ -182,11 +183,12 @@ def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, back
     facts |= dict(batch_size=config.batch_size)  # it decides what a step is: an interrupted file continues after one
     progress = Progress("asking the teacher", len(distinct), " examples")
     with writing(Path(config.write_logprobs), dataset, tokenizer, top_k, facts) as records:
-        if records.done:
+        done = min(records.done, loader.steps_per_epoch)
+        if done:
             all_steps = f"{loader.steps_per_epoch:,} steps"
-            note(f"{config.write_logprobs}.partial: continues after {records.done:,} of {all_steps}")
-            progress.advance(sum(len(loader.examples(step)) for step in range(records.done)))
-        for step, batches in loader.prefetch(records.done, loader.steps_per_epoch):
+            note(f"{config.write_logprobs}.partial: continues after {done:,} of {all_steps}")
+            progress.advance(sum(len(loader.examples(step)) for step in range(done)))
+        for step, batches in loader.prefetch(done, loader.steps_per_epoch):
             for batch in batches:
                 states = teacher.states(batch.to(backend.device))
                 # the selected positions are the trained ones, in order, and then padding
