@@ -44,6 +44,8 @@ class DistillationConfig(StageConfig):
             found.append(f"--write_logprobs {self.write_logprobs}: needs a --teacher")
         if self.write_logprobs and self.val_fraction:
             found.append("--write_logprobs: asks about all rows; --val_fraction is for training from the file")
+        if self.write_logprobs and self.plan:
+            found.append("--write_logprobs: does not train, and --plan is about training; leave one of them out")
         if self.teacher_logprobs and self.val_path:
             found.append("--val_path and --teacher_logprobs: the file knows training rows only; take --val_fraction")
         return found

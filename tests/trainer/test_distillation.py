@@ -490,6 +490,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_in_one_line(world):
         (["--teacher_logprobs=b", "--write_logprobs=c"], "needs a --teacher"),
         (["--teacher_logprobs=b", "--val_path=c"], "--val_path and --teacher_logprobs"),
         (["--teacher=a", "--write_logprobs=c", "--val_fraction=0.1"], "--write_logprobs: asks about all rows"),
+        (["--teacher=a", "--write_logprobs=c", "--plan"], "--write_logprobs: does not train, and --plan is about"),
         (["--teacher=a", "--alpha=2"], "--alpha 2: must be in [0, 1]"),
     ],
 )
