@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -74,6 +75,7 @@ class TokenDataset:
     ):
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
         self._tokenizer_hash, self._seed, left = tokenizer.hash, seed, data_limit
+        self._mapping = mapping and replace(mapping, path="")
         self._caches: list[TokenCache] = []  # of all files one after the other; a large file has several
         self._files: list[int] = []  # of each cache: which file it is of
         self._weights: list[float] = []  # of each file: how often its examples come in an epoch
@@ -179,7 +181,8 @@ class TokenDataset:
             parts = [cache.facts for cache, own in zip(self._caches, self._files) if own == file]
             data.append([parts[0]["content"], *(sum(f[key] for f in parts) for key in ("rows", "bad")), weight])
         seed = self._seed if any(weight % 1 for weight in self._weights) else ""  # else it does not change the data
-        return _hash(json.dumps(data), self._tokenizer_hash, *options, seed)
+        mapped = [self._mapping] if self._mapping else []  # other columns of the same content are other data
+        return _hash(json.dumps(data), self._tokenizer_hash, *options, seed, *mapped)
 
     def _left_aside(self) -> str:
         """For the summary: what of the files did not become an example, with the first places."""

@@ -20,7 +20,7 @@ from model.lora import LoRASettings, add_lora, freeze
 from model.transformer import CausalLM
 from tests.helpers.compare import assert_same_gradients, same, state_of
 from tests.helpers.models import TOKENIZER, answer_logp, small_model
-from tests.helpers.rows import jsonl, says, user, write_dpo
+from tests.helpers.rows import jsonl, says, user, words, write_dpo
 from tests.helpers.runs import FLAGS, first_gradients, run_stage, torchrun, train_twice
 from trainer.inputs import open_data
 from trainer.loop.backend import Backend
@@ -334,6 +334,23 @@ def test_the_reference_is_read_once(tmp_path, capsys):
 
 def read_lines(capsys) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("reference:")]
+
+
+def test_other_columns_or_another_token_format_have_a_reference_of_their_own(tmp_path, capsys, monkeypatch):
+    """The file's content is the same: with the two answers swapped, each had the log-probability of the other."""
+    rows = [dict(ask=words(i, 3), a=words(i, 2 + i % 4), b=words(i + 1, 6)) for i in range(12)]
+    flags = [f"--data_path={jsonl(tmp_path / 'mine.jsonl', *rows)}", f"--save_dir={tmp_path}", "--epochs=1"]
+    write_weights(tmp_path)
+    fresh, found = ["reference: 12 pairs read"], ["reference: its log-probabilities are in the cache"]
+    for chosen, rejected, expected in (("a", "b", fresh), ("b", "a", fresh), ("a", "b", found)):
+        columns = f"columns: {{prompt: ask, chosen: {chosen}, rejected: {rejected}}}"
+        (tmp_path / f"{chosen}.yaml").write_text(columns, encoding="utf-8")
+        mapped = [*flags, f"--data_mapping={tmp_path / f'{chosen}.yaml'}"]
+        run_stage("dpo", *mapped)
+        assert read_lines(capsys) == expected
+    monkeypatch.setattr(preference, "FORMAT", 0)
+    run_stage("dpo", *mapped)
+    assert read_lines(capsys) == fresh
 
 
 def test_only_the_reference_of_the_steps_of_the_run_is_read(tmp_path, capsys):

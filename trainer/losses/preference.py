@@ -21,6 +21,7 @@ from common.console import Progress
 from common.files import atomic_file
 from dataset.batches.preference import PairBatch, PairLoader
 from dataset.tokens.cache import cache_root
+from dataset.tokens.token_cache import FORMAT
 from model.lora import adapter_disabled
 from model.transformer import CausalLM
 from trainer.loop.backend import Backend
@@ -99,12 +100,14 @@ def add_reference(
     Only the pairs of the steps that are needed are read (trainer/loop/job.py), by all ranks together, in the batches in
     which they are trained on. They are kept beside the token cache as they are read, so that whoever stops the run
     loses at most a step. The file's name depends on everything they follow from: data, tokenizer and lengths (the
-    fingerprint), the hash of the weights, and the precision. The file is mapped, not held in memory.
+    fingerprint) with the format of the token cache, the hash of the weights, and the precision. The file is mapped,
+    not held in memory.
     """
     read = 0
     for loader, steps in needed:
         everything, folder = loader.dataset.distinct, cache_root(loader.dataset.path, config.cache_dir)
-        key = hashlib.sha256(f"1 {everything.fingerprint} {weights} {model.compute_dtype}".encode()).hexdigest()[:16]
+        state = f"{FORMAT} {everything.fingerprint} {weights} {model.compute_dtype}"
+        key = hashlib.sha256(state.encode()).hexdigest()[:16]
         path = folder / f"{loader.dataset.path.name}-reference-{key}.npy"
         for writes in (backend.main, True):  # then those ranks that do not see the first one's disk
             if writes and not path.is_file():
