@@ -63,7 +63,7 @@ def main():
     general, general_held_out = hold_out(args.data_dir / "sft.jsonl", folder, every_50th)
     medical, medical_held_out = hold_out(args.data_dir / "lora_medical.jsonl", folder, every_50th)
     common = ["--save_dir", folder, "--cache_dir", folder / "cache", "--max_seq_len", args.length]
-    common += ["--data_limit", args.data_limit]
+    common += ["--data_limit", args.data_limit, "--on_bad_row", "skip"]
     if not list(folder.glob("pretrain_*.pth")):
         stage(
             "pretrain",
