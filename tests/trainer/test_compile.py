@@ -72,6 +72,16 @@ def test_compiled_follows_the_same_losses(name, backend, tmp_path, monkeypatch):
     assert len(eager) == 3 and compiled == pytest.approx(eager, rel=0.02 if "bf16" in name else 1e-3)
 
 
+@pytest.mark.skipif(not compiling.can_compile("cpu"), reason="no C++ compiler here")
+def test_a_compiler_that_cannot_compile_is_none(tmp_path, monkeypatch):
+    """A g++ without its parts, in a slim image: `--compile auto` ended the run with "No working C++ compiler"."""
+    for name in ("g++", "clang++"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not compiling.can_compile("cpu")
+
+
 def test_auto_compiles_what_earns_it_back():
     """On a CPU a graph takes 30 s and saves a quarter of the time. At 6 N FLOPs a position and 1e11 FLOP/s, 1e6
     positions of 1e7 parameters take 600 s without, so 150 s are saved: more than twice 30 s and twice 2 x 30 s, not

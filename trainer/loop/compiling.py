@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -52,15 +53,27 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
 
 def can_compile(device: str) -> bool:
     """Whether torch.compile has what it needs: a C or C++ compiler and Python's headers, on GPUs Triton too."""
-    compilers = ("g++", "clang++") if device == "cpu" else ("gcc", "clang", "cc", os.environ.get("CC") or "cc")
+    cpu = device == "cpu"
+    names = ("g++", "clang++") if cpu else ("gcc", "clang", "cc", os.environ.get("CC") or "cc")
+    compiler = next(filter(None, map(shutil.which, names)), None)
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    if not headers.is_file() or not any(map(shutil.which, compilers)):
+    if not headers.is_file() or compiler is None or not compiles(compiler, "c++" if cpu else "c"):
         return False
-    if device == "cpu":
+    if cpu:
         return True
     from torch.utils._triton import has_triton  # imports all of torch's compiler, which takes seconds
 
     return has_triton()
+
+
+def compiles(compiler: str, language: str) -> bool:
+    """Whether it is more than a name: where the compiler proper or the C library's headers are missing, a run that
+    nobody asked to be compiled would end with torch's traceback."""
+    command, text = [compiler, "-x", language, "-fsyntax-only", "-"], b"#include <stdlib.h>\n"
+    try:
+        return subprocess.run(command, input=text, capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def pays(model: CausalLM, device: torch.device, positions: int, shapes: int) -> bool:
