@@ -251,8 +251,7 @@ class Loader:
     def _batch_sizes(self, rows: int) -> list[int]:
         """The rows of each batch of a rank's step; together at least `rows`."""
         full, rest = divmod(rows, self.batch_size)
-        usual = [n for n in self.sizes if n >= rest] or [self.batch_size]
-        last = min(usual) if self.sizes else rest
+        last = min((n for n in self.sizes or [rest] if n >= rest), default=self.batch_size)
         return [self.batch_size] * full + [last] * (rest > 0)
 
     def describe(self) -> str:

@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,43 +72,39 @@ def test_all_of_a_folder_is_on_the_disk_before_its_name(tmp_path):
     assert [operation.path for operation in log.done[rename + 1 :]] == [str(tmp_path / "new")]
 
 
-@posix
-def test_a_full_disk_is_an_error_of_the_system_also_in_safetensors_writer(tmp_path):
-    """It was a SafetensorError and ended in a traceback; of what was written so far, nothing stays."""
-    script = """
+def on_a_full_disk(work: str, path: Path) -> str:
+    """What a process says that does `work` with `path`, and may write 64 KB to a file."""
+    script = f"""
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from common.console import run
+from trainer.losses.preference import _save_unknown
 from trainer.run.resume import save_state
+path = Path(sys.argv[2])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-run(lambda: save_state(Path(sys.argv[2]), 1, {"weights": {"w": torch.zeros(1 << 18)}}, {}, 2))
+run(lambda: {work})
 """
-    command = [sys.executable, "-c", script, str(ROOT), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT), str(path)], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'step_00000001'}: {os.strerror(errno.EFBIG)}\n"
+    return done.stderr
+
+
+@posix
+def test_a_full_disk_is_an_error_of_the_system_also_in_safetensors_writer(tmp_path):
+    """It was a SafetensorError and ended in a traceback; of what was written so far, nothing stays."""
+    said = on_a_full_disk('save_state(path, 1, {"weights": {"w": torch.zeros(1 << 18)}}, {}, 2)', tmp_path)
+    assert said == f"error: {tmp_path / 'step_00000001'}: {os.strerror(errno.EFBIG)}\n"
     assert names(tmp_path) == []
 
 
 @posix
 def test_a_full_disk_is_an_error_of_the_system_also_in_numpys_writer(tmp_path):
     """It was "262144 requested and 8192 written", in a traceback."""
-    script = """
-import resource, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from common.console import run
-from trainer.losses.preference import _save_unknown
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-run(lambda: _save_unknown(Path(sys.argv[2]), 1 << 17))
-"""
-    command = [sys.executable, "-c", script, str(ROOT), str(tmp_path / "reference.npy")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'reference.npy'}: the disk is full; ")
+    said = on_a_full_disk("_save_unknown(path, 1 << 17)", tmp_path / "reference.npy")
+    assert said.startswith(f"error: {tmp_path / 'reference.npy'}: the disk is full; ")
     assert names(tmp_path) == []
 
 

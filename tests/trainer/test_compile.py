@@ -86,11 +86,12 @@ def test_auto_compiles_what_earns_it_back():
     """On a CPU a graph takes 30 s and saves a quarter of the time. At 6 N FLOPs a position and 1e11 FLOP/s, 1e6
     positions of 1e7 parameters take 600 s without, so 150 s are saved: more than twice 30 s and twice 2 x 30 s, not
     twice 3 x 30 s. The demo's pretraining of 520 such seconds was left uncompiled once, and took 1.45 times as long."""
-    model = SimpleNamespace(num_parameters=lambda active: 10_000_000)
-    cpu = torch.device("cpu")
-    assert [compiling.pays(model, cpu, 1_000_000, shapes) for shapes in (1, 2, 3)] == [True, True, False]
-    assert not compiling.pays(model, cpu, 350_000, 1)
-    assert not compiling.pays(model, torch.device("mps"), 10**9, 1), "it is not known there"
+    model, cpu = SimpleNamespace(num_parameters=lambda active: 10_000_000), torch.device("cpu")
+    run = lambda positions, shapes: SimpleNamespace(count_positions=lambda _: positions, count_shapes=lambda: shapes)
+    assert [compiling.pays(model, cpu, run(1_000_000, shapes), 1) for shapes in (1, 2, 3)] == [True, True, False]
+    assert not compiling.pays(model, cpu, run(350_000, 1), 1)
+    assert compiling.pays(model, cpu, run(2_000_000, 9), 1), "a compiled run has at most four shapes: 300 s for 4 x 60"
+    assert not compiling.pays(model, torch.device("mps"), run(10**9, 1), 1), "it is not known there"
 
 
 @pytest.mark.soak

@@ -29,12 +29,11 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
 
     steps  optimiser steps of the run
     """
-    mode = config.compile
-    shapes = min(loader.count_shapes(), FEW_SHAPES)
-    worth = mode == "on" or pays(model, device, loader.count_positions(steps), shapes)
-    if mode == "off" or mode == "auto" and not (worth and can_compile(device.type)):
+    if config.compile == "off" or config.compile == "auto" and not pays(model, device, loader, steps):
         return False
     if not can_compile(device.type):
+        if config.compile == "auto":
+            return False
         raise UserError(
             "--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
             "python3-dev), on GPUs Triton too; install them, or leave it at auto"
@@ -76,10 +75,10 @@ def compiles(compiler: str, language: str) -> bool:
         return False
 
 
-def pays(model: CausalLM, device: torch.device, positions: int, shapes: int) -> bool:
-    """Whether a run of so many positions is long enough to earn back the time that compiling takes."""
+def pays(model: CausalLM, device: torch.device, loader: Loader, steps: int) -> bool:
+    """Whether a run of so many steps is long enough to earn back the time that compiling takes."""
     if device.type not in WORTH:
         return False
     rate, share, seconds = WORTH[device.type]
-    saved = share * positions * 6 * model.num_parameters(active=True) / rate
-    return saved > MARGIN * seconds * shapes
+    saved = share * loader.count_positions(steps) * 6 * model.num_parameters(active=True) / rate
+    return saved > MARGIN * seconds * min(loader.count_shapes(), FEW_SHAPES)
