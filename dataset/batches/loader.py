@@ -203,7 +203,7 @@ class Loader:
     def prefetch(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
         """(step, batches) for start <= step < stop. One thread prepares and copies them; its errors are raised here."""
         # a thread begins on GPU 0. Pinned memory would take room there for every process
-        begin = partial(torch.cuda.set_device, self.copier.device) if self.copier else None
+        begin = partial(torch.cuda.set_device, self.copier.stream.device) if self.copier else None
         pool = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=begin)
         try:
             waiting = deque()

@@ -85,14 +85,15 @@ def test_a_batch_moves_with_all_its_tensors():
     assert moved.examples == batch.examples
 
 
-def test_the_loaders_thread_copies_to_a_gpu(monkeypatch):
+@pytest.mark.parametrize("device", ("cuda:1", "cuda"))  # torch's set_device refuses the second: it has no number
+def test_the_loaders_thread_copies_to_a_gpu(device, monkeypatch):
     """The loop queued the copies, between two batches' kernels. Now they have a stream of their own. So the loop's
     stream has to wait for each, and the allocator has to know that the loop's stream reads the tensors: else it gives
     their memory to the next copy while they are still read."""
     streams, ds = Streams(monkeypatch), chat("xY", "abCD")
     list(loader(ds, device=torch.device("cpu")).prefetch(0, 2))
     assert not streams.log, "on a CPU nothing is copied"
-    cuda = loader(ds, device=torch.device("cuda", 1))
+    cuda = loader(ds, device=torch.device(device))
     cuda.copier.device = torch.device("meta")  # in the place of the card
     for step, (batch,) in cuda.prefetch(0, 2):
         assert not batch.tokens.is_meta, "numbers that the host reads are still there"
@@ -105,7 +106,8 @@ def test_the_loaders_thread_copies_to_a_gpu(monkeypatch):
         mine = [entry for entry in streams.log[before:] if entry[2] == "MainThread"]
         assert mine == [("wait", batch.copy.done, "MainThread")] + [("used on", streams.main, "MainThread")] * tensors
         assert there.tokens.is_meta and there.examples == batch.examples
-    assert streams.log[0][::2] == ("device", "loader"), "a thread begins on GPU 0, and takes memory there"
+    first = torch.device("cuda", torch.device(device).index or 0)
+    assert streams.log[0] == ("device", first, "loader"), "a thread begins on GPU 0, and takes memory there"
 
 
 def test_few_shapes_for_compiled_code():
