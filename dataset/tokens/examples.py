@@ -28,7 +28,7 @@ from dataset.read.row_errors import MAX_BAD_ROWS
 from dataset.tokens.lengths import fit
 from dataset.tokens.order import held_out, repeated, weighted
 from dataset.tokens.stream import END, Pieces, Stream, joined, piece
-from dataset.tokens.token_cache import MAX_EMPTY_ROWS, TokenCache, token_caches
+from dataset.tokens.token_cache import MAX_EMPTY_ROWS, UNNAMED, TokenCache, token_caches
 from tokenizer.text import Tokenizer
 
 Self = TypeVar("Self", bound="TokenDataset")
@@ -182,7 +182,8 @@ class TokenDataset:
             data.append([parts[0]["content"], *(sum(f[key] for f in parts) for key in ("rows", "bad")), weight])
         seed = self._seed if any(weight % 1 for weight in self._weights) else ""  # else it does not change the data
         mapped = [self._mapping] if self._mapping else []  # other columns of the same content are other data
-        return _hash(json.dumps(data), self._tokenizer_hash, *options, seed, *mapped)
+        formats = {cache.facts.get("format", UNNAMED) for cache in self._caches} - {UNNAMED}  # and other tokens of it
+        return _hash(json.dumps(data), self._tokenizer_hash, *options, seed, *mapped, *formats)
 
     def _left_aside(self) -> str:
         """For the summary: what of the files did not become an example, with the first places."""

@@ -71,7 +71,7 @@ class TaughtDataset(SFTDataset):
         for what, theirs, ours in (
             ("the tokenizer", views["tokenizer"][:12], tokenizer.hash[:12]),
             ("--max_seq_len", views["max_seq_len"], self.max_seq_len),
-            ("the data (files, rows, --on_long)", views["data"][:12], self.fingerprint[:12]),
+            ("the data (files, rows, --on_long, token format)", views["data"][:12], self.fingerprint[:12]),
         ):
             if theirs != ours:
                 same = "give a fresh student the teacher's (--tokenizer_path), or " if what == "the tokenizer" else ""

@@ -39,7 +39,8 @@ from dataset.tokens.encode import BadRow, Block, open_document, token_dtype
 from dataset.tokens.lengths import Lengths
 from tokenizer.text import Tokenizer
 
-FORMAT = 6  # part of every key: raise it when the files change, and old caches are made anew
+FORMAT = 6  # part of every key: raise it when the files change, and old caches are made anew, as other data
+UNNAMED = 6  # the last format that fingerprints did not name; states, teachers' files and references were made under it
 TOKENISED_BYTES = 1 << 20  # bytes of rows that are tokenised together
 PART_BYTES = 1 << 30  # bytes of rows that are tokenised into a cache of their own
 ESTIMATED_FROM = 256 << 20  # bytes of rows from which the space that their tokens need is estimated first
@@ -219,6 +220,7 @@ class _Builder:
         return {
             "source": str(source.path.resolve()),
             "content": source.content,
+            "format": FORMAT,
             "kind": self.reader.kind,
             "tokenizer": self.tokenizer.hash,
             "dtype": token_dtype(self.tokenizer).name,

@@ -1,8 +1,12 @@
 """What is already there when a run writes: nothing that somebody may still need disappears without a word."""
 
+import json
+
 import pytest
 import torch
 
+from common.manifest import write_manifest
+from dataset.tokens import token_cache
 from model.adapter import find_base, load_adapter
 from model.checkpoint import find_weights, load_weights
 from tests.helpers.compare import same, state_of
@@ -10,6 +14,8 @@ from tests.helpers.rows import write_pretrain, write_reason, write_sft
 from tests.helpers.runs import run_stage
 from tokenizer.find import tokenizer_of
 from tokenizer.text import Tokenizer
+from trainer.loop import engine
+from trainer.run import resume
 from trainer.train_tokenizer import save, train_bpe
 
 
@@ -65,6 +71,24 @@ def test_a_state_of_another_kind_of_run_is_not_continued(pretrain, tmp_path, fir
     with pytest.raises(ValueError, match=said):
         run_stage(*second, *common, "--max_steps=2", "--from_resume=auto")
     run_stage(*first, *common, "--max_steps=2", "--from_resume=auto")
+
+
+def test_a_version_that_tokenises_otherwise_does_not_continue_a_run(pretrain, tmp_path, monkeypatch):
+    """An upgrade that raised FORMAT made the tokens anew, and the run went on with other rows. States from before the
+    format was recorded are of its time."""
+    pretrain("--max_steps=2")
+    (state,) = tmp_path.glob("resume/*/*/step_00000002")
+    values = resume.read_values(state)
+    assert values["identity"].pop("token_format") == token_cache.FORMAT
+    (state / "state.json").write_text(json.dumps(values), encoding="utf-8")
+    write_manifest(state, [path.name for path in state.iterdir() if path.name != "manifest.json"])
+    pretrain("--max_steps=3", "--from_resume=auto")
+    with monkeypatch.context() as patch:
+        for module in (token_cache, engine):
+            patch.setattr(module, "FORMAT", 7)
+        with pytest.raises(ValueError, match="data was .* token_format was 6, is 7.*keeps .*how it was tokenised"):
+            pretrain("--max_steps=4", "--from_resume=auto")
+    pretrain("--max_steps=4", "--from_resume=auto")
 
 
 def test_a_continued_step_keeps_its_examples_and_says_so(pretrain, tmp_path, capsys):

@@ -23,6 +23,7 @@ from torch import Tensor
 from common.console import UserError
 from common.files import keep_previous, relative_to_root
 from dataset.batches.loader import Batch, Loader
+from dataset.tokens.token_cache import FORMAT
 from model.checkpoint import weights_name
 from model.precision import fast_fp32_training, lower_frozen, pick_dtype
 from trainer.inputs import check_start
@@ -341,6 +342,7 @@ class Engine:
             stage=self.job.stage,
             architecture=self.model.config.to_dict(),
             data=self.job.data.train.fingerprint,
+            token_format=FORMAT,  # part of the fingerprint too; here so that it is said what about the data is another
             tokenizer=self.job.tokenizer.hash,
             parent=self.job.parent.hash if self.job.parent else None,
             **self.job.output.identity,

@@ -40,9 +40,9 @@ KEPT = 2  # states of a run that goes on, where --keep_last does not say otherwi
 FIXED = ("seed", "max_seq_len", "optimizer", "val_fraction", "data_limit")
 WEIGHTS = ("parent", "teacher")  # parts of the identity that are hashes of weights
 RULE = (
-    f"a continued run keeps its stage, architecture, data, tokenizer, parent weights, {', '.join(FIXED)} and the "
-    "examples of a step (batch_size x accumulation_steps x processes); the rest may change, learning_rate and epochs "
-    "for instance"
+    "a continued run keeps its stage, architecture, data (and how it was tokenised), tokenizer, parent weights, "
+    f"{', '.join(FIXED)} and the examples of a step (batch_size x accumulation_steps x processes); the rest may "
+    "change, learning_rate and epochs for instance"
 )
 
 
@@ -243,8 +243,8 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
     def differences(values: dict) -> list[str]:
         theirs = values["identity"]
         # what only one of them has counts too: an adapter, say. But not the optimiser, which is left out of what is
-        # wanted where the state's recipe says it, nor the stage, which states did not have until December 2026
-        one_sided = {"optimizer"} - identity.keys() | {"stage"} - theirs.keys()
+        # wanted where the state's recipe says it, nor what states did not have until December 2026
+        one_sided = {"optimizer"} - identity.keys() | {"stage", "token_format"} - theirs.keys()
         names = [k for k in (identity | theirs) if k not in one_sided]
         both = [(k, theirs.get(k), identity.get(k)) for k in names]
         same = lambda k, was, now: same_weights(now, was) if k in WEIGHTS else was == now
