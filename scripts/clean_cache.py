@@ -4,8 +4,9 @@
     python scripts/clean_cache.py --remove                        # removes them
     python scripts/clean_cache.py /data/.cache --older_than 7
 
-Training keeps line indexes and tokens of data files in a cache: `.cache` beside the data, ~/.cache/sparrow if the data
-is read-only, or --cache_dir. All of it can be made again from the data, which takes time but loses nothing.
+Training keeps line indexes and tokens of data files in a cache, and DPO its reference: `.cache` beside the data,
+~/.cache/sparrow if the data is read-only, or --cache_dir. What torch.compile makes is in ~/.cache/sparrow, too. All of
+it can be made again, which takes time but loses nothing. Files of your own in such a folder are left alone.
 """
 
 import sys
@@ -44,7 +45,7 @@ def caches() -> list[Path]:
 def main():
     config = parse(CleanConfig, bare="cache_dir", description=__doc__)
 
-    from common.files import remove_folder, sweep
+    from common.files import sweep
     from dataset.tokens.cache import entries
 
     total = freed = 0
@@ -57,10 +58,9 @@ def main():
             if days < config.older_than:
                 continue
             freed += entry.size
-            gone = "" if Path(entry.source).exists() else ", which is gone"
-            print(f"{entry.size / 1e6:12,.1f} MB  {days:4.0f} days  {entry.path}  (of {entry.source}{gone})")
+            print(f"{entry.size / 1e6:12,.1f} MB  {days:4.0f} days  {entry.path}  ({entry.about})")
             if config.remove:
-                remove_folder(entry.path)
+                entry.remove()
         if config.remove:
             sweep(folder)  # what killed processes left
     of = f"of {total / 1e6:,.1f} MB in caches, {freed / 1e6:,.1f} MB were not used for {config.older_than:g} days"

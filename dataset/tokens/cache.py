@@ -11,6 +11,7 @@ a file of any size at a few MiB of this process's memory.
 import json
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -149,20 +150,43 @@ def _facts(path: Path) -> dict | None:
     return facts if whole else None
 
 
+# Files that nothing asks for: references of DPO as they were before they were entries, and locks of killed processes
+LEFT = re.compile(r".+-(reference-[0-9a-f]{16}\.npy|\w+-[0-9a-f]{16}\.lock)")
+
+
+def compiled_cache() -> Path:
+    """Where torch.compile keeps its kernels. Its own place is the temporary folder, which is empty after a restart."""
+    return user_cache() / "compiled"
+
+
 class Entry(NamedTuple):
     path: Path
-    source: str  # the data file it was made from
+    about: str  # what it was made from
     used: float  # when it was last asked for, in seconds since 1970, give or take a day
     size: int  # bytes
 
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True) if self.path.is_file() else remove_folder(self.path)
+
 
 def entries(root: Path) -> list[Entry]:
-    """All complete entries of a cache, those first that were not used for longest."""
+    """All that is ours in a cache and complete, those first that were not used for longest."""
     found = []
-    for name in os.listdir(root):
-        if not name.startswith(".") and (facts := _facts(root / name)) is not None:
-            used, size = (root / name / FACTS).stat().st_mtime, sum(facts["files"].values())
-            found.append(Entry(root / name, facts["source"], used, size))
+    for path in root.iterdir():
+        if path.name.startswith("."):  # being written, or being removed
+            continue
+        if (facts := _facts(path)) is not None:
+            gone = "" if Path(facts["source"]).exists() else ", which is gone"
+            used, size = (path / FACTS).stat().st_mtime, sum(facts["files"].values())
+            found.append(Entry(path, f"of {facts['source']}{gone}", used, size))
+        elif LEFT.fullmatch(path.name) and path.is_file():
+            written, size = path.stat().st_mtime, path.stat().st_size
+            if path.suffix != ".lock" or time.time() - written > DAY:  # else its process may be at work
+                found.append(Entry(path, "which nothing asks for any more", written, size))
+        elif path == compiled_cache():
+            files = [file.stat() for file in path.rglob("*") if file.is_file()]
+            newest = max((file.st_mtime for file in files), default=path.stat().st_mtime)
+            found.append(Entry(path, "of torch.compile", newest, sum(file.st_size for file in files)))
     return sorted(found, key=lambda entry: entry.used)
 
 

@@ -80,7 +80,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from common.console import run
-from trainer.losses.preference import _save_unknown
+import numpy as np
+from dataset.tokens.cache import get_or_build
 from trainer.run.resume import save_state
 path = Path(sys.argv[2])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -103,8 +104,9 @@ def test_a_full_disk_is_an_error_of_the_system_also_in_safetensors_writer(tmp_pa
 @posix
 def test_a_full_disk_is_an_error_of_the_system_also_in_numpys_writer(tmp_path):
     """It was "262144 requested and 8192 written", in a traceback."""
-    said = on_a_full_disk("_save_unknown(path, 1 << 17)", tmp_path / "reference.npy")
-    assert said.startswith(f"error: {tmp_path / 'reference.npy'}: the disk is full; ")
+    work = 'get_or_build(path, "entry", lambda folder: np.save(folder / "values.npy", np.zeros(1 << 17)))'
+    said = on_a_full_disk(work, tmp_path / "cache")
+    assert said.startswith(f"error: {tmp_path / 'cache' / 'entry'}: the disk is full; ")
     assert names(tmp_path) == []
 
 

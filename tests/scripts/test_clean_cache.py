@@ -7,8 +7,11 @@ import time
 import pytest
 
 from dataset.read.jsonl import Jsonl
+from model.checkpoint import save_weights
 from scripts import clean_cache
-from tests.helpers.rows import jsonl
+from tests.helpers.models import TOKENIZER, small_model
+from tests.helpers.rows import jsonl, write_dpo
+from tests.helpers.runs import run_stage
 
 
 @pytest.fixture
@@ -44,3 +47,35 @@ def test_an_old_entry_that_is_used_again_stays(tmp_path, clean):
     os.utime(entry / "facts.json", (1, 1))
     Jsonl(file)
     assert "0.0 MB were not used" in clean(tmp_path / ".cache", "--remove") and entry.exists()
+
+
+def test_all_that_is_ours_is_listed_and_nothing_else(tmp_path, clean, monkeypatch):
+    """The references of DPO were never listed, nor the kernels of torch.compile and the locks of killed processes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    root, key = tmp_path / "sparrow", "0123456789abcdef"
+    (root / "compiled" / "ab").mkdir(parents=True)
+    (root / "compiled" / "ab" / "kernel.cpp").write_bytes(bytes(3_000_000))
+    ours = [f"dpo.jsonl-reference-{key}.npy", f"dpo.jsonl-preference-{key}.lock"]
+    new, mine = f"a.jsonl-text-{key}.lock", ["dpo-reference-2.npy", "poetry.lock", "notes-about-deadbeef.npy"]
+    for name in (*ours, new, *mine):
+        (root / name).write_bytes(b"x")
+    then = time.time() - 31 * 86400
+    for path in (*root.rglob("*"),):
+        if path.name != new:
+            os.utime(path, (then, then))
+    listed = clean(root)
+    assert all(name in listed for name in (*ours, "compiled  (of torch.compile)", "3.0 MB   "))
+    assert not any(name in listed for name in (new, *mine))
+    clean(root, "--remove", "--older_than=0")
+    assert sorted(path.name for path in root.iterdir()) == sorted([new, *mine])
+
+
+def test_a_reference_of_dpo_is_an_entry_of_the_cache(tmp_path, clean):
+    data = write_dpo(tmp_path / "dpo.jsonl")
+    about = dict(path=TOKENIZER.path, hash=TOKENIZER.hash)
+    weights = save_weights(tmp_path / "full_sft_32.pth", small_model(), tokenizer=about, lineage=[])
+    run_stage("dpo", f"--data_path={data}", f"--save_dir={tmp_path}", f"--from_weight={weights}", "--max_steps=1")
+    assert "-reference-" in (listed := clean(tmp_path / ".cache", "--older_than=0")) and f"(of {data})" in listed
+    clean(tmp_path / ".cache", "--older_than=0", "--remove")
+    assert not list((tmp_path / ".cache").iterdir())

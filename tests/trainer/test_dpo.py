@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from common.files import ROOT
 from common.options import describe, parse
 from dataset.batches.preference import PairLoader, PreferenceDataset
+from dataset.tokens import token_cache
 from model.checkpoint import save_weights
 from model.config import ModelConfig
 from model.lora import LoRASettings, add_lora, freeze
@@ -329,7 +332,7 @@ def test_the_reference_is_read_once(tmp_path, capsys):
     read.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("reference:")])
     fresh, found = ["reference: 24 pairs read"], ["reference: its log-probabilities are in the cache"]
     assert read == [fresh, found, fresh, [], fresh]
-    assert len(list((tmp_path / ".cache").glob("dpo.jsonl-reference-*.npy"))) == 3
+    assert len(list((tmp_path / ".cache").glob("dpo.jsonl-reference-*/logprobs.npy"))) == 3
 
 
 def read_lines(capsys) -> list[str]:
@@ -348,7 +351,7 @@ def test_other_columns_or_another_token_format_have_a_reference_of_their_own(tmp
         mapped = [*flags, f"--data_mapping={tmp_path / f'{chosen}.yaml'}"]
         run_stage("dpo", *mapped)
         assert read_lines(capsys) == expected
-    monkeypatch.setattr(preference, "FORMAT", 0)
+    monkeypatch.setattr(token_cache, "FORMAT", 7)
     run_stage("dpo", *mapped)
     assert read_lines(capsys) == fresh
 
@@ -391,13 +394,38 @@ def test_what_was_read_of_the_reference_is_kept_when_the_run_is_stopped(tmp_path
     monkeypatch.setattr(preference, "read_answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_stage("dpo", *flags, f"--save_dir={tmp_path}")
-    (path,) = tmp_path.glob(".cache/dpo.jsonl-reference-*.npy")
+    (path,) = tmp_path.glob(".cache/dpo.jsonl-reference-*/logprobs.npy")
     assert np.isnan(np.load(path)).sum() == 2 * 16
     monkeypatch.undo()
     run_stage("dpo", *flags, f"--save_dir={tmp_path}")
     run_stage("dpo", *flags, f"--save_dir={tmp_path}", f"--cache_dir={tmp_path / 'other'}")
     assert read_lines(capsys) == ["reference: 16 pairs read", "reference: 24 pairs read"]
-    assert np.array_equal(np.load(path), np.load(tmp_path / "other" / path.name))
+    assert np.array_equal(np.load(path), np.load(tmp_path / "other" / path.relative_to(tmp_path / ".cache")))
+
+
+def test_two_runs_that_begin_at_the_same_time_share_one_reference(tmp_path, monkeypatch):
+    """Each found no file and made one: the later replaced what the earlier had begun to fill in, and its pairs had NaN
+    as reference."""
+    data = write_dpo(tmp_path / "dpo.jsonl")
+    config, made = parse(DPOConfig, [*FLAGS, f"--data_path={data}"]), []
+    loaders = [
+        PairLoader(ds, packing=True, batch_size=4, accumulation_steps=1, max_seq_len=32)
+        for ds in (PreferenceDataset(data, TOKENIZER, max_seq_len=32) for _ in range(2))
+    ]
+    save = np.save
+
+    def slow(*arguments):
+        made.append(arguments[0])
+        time.sleep(0.5)  # the other run asks in the meantime
+        save(*arguments)
+
+    monkeypatch.setattr(np, "save", slow)
+    with ThreadPoolExecutor(2) as pool:
+        lines = pool.map(lambda one: add_reference([(one, 2)], small_model(std=0.2), CPU, config, "these"), loaders)
+        assert all("pairs read" in line or "in the cache" in line for line in lines)
+    assert len(made) == 1
+    first, second = (loader.dataset.reference for loader in loaders)
+    assert np.array_equal(first, second, equal_nan=True) and np.isnan(first).sum() == 2 * (24 - 8)
 
 
 def test_ranks_that_know_different_parts_read_the_same_pairs(tmp_path):

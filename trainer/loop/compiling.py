@@ -12,7 +12,7 @@ import torch
 
 from common.console import UserError
 from dataset.batches.loader import FEW_SHAPES, Loader
-from dataset.tokens.cache import user_cache
+from dataset.tokens.cache import compiled_cache
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
@@ -38,8 +38,7 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
             "--compile on: torch.compile needs a C++ compiler and Python's headers (on Debian g++ and "
             "python3-dev), on GPUs Triton too; install them, or leave it at auto"
         )
-    # the compiler's own cache is in /tmp, which is empty after a restart
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_cache()))
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, of which there are few
     for block in model.model.layers:
         block.compile(dynamic=False)

@@ -10,7 +10,6 @@ P = pairs of a batch, B = its rows, T = their length
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from common.console import Progress
-from common.files import atomic_file
-from dataset.batches.preference import PairBatch, PairLoader
-from dataset.tokens.cache import cache_root
-from dataset.tokens.token_cache import FORMAT
+from dataset.batches.preference import PairBatch, PairLoader, PreferenceDataset
+from dataset.read.jsonl import entry_name
+from dataset.tokens.cache import cache_root, get_or_build
 from model.lora import adapter_disabled
 from model.transformer import CausalLM
 from trainer.loop.backend import Backend
 from trainer.losses.pair_losses import LOSSES
 from trainer.stage import StageConfig
+
+LOGPROBS = "logprobs.npy"  # of the answers under the reference, in its entry of the cache
 
 
 def read_answers(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,25 +98,37 @@ def add_reference(
     print.
 
     Only the pairs of the steps that are needed are read (trainer/loop/job.py), by all ranks together, in the batches in
-    which they are trained on. They are kept beside the token cache as they are read, so that whoever stops the run
-    loses at most a step. The file's name depends on everything they follow from: data, tokenizer and lengths (the
-    fingerprint) with the format of the token cache, the hash of the weights, and the precision. The file is mapped,
-    not held in memory.
+    which they are trained on. They are kept as an entry of the cache (dataset/tokens/cache.py), which is filled in as
+    they are read, so that whoever stops the run loses at most a step. The entry's name depends on everything they
+    follow from: data, tokenizer and lengths (the fingerprint), the hash of the weights, and the precision. The file is
+    mapped, not held in memory.
     """
     read = 0
     for loader, steps in needed:
-        everything, folder = loader.dataset.distinct, cache_root(loader.dataset.path, config.cache_dir)
-        state = f"{FORMAT} {everything.fingerprint} {weights} {model.compute_dtype}"
-        key = hashlib.sha256(state.encode()).hexdigest()[:16]
-        path = folder / f"{loader.dataset.path.name}-reference-{key}.npy"
-        for writes in (backend.main, True):  # then those ranks that do not see the first one's disk
-            if writes and not path.is_file():
-                _save_unknown(path, int(everything.order.max()) + 1)
+        for makes in (backend.main, True):  # then those ranks that do not see the first one's disk
+            if makes:
+                path = _reference_file(loader.dataset, config.cache_dir, f"{weights} {model.compute_dtype}")
             backend.barrier()
         read += _read_missing(path, loader, steps, model, backend)
         backend.barrier()
         loader.dataset.reference = np.load(path, mmap_mode="r")
     return f"reference: {read:,} pairs read" if read else "reference: its log-probabilities are in the cache"
+
+
+def _reference_file(dataset: PreferenceDataset, cache_dir: str | None, state: str) -> Path:
+    """The entry's file; made now, with nothing known, where there is none. Of runs that begin at the same time, one
+    makes it: else another would replace the file that the first has begun to fill in.
+
+    state  what the reference depends on besides the data
+    """
+    everything = dataset.distinct
+
+    def build(folder: Path) -> dict:
+        np.save(folder / LOGPROBS, np.full((int(everything.order.max()) + 1, 2), np.nan, np.float32))
+        return dict(source=str(dataset.path.resolve()), content=dataset.files[0]["sha256"])
+
+    name = entry_name(dataset.path, "reference", f"{everything.fingerprint} {state}")
+    return get_or_build(cache_root(dataset.path, cache_dir), name, build)[0] / LOGPROBS
 
 
 @torch.no_grad()
@@ -159,8 +171,3 @@ def _read_missing(path: Path, loader: PairLoader, steps: int, model: CausalLM, b
     if progress:
         progress.close()
     return total
-
-
-def _save_unknown(path: Path, pairs: int) -> None:
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.full((pairs, 2), np.nan, np.float32))
