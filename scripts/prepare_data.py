@@ -77,7 +77,7 @@ def main():
 
     from dataset.read.hub import find_data
     from dataset.read.mapping import read_mapping
-    from dataset.read.mix import prepare
+    from dataset.read.mix import prepare, shared_lines
 
     target = Path(config.save_path)
     if target.suffix != ".jsonl":
@@ -120,10 +120,10 @@ def main():
     say(f"written: {report.written:,} rows to {target}")
     if config.val_fraction:
         say(f"written: {report.held_out:,} rows to {val_target}")
-    elif val_target.exists():
+    elif val_target.is_file() and (both := shared_lines(target, val_target)):  # from an earlier run, perhaps
         say(
-            f"warning: {val_target} is from an earlier run and may hold rows that are in {target} now; remove it, or "
-            "write it anew with --val_fraction"
+            f"warning: {both:,} rows of {target} are in {val_target} too, which this run has not written; remove it, "
+            "or write it anew with --val_fraction"
         )
     if config.max_seq_len:
         tokenise(target, report.kind, tokenizer, config)

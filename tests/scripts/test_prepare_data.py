@@ -81,7 +81,10 @@ def test_the_validation_part_is_exact_seeded_and_shares_no_row(tmp_path, capsys)
     assert asked(folder / "val.jsonl") != val
     capsys.readouterr()
     run(f"--data_path={data}", f"--output_dir={folder}")  # everything is in train.jsonl now
-    assert f"warning: {folder / 'val.jsonl'} is from an earlier run" in capsys.readouterr().out
+    assert f"warning: 20 rows of {folder / 'train.jsonl'} are in {folder / 'val.jsonl'} too" in capsys.readouterr().out
+    alpaca(folder / "val.jsonl", "q1000")  # the user's own: it was said to be an earlier run's
+    run(f"--data_path={data}", f"--output_dir={folder}")
+    assert "warning" not in capsys.readouterr().out
     # a repeated identity row stays on its side, too
     run(
         f"--data_path={data}",
