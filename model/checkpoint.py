@@ -15,6 +15,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -170,7 +171,8 @@ def load_weights(path: Path | str) -> Checkpoint:
         return Checkpoint(path, content["model"], config, content["tokenizer"], content["lineage"])
     if "model.embed_tokens.weight" not in content:
         if "lora" in content or any(".lora." in str(name) for name in content):
-            raise UserError(f"{path}: an adapter (LoRA), not a model; eval_model.py takes it as --lora_path")
+            base = content.get("base") or {}
+            raise UserError(f"{path}: is an adapter (LoRA), which {_adapter_use(path, base.get('path'))}")
         names = ", ".join(map(str, list(content)[:4]))
         raise UserError(f"{path}: not weights of a language model (it begins with {names})")
     return Checkpoint(path, content, config_beside(path) or config_from_state(content))
@@ -179,7 +181,16 @@ def load_weights(path: Path | str) -> Checkpoint:
 def _adapter_in(folder: Path) -> str:
     """A hint for who looks for weights where LoRA has written."""
     found = [f for f in (folder, folder / "lora_model") if (f / "adapter_config.json").is_file()]
-    return f"; {found[0]} is an adapter, which eval_model.py takes as --lora_path" if found else ""
+    return f"; {found[0]} is an adapter, which {_adapter_use(found[0])}" if found else ""
+
+
+def _adapter_use(path: Path, base: str | None = None, flag: str = "--lora_path") -> str:
+    """What to do with an adapter where weights are asked for. base: the path of the weights that it belongs to."""
+    merge = f"python scripts/convert.py {shlex.quote(base or 'BASE')} merged.pth --to pth"
+    return (
+        f"eval_model.py takes as {flag}; to train on or to learn from, merge it first: {merge} --lora_path "
+        f"{shlex.quote(str(path))}"
+    )
 
 
 def read_plain(path: Path) -> Mapping[str, Any]:
@@ -251,7 +262,7 @@ def find_weights(weight: str, *folders: Path | str, hidden_size: int | None = No
         advice = f"there are {', '.join(known)}; {advice}"
     adapters = [path for folder in map(Path, folders) for path in folder.glob(f"lora/{glob.escape(weight)}_*.pth")]
     if adapters and not any(name.startswith(f"{weight}_") for name in known):
-        advice = f"{adapters[0]} is an adapter, which eval_model.py takes as --lora_name {weight}"
+        advice = f"{adapters[0]} is an adapter, which {_adapter_use(adapters[0], flag=f'--lora_name {weight}')}"
     raise NoWeights(f"no weights called {weight!r} ({wanted}) in {searched}; {advice}")
 
 

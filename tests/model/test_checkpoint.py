@@ -128,7 +128,7 @@ def test_a_name_means_the_newest_file_of_the_first_folder(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=f"in {out}; "):  # "in out or /.../out"
         find_weights("dpo", "out", out)
     save(out / "lora" / "lora_me_16.pth")
-    with pytest.raises(ValueError, match="lora/lora_me_16.pth is an adapter, .* as --lora_name lora_me$"):
+    with pytest.raises(ValueError, match="lora/lora_me_16.pth is an adapter, .* as --lora_name lora_me; to train on"):
         find_weights("lora_me", out)
     save(out / "lora" / "sft_16.pth")
     with pytest.raises(ValueError, match="there are sft_16.pth"):  # it named the adapter, whatever its size

@@ -445,7 +445,7 @@ def test_an_adapter_file_knows_everything(tmp_path):
     assert dict(base=adapter.base, tokenizer=adapter.tokenizer, lineage=adapter.lineage) == known
     assert torch.equal(logits(adapter.apply(base()).eval()), logits(model.eval()))
     assert load_adapter(tmp_path).path == adapter.path  # a directory that training left
-    with pytest.raises(ValueError, match=r"a_24.pth: an adapter \(LoRA\), not a model; .*--lora_path"):
+    with pytest.raises(ValueError, match=r"a_24.pth: is an adapter \(LoRA\), .*--lora_path"):
         load_weights(adapter.path)
 
 

@@ -1,18 +1,20 @@
 """train_lora.py as a user meets it: what it writes, what it leaves alone, how it continues, what eval makes of it."""
 
+import shlex
 import sys
 
 import pytest
 import torch
 
 import eval_model
+from common.console import UserError
 from common.files import ROOT
 from model.adapter import load_adapter
 from model.checkpoint import load_weights
 from model.lora import merge
 from tests.helpers.compare import same
 from tests.helpers.rows import write_pretrain, write_sft
-from tests.helpers.runs import FLAGS, run_stage, torchrun, train_twice
+from tests.helpers.runs import FLAGS, run_script, run_stage, torchrun, train_twice
 
 NAME = "lora/lora_sft_32.pth"
 
@@ -44,6 +46,29 @@ def lora(world, out, *flags):
 def logits(model):
     with torch.no_grad():
         return model(torch.arange(60).view(2, 30)).logits
+
+
+def test_an_adapter_in_place_of_weights_names_the_command_that_merges_it(world, tmp_path, monkeypatch):
+    """--teacher and --from_weight sent to eval_model.py, which trains nothing. The command makes what they take."""
+    adapter = lora(world, tmp_path, "--save_peft")
+    monkeypatch.chdir(tmp_path)
+    data = [f"--data_path={world / 'sft.jsonl'}", f"--save_dir={tmp_path / 'out'}", "--max_steps=1"]
+    for stage, flags in (
+        ("full_sft", [f"--from_weight={adapter.path}"]),
+        ("distillation", [f"--teacher={adapter.path}", f"--from_weight={world / 'full_sft_32.pth'}"]),
+        ("full_sft", [f"--from_weight={adapter.path.with_suffix('')}"]),
+    ):
+        with pytest.raises(
+            UserError, match="is an adapter.*, which eval_model.py takes as --lora_path; .*merge"
+        ) as said:
+            run_stage(stage, *data, *flags)
+    assert "convert.py BASE merged.pth" in str(said.value), "a directory of peft seldom says what it is on"
+    with pytest.raises(UserError) as said:
+        run_stage("full_sft", *data, f"--from_weight={adapter.path}")
+    words = shlex.split(str(said.value).partition("merge it first: python ")[2])
+    assert words[:2] == ["scripts/convert.py", str(world / "full_sft_32.pth")]
+    assert run_script(*words)[0] == 0
+    run_stage("distillation", *data, "--teacher=merged.pth", f"--from_weight={world / 'full_sft_32.pth'}")
 
 
 def test_a_run_writes_the_adapter_alone_and_leaves_the_base_alone(world, tmp_path, capsys):
