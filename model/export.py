@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.console import UserError
+from common.console import UserError, note
 from common.files import atomic_file
 from common.json_file import read_json
 from model.adapter import FORMAT as ADAPTER_FORMAT
@@ -225,7 +225,15 @@ def save_gguf(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: s
 
 
 def write_peft(folder: Path, adapter: AdapterFile, tokenizer: Path | str | None) -> Path:
-    """An adapter file -> a directory that peft loads. tokenizer: its directory, to be copied; None: none is known."""
+    """An adapter file -> a directory that peft loads. tokenizer: its directory, to be copied; None: none is known.
+
+    Where transformers has no family for the base, that is said: MiniMind's own code may build it under these names.
+    """
+    if adapter.config:
+        try:
+            config_to_hf(adapter.config)
+        except UserError as error:
+            note(f"for peft: {error}; so it needs other code that builds the base, or merge the adapter into it")
     numbers = [int(part) for name in adapter.state for part in name.split(".") if part.isdigit()]
     layers = adapter.config.num_hidden_layers if adapter.config else max(numbers) + 1
     state = hf_adapter(adapter.config, adapter.state) if adapter.config else adapter.state

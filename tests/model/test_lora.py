@@ -258,6 +258,36 @@ def test_pefts_reads_ours_beside_fused_layers(tmp_path, targets, rslora):
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("targets", ("all", "attention"))
+@pytest.mark.parametrize(
+    "shape", (dict(qk_norm=True), dict(attention_bias=True, shared_expert_intermediate_size=40)), ids=("qwen3", "qwen2")
+)
+def test_peft_reads_ours_on_a_mixture_of_experts(tmp_path, shape, targets, capsys):
+    """The names of the shared expert's layers must not match those of the routed ones."""
+    peft = pytest.importorskip("peft")
+    model = base(num_experts=4, **shape)
+    theirs = hf_model(model, tmp_path)
+    add_lora(model, settings := LoRASettings(rank=4, targets=(targets,)))
+    stir(model)
+    about = dict(base=dict(path=None, hash=None), tokenizer={}, lineage=[])
+    write_peft(tmp_path / "peft", load_adapter(save_adapter(tmp_path / "a.pth", model, settings, **about)), None)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
+    assert len(adapted(model)) == sum("lora_A" in name for name in theirs.state_dict())
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+    assert "no family" not in capsys.readouterr().err
+
+
+def test_a_base_that_transformers_does_not_know_is_named_beside_pefts_directory(tmp_path, capsys):
+    """The `moe` preset: peft has nothing to put the directory on, which was not said."""
+    model = base(num_experts=4, num_shared_experts=1)
+    add_lora(model, RANK4)
+    about = dict(base=dict(path=None, hash=None), tokenizer={}, lineage=[])
+    adapter = load_adapter(save_adapter(tmp_path / "a.pth", model, RANK4, **about))
+    write_peft(tmp_path / "peft", adapter, None)
+    assert "for peft: transformers has no family for this model" in capsys.readouterr().err
+    assert load_adapter(tmp_path / "peft").state.keys() == adapter.state.keys()
+
+
 @pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all")])
 def test_what_would_compute_something_else_is_refused(tmp_path, key, value):
     values = dict(peft_type="LORA", r=2, lora_alpha=2) | {key: value}
