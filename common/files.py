@@ -303,7 +303,10 @@ def _flush(file: Path, mode: int) -> None:
 def _make_folder(folder: Path) -> None:
     """Makes a folder and its parents, each of which survives a power cut."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # "file exists" says nothing to who has named a file in place of a folder
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     for path in missing:
         flush_folder(path.parent)
 

@@ -48,10 +48,11 @@ def main():
     from common.files import sweep
     from dataset.tokens.cache import entries
 
+    folders = [Path(path) for path in config.cache_dir] or caches()
+    if wrong := next((folder for folder in folders if not folder.is_dir()), None):  # before anything is removed
+        raise UserError(f"{wrong}: {'is a file, expected a folder' if wrong.exists() else 'there is no such folder'}")
     total = freed = 0
-    for folder in [Path(path) for path in config.cache_dir] or caches():
-        if not folder.is_dir():
-            raise UserError(f"{folder}: there is no such folder")
+    for folder in folders:
         for entry in entries(folder):
             total += entry.size
             days = (time.time() - entry.used) / 86400

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.console import Progress, UserError
+from common.console import Progress, UserError, explain
 from dataset.doctor.duplicates import READ_BYTES, RowHashes, content_hash, found_in
 from dataset.doctor.token_statistics import TokenStatistics
 from dataset.kinds import KINDS
@@ -118,7 +118,7 @@ def examine(
             source = Jsonl(path, cache_dir=cache_dir, check=lambda head: find_reader(head, kind, mapping))
             read = find_reader(source, kind, mapping)
     except (ValueError, OSError) as error:
-        report.failure = str(error)
+        report.failure = explain(error)
         return Examination(report)
     report.size, report.kind, report.layout = source.size, read.kind, read.layout
     if read.unread:

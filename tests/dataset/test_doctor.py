@@ -375,3 +375,11 @@ def test_columns_that_are_left_aside_are_named(tmp_path, capsys):
     assert "columns not read: category, score" in sft(tmp_path / "a.jsonl", max_seq_len=99).summary
     said = run(capsys, jsonl(tmp_path / "b.jsonl", row, row, row))[1]
     assert f"{'note':<{check_data.LABEL}}columns that are not read" in said, "all rows have them, not only the first"
+
+
+def test_an_error_of_the_system_is_said_as_everywhere(tmp_path):
+    """It was `[Errno 17] File exists: '...'`, of a cache that was a file."""
+    place = tmp_path / "cache"
+    place.write_text("x", encoding="utf-8")
+    report = examine(jsonl(tmp_path / "a.jsonl", chat("hi", "yo")), ByteTokenizer(), cache_dir=place).report
+    assert report.failure == f"{place}: Not a directory"

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from common.console import UserError
 from dataset.read.jsonl import Jsonl
 from model.checkpoint import save_weights
 from scripts import clean_cache
@@ -79,3 +80,11 @@ def test_a_reference_of_dpo_is_an_entry_of_the_cache(tmp_path, clean):
     assert "-reference-" in (listed := clean(tmp_path / ".cache", "--older_than=0")) and f"(of {data})" in listed
     clean(tmp_path / ".cache", "--older_than=0", "--remove")
     assert not list((tmp_path / ".cache").iterdir())
+
+
+def test_nothing_is_removed_if_one_of_the_folders_is_wrong(tmp_path, clean):
+    Jsonl(file := jsonl(tmp_path / "a.jsonl", {"n": 1}))
+    for wrong, said in ((file, "is a file, expected a folder"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(UserError, match=said):
+            clean(tmp_path / ".cache", wrong, "--remove", "--older_than=0")
+        assert len(list((tmp_path / ".cache").iterdir())) == 1
