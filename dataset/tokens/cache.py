@@ -173,21 +173,29 @@ def entries(root: Path) -> list[Entry]:
     """All that is ours in a cache and complete, those first that were not used for longest."""
     found = []
     for path in root.iterdir():
-        if path.name.startswith("."):  # being written, or being removed
-            continue
-        if (facts := _facts(path)) is not None:
-            gone = "" if Path(facts["source"]).exists() else ", which is gone"
-            used, size = (path / FACTS).stat().st_mtime, sum(facts["files"].values())
-            found.append(Entry(path, f"of {facts['source']}{gone}", used, size))
-        elif LEFT.fullmatch(path.name) and path.is_file():
-            written, size = path.stat().st_mtime, path.stat().st_size
-            if path.suffix != ".lock" or time.time() - written > DAY:  # else its process may be at work
-                found.append(Entry(path, "which nothing asks for any more", written, size))
-        elif path == compiled_cache():
-            files = [file.stat() for file in path.rglob("*") if file.is_file()]
-            newest = max((file.st_mtime for file in files), default=path.stat().st_mtime)
-            found.append(Entry(path, "of torch.compile", newest, sum(file.st_size for file in files)))
+        with suppress(FileNotFoundError):  # another process is removing it, or compiles
+            if (entry := _entry(path)) is not None:
+                found.append(entry)
     return sorted(found, key=lambda entry: entry.used)
+
+
+def _entry(path: Path) -> Entry | None:
+    """What is at `path`, if it is ours and complete."""
+    if path.name.startswith("."):  # being written, or being removed
+        return None
+    if (facts := _facts(path)) is not None:
+        gone = "" if Path(facts["source"]).exists() else ", which is gone"
+        used, size = (path / FACTS).stat().st_mtime, sum(facts["files"].values())
+        return Entry(path, f"of {facts['source']}{gone}", used, size)
+    if LEFT.fullmatch(path.name) and path.is_file():
+        written, size = path.stat().st_mtime, path.stat().st_size
+        at_work = path.suffix == ".lock" and time.time() - written < DAY
+        return None if at_work else Entry(path, "which nothing asks for any more", written, size)
+    if path == compiled_cache():
+        files = [file.stat() for file in path.rglob("*") if file.is_file()]
+        newest = max((file.st_mtime for file in files), default=path.stat().st_mtime)
+        return Entry(path, "of torch.compile", newest, sum(file.st_size for file in files))
+    return None
 
 
 def _forget_older(root: Path, name: str, facts: dict) -> None:

@@ -1,6 +1,7 @@
 """Cleaning caches: only what nobody has used for long, and only if asked."""
 
 import os
+import shutil
 import sys
 import time
 
@@ -8,6 +9,7 @@ import pytest
 
 from common.console import UserError
 from dataset.read.jsonl import Jsonl
+from dataset.tokens import cache
 from model.checkpoint import save_weights
 from scripts import clean_cache
 from tests.helpers.models import TOKENIZER, small_model
@@ -88,3 +90,20 @@ def test_nothing_is_removed_if_one_of_the_folders_is_wrong(tmp_path, clean):
         with pytest.raises(UserError, match=said):
             clean(tmp_path / ".cache", wrong, "--remove", "--older_than=0")
         assert len(list((tmp_path / ".cache").iterdir())) == 1
+
+
+def test_what_vanishes_while_it_is_looked_at_is_left_out(tmp_path, clean, monkeypatch):
+    """Another process forgets an entry, or removes a temporary file of the compiler."""
+    for name in "ab":
+        Jsonl(jsonl(tmp_path / f"{name}.jsonl", {"n": 1}))
+    read = cache._facts
+
+    def last_look(path):
+        facts = read(path)
+        if path.name.startswith("a"):
+            shutil.rmtree(path)
+        return facts
+
+    monkeypatch.setattr(cache, "_facts", last_look)
+    listed = clean(tmp_path / ".cache", "--older_than=0")
+    assert "b.jsonl" in listed and "a.jsonl" not in listed
