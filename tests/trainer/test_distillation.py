@@ -272,7 +272,7 @@ def test_a_file_of_all_ids_trains_as_the_teacher_itself(world):
     "more, message",
     [
         (["--max_seq_len=31"], r"was written for other examples: --max_seq_len was 32, is 31"),
-        (["--on_long=drop"], r"was written for other examples: the data \(files, rows, --on_long\) was"),
+        (["--on_long=drop"], r"was written for other examples: the data \(files, rows, --on_long, token format\) was"),
         (["--temperature=1"], r"--temperature 1: .*t\.lp was written at 2"),
         ([], r"t\.lp: truncated, it should have"),
     ],
