@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -213,6 +214,26 @@ def load_varlen() -> bool:
         elif "window_size" in options:
             VARLEN = varlen_attn
     return VARLEN is not None
+
+
+def for_any_length(device: torch.device) -> AbstractContextManager[None]:
+    """Context for attention over lengths that change from call to call: sdpa leaves out cuDNN's kernels.
+
+    cuDNN plans each shape that it has not seen, for a tenth of a second, and a generated token makes a new one. From
+    torch 2.11 on, sdpa prefers it on Hopper and Blackwell. Training has few shapes, and there it is the fastest. So it
+    is left out where no gradients are asked for.
+    """
+    return _without_cudnn() if device.type == "cuda" and not torch.is_grad_enabled() else nullcontext()
+
+
+@contextmanager
+def _without_cudnn():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def is_causal_works(device: torch.device) -> bool:

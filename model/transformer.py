@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import LONG, AttentionMask, Segments, build_mask, causal_attention, has_flash, load_varlen
+from model.attention import (
+    LONG,
+    AttentionMask,
+    Segments,
+    build_mask,
+    causal_attention,
+    for_any_length,
+    has_flash,
+    load_varlen,
+)
 from model.config import ModelConfig
 from model.cost import LOGITS_AT_ONCE, idle_parameters
 from model.head import Loss, cross_entropy, loss_in_chunks
@@ -274,13 +283,14 @@ class CausalLM(nn.Module):
             kernel = self._kernel(x, documents is not None or any(windows))
             masks = {w: build_mask(T, positions, documents, x, kernel, prefixes, w, segments) for w in set(windows)}
         aux_loss = torch.zeros(B, device=tokens.device)
-        for block, window in zip(self.model.layers, windows):
-            cos, sin = rope if window is None else local_rope
-            if self.recompute and torch.is_grad_enabled() and cache is None:
-                x, aux = checkpoint(block, x, cos, sin, masks[window], use_reentrant=False)
-            else:
-                x, aux = block(x, cos, sin, masks[window], cache)
-            aux_loss = aux_loss if aux is None else aux_loss + aux
+        with for_any_length(x.device):
+            for block, window in zip(self.model.layers, windows):
+                cos, sin = rope if window is None else local_rope
+                if self.recompute and torch.is_grad_enabled() and cache is None:
+                    x, aux = checkpoint(block, x, cos, sin, masks[window], use_reentrant=False)
+                else:
+                    x, aux = block(x, cos, sin, masks[window], cache)
+                aux_loss = aux_loss if aux is None else aux_loss + aux
         x = self.model.norm(x)
 
         if selected is not None:
