@@ -58,7 +58,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (N, a), sorted by expert; weight (E, b, a); rows up to ends[e] belong to expert e -> (N, b).
 
     torch has a kernel for it, which wants rows of a multiple of 16 bytes. Compiled it takes only bf16 (torch 2.13), and
-    so it is on GPUs, from Hopper on. On others it asks the device where the experts' rows end, and waits: there the
+    so it is on Hopper's GPUs. On others it asks the device where the experts' rows end, and waits: there the
     products are made in blocks. On CPUs, where asking costs nothing, one expert is multiplied after the other.
     """
     half, on_cpu = x.dtype == torch.bfloat16, x.device.type == "cpu"
@@ -71,8 +71,9 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @lru_cache
 def _has_grouped_mm(device: torch.device) -> bool:
-    """Whether the grouped product is one kernel there, which does not wait for the device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+    """Whether the grouped product is one kernel there, which does not wait for the device. Not on Blackwell, where the
+    gradient of an expert without tokens is not 0 (https://github.com/pytorch/pytorch/issues/172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def linear_in_blocks(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import moe
 from model.config import ModelConfig
 from model.moe import MoE, grouped_linear, linear_in_blocks
 from model.transformer import CausalLM, FeedForward
@@ -167,3 +168,10 @@ def test_the_operators_keep_their_promises_to_the_compiler():
     torch.library.opcheck(
         torch.ops.sparrow.linear_by_expert_weight_grad.default, (torch.randn(9, 10), x.detach(), ends)
     )
+
+
+def test_blackwell_has_no_grouped_product(monkeypatch):
+    """There the gradient of an expert without tokens is what the memory held: torch's issue 172439."""
+    for capability, has in (((9, 0), True), ((10, 0), False), ((8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert moe._has_grouped_mm.__wrapped__(torch.device("cuda", 0)) == has
