@@ -29,7 +29,9 @@ from torch import Tensor
 
 BLOCKS = 4  # of queries: skips 3/8 of the products; more blocks are smaller and slower (measured at T = 512)
 SMALLEST_BLOCK = 128  # queries: four blocks of 32 took longer than one of 128 (LoRA on 0.5B, T = 128)
-SHORT = 32  # positions: room is made for one document in so many
+# Positions: room is made for one document in so many. Flash attention's backward pass takes memory for 128 positions
+# more for each of them, empty or not, and starts work for all of max_q.
+SHORT = 128
 LONG = 512  # positions: in rows of 256, one call for each document costs more than it saves (nano, documents of 55)
 VARLEN: Callable[..., Any] | None = None  # torch's kernel, once `load_varlen` has found it
 

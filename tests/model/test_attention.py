@@ -279,10 +279,17 @@ def test_interleaved_pairs_are_neighbours():
 
 
 def test_segments_by_hand():
-    """Two rows of 4: documents of 1 and 3 tokens, then one of 4. There is room for one in 32 positions, so for 1, and
+    """Two rows of 4: documents of 1 and 3 tokens, then one of 4. There is room for one in 128 positions, so for 1, and
     it doubles to 4; the rest are empty segments at the end."""
     queries, keys, gather = find_segments(torch.tensor([[1, 2, 2, 2], [1, 1, 1, 1]]))
     assert queries.tolist() == [0, 1, 4, 8, 8] and keys is queries and gather is None
+
+
+def test_empty_segments_take_no_more_room_than_the_rows():
+    """The kernel's backward pass keeps 128 positions for each segment, in fp32. Eleven documents in each row."""
+    documents = (torch.arange(2048) // 200).expand(2, -1)
+    queries, _, _ = find_segments(documents)
+    assert 22 <= len(queries) - 1 <= documents.numel() // 128
 
 
 def test_a_shared_prompt_stands_before_each_answer():
