@@ -31,7 +31,9 @@ class Meter:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.trained = trained / max(model.num_parameters(), 1)
         width, ffn = self.config.hidden_size, self.config.intermediate_size
-        shapes = [(1024, width, ffn), (1024, ffn, width), (1024, width, self.config.vocab_size)]
+        rows = 1024 if device.type == "cpu" else 8192  # fewer do not keep a GPU busy
+        words = max(min(rows, 2**26 // self.config.vocab_size), 1024)
+        shapes = [(rows, width, ffn), (rows, ffn, width), (words, width, self.config.vocab_size)]
         self.peak = gemm_rate(shapes, dtype, device) if measure_peak else 0.0
         self.restart()
 
@@ -86,8 +88,11 @@ class Meter:
 
 
 def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:
-    """The best FLOP/s of F.linear at any of the shapes (rows, in, out)."""
-    best = 0.0
+    """The best FLOP/s of F.linear at any of the shapes (rows, in, out).
+
+    A GPU gets several products at once: to start one and to wait for it takes as long as to compute a small one.
+    """
+    best, at_once = 0.0, 1 if device.type == "cpu" else 10
     for rows, inner, outer in shapes:
         x, w = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, outer))
         product = partial(F.linear, x, w)
@@ -95,9 +100,10 @@ def gemm_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: to
         for _ in range(repeats):
             wait_for(device)
             begin = time.perf_counter()
-            product()
+            for _ in range(at_once):
+                product()
             wait_for(device)
-            best = max(best, 2 * rows * inner * outer / (time.perf_counter() - begin))
+            best = max(best, 2 * rows * inner * outer * at_once / (time.perf_counter() - begin))
     return best
 
 
