@@ -6,6 +6,7 @@ or one after the other, round by round (A B A B ...), and reports ratios of medi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -96,8 +97,9 @@ def _write(script: str) -> None:
         lines.append(f"| {row['name']} | {figures} | {row['unit']} | {row['aim']} |")
     with atomic_file(FOLDER / f"{script}.md") as temporary:
         temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    with atomic_file(FOLDER / f"{script}.png") as temporary:
-        _draw(temporary, script, f"{machine()}, {known['commit']}")
+    if importlib.util.find_spec("matplotlib"):  # the benchmark for GPUs runs where it may be missing
+        with atomic_file(FOLDER / f"{script}.png") as temporary:
+            _draw(temporary, script, f"{machine()}, {known['commit']}")
 
 
 def _draw(path: Path, title: str, remark: str) -> None:

@@ -18,6 +18,7 @@ from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data
 from trainer.loop.backend import Backend
+from trainer.loop.compiling import can_compile
 from trainer.loop.engine import Engine, Job
 from trainer.losses.next_token import NextToken
 from trainer.run.meter import gemm_rate
@@ -37,6 +38,7 @@ class Bench:
         self.rounds = 1 if tiny else 3 if quick else 5
         self.steps = 1 if tiny else 4  # of each side in a round
         self.dtype, _ = pick_dtype("auto", self.device)
+        self.compile = "on" if not tiny and can_compile(self.device.type) else "off"  # without a compiler: eager
         self.rate = 0.0  # FLOP/s of matrix products, measured by `facts` or when it is first needed
 
     # ---- measuring
@@ -87,7 +89,7 @@ class Bench:
         config = [f"--save_dir={place}", f"--batch_size={rows}", f"--max_seq_len={length}", "--save_interval=0"]
         config += ["--recipe=classic"]
         config += ["--schedule=constant", "--warmup_steps=0", "--max_steps=100000", f"--device={self.device.type}"]
-        config += [f"--compile={'off' if self.tiny else 'on'}", "--log_interval=100000", *flags]
+        config += [f"--compile={self.compile}", "--log_interval=100000", *flags]
         data = data if isinstance(data, Data) else Data(data, None, False, [])
         objective = objective or NextToken()
         job = Job("x", parse(PretrainConfig, config), model, objective, Tokenizer.load(), data, packing=packing, **job)

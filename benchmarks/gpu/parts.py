@@ -40,16 +40,16 @@ def facts(bench: Bench) -> dict:
 
     from benchmarks.gpu.bench import spread
 
-    found = {}
+    found = dict(torch=torch.__version__, compile=bench.compile)
     if bench.cuda:
         name, (major, minor) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
-        found = dict(card=name, capability=f"{major}.{minor}", cuda=torch.version.cuda)
+        found |= dict(card=name, capability=f"{major}.{minor}", cuda=torch.version.cuda)
         found["GiB"] = torch.cuda.get_device_properties(0).total_memory / 2**30
         block = torch.empty(2**30, dtype=torch.uint8, device=bench.device)
         times = [bench.seconds(lambda: block.clone()) for _ in range(8)][2:]
         found["copy, GB/s read and written"] = spread([2 * block.numel() / t / 1e9 for t in times])
     versions = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "peft", "trl")}
-    return dict(torch=torch.__version__, **found, **{"GEMM, TFLOP/s": bench.gemm() / 1e12}, installed=versions)
+    return dict(**found, **{"GEMM, TFLOP/s": bench.gemm() / 1e12}, installed=versions)
 
 
 def small(bench: Bench) -> dict:
@@ -221,21 +221,13 @@ def memory(bench: Bench) -> dict:
     from common.files import ROOT
 
     flags = ["--preset=nano", "--batch_size=4", "--max_seq_len=64"] if bench.tiny else ["--preset=small"]
-    flags += ["--max_steps=12", "--compile=off", f"--device={bench.device.type}", f"--cache_dir={bench.folder}"]
-    run = lambda place, *more: (
-        subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "trainer/train_pretrain.py"),
-                *flags,
-                f"--save_dir={bench.folder}/{place}",
-                *more,
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-    )
+    flags += ["--max_steps=12", "--val_limit=256", "--compile=off", f"--device={bench.device.type}"]
+    command = [sys.executable, str(ROOT / "trainer/train_pretrain.py"), *flags, f"--cache_dir={bench.folder}"]
+
+    def run(place: str, *more: str) -> str:
+        words = [*command, f"--save_dir={bench.folder}/{place}", *more]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
     planned = float(re.search(r"memory +([\d.]+) GiB", run("plan", "--plan"))[1])
     run("run")
     (summary,) = Path(bench.folder, "run", "runs").glob("*/run.json")

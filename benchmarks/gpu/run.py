@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -69,20 +70,29 @@ def run_tests(args, chosen: str, limit: float) -> dict:
     if probe.returncode:
         return dict(skipped="pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "--durations=10", "-p", "no:cacheprovider"]
+    command += ["-vv", "-k", chosen]  # a line for each test, when it is done
     begin = len(_read("tests.txt"))
     with open(OUT / "tests.txt", "a", encoding="utf-8") as file:
-        try:
-            command += ["-k", chosen]
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit)
-        except subprocess.TimeoutExpired:
-            return dict(error=f"more than {limit:.0f} s; tests.txt has those that were done")
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        status = _wait(process, limit)
     lines = [line for line in _read("tests.txt")[begin:].splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return (
-        dict(error=f"{len(failed)} failed; see tests.txt", failed=failed[:20])
-        if done.returncode
-        else dict(passed=lines[0])
-    )
+    if status is None:
+        return dict(error=f"more than {limit:.0f} s; tests.txt has those that were done", failed=failed[:20])
+    if status:
+        return dict(error=f"{len(failed)} failed; see tests.txt", failed=failed[:20])
+    return dict(passed=lines[-1].strip("= "))
+
+
+def _wait(process: subprocess.Popen, limit: float) -> int | None:
+    """-> its status, or None if it had to be ended. As at Ctrl-C, after which pytest says what has failed."""
+    for seconds, number in ((limit, signal.SIGINT), (10, signal.SIGKILL)):
+        with suppress(subprocess.TimeoutExpired):
+            status = process.wait(seconds)
+            return status if number == signal.SIGINT else None
+        os.killpg(process.pid, number)
+    process.wait()
+    return None
 
 
 def _read(name: str) -> str:

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
+from benchmarks.gpu import run
 from common.files import ROOT
 
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"
@@ -33,3 +35,29 @@ def test_a_part_that_takes_too_long_does_not_take_the_others_with_it(tmp_path):
     status, parts = bench(tmp_path, "--parts=small,moe,facts", "--part_limit=0.05")
     assert status == 1 and set(parts) == {"facts", "small", "moe"}
     assert all("took too long" in parts[name]["error"] for name in ("small", "moe"))
+
+
+TESTS = """
+import time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+def test_fine(): pass
+def test_wrong(): assert 1 == 2
+def test_slow(): time.sleep(60)
+"""
+
+
+def test_tests_that_take_too_long_still_say_what_has_failed(tmp_path, monkeypatch):
+    """The tests are ended as by Ctrl-C. One that is well says how many have passed."""
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    (tmp_path / "tests" / "gpu" / "test_three.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -q")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "OUT", tmp_path)
+    found = run.run_tests(Namespace(device="cuda"), "test_three", 15)
+    assert "more than 15 s" in found["error"] and len(found["failed"]) == 1 and "test_wrong" in found["failed"][0]
+    assert "assert 1 == 2" in (tmp_path / "tests.txt").read_text()
+    assert run.run_tests(Namespace(device="cuda"), "fine", 60)["passed"].startswith("1 passed, 2 deselected")

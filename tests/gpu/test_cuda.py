@@ -89,7 +89,8 @@ def test_attention_equals_the_cpus(kind, changes, monkeypatch):
     kernel = attention.varlen_attention
     monkeypatch.setattr(attention, "varlen_attention", lambda *a: used.append(1) or kernel(*a))
     for dtype in half_types():
-        assert_close(losses_and_gradients(model, given, CUDA, dtype), expected, 0.03)
+        # a CPU in bf16 is 0.028 off, the gradient of k's weights most; a wrong mask would be far more
+        assert_close(losses_and_gradients(model, given, CUDA, dtype), expected, 0.06)
     assert bool(used) == (has_flash() and (kind != "plain" or bool(changes))), "the kernel that was meant"
 
 
