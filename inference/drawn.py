@@ -60,7 +60,7 @@ class Drawn:
             self._tokens = _to_host(self._tokens)
             self._logprobs = None if logprobs is None else LogProbs(*map(_to_host, logprobs))
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(tokens.device))  # not of the current device, if it is another
 
     def read(self) -> tuple[list[int], list[LogProb | None]]:
         """The tokens, -1 where they are broken."""

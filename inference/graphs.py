@@ -53,8 +53,8 @@ class DecodeGraphs:
     """
 
     def __init__(self, model: CausalLM, slots: Slots, capture: Capture | None = None):
-        self.model, self.slots, self.capture = model, slots, capture or capture_on_cuda
         rows, device = len(slots.slots), slots.keys.device
+        self.model, self.slots, self.capture = model, slots, capture or CaptureOnCUDA(device)
         self.tokens, self.ends = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(2))
         self.graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
         self.works = True
@@ -95,15 +95,23 @@ def size_for(needed: int, least: int, most: int) -> int:
     return min(least, most)
 
 
-def capture_on_cuda(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """-> (what queues the function's kernels again, the tensor that they write)"""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        for _ in range(2):  # what is done only the first time must not be recorded: kernels choose, tables are copied
-            function()
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
-        found = function()
-    return graph.replay, found
+class CaptureOnCUDA:
+    """-> (what queues the function's kernels again, the tensor that they write). All on one stream of the device: the
+    current device may be another one, whose graph would be empty; and each stream costs cuBLAS 32 MB on Hopper."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        with torch.cuda.device(self.device):
+            here = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                for _ in range(2):  # the first time is not recorded: kernels are chosen, tables are copied
+                    function()
+            here.wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            # other threads may use the GPU meanwhile
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                found = function()
+        return graph.replay, found

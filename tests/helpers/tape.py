@@ -32,7 +32,7 @@ class Tape(TorchDispatchMode):
 
 
 def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """`inference.graphs.capture_on_cuda` for the CPU. The result is wiped: only a replay computes it."""
+    """`inference.graphs.CaptureOnCUDA` for the CPU. The result is wiped: only a replay computes it."""
     function()
     with Tape() as tape:
         found = function()

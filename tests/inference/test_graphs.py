@@ -1,0 +1,61 @@
+"""Capturing, on a device that is not the current one. What is captured is tested in test_engine.py."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+
+from inference.drawn import Drawn
+from inference.graphs import CaptureOnCUDA
+
+SECOND = torch.device("cuda", 1)
+
+
+class Card:
+    """torch.cuda that keeps a log of what it is asked for."""
+
+    def __init__(self, monkeypatch):
+        self.log = []
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, self.inside(name))
+        monkeypatch.setattr(torch.cuda, "graph", lambda _, stream, **__: self.inside("graph")(stream))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.make("another stream", device))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=0: self.make("its stream", device))
+        monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda *of: self.log.append(of)))
+
+    def make(self, name, device):
+        return SimpleNamespace(name=name, device=device, wait_stream=lambda other: None)
+
+    def inside(self, name):
+        @contextmanager
+        def context(where):
+            self.log.append((name, where))
+            yield
+            self.log.append((f"{name} ends",))
+
+        return context
+
+
+def test_everything_is_captured_on_one_stream_of_the_models_device(monkeypatch):
+    card = Card(monkeypatch)
+    capture = CaptureOnCUDA(SECOND)
+    for _ in range(2):
+        card.log.clear()
+        capture(lambda: card.log.append(("computed",)))
+        own, computed = capture.stream, ("computed",)
+        warm_up, graph = [("stream", own), computed, computed], [("graph", own), computed]
+        assert card.log == [("device", SECOND), *warm_up, ("stream ends",), *graph, ("graph ends",), ("device ends",)]
+        assert own.device == SECOND
+
+
+def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
+    card = Card(monkeypatch)
+
+    class There(torch.Tensor):
+        is_cuda, device = True, SECOND
+
+    monkeypatch.setattr("inference.drawn._to_host", lambda tensor: tensor)
+    Drawn([], torch.zeros(2).as_subclass(There))
+    ((stream,),) = card.log
+    assert (stream.name, stream.device) == ("its stream", SECOND)
