@@ -18,7 +18,7 @@ window. A query sees itself and what stands before it in its own document, with 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -218,14 +218,16 @@ def load_varlen() -> bool:
     return VARLEN is not None
 
 
-def for_any_length(device: torch.device) -> AbstractContextManager[None]:
-    """Context for attention over lengths that change from call to call: sdpa leaves out cuDNN's kernels.
+def choose_kernels(device: torch.device, masks: Iterable[AttentionMask]) -> AbstractContextManager[None]:
+    """Context in which sdpa leaves out cuDNN's kernels, but for training without a mask, where they are the fastest.
+    From torch 2.11 on, it prefers them on Hopper and Blackwell.
 
-    cuDNN plans each shape that it has not seen, for a tenth of a second, and a generated token makes a new one. From
-    torch 2.11 on, sdpa prefers it on Hopper and Blackwell. Training has few shapes, and there it is the fastest. So it
-    is left out where no gradients are asked for.
+    Without gradients, lengths change from call to call: cuDNN plans each new shape, for a tenth of a second, and each
+    token has one. On Blackwell it is wrong there too (https://github.com/pytorch/pytorch/issues/193893). With a mask,
+    gradients may be NaN (https://github.com/pytorch/pytorch/issues/196678).
     """
-    return _without_cudnn() if device.type == "cuda" and not torch.is_grad_enabled() else nullcontext()
+    fit = torch.is_grad_enabled() and all(mask.tensor is None for mask in masks)
+    return nullcontext() if device.type != "cuda" or fit else _without_cudnn()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from model.attention import (
     Segments,
     build_mask,
     causal_attention,
-    for_any_length,
+    choose_kernels,
     has_flash,
     load_varlen,
 )
@@ -283,7 +283,7 @@ class CausalLM(nn.Module):
             kernel = self._kernel(x, documents is not None or any(windows))
             masks = {w: build_mask(T, positions, documents, x, kernel, prefixes, w, segments) for w in set(windows)}
         aux_loss = torch.zeros(B, device=tokens.device)
-        with for_any_length(x.device):
+        with choose_kernels(x.device, masks.values()):
             for block, window in zip(self.model.layers, windows):
                 cos, sin = rope if window is None else local_rope
                 if self.recompute and torch.is_grad_enabled() and cache is None:

@@ -393,24 +393,26 @@ def test_documents_apart_never_build_a_square():
     assert sizes[0] < 512 * 512 <= sizes[1]
 
 
-def test_cudnns_attention_is_left_out_where_lengths_change(monkeypatch):
-    """It plans each new shape for a tenth of a second, and each token that is generated has one. Training keeps it."""
+def test_cudnns_attention_is_for_training_without_a_mask(monkeypatch):
+    """It plans each new shape for a tenth of a second, and each token that is generated has one. With masks it errs."""
     model, tokens, seen = CausalLM(CONFIG), torch.arange(8)[None], []
 
     def attend(q, k, v, mask):
         seen.append(torch.backends.cuda.cudnn_sdp_enabled())
         return causal_attention(q, k, v, mask)
 
-    on_a_card = lambda _: attention.for_any_length(torch.device("cuda", 0))
+    on_a_card = lambda _, masks: attention.choose_kernels(torch.device("cuda", 0), masks)
     monkeypatch.setattr("model.transformer.causal_attention", attend)
-    monkeypatch.setattr("model.transformer.for_any_length", on_a_card)
+    monkeypatch.setattr("model.transformer.choose_kernels", on_a_card)
     model(tokens)
     assert seen == [True, True]
+    model(tokens, documents=torch.tensor([[1] * 4 + [2] * 4]))
+    assert seen == [True, True, False, False]
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             model(tokens)
             model(tokens[:, :3], cache=KVCache(CONFIG, 1, 8, torch.float32))
-    assert seen == [True] * 2 + [False] * 8 and torch.backends.cuda.cudnn_sdp_enabled()
+    assert seen == [True] * 2 + [False] * 10 and torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr("model.transformer.causal_attention", lambda *_: pytest.fail("in between"))
     with pytest.raises(pytest.fail.Exception), torch.no_grad():
         model(tokens)
