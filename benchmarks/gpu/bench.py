@@ -13,7 +13,7 @@ from benchmarks.common import RandomRows, hugging_face_llama, hugging_face_step,
 from common.options import parse
 from model.config import ModelConfig
 from model.cost import step_flops
-from model.precision import pick_dtype
+from model.precision import pick_device, pick_dtype
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
 from trainer.inputs import Data
@@ -33,7 +33,7 @@ class Bench:
     """The device, the sizes, and what the parts share."""
 
     def __init__(self, device: str, tiny: bool, quick: bool, folder: str):
-        self.device, self.tiny, self.folder = torch.device(device), tiny, folder
+        self.device, self.tiny, self.folder = pick_device(device), tiny, folder  # with its number, as in a run
         self.cuda = self.device.type == "cuda"
         self.rounds = 1 if tiny else 3 if quick else 5
         self.steps = 1 if tiny else 4  # of each side in a round

@@ -7,8 +7,10 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
 
 from benchmarks.gpu import run
+from benchmarks.gpu.bench import Bench
 from common.files import ROOT
 
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"
@@ -35,6 +37,13 @@ def test_a_part_that_takes_too_long_does_not_take_the_others_with_it(tmp_path):
     status, parts = bench(tmp_path, "--parts=small,moe,facts", "--part_limit=0.05")
     assert status == 1 and set(parts) == {"facts", "small", "moe"}
     assert all("took too long" in parts[name]["error"] for name in ("small", "moe"))
+
+
+def test_the_device_has_a_number(monkeypatch, tmp_path):
+    """The loader's thread sets its device, which torch refuses to do for `cuda` without one."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert Bench("cuda", True, True, str(tmp_path)).device == torch.device("cuda", 0)
 
 
 TESTS = """
