@@ -85,11 +85,12 @@ def run_tests(args, chosen: str, limit: float) -> dict:
 
 
 def _wait(process: subprocess.Popen, limit: float) -> int | None:
-    """-> its status, or None if it had to be ended. As at Ctrl-C, after which pytest says what has failed."""
-    for seconds, number in ((limit, signal.SIGINT), (10, signal.SIGKILL)):
+    """-> its status, or None if it had to be ended. As at Ctrl-C, after which pytest says what has failed. Twice, since
+    a training run takes the first for itself."""
+    for seconds, number in ((limit, signal.SIGINT), (5, signal.SIGINT), (8, signal.SIGKILL)):
         with suppress(subprocess.TimeoutExpired):
             status = process.wait(seconds)
-            return status if number == signal.SIGINT else None
+            return status if seconds == limit else None
         os.killpg(process.pid, number)
     process.wait()
     return None
