@@ -67,9 +67,9 @@ def _dynamic_code() -> Tensor:
 
 def _pairs() -> Tensor:
     """(256,): the two weights that each byte stands for. A pair of fp32 numbers is moved about as one of 64 bits, which
-    is faster on a CPU than rows of two."""
+    is faster on a CPU than rows of two. As an integer: Apple's GPUs have no fp64."""
     byte = torch.arange(256, device="cpu")
-    return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=-1).view(torch.float64).view(-1)
+    return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=-1).view(torch.int64).view(-1)
 
 
 def _cells() -> tuple[Tensor, Tensor]:

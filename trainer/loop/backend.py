@@ -66,9 +66,12 @@ class Backend:
         return norm, bad
 
     def _move(self, bad: Tensor) -> None:
+        # torch's fused AdamW does not read found_inf on Apple's GPUs (2.13), so there the program has to wait and ask
+        skip = self.device.type == "mps" and bool(bad)
         for optimizer in self.optimizers:
             optimizer.found_inf = bad  # if it is 1, torch's fused optimisers and our Muon change nothing
-            optimizer.step()
+            if not skip:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def _trained(self) -> list[tuple[str, Tensor]]:

@@ -124,13 +124,13 @@ def set_rows(engine, rows: int) -> None:
 def release(engine) -> None:
     for parameter in engine.model.parameters():
         parameter.grad = None
-    if engine.backend.device.type != "cpu":
+    if engine.backend.device.type not in ("cpu", "mps"):  # torch cannot ask an Apple GPU for it (2.13)
         torch.accelerator.empty_cache()
 
 
 def forget_peak(device: torch.device) -> None:
     """Resets what peak_memory() measures, where the system can (not on macOS and Windows)."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "mps"):
         torch.accelerator.reset_peak_memory_stats()
         return
     try:
