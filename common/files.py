@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
+WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds, between tries to move what another program holds open
 
 
 @contextmanager
@@ -84,8 +85,24 @@ def put_in_place(written: Path, path: Path, mode: int | None = None) -> None:
         _flush_tree(written)
     else:
         _flush(written, written.stat().st_mode if mode is None else mode)
-    os.replace(written, path)
+    move(written, path)
     flush_folder(path.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Gives a file or folder another name. A file that has the name is replaced.
+
+    Windows refuses while any program has either of them open: a virus scanner that looks at what was just written, or a
+    server that reads what is replaced. They close it soon, so it is tried again for some seconds.
+    """
+    for wait in WAITS if sys.platform == "win32" else ():
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if target.is_dir():  # no waiting helps
+                raise
+            time.sleep(wait)
+    os.replace(source, target)
 
 
 @contextmanager
@@ -103,8 +120,8 @@ def staged(path: Path | str) -> Iterator[Path]:
         for inside in sorted(temporary.iterdir(), key=lambda inside: inside.name == path.name):  # `path` last
             target = path.parent / inside.name
             if target.is_dir():  # no system call replaces a folder that is not empty
-                os.rename(target, temporary / f"{inside.name}.old")
-            os.replace(inside, target)
+                move(target, temporary / f"{inside.name}.old")
+            move(inside, target)
         flush_folder(path.parent)
 
 
@@ -195,7 +212,7 @@ def keep_previous(path: Path, every: bool = False) -> str:
             os.link(path, temporary)  # takes no space
         except OSError:  # a file system without links
             shutil.copy2(path, temporary)
-        os.replace(temporary, kept)
+        move(temporary, kept)
         flush_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
