@@ -71,7 +71,20 @@ def cut(text: str, width: int) -> str:
 
 def takes_colour(stream: TextIO) -> bool:
     """Whether colours belong into it: a terminal, unless NO_COLOR is set (https://no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")
+    return stream.isatty() and not os.environ.get("NO_COLOR") and _obeys_escapes(stream)
+
+
+def _obeys_escapes(stream: TextIO) -> bool:
+    """Whether escape sequences have an effect there. A console of Windows prints them, unless it is asked to obey."""
+    if sys.platform != "win32":
+        return True
+    import ctypes
+    import msvcrt
+
+    kernel, mode = ctypes.windll.kernel32, ctypes.c_uint32()
+    handle = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno()))
+    obey = 4  # ENABLE_VIRTUAL_TERMINAL_PROCESSING
+    return bool(kernel.GetConsoleMode(handle, ctypes.byref(mode)) and kernel.SetConsoleMode(handle, mode.value | obey))
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -91,15 +104,21 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `... | head`: the reader has left, so nothing more can be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
     except (UserError, OSError) as error:
+        if _is_closed_pipe(error):  # `... | head`: the reader has left, so nothing more can be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         bug = isinstance(error, OSError) and not _raised_in_our_code(error)
         if bug or os.environ.get("SPARROW_TRACEBACK", "0") != "0":
             raise
         print(f"error: {printable(explain(error), one_line=True)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    """Windows calls it an invalid argument, and names no file."""
+    windows = sys.platform == "win32" and isinstance(error, OSError) and error.filename is None
+    return isinstance(error, BrokenPipeError) or windows and error.errno == errno.EINVAL
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, frames: Any) -> None:

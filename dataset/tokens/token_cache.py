@@ -14,6 +14,7 @@ last complete part.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -273,6 +274,8 @@ def blocks(
     """Every chunk with its block, in order. size: bytes of all of them. Small data stays in this process, where
     `tokenizers` uses threads."""
     workers = num_workers or cores()
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # Python cannot wait for more processes there
     if workers > 1 and size >= PROCESSES_FROM:
         yield from _blocks_from_processes(chunks, tokenizer, reader, workers)
     for chunk in chunks:  # all of them, or those that the processes have left

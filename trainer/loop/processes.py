@@ -7,6 +7,7 @@ with start(config) as backend:
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -35,7 +36,10 @@ def _rendezvous(timeout: timedelta) -> dict:
     if not one_node or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, is_master=False, timeout=timeout)
+    address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    # torch for Windows is built without libuv and says so with an error (torch 2.13)
+    libuv = env.get("USE_LIBUV", "0" if sys.platform == "win32" else "1") == "1"
+    store = dist.TCPStore(*address, world, is_master=False, timeout=timeout, use_libuv=libuv)
     store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
     return dict(store=store, rank=rank, world_size=world)
 
@@ -51,6 +55,8 @@ def start(config: Options):
         yield Backend(device)
         return
     kind = {"cuda": "nccl", "npu": "hccl"}.get(device.type, "gloo")
+    if kind == "nccl" and not dist.is_nccl_available():  # Windows
+        kind = "gloo"
     timeout = timedelta(seconds=config.ddp_timeout)
     dist.init_process_group(kind, timeout=timeout, **_rendezvous(timeout))
     try:

@@ -267,8 +267,9 @@ class RunLogger(NoLogger):
 def git_commit() -> str:
     """The commit, with -dirty if files differ from it; empty without git."""
     command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    try:  # what git says to stderr may be in any language and encoding, and is not read
+        found = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)
+        return found.stdout.decode(errors="replace").strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
