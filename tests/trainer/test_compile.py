@@ -7,6 +7,7 @@ ended runs with a traceback (an operator whose shape function refuses fp32) come
 import functools
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,31 @@ def test_a_compiler_that_cannot_compile_is_none(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not compiling.can_compile("cpu")
+
+
+def test_windows_needs_microsofts_compiler(tmp_path, monkeypatch):
+    """torch takes no other. With a g++ that came with something else, `--compile auto` ended the run."""
+    for name in ("g++", "clang++"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name if (tmp_path / name).exists() else None)
+    assert not compiling.can_compile("cpu")
+    (tmp_path / "cl").touch()
+    assert compiling.can_compile("cpu")
+
+
+def test_macos_needs_openmp(tmp_path, monkeypatch):
+    """Apple's clang has none, and torch's compiler asks for it."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(compiling, "compiles", lambda *_: True)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
+    assert not compiling.can_compile("cpu")
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    assert compiling.can_compile("cpu")
 
 
 def test_auto_compiles_what_earns_it_back():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -52,6 +53,10 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
 def can_compile(device: str) -> bool:
     """Whether torch.compile has what it needs: a C or C++ compiler and Python's headers, on GPUs Triton too."""
     cpu = device == "cpu"
+    if cpu and sys.platform == "win32":  # torch takes Microsoft's there, which is on the PATH of its own command prompt
+        return shutil.which(os.environ.get("CXX", "cl")) is not None
+    if cpu and sys.platform == "darwin" and not has_openmp():
+        return False
     names = ("g++", "clang++") if cpu else ("gcc", "clang", "cc", os.environ.get("CC") or "cc")
     compiler = next(filter(None, map(shutil.which, names)), None)
     headers = Path(sysconfig.get_path("include"), "Python.h")
@@ -62,6 +67,13 @@ def can_compile(device: str) -> bool:
     from torch.utils._triton import has_triton  # imports all of torch's compiler, which takes seconds
 
     return has_triton()
+
+
+def has_openmp() -> bool:
+    """Whether torch's compiler finds OpenMP on macOS, whose own clang has none: conda's, Homebrew's, or torch's own."""
+    named = filter(None, (os.environ.get("OMP_PREFIX"), os.environ.get("CONDA_PREFIX")))
+    places = (*named, "/opt/homebrew/opt/libomp", "/usr/local/opt/libomp", Path(torch.__file__).parent)
+    return any(Path(place, "include", "omp.h").is_file() for place in places)
 
 
 def compiles(compiler: str, language: str) -> bool:
