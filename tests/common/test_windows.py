@@ -16,6 +16,8 @@ from common import files
 from common.console import run, takes_colour
 from common.files import ROOT, atomic_file, atomic_folder
 from dataset.tokens import token_cache
+from tests.helpers.rows import write_sft
+from tests.helpers.runs import sft_engine
 from trainer.loop import processes
 from trainer.run import logger
 
@@ -86,6 +88,16 @@ def test_no_more_processes_than_python_can_wait_for(windows, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         next(token_cache.blocks(iter([]), token_cache.PROCESSES_FROM, SimpleNamespace(path=""), None, None))
     assert asked == [61]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which files are mapped")
+def test_a_run_lets_go_of_the_state_that_it_continues_from(tmp_path):
+    """Its moments stayed maps of the file until the run ended. Windows would have kept that state on the disk."""
+    write_sft(tmp_path / "sft.jsonl")
+    sft_engine(tmp_path, 8, 1, max_steps=2).run()
+    engine = sft_engine(tmp_path, 8, 1, max_steps=3, from_resume="auto")
+    assert engine.step == 2
+    assert str(tmp_path / "out" / "resume") not in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
 class Terminal(io.StringIO):

@@ -340,4 +340,5 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
     for key, tensor in tensors.items():
         name, kind = key.rsplit("/", 1)
         parameter = parameters[name]
-        owner[parameter].state[parameter][kind] = tensor.to(parameter.device)
+        # a copy: on a CPU the tensor is a map of its file, which Windows would not remove as long as training goes on
+        owner[parameter].state[parameter][kind] = tensor.to(parameter.device, copy=True)
