@@ -117,8 +117,9 @@ def run(main: Callable[[], Any]) -> None:
 
 def _is_closed_pipe(error: Exception) -> bool:
     """Windows calls it an invalid argument, and names no file."""
-    windows = sys.platform == "win32" and isinstance(error, OSError) and error.filename is None
-    return isinstance(error, BrokenPipeError) or windows and error.errno == errno.EINVAL
+    if sys.platform == "win32" and isinstance(error, OSError) and error.filename is None:
+        return error.errno == errno.EINVAL or isinstance(error, BrokenPipeError)
+    return isinstance(error, BrokenPipeError)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, frames: Any) -> None:
