@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -249,13 +249,9 @@ def is_causal_works(device: torch.device) -> bool:
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether torch's flash attention runs there, forward and backward: from Ampere on, in half precision. Heads of
     more than 128 have no backward pass on all of these cards."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and head_dim <= 128 and head_dim % 8 == 0 and _capability(device) >= (8, 0)
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim > 128 or head_dim % 8:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

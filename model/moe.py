@@ -11,8 +11,6 @@ eqs. 12-14).
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,7 +67,6 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _linear_by_expert(x, weight, ends) if on_cpu else linear_in_blocks(x, weight, ends)
 
 
-@lru_cache
 def _has_grouped_mm(device: torch.device) -> bool:
     """Whether the grouped product is one kernel there, which does not wait for the device. Not on Blackwell, where the
     gradient of an expert without tokens is not 0 (https://github.com/pytorch/pytorch/issues/172439)."""

@@ -14,6 +14,8 @@ weight has that dtype already. Norms, routing and losses are computed in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -283,11 +285,13 @@ class CausalLM(nn.Module):
             kernel = self._kernel(x, documents is not None or any(windows))
             masks = {w: build_mask(T, positions, documents, x, kernel, prefixes, w, segments) for w in set(windows)}
         aux_loss = torch.zeros(B, device=tokens.device)
-        with choose_kernels(x.device, masks.values()):
+        kernels = partial(choose_kernels, x.device, masks.values())
+        again = lambda: (nullcontext(), kernels())  # recomputed layers have to choose as they did before
+        with kernels():
             for block, window in zip(self.model.layers, windows):
                 cos, sin = rope if window is None else local_rope
                 if self.recompute and torch.is_grad_enabled() and cache is None:
-                    x, aux = checkpoint(block, x, cos, sin, masks[window], use_reentrant=False)
+                    x, aux = checkpoint(block, x, cos, sin, masks[window], use_reentrant=False, context_fn=again)
                 else:
                     x, aux = block(x, cos, sin, masks[window], cache)
                 aux_loss = aux_loss if aux is None else aux_loss + aux

@@ -339,7 +339,7 @@ def test_which_kernel_is_taken(monkeypatch):
     from model.attention import has_flash
 
     cuda, model = torch.device("cuda", 0), CausalLM(CONFIG)
-    monkeypatch.setattr(attention, "_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     assert has_flash(cuda, torch.bfloat16, 64) and has_flash(cuda, torch.float16, 128)
     assert not has_flash(cuda, torch.float32, 64) and not has_flash(cuda, torch.bfloat16, 192)
     assert not has_flash(torch.device("cpu"), torch.bfloat16, 64)
@@ -352,7 +352,7 @@ def test_which_kernel_is_taken(monkeypatch):
     assert model._kernel(x.float(), masked=True) == "sdpa"
     monkeypatch.setattr("model.transformer.load_varlen", lambda: False)
     assert model._kernel(x, masked=True) == "sdpa"
-    monkeypatch.setattr(attention, "_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert not has_flash(cuda, torch.float16, 64)
 
 
@@ -413,6 +413,10 @@ def test_cudnns_attention_is_for_training_without_a_mask(monkeypatch):
             model(tokens)
             model(tokens[:, :3], cache=KVCache(CONFIG, 1, 8, torch.float32))
     assert seen == [True] * 2 + [False] * 10 and torch.backends.cuda.cudnn_sdp_enabled()
+    model.recompute = True
+    model(tokens, documents=torch.tensor([[1] * 4 + [2] * 4])).logits.sum().backward()
+    assert seen == [True] * 2 + [False] * 14, "recomputed layers choose as they did before"
+    model.recompute = False
     monkeypatch.setattr("model.transformer.causal_attention", lambda *_: pytest.fail("in between"))
     with pytest.raises(pytest.fail.Exception), torch.no_grad():
         model(tokens)
