@@ -251,7 +251,10 @@ class Loader:
     def _batch_sizes(self, rows: int) -> list[int]:
         """The rows of each batch of a rank's step; together at least `rows`."""
         full, rest = divmod(rows, self.batch_size)
-        last = min((n for n in self.sizes or [rest] if n >= rest), default=self.batch_size)
+        sizes = self.sizes or [rest]
+        last = min((n for n in sizes if n >= rest), default=max(sizes))
+        while last < rest:  # more than in the steps that were looked at: an eighth more, as the next such step may need
+            last = min(last + -(-last // 8), self.batch_size)
         return [self.batch_size] * full + [last] * (rest > 0)
 
     def describe(self) -> str:

@@ -129,11 +129,15 @@ def test_few_shapes_for_compiled_code():
 
 
 def test_a_step_with_more_rows_than_any_that_was_looked_at():
-    """It gets a batch of full size: rarer than a graph for each number of rows."""
-    ds = loader(many(), batch_size=8, max_seq_len=12)
-    ds.sizes = [3, 5]
-    assert ds._batch_sizes(2) == [3] and ds._batch_sizes(5) == [5] and ds._batch_sizes(6) == [8]
-    assert ds._batch_sizes(8) == [8] and ds._batch_sizes(20) == [8, 8, 5]
+    """It gets an eighth more: short chats fill 100 rows where 1,024 are allowed, and were filled up to 1,024."""
+    ds = loader(many(), batch_size=1024, max_seq_len=12)
+    ds.sizes = [64, 80]
+    assert ds._batch_sizes(2) == [64] and ds._batch_sizes(80) == [80] and ds._batch_sizes(0) == []
+    assert [ds._batch_sizes(rows) for rows in (81, 90, 91, 103)] == [[90], [90], [102], [115]]
+    ds.batch_size = 84
+    assert ds._batch_sizes(82) == [84] and ds._batch_sizes(2 * 84 + 1) == [84, 84, 64]
+    ds.sizes = [3]
+    assert ds._batch_sizes(5) == [5], "3, 4, 5"
 
 
 def test_ranks_still_have_batches_of_the_same_shapes():
