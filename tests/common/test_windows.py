@@ -170,14 +170,15 @@ def test_torch_without_libuv_finds_the_other_processes(windows, monkeypatch):
 
 
 def test_gloo_where_there_is_no_nccl(monkeypatch):
-    started = []
+    """NCCL is told its card: else torch warns of a guess."""
+    started, card = [], processes.torch.device("cuda", 0)
 
-    def group(kind, **_):
-        started.append(kind)
+    def group(kind, device_id=None, **_):
+        started.append((kind, device_id))
         raise KeyboardInterrupt
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(processes, "pick_device", lambda *_: processes.torch.device("cuda", 0))
+    monkeypatch.setattr(processes, "pick_device", lambda *_: card)
     monkeypatch.setattr(processes, "_rendezvous", lambda _: {})
     monkeypatch.setattr(processes.torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(processes.dist, "init_process_group", group)
@@ -186,7 +187,7 @@ def test_gloo_where_there_is_no_nccl(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             with processes.start(SimpleNamespace(device="cuda", backend="ddp", ddp_timeout=1)):
                 pass
-    assert started == ["gloo", "nccl"]
+    assert started == [("gloo", None), ("nccl", card)]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="git is played by a shell script")

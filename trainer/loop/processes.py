@@ -58,7 +58,8 @@ def start(config: Options):
     if kind == "nccl" and not dist.is_nccl_available():  # Windows
         kind = "gloo"
     timeout = timedelta(seconds=config.ddp_timeout)
-    dist.init_process_group(kind, timeout=timeout, **_rendezvous(timeout))
+    bound = dict(device_id=device) if kind == "nccl" else {}  # else torch guesses it at each barrier, and warns
+    dist.init_process_group(kind, timeout=timeout, **bound, **_rendezvous(timeout))
     try:
         yield _sharded(device, timeout, config) if sharded else DDP(device, timeout)
     finally:
