@@ -38,7 +38,7 @@ Window = tuple[float, float, float]  # trained tokens at its begin and at its en
 def facts_of(engine) -> dict[str, Any]:
     """What the course of a run's loss depends on, but for its seed; as run.json and curves record it."""
     facts = engine._identity()
-    del facts["seed"]
+    del facts["seed"], facts["token_format"]  # the data's fingerprint has the second
     facts |= {name: getattr(engine.config, name) for name in ("schedule", *SETTINGS)}
     facts |= dict(stage=engine.job.stage, steps=engine.total, examples=engine.loader.examples_per_step)
     facts["dtype"] = str(engine.dtype).removeprefix("torch.")  # the one that is used, not "auto"
