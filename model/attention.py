@@ -62,11 +62,13 @@ class AttentionMask(NamedTuple):
     segments: Segments | None = None  # for `varlen` and `apart`
 
 
-def find_segments(documents: Tensor, prefixes: Tensor | None = None) -> Segments:
+def find_segments(documents: Tensor, prefixes: Tensor | None = None, one_size: bool = False) -> Segments:
     """documents and prefixes (B, T), as in `build_mask`, on the CPU -> segments on the CPU.
 
     A document with a prefix gets the prefix's keys before its own. So the keys of a prompt that two answers share are
     there three times; its queries, and all scores, are computed once.
+
+    one_size: as many keys in all batches of this shape, if no prompt has more than two answers, for compiled code.
     """
     B, T = documents.shape
     opens = torch.ones(B, T, dtype=torch.bool)
@@ -91,11 +93,12 @@ def find_segments(documents: Tensor, prefixes: Tensor | None = None) -> Segments
             seen.insert(0, prompt)
         pieces += seen
         lengths.append(sum(map(len, seen)))
-    total, step = sum(lengths), max(B * T // 2, 1)
+    total, step = sum(lengths), 3 * B * T if one_size else max(B * T // 2, 1)
     keys = torch.full((room + 1,), total, dtype=torch.int32)
     keys[0] = 0
     keys[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
-    gather = torch.zeros(-(-total // step) * step, dtype=torch.int64)
+    # the filling reads all positions in turn: were they one, a GPU would add up its gradients one after the other
+    gather = torch.arange(-(-total // step) * step) % (B * T)
     gather[:total] = torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces])
     return Segments(queries, keys, gather)
 

@@ -119,7 +119,7 @@ class PairLoader(Loader):
             trained_tokens=int((filled.targets != IGNORED).sum()),
             examples=examples,
             prefixes=filled.prefixes,
-            segments=find_segments(filled.documents, filled.prefixes),
+            segments=find_segments(filled.documents, filled.prefixes, one_size=self.lengths is not None),
             answers=filled.answers,
             reference=reference,
         )

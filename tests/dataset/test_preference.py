@@ -7,7 +7,7 @@ import torch
 from dataset.batches.preference import PairLoader, PreferenceDataset
 from dataset.read.formats import canonical
 from tests.helpers.models import TOKENIZER, answer_logp, small_model
-from tests.helpers.rows import jsonl, says, user, write_dpo
+from tests.helpers.rows import jsonl, says, user, words, write_dpo
 from tests.helpers.varlen import varlen_attn
 from tokenizer.chat import encode_chat
 from trainer.losses.preference import read_answers
@@ -198,3 +198,17 @@ def test_few_shapes_for_compiled_code(tmp_path):
     for step in range(free.steps_per_epoch):
         pairs = [sorted(i for batch in side.batches(step) for i in batch.examples) for side in (free, limited)]
         assert pairs[0] == pairs[1]
+
+
+def test_the_keys_of_segments_are_part_of_a_shape(tmp_path):
+    """On a GPU, prompts are copied in front of their answers: of long prompts there are more keys than of short ones,
+    in rows of the same length. Code was once compiled for each number of them."""
+    rows = [
+        {"prompt": words(i, size), "chosen": words(i, 22 - size), "rejected": words(i + 1, 22 - size)}
+        for i, size in enumerate((2, 11, 20) * 8)
+    ]
+    loader = loader_of(PreferenceDataset(jsonl(tmp_path / "dpo.jsonl", *rows), TOKENIZER, max_seq_len=96), 1, 1)
+    loader.limit_shapes()
+    batches = [batch for step in range(loader.steps_per_epoch) for batch in loader.batches(step)]
+    shapes = {(tuple(batch.tokens.shape), len(batch.segments.gather)) for batch in batches}
+    assert len(shapes) == len({rows for rows, _ in shapes}) <= 4

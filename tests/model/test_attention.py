@@ -298,7 +298,7 @@ def test_a_shared_prompt_stands_before_each_answer():
     documents, prefixes = torch.tensor([[1, 1, 2, 3, 3, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
     queries, keys, gather = find_segments(documents, prefixes)
     assert queries.tolist() == [0, 2, 3, 5, 6] and keys.tolist() == [0, 2, 5, 9, 10]
-    assert gather.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 0, 0]
+    assert gather.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 4, 5]
 
 
 def test_segments_of_two_rows_do_not_mix():
@@ -306,7 +306,16 @@ def test_segments_of_two_rows_do_not_mix():
     documents, prefixes = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.ones(2, 3, dtype=torch.int32)
     queries, keys, gather = find_segments(documents, prefixes)
     assert queries.tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 6] and keys.tolist() == [0, 1, 3, 5, 6, 8, 10, 10, 10]
-    assert gather.tolist() == [0, 0, 1, 0, 2, 3, 3, 4, 3, 5, 0, 0]
+    assert gather.tolist() == [0, 0, 1, 0, 2, 3, 3, 4, 3, 5, 4, 5]
+
+
+def test_no_position_is_read_by_all_of_the_filling():
+    """A GPU adds up the gradients of one position one after the other, though those of the filling are 0."""
+    documents = torch.arange(1, 65).repeat_interleave(8)[None]
+    prefixes = documents - (documents - 1) % 3  # a prompt and two answers of 8 each
+    _, keys, gather = find_segments(documents, prefixes)
+    counts = lambda places: torch.bincount(places, minlength=512).max()
+    assert keys[-1] < len(gather) and counts(gather[: keys[-1]]) == 3 and counts(gather[keys[-1] :]) == 1
 
 
 def test_gradients_with_a_shared_prompt_are_equal():
