@@ -88,7 +88,7 @@ class Said:
 
     def adjust(self, logits: Tensor) -> None:
         """Changes the logits (V,) of the next token, in place."""
-        s, new = self.sampling, lambda values: torch.tensor(values, device=logits.device)
+        s, new = self.sampling, lambda values: to_device(values, logits.device)
         if self.seen:  # CTRL, arXiv:1909.05858, section 4.1, as Hugging Face applies it to negative scores
             ids = new([token for token in self.seen if token < len(logits)])
             score = logits[ids]

@@ -51,6 +51,18 @@ def test_penalties_and_bias_by_hand():
     assert logits.tolist() == pytest.approx(expected)
 
 
+def test_penalties_do_not_wait_for_the_device(monkeypatch):
+    """What Python gives a tensor on a GPU is copied there from memory that is not page-locked, which waits."""
+
+    def waits(*_, device, **__):
+        raise AssertionError(f"a copy to {device} that waits")
+
+    said = Said(Sampling(repetition_penalty=2, presence_penalty=0.5, logit_bias={1: -100}), [0])
+    said.add(2)
+    monkeypatch.setattr(torch, "tensor", waits)
+    said.adjust(torch.zeros(5, device="meta"))
+
+
 def test_rows_draw_by_their_own_settings():
     """A row with each setting, side by side: p = (0.5, 0.3, 0.15, 0.05)."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
