@@ -6,6 +6,7 @@ ended runs with a traceback (an operator whose shape function refuses fp32) come
 
 import functools
 import json
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +107,17 @@ def test_macos_needs_openmp(tmp_path, monkeypatch):
     assert not compiling.can_compile("cpu")
     monkeypatch.setattr(Path, "is_file", lambda path: True)
     assert compiling.can_compile("cpu")
+
+
+def test_small_cards_are_not_told_of_what_is_not_used(monkeypatch):
+    """torch's compiler warns on a T4 or 3060 in each run that max_autotune will not do there."""
+    log = logging.getLogger("torch._inductor.utils")
+    monkeypatch.setattr(compiling, "can_compile", lambda _: True)
+    config, head = SimpleNamespace(compile="on"), lambda x: x
+    model = SimpleNamespace(model=SimpleNamespace(layers=[]), token_loss=head, cross_entropy=head)
+    compiling.compile_model(model, config, torch.device("cpu"), SimpleNamespace(packing=True, limit_shapes=int), 1)
+    warning = lambda text: log.makeRecord(log.name, logging.WARNING, __file__, 1, text, (), None)
+    assert not log.filter(warning("Not enough SMs to use max_autotune_gemm mode")) and log.filter(warning("another"))
 
 
 def test_auto_compiles_what_earns_it_back():

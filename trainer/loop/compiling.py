@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -40,6 +41,7 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
             "python3-dev), on GPUs Triton too; install them, or leave it at auto"
         )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_cache()))
+    logging.getLogger("torch._inductor.utils").addFilter(is_about_this_run)
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, of which there are few
     for block in model.model.layers:
         block.compile(dynamic=False)
@@ -48,6 +50,12 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
     model.cross_entropy = torch.compile(model.cross_entropy, dynamic=loader.packing)
     loader.limit_shapes()
     return True
+
+
+def is_about_this_run(record: logging.LogRecord) -> bool:
+    """Filter of torch's warnings: on cards of fewer than 68 multiprocessors (T4, 3060) each run is told that
+    max_autotune will not do there, which is not used."""
+    return "max_autotune" not in record.getMessage()
 
 
 def can_compile(device: str) -> bool:
