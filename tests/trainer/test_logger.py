@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from trainer.run import logger as module
-from trainer.run.logger import RunLogger, read_metrics
+from trainer.run.logger import RunLogger, draw_losses, read_metrics
 from trainer.stage import StageConfig
 
 
@@ -300,3 +300,10 @@ def test_on_a_terminal_there_is_a_bar_and_validation_stays_above_it(run_dir, mon
     out, err = capsys.readouterr()
     assert [line.split("  ")[0] for line in out.splitlines()] == ["step 60/100", "saved"]
     assert "40/100 |" in err and "41/100 |" in err and "60/100 |" in err and "val_loss 2.5" in err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_a_run_whose_steps_were_all_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "lr": 0.1, "grad_norm": 1.0}\n')
+    draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()

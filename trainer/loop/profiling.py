@@ -141,7 +141,7 @@ def start_profiler(device: torch.device) -> Any:
     known = {"cuda": torch.profiler.ProfilerActivity.CUDA, "xpu": torch.profiler.ProfilerActivity.XPU}
     activities = [torch.profiler.ProfilerActivity.CPU, *([known[device.type]] if device.type in known else [])]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13 prints where its profiler starts and stops
-    profiler = torch.profiler.profile(activities=activities)
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)  # else torch 2.11 warns
     wait_for(device)
     profiler.start()
     return profiler

@@ -375,7 +375,7 @@ def draw_losses(metrics: Path, picture: Path, curve: Curve | None = None) -> Non
         axes.plot(*valid.T, ".-", color="#d1495b", markersize=9, linewidth=1, label=f"validation: {valid[-1, 1]:.3f}")
     if curve and below:
         draw_band(axes, below[0], np.array(band).T, curve)
-    if rows:
+    if axes.get_legend_handles_labels()[0]:  # not if every step was left out
         axes.legend(frameon=False)
     for panel in (axes, *below):
         panel.grid(color="#dddddd", linewidth=0.6)
