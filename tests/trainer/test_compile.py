@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,14 +110,18 @@ def test_macos_needs_openmp(tmp_path, monkeypatch):
     assert compiling.can_compile("cpu")
 
 
-def test_small_cards_are_not_told_of_what_is_not_used(monkeypatch):
-    """torch's compiler warns on a T4 or 3060 in each run that max_autotune will not do there."""
-    log = logging.getLogger("torch._inductor.utils")
+def test_torch_does_not_recommend_what_is_not_used(monkeypatch):
+    """Its compiler warns on a T4 or 3060 in each run that max_autotune will not do there, and in fp32 of TF32."""
     monkeypatch.setattr(compiling, "can_compile", lambda _: True)
-    config, head = SimpleNamespace(compile="on"), lambda x: x
+    log, head = logging.getLogger("torch._inductor.utils"), lambda x: x
     model = SimpleNamespace(model=SimpleNamespace(layers=[]), token_loss=head, cross_entropy=head)
-    compiling.compile_model(model, config, torch.device("cpu"), SimpleNamespace(packing=True, limit_shapes=int), 1)
+    loader = SimpleNamespace(packing=True, limit_shapes=int)
     warning = lambda text: log.makeRecord(log.name, logging.WARNING, __file__, 1, text, (), None)
+    with warnings.catch_warnings(record=True) as heard:
+        compiling.compile_model(model, SimpleNamespace(compile="on"), torch.device("cpu"), loader, 1)
+        for text in ("TensorFloat32 tensor cores for float32 matrix multiplication available", "another"):
+            warnings.warn(text, stacklevel=1)
+    assert [str(one.message) for one in heard if one.category is UserWarning] == ["another"]
     assert not log.filter(warning("Not enough SMs to use max_autotune_gemm mode")) and log.filter(warning("another"))
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
             "python3-dev), on GPUs Triton too; install them, or leave it at auto"
         )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_cache()))
+    warnings.filterwarnings("ignore", "TensorFloat32")  # with --dtype float32, which asks for more than its 10 bits
     logging.getLogger("torch._inductor.utils").addFilter(is_about_this_run)
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, of which there are few
     for block in model.model.layers:
