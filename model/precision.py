@@ -35,6 +35,10 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {name}: this machine or this build of torch has none; use --device {found}")
     if device.type != "cpu" and device.index is None and device.type != "mps":
         device = torch.device(device.type, local_rank)
+    if device.index and device.index >= (count := torch.accelerator.device_count()):
+        raise UserError(
+            f"--device {device}: this machine has {count}, counted from 0; of several processes each needs its own"
+        )
     return device
 
 

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from common.console import UserError
 from model.lora import LoRASettings, add_lora
-from model.precision import fast_fp32_training, prepare_for_inference
+from model.precision import fast_fp32_training, pick_device, prepare_for_inference
 from model.transformer import RMSNorm
 from tests.helpers.models import TINY_TOKENS, tiny_model
 
@@ -85,3 +86,13 @@ def test_fast_fp32_training_rounds_nothing(rows):
     for product, exact in zip(found, (X @ W, G @ W.mT, X.mT @ G, X @ W)):
         assert (product - exact).abs().max() < 1e-3
     assert (x.bfloat16() @ w.bfloat16() - X @ W).abs().max() > 1e-2, "what would be noticed"
+
+
+@pytest.mark.parametrize(("name", "rank"), (("cuda:1", 0), ("cuda", 1), ("auto", 1)))
+def test_a_card_that_is_not_there(name, rank, monkeypatch):
+    """It ended in torch's traceback. A launcher starts as many processes as it is told, whatever the machine has."""
+    for what, value in dict(is_available=True, current_accelerator=torch.device("cuda"), device_count=1).items():
+        monkeypatch.setattr(torch.accelerator, what, lambda value=value: value)
+    assert pick_device("cuda") == pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(UserError, match="cuda:1: this machine has 1, counted from 0"):
+        pick_device(name, rank)
