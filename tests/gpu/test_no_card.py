@@ -240,13 +240,20 @@ def malloc_in(mode, run=lambda call: call()):
     a = stream()
     begin(a, mode)
     return [run(malloc), end(a)]
-def exchanged(mode):
-    a, own = stream(), ctypes.c_int(mode)
+def exchanged(mode, run=lambda call: call()):
+    a = stream()
     begin(a)
-    card.cudaThreadExchangeStreamCaptureMode(ctypes.byref(own))
-    found = malloc()
-    card.cudaThreadExchangeStreamCaptureMode(ctypes.byref(own))
-    return [found, end(a)]
+    def other():
+        own = ctypes.c_int(mode)
+        card.cudaThreadExchangeStreamCaptureMode(ctypes.byref(own))
+        found = malloc()
+        card.cudaThreadExchangeStreamCaptureMode(ctypes.byref(own))
+        return found
+    return [run(other), end(a)]
+def asked(call):
+    a = stream()
+    begin(a, RELAXED)
+    return [call(a), end(a)]
 def default_stream(flags):
     a = stream(flags)
     begin(a)
@@ -273,6 +280,9 @@ print(json.dumps({
     "malloc": malloc_in(GLOBAL), "malloc, thread": malloc_in(THREAD), "malloc, relaxed": malloc_in(RELAXED),
     "malloc elsewhere": malloc_in(GLOBAL, elsewhere), "malloc elsewhere, thread": malloc_in(THREAD, elsewhere),
     "exchanged": exchanged(RELAXED), "exchanged, thread": exchanged(THREAD),
+    "exchanged elsewhere": exchanged(THREAD, elsewhere), "not exchanged elsewhere": exchanged(GLOBAL, elsewhere),
+    "asked": asked(card.cudaStreamQuery), "waited": asked(card.cudaStreamSynchronize),
+    "waited for all": asked(lambda stream: elsewhere(card.cudaDeviceSynchronize)),
     "default stream": default_stream(1), "default stream, blocking": default_stream(0),
     "outside event": outside_event(), "merged": merged(), "ends": ends()}))
 """
@@ -294,6 +304,11 @@ def test_the_rules_of_captures(on_card):
         "malloc elsewhere, thread": [fine, fine],
         "exchanged": [fine, fine],
         "exchanged, thread": [unsupported, invalidated],
+        "exchanged elsewhere": [fine, fine],
+        "not exchanged elsewhere": [unsupported, invalidated],
+        "asked": [unsupported, invalidated],
+        "waited": [unsupported, invalidated],
+        "waited for all": [unsupported, invalidated],
         "default stream": [fine, fine],
         "default stream, blocking": [implicit, invalidated],
         "outside event": [isolation, invalidated],
