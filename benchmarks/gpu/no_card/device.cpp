@@ -91,7 +91,7 @@ STUB(cudaDeviceEnablePeerAccess) STUB(cudaProfilerStart) STUB(cudaProfilerStop)
 static auto& functions = *new std::map<const void*, Function>;  // by the address that stands for it in the program
 
 cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
-  note("kernel", stream, "%s", function.name.c_str());
+  note("kernel", stream, "%.160s", function.name.c_str());  // C++ names have 1,000 letters; what matters stands first
   unsigned long threads = (unsigned long)block.x * block.y * block.z;
   bool fits = grid.x && grid.y && grid.z && grid.x <= 2147483647u && grid.y <= 65535 && grid.z <= 65535;
   if (!fits || !threads || threads > 1024 || block.z > 64) return fail(cudaErrorInvalidConfiguration);

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 if not __package__:  # run as a file: import from the repository, not from this folder
@@ -34,11 +35,7 @@ def counts(lines: Iterable[str]) -> Counter:
     for line in lines:
         kind, _, text = (line.rstrip("\n").split(" ", 2) + ["", ""])[:3]
         if kind == "kernel":
-            found["kernels"] += 1
-            found["kernels: products"] += bool(PRODUCT.search(text))
-            found["kernels: compiled by Triton"] += text.startswith("triton_")
-            if name := attention(text):
-                found[f"attention: {name}"] += 1
+            found.update(kinds(text))
         elif kind == "copy":
             way, size = text.split()
             found[f"copies: {way}"] += 1
@@ -59,10 +56,15 @@ def counts(lines: Iterable[str]) -> Counter:
     return Counter({name: number for name, number in found.items() if number})
 
 
-def attention(kernel: str) -> str | None:
-    if LOG_SOFTMAX.search(kernel):
-        return None
-    return next((name for name, pattern in ATTENTION.items() if pattern.search(kernel)), None)
+@cache  # logs have millions of lines, and few names
+def kinds(kernel: str) -> list[str]:
+    """What one launch of the kernel counts as."""
+    found = ["kernels"]
+    found += ["kernels: products"] if PRODUCT.search(kernel) else []
+    found += ["kernels: compiled by Triton"] if kernel.startswith("triton_") else []
+    if not LOG_SOFTMAX.search(kernel):
+        found += [f"attention: {name}" for name, pattern in ATTENTION.items() if pattern.search(kernel)][:1]
+    return found
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
