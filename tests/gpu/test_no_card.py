@@ -265,6 +265,11 @@ def outside_event():
     card.cudaEventRecord(e, stream())
     begin(a)
     return [card.cudaStreamWaitEvent(a, e, 0), end(a)]
+def late():
+    a, e = stream(), event()
+    begin(a)
+    card.cudaEventRecord(e, a)
+    return [end(a), card.cudaStreamWaitEvent(stream(), e, 0)]
 def merged():
     a, b, e = stream(), stream(), event()
     begin(a), begin(b)
@@ -284,7 +289,7 @@ print(json.dumps({
     "asked": asked(card.cudaStreamQuery), "waited": asked(card.cudaStreamSynchronize),
     "waited for all": asked(lambda stream: elsewhere(card.cudaDeviceSynchronize)),
     "default stream": default_stream(1), "default stream, blocking": default_stream(0),
-    "outside event": outside_event(), "merged": merged(), "ends": ends()}))
+    "outside event": outside_event(), "late": late(), "merged": merged(), "ends": ends()}))
 """
 
 
@@ -312,6 +317,7 @@ def test_the_rules_of_captures(on_card):
         "default stream": [fine, fine],
         "default stream, blocking": [implicit, invalidated],
         "outside event": [isolation, invalidated],
+        "late": [fine, captured],
         "merged": [merge, invalidated, invalidated],
         "ends": [unsupported, illegal, fine, illegal, wrong_thread, unmatched, invalidated],
     }

@@ -126,6 +126,7 @@ API cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStre
   return cudaSuccess;
 }
 API cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes, nullptr); }
+// Only torch's other allocator uses these two (backend:cudaMallocAsync). In a capture they would be nodes of the graph.
 API cudaError_t cudaMallocAsync(void** made, size_t bytes, cudaStream_t) { return cudaMalloc(made, bytes); }
 API cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return cudaFree(address); }
 API cudaError_t cudaGetSymbolAddress(void** address, const void*) {  // a variable of a kernel, which nothing reads

@@ -139,6 +139,7 @@ def main(words: list[str] | None = None) -> None:
     folder = build(check())
     if given.log:
         open(given.log, "w").close()
+    print("no_card: nothing is computed; numbers and speeds mean nothing", file=sys.stderr, flush=True)
     program, *rest = given.command
     program = sys.executable if program in ("python", "python3") else program  # whose torch was checked
     values = environment(folder, given.capability, given.gib, given.log, given.keep_bytes)
