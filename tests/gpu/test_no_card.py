@@ -345,6 +345,11 @@ def test_what_is_too_large_is_refused(on_card):
     assert on_card(LIMITS, "--gib=2") == [0, 9, 9, 9, 1, 0, 0, 1, "memory"]
 
 
+def test_zeros_are_read_or_the_bytes_that_were_copied(on_card):
+    program = "import torch; print(torch.arange(1, 4).cuda().clone().tolist())"
+    assert on_card(program) == [0, 0, 0] and on_card(program, "--keep_bytes") == [1, 2, 3]
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs torch without CUDA")
 def test_the_command_says_why_it_refuses():
     done = subprocess.run([sys.executable, str(FOLDER / "run.py"), "true"], capture_output=True, text=True)
