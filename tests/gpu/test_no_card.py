@@ -77,6 +77,7 @@ kernel 0 _ZN2at6native19cunn_SoftMaxForwardIfffNS1_25LogSoftMaxForwardEpilogueE
 kernel 0 _Z20softmax_warp_forwardIfffLi7ELb1ELb0EE
 kernel 0 _Z20softmax_warp_forwardIfffLi7ELb0ELb0EE
 wait 0 cudaStreamSynchronize
+nccl 0 all-reduce 4096
 capture 5f end 12
 graph 5f 12
 broken 5f cudaDeviceSynchronize
@@ -93,6 +94,8 @@ COUNTED = {
     "attention: mem-efficient": 1,
     "attention: math (softmax)": 1,
     "waits: cudaStreamSynchronize": 1,
+    "NCCL: all-reduce": 1,
+    "NCCL: all-reduce, bytes": 4096,
     "graphs: captured": 1,
     "graphs: launched": 1,
     "graphs: kernels in them": 12,

@@ -11,15 +11,16 @@
 //   captures   CUDA graphs follow the rules in CUDA's documentation: what may not be called meanwhile, by which thread,
 //              how other streams join, and that they have to be joined again. Every breach is told on stderr.
 //   log        One line each, "kind stream text", kinds: kernel, copy, wait, graph, capture, broken, stray, malloc,
-//              free, missing. summary.py counts them.
+//              free, nccl, missing. summary.py counts them.
 //
 // It cannot show numbers (everything is zero), the time that anything takes on a card, races between streams, what a
-// kernel itself would refuse, memory that CUDA needs outside torch's allocator, several cards, or cuDNN: torch is told
-// that its version is too old, so attention takes the next kernel.
+// kernel itself would refuse, memory that CUDA needs outside torch's allocator, or cuDNN: torch is told that its version
+// is too old, so attention takes the next kernel. Several cards need a process each; see nccl.cpp.
 //
-// NO_CARD_CAPABILITY=9.0  NO_CARD_GIB=139  NO_CARD_LOG=file (appended to)  NO_CARD_ZEROS=1
+// NO_CARD_CAPABILITY=9.0  NO_CARD_GIB=139  NO_CARD_CARDS=1  NO_CARD_LOG=file (appended to)  NO_CARD_ZEROS=1
 //
-// Parts: captures.cpp (with streams and events), memory.cpp, device.cpp (with kernels), libraries.cpp (cuBLAS, driver).
+// Parts: captures.cpp (with streams and events), memory.cpp, device.cpp (with kernels), libraries.cpp (cuBLAS, driver),
+// nccl.cpp.
 // What torch needs and is not here comes from NVIDIA's own libraries, which say that there is no driver. To see what
 // torch needs: nm -D --undefined-only libtorch_cuda.so libc10_cuda.so
 #include <cuda_runtime_api.h>
@@ -55,6 +56,7 @@ inline const char* setting(const char* name, const char* otherwise) {
   return value && *value ? value : otherwise;
 }
 
+inline const int cards = atoi(setting("NO_CARD_CARDS", "1"));
 inline const bool zeros = *setting("NO_CARD_ZEROS", "1") != '0';
 inline const size_t total = size_t(atof(setting("NO_CARD_GIB", "139")) * (1 << 30));
 

@@ -62,7 +62,11 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int
   *value = found == known.end() ? 0 : found->second;
   return cudaSuccess;
 }
-API cudaError_t cudaSetDevice(int device) { return device ? fail(cudaErrorInvalidDevice) : cudaSuccess; }
+static thread_local int current = 0;
+API cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= cards) return fail(cudaErrorInvalidDevice);
+  return current = device, cudaSuccess;
+}
 API cudaError_t cudaDeviceGetPCIBusId(char* text, int room, int) {
   snprintf(text, room, "0000:01:00.0");
   return cudaSuccess;
@@ -81,7 +85,7 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** functi
   if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return *function ? cudaSuccess : fail(cudaErrorSymbolNotFound);
 }
-ANSWER(cudaGetDeviceCount, int, 1) ANSWER(cudaGetDevice, int, 0) ANSWER(cudaDeviceCanAccessPeer, int, 0)
+ANSWER(cudaGetDeviceCount, int, cards) ANSWER(cudaGetDevice, int, current) ANSWER(cudaDeviceCanAccessPeer, int, 0)
 ANSWER(cudaDriverGetVersion, int, CUDART_VERSION) ANSWER(cudaRuntimeGetVersion, int, CUDART_VERSION)
 ANSWER(cudaDeviceGetDefaultMemPool, void*, 8)
 STUB(cudaDeviceEnablePeerAccess) STUB(cudaProfilerStart) STUB(cudaProfilerStop)

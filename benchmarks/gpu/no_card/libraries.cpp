@@ -87,7 +87,7 @@ API int cuGetProcAddress_v2(const char* name, void** function, int, unsigned lon
 }
 API int cuGetErrorString(int, const char** text) { return *text = "an error of benchmarks/gpu/no_card", 0; }
 API int cuGetErrorName(int error, const char** text) { return cuGetErrorString(error, text); }
-ANSWER(cuDeviceGetCount, int, 1) ANSWER(cuDriverGetVersion, int, CUDART_VERSION) ANSWER(cuCtxGetDevice, int, 0)
+ANSWER(cuDeviceGetCount, int, cards) ANSWER(cuDriverGetVersion, int, CUDART_VERSION) ANSWER(cuCtxGetDevice, int, 0)
 ANSWER(cuCtxGetCurrent, void*, 8) ANSWER(cuDevicePrimaryCtxRetain, void*, 8) ANSWER(cuModuleLoadData, void*, 8)
 ANSWER(cuModuleLoad, void*, 8) ANSWER(cuModuleLoadDataEx, void*, 8)
 ANSWER(cuOccupancyMaxActiveBlocksPerMultiprocessor, int, 1) ANSWER(cuOccupancyMaxActiveClusters, int, 1)

@@ -118,11 +118,13 @@ def compile_into(folder: Path, command: list[str]) -> None:
         (temporary / "libcuda.so").symlink_to(LIBRARY)  # by which programs are linked with it
 
 
-def environment(folder: Path, capability: str, gib: float, log: str | None, bytes_kept: bool = False) -> dict[str, str]:
+def environment(
+    folder: Path, capability: str, gib: float, log: str | None, bytes_kept: bool = False, cards: int = 1
+) -> dict[str, str]:
     preload = ":".join(filter(None, [str(folder / LIBRARY), os.environ.get("LD_PRELOAD")]))
     own = dict(LD_PRELOAD=preload, TRITON_LIBCUDA_PATH=str(folder))
     own |= dict(NO_CARD_CAPABILITY=capability, NO_CARD_GIB=str(gib), NO_CARD_ZEROS="01"[not bytes_kept])
-    own |= dict(NO_CARD_LOG=os.path.abspath(log) if log else "")
+    own |= dict(NO_CARD_CARDS=str(cards), NO_CARD_LOG=os.path.abspath(log) if log else "")
     return {"OMP_NUM_THREADS": "1", **os.environ, **own}
 
 
@@ -130,6 +132,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", choices=CAPABILITIES, default="9.0", help="of the card (9.0: H100)")
     parser.add_argument("--gib", type=float, default=139, help="its memory (139)")
+    parser.add_argument("--cards", type=int, default=1, help="how many, for a process each; with --keep_bytes")
     parser.add_argument("--log", help="a file for what is asked of it; summary.py counts its lines; written anew")
     parser.add_argument("--keep_bytes", action="store_true", help="copies are made; else zeros are read from the card")
     parser.add_argument("command", nargs=argparse.REMAINDER)
@@ -142,7 +145,7 @@ def main(words: list[str] | None = None) -> None:
     print("no_card: nothing is computed; numbers and speeds mean nothing", file=sys.stderr, flush=True)
     program, *rest = given.command
     program = sys.executable if program in ("python", "python3") else program  # whose torch was checked
-    values = environment(folder, given.capability, given.gib, given.log, given.keep_bytes)
+    values = environment(folder, given.capability, given.gib, given.log, given.keep_bytes, given.cards)
     try:
         os.execvpe(program, [program, *rest], values)  # its exit status and its signals are those of this process
     except OSError as error:

@@ -40,6 +40,9 @@ def counts(lines: Iterable[str]) -> Counter:
             way, size = text.split()
             found[f"copies: {way}"] += 1
             found[f"copies: {way}, bytes"] += int(size)
+        elif kind == "nccl":
+            found[f"NCCL: {text.split()[0]}"] += 1
+            found[f"NCCL: {text.split()[0]}, bytes"] += int(text.split()[1])
         elif kind in ("malloc", "free"):
             found[f"memory: {kind}"] += 1
             found[f"memory: {kind}, bytes"] += int(text)
