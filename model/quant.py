@@ -8,7 +8,7 @@
 largest absolute value. The scales are quantised to 8 bits themselves: 256 of them share one fp32 scale.
 
     weight = NF4_CODE[code] * scale                   4 + 8/64 + 32/(64*256) = 4.127 bits a weight
-    scale  = DYNAMIC_CODE[scale code] * block_scale + scale_mean
+    scale  = dynamic code[scale code] * block_scale + scale_mean
 
 8 bits: one scale a row, as LLM.int8() keeps its weights (arXiv:2208.07339, section 2.1). Its other half, 8-bit inputs
 with the outlier columns kept apart, is not here: inputs stay in their own dtype.
@@ -26,7 +26,6 @@ Only Linear layers are quantised. `model.moe.Experts` holds its weights as stack
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -80,8 +79,9 @@ def _cells() -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), torch.cat([borders, torch.tensor([torch.inf], device="cpu")])[codes]
 
 
-DYNAMIC_CODE, NF4_PAIRS = _dynamic_code(), _pairs()
-CELL_CODES, CELL_BORDERS = _cells()
+TABLES = dict(dynamic_code=_dynamic_code(), pairs=_pairs())
+TABLES["cell_codes"], TABLES["cell_borders"] = _cells()
+COPIES: dict[str, dict[str, Tensor]] = {}  # device -> the tables there
 
 
 class NF4(NamedTuple):
@@ -128,7 +128,7 @@ def quantize_nf4(weight: Tensor) -> NF4:
     mean = scales.mean()
     scale_blocks = _in_blocks(scales - mean, SCALE_BLOCK)
     block_scales = _largest(scale_blocks)
-    scale_codes = _nearest(scale_blocks, block_scales, _table(DYNAMIC_CODE, weight.device))
+    scale_codes = _nearest(scale_blocks, block_scales, _table("dynamic_code", weight.device))
     # what only fills up the last block is not kept; clones, so that its memory is not kept either
     codes, scale_codes = codes.view(-1)[: (n + 1) // 2], scale_codes.view(-1)[: len(blocks)]
     return NF4(codes.clone(), scale_codes.clone(), block_scales.view(-1), mean)
@@ -138,9 +138,11 @@ def dequantize_nf4(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> T
     """-> the weight, in this shape and dtype. Computed in fp32 and rounded once."""
     blocks = len(packed.scale_codes)
     scale_codes = _in_blocks(packed.scale_codes, SCALE_BLOCK)
-    scales = _table(DYNAMIC_CODE, packed.codes.device).index_select(0, scale_codes.view(-1).int()).view_as(scale_codes)
+    scales = (
+        _table("dynamic_code", packed.codes.device).index_select(0, scale_codes.view(-1).int()).view_as(scale_codes)
+    )
     scales = (scales * packed.block_scales[:, None]).view(-1, 1)[:blocks] + packed.scale_mean  # (blocks, 1)
-    pairs = _table(NF4_PAIRS, packed.codes.device)
+    pairs = _table("pairs", packed.codes.device)
 
     def unpack(codes: Tensor, scales: Tensor) -> Tensor:
         values = pairs.index_select(0, codes.reshape(-1).int())  # one look-up gives two weights
@@ -200,8 +202,8 @@ def _nearest_nf4(rows: Tensor, scales: Tensor) -> Tensor:
     """`_nearest` in NF4_CODE. Two look-ups and a comparison are five times as fast on a CPU as a search."""
     x = _scaled(rows, scales).view(-1)
     cell = ((x + 1) * CELLS).int()
-    border = _table(CELL_BORDERS, x.device).index_select(0, cell)
-    return (_table(CELL_CODES, x.device).index_select(0, cell) + (x > border)).view(rows.shape)
+    border = _table("cell_borders", x.device).index_select(0, cell)
+    return (_table("cell_codes", x.device).index_select(0, cell) + (x > border)).view(rows.shape)
 
 
 def _scaled(rows: Tensor, scales: Tensor) -> Tensor:
@@ -210,16 +212,18 @@ def _scaled(rows: Tensor, scales: Tensor) -> Tensor:
     return rows.float() * (1 / scales.clamp(min=1e-38))
 
 
-def _table(table: Tensor, device: torch.device) -> Tensor:
-    """The table on this device. One copy is kept there: moving it at every step would make the host wait."""
-    if device.type == "cpu" or torch.compiler.is_compiling():  # the compiler does not see through caches
-        return table.to(device, non_blocking=True)
-    return _copy_on(table, device)
+def _table(name: str, device: torch.device) -> Tensor:
+    """A table on this device. One copy is kept there: moving it at every step would make the host wait."""
+    if device.type == "cpu":
+        return TABLES[name]
+    if str(device) not in COPIES:
+        keep_tables(device)
+    return COPIES[str(device)][name]
 
 
-@cache
-def _copy_on(table: Tensor, device: torch.device) -> Tensor:
-    return table.to(device)
+def keep_tables(device: torch.device) -> None:
+    """Copies the tables to the device. To be called before code is compiled: the copies would be a part of it."""
+    COPIES[str(device)] = {name: table.to(device) for name, table in TABLES.items()}
 
 
 def _convert(function: Callable[..., Tensor], out: Tensor, *inputs: Tensor) -> Tensor:

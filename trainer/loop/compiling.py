@@ -16,6 +16,7 @@ import torch
 from common.console import UserError
 from dataset.batches.loader import FEW_SHAPES, Loader
 from dataset.tokens.cache import compiled_cache
+from model.quant import keep_tables
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
@@ -44,6 +45,7 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_cache()))
     warnings.filterwarnings("ignore", "TensorFloat32")  # with --dtype float32, which asks for more than its 10 bits
     logging.getLogger("torch._inductor.utils").addFilter(is_about_this_run)
+    keep_tables(device)
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, of which there are few
     for block in model.model.layers:
         block.compile(dynamic=False)
