@@ -166,7 +166,10 @@ class Entry(NamedTuple):
     size: int  # bytes
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True) if self.path.is_file() else remove_folder(self.path)
+        if self.path.is_file():
+            self.path.unlink(missing_ok=True)
+        else:
+            remove_folder(self.path)
 
 
 def entries(root: Path) -> list[Entry]:

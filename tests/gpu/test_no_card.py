@@ -178,6 +178,27 @@ def test_a_training_step(on_card, tmp_path):
     assert found["copies: to-card-pinned, bytes"] == 2 * 65 * 8 and not found["graphs: launched"]
 
 
+MESSAGES = """
+import json, torch, torch.distributed as dist
+card = torch.device("cuda", 1)
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=card)
+x = torch.arange(1024, dtype=torch.float32).to(card)
+dist.all_reduce(x)
+parts = torch.empty(2048, dtype=torch.bfloat16, device=card)
+dist.all_gather_into_tensor(parts, torch.ones(2048, dtype=torch.bfloat16).to(card))
+print(json.dumps([torch.cuda.device_count(), x.tolist() == list(range(1024)), parts.tolist() == [1.0] * 2048]))
+dist.destroy_process_group()
+"""
+
+
+def test_messages_of_several_cards(on_card, tmp_path):
+    """What the others send is taken to be what this process sends."""
+    assert on_card(MESSAGES, "--cards=2", "--keep_bytes") == [2, True, True]
+    found = summary.read(tmp_path / "log")
+    assert found["NCCL: all-reduce"] == 1 and found["NCCL: all-reduce, bytes"] == 4096
+    assert found["NCCL: all-gather, bytes"] == 4096
+
+
 CAPTURES = """
 import json, torch
 x = torch.ones(8, device="cuda")

@@ -22,7 +22,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from common.console import UserError, run
 from common.files import atomic_folder, lock
-from dataset.tokens.cache import user_cache
+from dataset.tokens.cache import compiled_cache
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("*.cpp"))
@@ -101,7 +101,7 @@ def build(cuda: str) -> Path:
         raise UserError(f"no {compiler} found; install g++ (on Debian: apt install g++), or name a compiler in CXX")
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{LIBRARY}", *header_flags(include_folders(), cuda)]
     words = [compiler, cuda, *flags, *(path.read_text(encoding="utf-8") for path in [HERE / "card.h", *SOURCES])]
-    folder = user_cache() / "no_card" / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+    folder = compiled_cache() / "no_card" / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with lock(folder.with_suffix(".lock"), "waiting for another process, which compiles the card"):
