@@ -1,7 +1,7 @@
 """Runs a program of torch's CUDA build on a card that computes nothing, where there is no card.
 
 python benchmarks/gpu/no_card/run.py python -m pytest -m gpu tests/gpu
-python benchmarks/gpu/no_card/run.py --capability 7.5 --log log.txt python trainer/train_pretrain.py --save_dir out/no_card
+python benchmarks/gpu/no_card/run.py --log log.txt python trainer/train_pretrain.py --save_dir out/no_card
 
 What it shows and what it cannot is said in card.h beside this file. It needs Linux, g++ and torch for CUDA 13. The card
 is compiled once, into the user's cache. What a run saves is worthless: give it a folder of its own.
