@@ -19,7 +19,7 @@ from common.console import UserError
 from evaluation.lineage import facts as facts_of_stage
 from evaluation.models import Contender
 from evaluation.trace import Trace, changes, lens, trace
-from inference.decode import generate
+from inference.generate import generate
 from inference.sampling import Sampling
 from model.lora import adapter_disabled
 from tokenizer.text import Tokenizer

@@ -3,8 +3,7 @@
     found = answers(model, tokenizer, [[{"role": "user", "content": "1+1?"}], ...], max_new_tokens=64)
     found[0].text, found[0].ended                  # "2", True
 
-Questions of about the same length share a batch, because a batch is padded to its longest. In fp32 an answer is the one
-that the model gives alone; in bf16 it is wherever the two best tokens are clearly apart.
+In fp32 an answer is the one that the model gives alone; in bf16 it is wherever the two best tokens are clearly apart.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from common.console import Progress
-from inference.decode import generate
+from inference.generate import ROWS, generate
 from inference.sampling import Sampling
 from model.transformer import CausalLM
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
 
-ROWS = 64  # answered at once
 GREEDY = Sampling(temperature=0)
 
 
@@ -74,21 +72,16 @@ def answers_to_ids(
 ) -> list[Answer]:
     """As `answers`, for encoded prompts."""
     limit = model.config.max_position_embeddings
-    found = [Answer([], "", "", ended=False, asked=False)] * len(prompts)
     room = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
-    order = sorted((i for i in range(len(prompts)) if room[i] > 0), key=lambda i: (room[i], len(prompts[i])))
-    with closing(Progress(progress, len(order), " answers")) as bar:
-        while order:
-            batch = [i for i in order[:rows] if room[i] == room[order[0]]]  # near the limit, those of one length only
-            order = order[len(batch) :]
-            most = room[batch[0]]
-            stop = tokenizer.stop_ids
-            said = generate(model, [prompts[i] for i in batch], sampling, max_new_tokens=most, stop=stop)
-            for i, ids in zip(batch, said):
-                begun = "<think>\n" if opens_thought(tokenizer, prompts[i]) else ""
-                text = "" if opens_thought(tokenizer, prompts[i] + ids) else final_text(tokenizer, ids)
-                found[i] = Answer(ids, begun + tokenizer.decode(ids), text, ended=len(ids) < most)
-            bar.advance(len(batch))
+    asked = [i for i in range(len(prompts)) if room[i] > 0]
+    found = [Answer([], "", "", ended=False, asked=False)] * len(prompts)
+    with closing(Progress(progress, len(asked), " answers")) as bar:
+        own, most, stop = [prompts[i] for i in asked], [room[i] for i in asked], tokenizer.stop_ids
+        said = generate(model, own, sampling, max_new_tokens=most, stop=stop, rows=rows, ended=bar.advance)
+    for i, ids in zip(asked, said):
+        begun = "<think>\n" if opens_thought(tokenizer, prompts[i]) else ""
+        text = "" if opens_thought(tokenizer, prompts[i] + ids) else final_text(tokenizer, ids)
+        found[i] = Answer(ids, begun + tokenizer.decode(ids), text, ended=len(ids) < room[i])
     return found
 
 

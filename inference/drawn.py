@@ -51,24 +51,23 @@ class Drawn:
     """The next token of each of these sequences, which a GPU is perhaps still computing. The copy to the host is queued
     right behind; `read` waits for it, and not for what was queued later."""
 
-    def __init__(self, sequences: list, tokens: Tensor, broken: Tensor | None = None, logprobs: LogProbs | None = None):
-        """tokens (B,), on the device; broken (B,): whose logits are not finite, so that the token says nothing."""
+    def __init__(self, sequences: list, tokens: Tensor, told: Tensor, logprobs: LogProbs | None = None):
+        """tokens (B,), on the device; told (B,): what the host is told, -1 where the token says nothing."""
         self.sequences, self.tokens = sequences, tokens
-        self._tokens, self._logprobs = tokens if broken is None else torch.where(broken, -1, tokens), logprobs
+        self._told = _to_host(told)  # a copy also on CPUs: the next replay of a graph overwrites what it has drawn
+        self._logprobs = None if logprobs is None else LogProbs(*map(_to_host, logprobs))
         self._copied: torch.cuda.Event | None = None
         if tokens.is_cuda:
-            self._tokens = _to_host(self._tokens)
-            self._logprobs = None if logprobs is None else LogProbs(*map(_to_host, logprobs))
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(tokens.device))  # not of the current device, if it is another
 
     def read(self) -> tuple[list[int], list[LogProb | None]]:
-        """The tokens, -1 where they are broken."""
+        """The tokens, or -1."""
         if self._copied is not None:
             self._copied.synchronize()
         logprobs = [None] * len(self.sequences) if self._logprobs is None else self._logprobs.read()
-        return self._tokens.tolist(), [*logprobs]
+        return self._told.tolist(), [*logprobs]
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)

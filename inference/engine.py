@@ -24,16 +24,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from common.console import UserError
+from inference.dice import Dice, drawn_of, is_random
 from inference.drawn import Drawn, LogProb, LogProbs, to_device
 from inference.graphs import DecodeGraphs
 from inference.lookup import Lookup
 from inference.request import Request, Sequence, lookup_of, slot_of
-from inference.sampling import SamplingRows, draw
 from inference.slots import Decoding, Reading, Slots, common_length
 from model.transformer import CausalLM
 
@@ -74,11 +75,8 @@ class Engine:
         self.late = (on_cuda if late is None else late) and not self.most_guessed
         self.graphs = DecodeGraphs(model, self.slots) if on_cuda else None
         self.unread: Drawn | None = None  # of the last step, for all that run
-        self.settings: SamplingRows | None = None  # of the rows that were drawn last
-        self.drawn: list[Sequence] = []
+        self.dice = Dice(self.device)
         self.steps = 0
-        self.generator = torch.Generator(self.device)
-        self.generator.seed()
 
     @property
     def capacity(self) -> int:
@@ -117,11 +115,12 @@ class Engine:
         logits: list[Tensor] = []
         drawing = list(self.running)
         guesses = self._guesses()
-        ahead = torch.empty(0)
-        if self.running:
-            ahead = self._decode(guesses)
-            logits.append(ahead[:, 0])
         parts = self._parts()
+        complete = [sequence for sequence, part in parts if _is_read(sequence, len(part))]
+        ahead, drawn = torch.empty(0), None
+        if self.running:
+            ahead, drawn = self._decode(guesses, draw=not complete)
+            logits.append(ahead[:, 0])
         if parts:
             logits.append(self._read(parts))
         # from here on nothing fails halfway: what was computed is entered
@@ -130,12 +129,13 @@ class Engine:
             slot_of(sequence).ids.append(sequence.tokens[-1])
         for sequence, part in parts:
             slot_of(sequence).ids.extend(part)
-        for sequence in [sequence for sequence, _ in parts if _is_read(sequence)]:
+        for sequence in complete:
             self.reading.remove(sequence)
             self.slots.move(slot_of(sequence), len(self.running))
             self.running.append(sequence)
             drawing.append(sequence)
-        drawn = self._draw(drawing, torch.cat(logits)) if drawing else None
+        if drawing and drawn is None:
+            drawn = self.dice.draw(drawing, torch.cat(logits))
         if before is not None:
             moved += self._enter_all(before, computed=True)
         if drawn is not None and self.late and not any(map(_cannot_wait, self.running)):
@@ -148,9 +148,12 @@ class Engine:
             self.unread = None
         return moved
 
-    def _decode(self, guesses: list[list[int]]) -> Tensor:
+    def _decode(self, guesses: list[list[int]], draw: bool) -> tuple[Tensor, Drawn | None]:
         """-> logits (B, T, V) after the last token of each running sequence, whether the host has read it or not, and
-        after the guesses that follow it."""
+        after the guesses that follow it; and the tokens, where a graph has drawn them.
+
+        draw: the running sequences are all that get a token in this step
+        """
         T = 1 + max(map(len, guesses))
         if self.unread is None:
             fed = [[s.tokens[-1], *guess] + [0] * (T - 1 - len(guess)) for s, guess in zip(self.running, guesses)]
@@ -160,9 +163,19 @@ class Engine:
             if self.unread.sequences != self.running:
                 place = {sequence: i for i, sequence in enumerate(self.unread.sequences)}
                 tokens = tokens[to_device([place[sequence] for sequence in self.running], self.device)]
+        found = None
         if self.graphs is not None and T == 1:
-            return self.graphs.logits(tokens)[:, None]
-        return self.model(tokens, cache=Decoding(self.slots, len(tokens), T)).logits
+            running = list(self.running)
+            if draw and not any(sequence.said for sequence in running):
+                fill = partial(self.dice.fill, running) if is_random(running) else None
+                found = self.graphs.step(tokens, self.dice.settings(running), fill)
+            else:
+                found = self.graphs.step(tokens)
+        if found is None:
+            return self.model(tokens, cache=Decoding(self.slots, len(tokens), T)).logits, None
+        if found.tokens is None or found.told is None:
+            return found.logits[:, None], None
+        return found.logits[:, None], drawn_of(running, found.tokens, found.told, found.logits)
 
     def fail(self, error: BaseException) -> list[Sequence]:
         """Ends all sequences with this error -> those sequences. What the slots hold is not trusted any more."""
@@ -254,7 +267,7 @@ class Engine:
             going = right
             if not going:
                 return
-            self._enter_all(self._draw([sequences[row] for row in going], logits[going, i + 1]), computed=False)
+            self._enter_all(self.dice.draw([sequences[row] for row in going], logits[going, i + 1]), computed=False)
 
     # ---- reading prompts
 
@@ -300,32 +313,7 @@ class Engine:
                 start += 1
         return logits[to_device(torch.tensor(last, dtype=torch.int64), self.device)]
 
-    # ---- drawing tokens
-
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> Drawn:
-        """The next token of each sequence."""
-        if sequences != self.drawn:
-            self.settings = SamplingRows.of([s.request.sampling for s in sequences], self.device)
-            self.drawn = sequences
-        assert self.settings is not None
-        adjusted = logits.float()
-        broken = ~adjusted.sum(-1).isfinite()  # (B,)
-        if adjusted is logits and any(sequence.said for sequence in sequences):
-            adjusted = adjusted.clone()
-        noise = None
-        sampled = [row for row, sequence in enumerate(sequences) if not sequence.request.sampling.greedy]
-        if sampled:
-            noise = torch.empty_like(adjusted)
-            if any(sequences[row].generator is None for row in sampled):
-                noise.uniform_(generator=self.generator)
-        for row, sequence in enumerate(sequences):
-            if sequence.said:
-                sequence.said.adjust(adjusted[row])
-            if noise is not None and sequence.generator is not None:
-                noise[row].uniform_(generator=sequence.generator)
-        drawn = draw(adjusted, self.settings, noise)
-        most = max((s.request.logprobs for s in sequences if s.request.logprobs is not None), default=None)
-        return Drawn(sequences, drawn, broken, None if most is None else LogProbs.of(logits, drawn, most))
+    # ---- what was drawn
 
     def _enter_all(self, drawn: Drawn, computed: bool) -> list[Sequence]:
         """Gives the sequences their tokens. The one place in a step that waits for the device.

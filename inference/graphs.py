@@ -1,9 +1,12 @@
 """Decoding on GPUs: the kernels of a step are recorded once, as a CUDA graph, and then queued all together.
 
 A step of a small model is hundreds of kernels of a few microseconds. Queueing them one by one takes longer than
-computing them. A graph's kernels read and write the same memory each time, with the same shapes. So tokens and lengths
-are copied into fixed tensors, and rows and columns are rounded up to a few sizes. There is a graph for each pair of
-sizes, captured when it is first needed.
+computing them. A graph's kernels read and write the same memory each time, with the same shapes. So tokens, lengths and
+settings of sampling are kept in fixed tensors, and rows and columns are rounded up to a few sizes. There is a graph for
+each pair of sizes and each kind of sampling, captured when it is first needed.
+
+A graph that draws leaves its tokens and the new lengths where the next replay reads them. As long as the same sequences
+go on, a step is one launch, and one copy of the drawn tokens to the host.
 
 Letters: B rows, S columns, V vocabulary.
 """
@@ -11,19 +14,30 @@ Letters: B rows, S columns, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.console import note
 from inference.drawn import to_device
+from inference.sampling import SamplingRows, next_tokens
 from inference.slots import Decoding, Slots
 from model.attention import AttentionMask, additive
 from model.transformer import CausalLM
 
 COLUMNS = 256  # the least; then twice as many, and so on
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # -> (replay, where its result is)
+
+class Step(NamedTuple):
+    """Tensors that the next step overwrites."""
+
+    logits: Tensor  # (B, V)
+    tokens: Tensor | None = None  # (B,) drawn from them
+    told: Tensor | None = None  # (B,) the same, -1 where the logits are not finite
+
+
+Capture = Callable[[Callable[[], Step]], tuple[Callable[[], None], Step]]  # -> (replay, where its results are)
 
 
 class FixedDecoding(Decoding):
@@ -34,7 +48,7 @@ class FixedDecoding(Decoding):
         self.slots, self.rows, self.columns, self.places = slots, len(ends), columns, ends
         self.lengths = []
 
-    def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    def extend(self, tokens: Tensor) -> Tensor:
         self.index = torch.arange(self.rows, device=tokens.device)[:, None]
         return self.places
 
@@ -47,7 +61,7 @@ class FixedDecoding(Decoding):
 
 
 class DecodeGraphs:
-    """The model's next logits for the first rows of the slots.
+    """The model's next logits for the first rows of the slots, and the tokens that are drawn from them.
 
     A graph has the addresses of weights in it. So weights may change in place, but not be replaced.
     """
@@ -55,37 +69,91 @@ class DecodeGraphs:
     def __init__(self, model: CausalLM, slots: Slots, capture: Capture | None = None):
         rows, device = len(slots.slots), slots.keys.device
         self.model, self.slots, self.capture = model, slots, capture or CaptureOnCUDA(device)
-        self.tokens, self.ends = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(2))
-        self.graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        # what the graphs read, (rows, 1). `growth` is 1 where a row gets a token; the others only fill up the size
+        self.tokens, self.ends, self.growth = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(3))
+        self.noise: Tensor | None = None  # (rows, V)
+        self.lengths, self.growing = [-1] * rows, 0  # what the host knows of `ends` and of `growth`
+        self.settings: SamplingRows | None = None  # the last ones
+        self.fixed: dict[tuple, SamplingRows] = {}  # {kind: of all rows}
+        self.graphs: dict[tuple, tuple[Callable[[], None], Step]] = {}
         self.works = True
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """tokens (B, 1), one more for each of the first B slots -> (B, V), which the next call overwrites."""
+    def step(
+        self, tokens: Tensor, settings: SamplingRows | None = None, fill: Callable[[Tensor], None] | None = None
+    ) -> Step | None:
+        """tokens (B, 1), one more for each of the first B slots -> the logits after them, and with settings of these B
+        rows the next tokens. None: there are no graphs here.
+
+        fill: writes random numbers from [0, 1) into its argument (B, V). None: all rows take the likeliest token.
+        """
         B = len(tokens)
-        if not self.works:
-            return self.model(tokens, cache=Decoding(self.slots, B)).logits[:, -1]
         lengths = [len(slot.ids) for slot in self.slots.slots]
         rows, columns = size_for(B, 1, len(lengths)), size_for(max(lengths[:B]) + 1, COLUMNS, self.slots.capacity)
         for slot in self.slots.slots[B:rows]:  # they write too, behind what is kept
             if len(slot.ids) == self.slots.capacity:
                 slot.ids.pop()
             lengths[slot.row] = len(slot.ids)
-        self.tokens[:B].copy_(tokens)
-        self.ends[:rows].copy_(to_device(lengths[:rows], self.ends.device)[:, None])
-        if (rows, columns) not in self.graphs:
+        key = rows, columns, None if settings is None else (settings.kind, fill is not None)
+        if key not in self.graphs and self.works:
+            tokens = tokens.clone()  # before it is recorded it runs, and draws tokens itself
+            self._put(tokens, lengths[:rows], growing=0)
             try:
-                self.graphs[rows, columns] = self.capture(lambda: self._compute(rows, columns))
+                self.graphs[key] = self.capture(lambda: self._compute(rows, columns, settings, fill is not None))
             except RuntimeError as error:
                 self.works = False
                 note(f"warning: no CUDA graph for generation, so it is slower: {str(error).splitlines()[0]}")
-                return self.logits(tokens)
-        replay, found = self.graphs[rows, columns]
+        if not self.works:
+            return None
+        self._put(tokens, lengths[:rows], growing=B)
+        if settings is not None and settings is not self.settings:
+            self.settings = settings
+            for fixed, new in zip(self._fixed(settings), settings):
+                if isinstance(fixed, Tensor) and isinstance(new, Tensor):
+                    fixed[:B].copy_(new)
+        if fill is not None:
+            fill(self._noise()[:B])
+        replay, found = self.graphs[key]
         replay()
-        return found[:B]
+        if settings is not None:
+            self.lengths[:B] = [length + 1 for length in lengths[:B]]
+        if found.tokens is None or found.told is None:
+            return Step(found.logits[:B])
+        return Step(found.logits[:B], found.tokens[:B], found.told[:B])
 
-    def _compute(self, rows: int, columns: int) -> Tensor:
+    def _put(self, tokens: Tensor, lengths: list[int], growing: int) -> None:
+        """Writes what a graph reads, if it does not stand there since the last one."""
+        rows, B = len(lengths), len(tokens)
+        if tokens.data_ptr() != self.tokens.data_ptr():
+            self.tokens[:B].copy_(tokens)
+        if lengths != self.lengths[:rows]:
+            self.ends[:rows].copy_(to_device(lengths, self.ends.device)[:, None])
+            self.lengths[:rows] = lengths
+        if growing != self.growing:
+            self.growing = growing
+            self.growth.zero_()[:growing].fill_(1)
+
+    def _fixed(self, settings: SamplingRows) -> SamplingRows:
+        """Tensors for settings of this kind, of all rows."""
+        if settings.kind not in self.fixed:
+            wide = lambda part: part.new_ones(len(self.ends), *part.shape[1:])
+            self.fixed[settings.kind] = settings.each(wide, most=settings.kind[0])
+        return self.fixed[settings.kind]
+
+    def _noise(self) -> Tensor:
+        if self.noise is None:
+            self.noise = torch.ones(len(self.ends), self.model.config.vocab_size, device=self.ends.device)
+        return self.noise
+
+    def _compute(self, rows: int, columns: int, settings: SamplingRows | None, random: bool) -> Step:
         cache = FixedDecoding(self.slots, self.ends[:rows], columns)
-        return self.model(self.tokens[:rows], cache=cache).logits[:, -1]
+        logits = self.model(self.tokens[:rows], cache=cache).logits[:, -1]
+        if settings is None:
+            return Step(logits)
+        fixed = self._fixed(settings).each(lambda part: part[:rows])
+        drawn, told = next_tokens(logits, fixed, self._noise()[:rows] if random else None)
+        self.tokens[:rows] = drawn[:, None]
+        self.ends[:rows] += self.growth[:rows]
+        return Step(logits, self.tokens[:rows, 0], told)
 
 
 def size_for(needed: int, least: int, most: int) -> int:
@@ -96,13 +164,14 @@ def size_for(needed: int, least: int, most: int) -> int:
 
 
 class CaptureOnCUDA:
-    """-> (what queues the function's kernels again, the tensor that they write). All on one stream of the device: the
-    current device may be another one, whose graph would be empty; and each stream costs cuBLAS 32 MB on Hopper."""
+    """-> (what queues the function's kernels again, the tensors that they write). All on one stream of the device: the
+    current device may be another one, whose graph would be empty; and each stream costs cuBLAS 32 MB on Hopper. All
+    graphs share the memory in which they compute: one runs at a time, and nothing but the results outlasts it."""
 
     def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, function: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
         with torch.cuda.device(self.device):
             here = torch.cuda.current_stream(self.device)
             self.stream.wait_stream(here)
@@ -112,6 +181,6 @@ class CaptureOnCUDA:
             here.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
             # other threads may use the GPU meanwhile
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 found = function()
         return graph.replay, found

@@ -9,7 +9,7 @@ Letters: B rows, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -110,6 +110,19 @@ class SamplingRows(NamedTuple):
     top_p: Tensor | None
     min_p: Tensor | None
 
+    @property
+    def kind(self) -> tuple[int | bool, ...]:
+        """What decides which operations `draw` takes: the greatest top_k, rounded up, and which settings there are."""
+        return 1 << (self.most - 1).bit_length() if self.most else 0, *(part is None for part in self)
+
+    def each(self, change: Callable[[Tensor], Tensor], most: int | None = None) -> SamplingRows:
+        """With every tensor changed. most: a greater one."""
+        new = lambda part: None if part is None else change(part)
+        most = self.most if most is None else most
+        return SamplingRows(
+            new(self.temperature), new(self.greedy), new(self.top_k), most, new(self.top_p), new(self.min_p)
+        )
+
     @classmethod
     def of(cls, rows: Sequence[Sampling], device: torch.device | str = "cpu") -> SamplingRows:
         def column(values: list[float], off: float) -> Tensor | None:
@@ -124,6 +137,14 @@ class SamplingRows(NamedTuple):
             column([s.top_p for s in rows], off=1.0),
             column([s.min_p for s in rows], off=0.0),
         )
+
+
+def next_tokens(logits: Tensor, rows: SamplingRows, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `draw` -> the tokens (B,), and the same again with -1 where the logits are not finite and a token says
+    nothing."""
+    logits = logits.float()
+    drawn = draw(logits, rows, noise)
+    return drawn, torch.where(logits.sum(-1).isfinite(), drawn, -1)
 
 
 def draw(logits: Tensor, rows: SamplingRows, noise: Tensor | None) -> Tensor:

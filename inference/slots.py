@@ -34,7 +34,9 @@ class Slot:
 
 
 class Slots:
-    """`rows` slots with room for `capacity` tokens each; fp32 on CPUs, for the reason in inference/cache.py."""
+    """`rows` slots with room for `capacity` tokens each (model.cost.cache_bytes says how much memory that is). On CPUs
+    they are fp32: attention of one query over bf16 keys is several times slower there. Layers with a sliding window
+    keep all positions too, so that a sequence can go on from any of them."""
 
     def __init__(
         self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -111,7 +113,7 @@ class Decoding:
         self.lengths = [len(slot.ids) for slot in slots.slots[:rows]]
         self.columns = max(self.lengths) + tokens  # S
 
-    def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    def extend(self, tokens: Tensor) -> Tensor:
         ends = to_device(self.lengths, tokens.device)[:, None]
         self.places = ends if self.tokens == 1 else ends + torch.arange(self.tokens, device=tokens.device)  # (B, T)
         self.index = torch.arange(self.rows, device=tokens.device)[:, None]  # (B, 1)
@@ -150,7 +152,7 @@ class Reading:
         self.slots = slots
         self.spans = [(slot.row, len(slot.ids), len(slot.ids) + new) for slot, new in parts]
 
-    def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    def extend(self, tokens: Tensor) -> Tensor:
         arange = lambda start, stop: torch.arange(start, stop, device=tokens.device)
         self.queries = torch.cat([arange(start, stop) for _, start, stop in self.spans])  # (T,) positions
         self.keys = torch.cat([arange(0, stop) for _, _, stop in self.spans])  # (S,)

@@ -104,7 +104,6 @@ def find_segments(documents: Tensor, prefixes: Tensor | None = None, one_size: b
 
 
 def build_mask(
-    queries: int,
     positions: Tensor,
     documents: Tensor | None,
     like: Tensor,
@@ -113,23 +112,20 @@ def build_mask(
     window: int | None = None,
     segments: Segments | None = None,
 ) -> AttentionMask:
-    """The mask of the last `queries` = T of S keys; the S - T keys before them come from a cache.
-
-    positions (B or 1, S): of each key in its document. documents (B, S): the number of each key's document.
-    prefixes (B, S): the number of a second document that a query at this place sees too.
+    """positions (B or 1, T): of each token in its document. documents (B, T): the number of each token's document.
+    prefixes (B, T): the number of a second document that a query at this place sees too.
     window: a query sees the keys at distances 0 ... window - 1, as in Hugging Face's models. The distance is that of
         positions, since an answer may stand in its row far behind the prompt that it continues (`prefixes`).
     like: a tensor (B, T, ...) with the dtype and device of the mask.
     segments: of these documents, on the device; made here if it is missing, which waits for the device.
     """
-    keys = positions.shape[1]
-    past = keys - queries
-    if window is not None and window >= keys:
+    T = positions.shape[1]
+    if window is not None and window >= T:
         window = None  # everything is near
     if kernel == "varlen":
         load_varlen()
         if documents is None:
-            every = torch.arange(len(like) + 1, dtype=torch.int32, device=like.device) * queries
+            every = torch.arange(len(like) + 1, dtype=torch.int32, device=like.device) * T
             segments = Segments(every, every)
         elif segments is None:
             segments = find_segments(documents.cpu(), None if prefixes is None else prefixes.cpu()).to(like.device)
@@ -137,19 +133,18 @@ def build_mask(
     if kernel == "apart" and documents is not None and prefixes is None and window is None:
         return AttentionMask(kernel, None, None, segments or find_segments(documents))
     if kernel != "blocked" and documents is None and window is None:
-        if queries == 1 or past == 0 and is_causal_works(like.device):
+        if T == 1 or is_causal_works(like.device):
             return AttentionMask("sdpa")
-    # is_causal aligns to the top left, which is wrong once there are more keys than queries: spell the mask out
-    key = torch.arange(keys, device=like.device)
-    mask = key <= key[past:, None]  # (T, S)
+    place = torch.arange(T, device=like.device)
+    mask = place <= place[:, None]  # (T, T)
     if documents is not None:
-        same = documents[:, None, :] == documents[:, past:, None]  # (B, T, S)
+        same = documents[:, None, :] == documents[:, :, None]  # (B, T, T)
         if prefixes is not None:
-            same = same | (documents[:, None, :] == prefixes[:, past:, None])
+            same = same | (documents[:, None, :] == prefixes[:, :, None])
         mask = mask & same
     if window is not None:
-        mask = mask & (positions[:, past:, None] - positions[:, None, :] < window)
-    added = additive(mask.view(-1, 1, queries, keys), like.dtype)
+        mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
+    added = additive(mask.view(-1, 1, T, T), like.dtype)
     return AttentionMask("blocked" if kernel == "blocked" else "sdpa", added, window if prefixes is None else None)
 
 

@@ -67,13 +67,15 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
-    """The model, frozen and in evaluation mode, computing in `dtype` as in training: norms and routing stay in fp32."""
+    """The model, frozen and in evaluation mode, computing in `dtype` as in training: norms and routing stay in fp32.
+    On GPUs the weights of norms are rounded like all others: then a norm of a token is one kernel instead of three."""
     model.requires_grad_(False)
     lower_frozen(model, dtype)
     join_projections(model)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.twice = module.weight.repeat(2)
+            module.rounded = module.weight.to(dtype) if dtype.itemsize < 4 else None
     model.compute_dtype = dtype
     return model.eval()
 

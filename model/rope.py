@@ -98,7 +98,9 @@ def rope_table(
     Each angle stands at both numbers of its pair; sin is negative at the first of the two.
     """
     angles = positions.float()[..., None, None] * freq
-    cos, sin = angles.cos() * temperature, angles.sin() * temperature
+    cos, sin = angles.cos(), angles.sin()
+    if temperature != 1:
+        cos, sin = cos * temperature, sin * temperature
     if interleaved:
         cos, sin = torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
     else:

@@ -41,9 +41,9 @@ from model.rope import apply_rope, count_positions, inverse_frequencies, local_f
 
 
 class Cache(Protocol):
-    """What the model needs of a key/value cache (`inference.cache.KVCache`)."""
+    """What the model needs of a key/value cache (inference/slots.py)."""
 
-    def extend(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    def extend(self, tokens: Tensor) -> Tensor:
         """Makes room for tokens (B, T) -> their positions (B or 1, T)."""
         ...
 
@@ -91,19 +91,24 @@ class Head(Linear):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in fp32 (arXiv:1910.07467, eq. 4)."""
 
-    twice: Tensor | None  # (2 * size,): the weight, twice; for the norm of one token on a CPU (model/precision.py)
+    # made from the weight for generation (model/precision.py)
+    twice: Tensor | None  # (2 * size,): it stands there twice; for the norm of one token on a CPU
+    rounded: Tensor | None  # (size,) in half precision, for GPUs
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
-        self.register_buffer("twice", None, persistent=False)
+        for name in ("twice", "rounded"):
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.twice is not None and x.is_cpu and x.numel() == len(self.weight):
             # (x, -x) has the mean 0 and the variance mean(x²); rms_norm, eight operations here, takes twice as long
             both = F.layer_norm(torch.cat((x, -x), dim=-1), self.twice.shape, self.twice, None, self.eps)
             return both[..., : len(self.weight)]
+        if self.rounded is not None and self.rounded.dtype == x.dtype and not x.is_cpu and _generating():
+            return F.rms_norm(x, self.rounded.shape, self.rounded, self.eps)  # one kernel, with fp32 inside
         if _generating() or not (x.is_cpu or torch.compiler.is_compiling()):
             # torch's own is the same in fewer operations; on GPUs three kernels, not seven, and half the memory
             return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
@@ -263,11 +268,11 @@ class CausalLM(nn.Module):
         criterion what to return instead of cross-entropy: (logits (n, V) fp32, targets (n,), which n of the positions
             they are) -> (n, ...) fp32, for some positions at a time and again in the backward pass. `loss` is then
             (B, T, ...).
-        cache     keys and values of what was read before; it is read and extended.
+        cache     keys and values of what was read before; it is read and extended. It knows the documents itself.
         """
         B, T = tokens.shape
         if cache is not None:
-            positions = cache.extend(tokens, documents)
+            positions = cache.extend(tokens)
         elif positions is None and documents is not None:
             positions = count_positions(documents)
         elif positions is None:
@@ -284,7 +289,7 @@ class CausalLM(nn.Module):
             masks = {window: cache.mask(window) for window in set(windows)}
         else:
             kernel = self._kernel(x, documents is not None or any(windows))
-            masks = {w: build_mask(T, positions, documents, x, kernel, prefixes, w, segments) for w in set(windows)}
+            masks = {w: build_mask(positions, documents, x, kernel, prefixes, w, segments) for w in set(windows)}
         aux_loss = torch.zeros(B, device=tokens.device)
         kernels = partial(choose_kernels, x.device, masks.values())
         again = lambda: (nullcontext(), kernels())  # recomputed layers have to choose as they did before

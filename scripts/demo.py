@@ -216,7 +216,7 @@ class Speaker:
         self.name = file.stem.rpartition("_")[0]
 
     def say(self, prompt: str) -> str:
-        from inference.decode import generate
+        from inference.generate import generate
         from inference.sampling import Sampling
 
         tokenizer = self.contender.tokenizer

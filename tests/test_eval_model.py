@@ -20,7 +20,7 @@ from common.options import parse
 from dataset.tiny_world import exam
 from eval_model import Conversation, Screen, chat
 from evaluation import benchmark
-from inference.decode import generate
+from inference.generate import generate
 from inference.sampling import Sampling
 from inference.tools import ROUNDS, TOOLS
 from model.checkpoint import load_weights, save_weights

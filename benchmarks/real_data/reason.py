@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 
 from benchmarks.real_data.common import hold_out, stage
 from common.files import ROOT
-from inference.decode import generate
+from inference.generate import generate
 from inference.sampling import Sampling
 from model.checkpoint import find_weights, open_weights
 from model.precision import pick_device, pick_dtype
@@ -95,18 +95,16 @@ def main():
     model, device = checkpoint.build().eval(), pick_device("auto")
     model.to(device).compute_dtype = pick_dtype("auto", device)[0]
     fine, right, ended, shown = 0, 0, 0, []
-    for start in range(0, len(asked), 50):
-        chats = asked[start : start + 50]
-        prompts = [encode_chat(tokenizer, chat[:-1], add_generation_prompt=True).ids for chat in chats]
-        replies = generate(
-            model, prompts, Sampling(temperature=0), max_new_tokens=args.max_new_tokens, stop=tokenizer.stop_ids
-        )
-        for chat, reply in zip(chats, replies):
-            done = len(reply) < args.max_new_tokens  # by the end token, not by the limit
-            ended += done
-            fine += done and well_formed(tokenizer, reply)
-            right += last_part(tokenizer.decode(reply)) == last_part(chat[-1]["content"])
-            shown.append(f"{chat[0]['content']}\n-> {tokenizer.decode(reply)}\n")
+    prompts = [encode_chat(tokenizer, chat[:-1], add_generation_prompt=True).ids for chat in asked]
+    replies = generate(
+        model, prompts, Sampling(temperature=0), max_new_tokens=args.max_new_tokens, stop=tokenizer.stop_ids
+    )
+    for chat, reply in zip(asked, replies):
+        done = len(reply) < args.max_new_tokens  # by the end token, not by the limit
+        ended += done
+        fine += done and well_formed(tokenizer, reply)
+        right += last_part(tokenizer.decode(reply)) == last_part(chat[-1]["content"])
+        shown.append(f"{chat[0]['content']}\n-> {tokenizer.decode(reply)}\n")
     share = fine / len(asked)
     print("\n".join(["", *shown[:2]]))
     print(

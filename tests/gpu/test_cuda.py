@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from inference.decode import generate
 from inference.engine import Engine, Request
+from inference.generate import generate
 from inference.sampling import Sampling
 from model import attention, moe, transformer
 from model.checkpoint import load_weights, save_weights
@@ -193,6 +193,12 @@ def test_graphs_say_what_the_cpu_says_and_nothing_waits_for_them():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(len(sequence.tokens) == 19 for sequence in sampled), "the 20th is not read yet"
+    plain = Engine(model, rows=4, capacity=128)
+    plain.graphs = None
+    again = [plain.submit(sequence.request) for sequence in sampled]
+    while plain.busy:
+        plain.step()
+    assert [sequence.tokens for sequence in sampled] == [sequence.tokens[:19] for sequence in again]
 
 
 # ---- training

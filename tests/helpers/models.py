@@ -43,6 +43,20 @@ def small_model(std: float = 0.05, **changes) -> CausalLM:
     return random_model(ModelConfig(vocab_size=TOKENIZER.vocab_size, **{**shape, **changes}), std)
 
 
+@torch.no_grad()
+def continuation(
+    model: CausalLM, prompt: list[int], most: int, stop: frozenset[int] | set[int] = frozenset()
+) -> list[int]:
+    """The likeliest token again and again, each from a full pass over all the text before it: without a cache."""
+    text = list(prompt)
+    while len(text) < len(prompt) + most:
+        token = int(model(torch.tensor([text])).logits[0, -1].argmax())
+        if token in stop:
+            break
+        text.append(token)
+    return text[len(prompt) :]
+
+
 def answer_logp(model, prompt, answer) -> torch.Tensor:
     """Of one answer (ids, trained) after its prompt, alone in its row: the sum over what is trained on."""
     ids, trained = answer

@@ -16,8 +16,8 @@ import uvicorn
 from torch import nn
 
 from common.files import ROOT
-from inference.decode import generate
 from inference.engine import Engine
+from inference.generate import generate
 from inference.sampling import Sampling
 from inference.slots import Reading
 from serve.app import build_app
@@ -81,7 +81,7 @@ class Parrot(nn.Module):
         self.start, self.seconds = 0, 0.0
 
     def forward(self, tokens, *, selected=None, cache=None):
-        position = int(cache.extend(tokens, None).reshape(-1)[-1])
+        position = int(cache.extend(tokens).reshape(-1)[-1])
         if isinstance(cache, Reading):
             self.start = position
         time.sleep(self.seconds)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from inference.graphs import Step
+
 
 class Tape(TorchDispatchMode):
     def __init__(self):
@@ -31,10 +33,12 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """`inference.graphs.CaptureOnCUDA` for the CPU. The result is wiped: only a replay computes it."""
+def record(function: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
+    """`inference.graphs.CaptureOnCUDA` for the CPU. The results are wiped: only a replay computes them."""
     function()
     with Tape() as tape:
         found = function()
-    found.fill_(float("nan"))
+    for part in found:
+        if part is not None:
+            part.fill_(float("nan") if part.is_floating_point() else 0)
     return tape.replay, found

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from inference.answers import answers, answers_to_ids, final_text, prompt_ids
-from inference.decode import generate
+from inference.generate import generate
 from inference.sampling import Sampling
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.tokenizers import BEGINS, llama_like

@@ -8,11 +8,10 @@ import torch
 
 from inference import engine as engine_file
 from inference import graphs
-from inference.decode import generate
 from inference.engine import Engine, Request, follow
 from inference.sampling import Sampling
 from model.config import ModelConfig
-from tests.helpers.models import random_model
+from tests.helpers.models import continuation, random_model
 from tests.helpers.tape import record
 
 SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -86,12 +85,36 @@ def test_greedy_answers_are_those_of_one_at_a_time(kind, way, monkeypatch):
     requests = [Request(p, GREEDY, n, stop) for p, n in zip(prompts, lengths)]
     for sequence in serve(engine, requests, rng):
         request = sequence.request
-        alone = generate(model, [request.prompt], GREEDY, max_new_tokens=request.max_new_tokens, stop=stop)
-        assert [sequence.tokens] == alone
+        assert sequence.tokens == continuation(model, request.prompt, request.max_new_tokens, stop)
         short = len(sequence.tokens) < request.max_new_tokens
         assert (sequence.finish_reason, sequence.end) == (("stop", 5) if short else ("length", None))
     assert not engine.busy and not any(slot.busy for slot in engine.slots.slots)
-    assert way != "graphs" or 3 < len(engine.graphs.graphs) <= 3 * 4  # 1, 2, 4 rows; 16, 32, 64, 100 columns
+    # 1, 2, 4 rows; 16, 32, 64, 100 columns; with tokens drawn, and the logits alone where prompts end beside
+    assert way != "graphs" or 6 < len(engine.graphs.graphs) <= 3 * 4 * 2
+
+
+def test_as_long_as_the_same_sequences_go_on_a_graph_needs_nothing_from_the_host(model, monkeypatch):
+    """Tokens and lengths are what it has left itself, settings and sizes are those of before. Copies of them took a
+    card's host longer than the rest of the step. There are three sequences in a graph of four rows."""
+    settings = [Sampling(1.3, 0.9, seed=1), Sampling(1.0, 1.0, top_k=5, seed=2), GREEDY]
+    requests = [Request(p, s, 25, logprobs=n) for p, s, n in zip([[3] * 7, [9, 9], [1]], settings, (None, 2, None))]
+    engine = Engine(model, rows=4, capacity=64, late=True)
+    engine.graphs = graphs.DecodeGraphs(model, engine.slots, record)
+    monkeypatch.setattr(graphs, "COLUMNS", 64)
+    sequences = [engine.submit(request) for request in requests]
+    for _ in range(4):
+        engine.step()
+    with monkeypatch.context() as patch:
+        for file in ("engine", "graphs", "sampling"):
+            patch.delattr(f"inference.{file}.to_device")
+        for _ in range(15):
+            engine.step()
+    while engine.busy:
+        engine.step()
+    assert [kind is None for *_, kind in engine.graphs.graphs] == [False]
+    for sequence in sequences:
+        (alone,) = serve(Engine(model, rows=1, capacity=64), [sequence.request])
+        assert (alone.tokens, len(alone.logprobs)) == (sequence.tokens, len(sequence.logprobs))
 
 
 def test_a_seed_says_the_same_in_any_company(model, way):
@@ -132,7 +155,7 @@ def test_a_beginning_that_was_read_is_not_read_again(model):
     hook.remove()
     assert sum(read) == 303 + 7 * 3 and [s.cached_tokens for s in sequences] == [0] + [300] * 7
     for sequence in sequences:
-        assert [sequence.tokens] == generate(model, [sequence.request.prompt], GREEDY, max_new_tokens=1)
+        assert sequence.tokens == continuation(model, sequence.request.prompt, 1)
 
 
 def test_the_next_turn_reads_only_what_is_new(model, way):
@@ -145,7 +168,7 @@ def test_the_next_turn_reads_only_what_is_new(model, way):
     longer = first + answer.tokens + [11, 12]
     (next_turn,) = serve(engine, [Request(longer, GREEDY, 10)])
     assert next_turn.cached_tokens == len(first) + 9  # the tenth token was drawn, and never computed
-    assert [next_turn.tokens] == generate(model, [longer], GREEDY, max_new_tokens=10)
+    assert next_turn.tokens == continuation(model, longer, 10)
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(model):
@@ -206,7 +229,7 @@ def test_who_leaves_gets_no_further_token_and_disturbs_nobody(model, way):
     assert len(sequences[0].tokens) == written and sequences[4].tokens == []
     assert [s.finish_reason for s in sequences] == ["cancelled", "length", "length", "length", "cancelled"]
     for n in (1, 2, 3):
-        assert [sequences[n].tokens] == generate(model, [prompts[n]], GREEDY, max_new_tokens=30)
+        assert sequences[n].tokens == continuation(model, prompts[n], 30)
     assert not any(slot.busy for slot in engine.slots.slots)
 
 
@@ -231,7 +254,7 @@ def test_after_a_step_that_failed_the_cache_is_right(model, way, monkeypatch, ca
     assert engine.fail(MemoryError("no room")) == sequences and not engine.busy
     assert all(s.finish_reason == "error" and isinstance(s.error, MemoryError) for s in sequences)
     for sequence in serve(engine, [Request(prompt, GREEDY, 8) for prompt in prompts]):
-        assert [sequence.tokens] == generate(model, [sequence.request.prompt], GREEDY, max_new_tokens=8)
+        assert sequence.tokens == continuation(model, sequence.request.prompt, 8)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, top_p=0.8, seed=1)])
@@ -274,7 +297,7 @@ def test_one_can_be_followed_while_others_run(model, way):
     engine = Engine(model, rows=2, capacity=100)
     other = engine.submit(Request([4, 5], GREEDY, 40))
     request = Request([1, 2, 3], GREEDY, 6)
-    assert [list(follow(engine, engine.submit(request)))] == generate(model, [[1, 2, 3]], GREEDY, max_new_tokens=6)
+    assert list(follow(engine, engine.submit(request))) == continuation(model, [1, 2, 3], 6)
     for token in follow(engine, abandoned := engine.submit(request)):
         assert token == abandoned.tokens[0]
         break

@@ -19,6 +19,7 @@ class Card:
         for name in ("device", "stream"):
             monkeypatch.setattr(torch.cuda, name, self.inside(name))
         monkeypatch.setattr(torch.cuda, "graph", lambda _, stream, **__: self.inside("graph")(stream))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "memory of its own")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.make("another stream", device))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=0: self.make("its stream", device))
@@ -56,6 +57,7 @@ def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
         is_cuda, device = True, SECOND
 
     monkeypatch.setattr("inference.drawn._to_host", lambda tensor: tensor)
-    Drawn([], torch.zeros(2).as_subclass(There))
+    tokens = torch.zeros(2).as_subclass(There)
+    Drawn([], tokens, tokens)
     ((stream,),) = card.log
     assert (stream.name, stream.device) == ("its stream", SECOND)

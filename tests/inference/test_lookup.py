@@ -145,7 +145,7 @@ def test_sampled_answers_have_the_models_distribution():
     assert chance.sum() == pytest.approx(1, abs=1e-4)
 
     engine = Engine(model, 50, 20, prompt_lookup_num_tokens=4)
-    engine.generator.manual_seed(0)
+    engine.dice.generator.manual_seed(0)
     request = Request(prompt, Sampling(temperature=3.0, top_p=1.0), 3)
     sequences = [engine.submit(request) for _ in range(4000)]
     while engine.busy:

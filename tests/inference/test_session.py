@@ -2,7 +2,7 @@
 
 import pytest
 
-from inference.decode import generate
+from inference.generate import generate
 from inference.sampling import Sampling
 from inference.session import Session
 from tests.helpers.models import TOKENIZER, small_model

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from inference.cache import KVCache
+from inference.slots import Decoding, Slots
 from model import attention
 from model.attention import AttentionMask, build_mask, causal_attention, find_segments
 from model.config import ModelConfig
@@ -69,7 +69,7 @@ def test_kernels_equal_the_formula(T, packed, window):
     documents = torch.randint(1, 4, (2, T)).sort(1).values if packed else None
     expected = reference(q, k, v, documents, window)
     for kernel in KERNELS:
-        mask = build_mask(T, torch.arange(T)[None], documents, q, kernel, window=window)
+        mask = build_mask(torch.arange(T)[None], documents, q, kernel, window=window)
         out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
         torch.testing.assert_close(out, expected)
 
@@ -148,11 +148,7 @@ def test_positions_restart():
 
 
 def test_plain_causal_needs_no_mask():
-    build = lambda T, S: build_mask(T, torch.arange(S)[None], None, torch.zeros(1), "sdpa")
-    assert build(8, 8) == AttentionMask("sdpa")
-    assert build(1, 9) == AttentionMask("sdpa")
-    late = build(2, 5).tensor  # two new queries after three cached keys
-    assert late[0, 0].tolist() == [[0, 0, 0, 0, -math.inf], [0, 0, 0, 0, 0]]
+    assert build_mask(torch.arange(8)[None], None, torch.zeros(1), "sdpa") == AttentionMask("sdpa")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -242,12 +238,9 @@ def test_a_rope_table_is_made_once_for_each_theta(monkeypatch):
 
 
 def test_a_window_that_holds_the_whole_text_needs_no_mask():
-    positions = torch.arange(8)[None]
-    assert build_mask(8, positions, None, torch.zeros(1), "sdpa", window=8) == AttentionMask("sdpa")
-    assert (
-        build_mask(8, positions, None, torch.zeros(1), "sdpa", window=7).tensor[0, 0, 7].tolist()
-        == [-math.inf] + [0] * 7
-    )
+    build = lambda window: build_mask(torch.arange(8)[None], None, torch.zeros(1), "sdpa", window=window)
+    assert build(8) == AttentionMask("sdpa")
+    assert build(7).tensor[0, 0, 7].tolist() == [-math.inf] + [0] * 7
 
 
 def test_what_is_not_rotated_passes_through():
@@ -420,7 +413,7 @@ def test_cudnns_attention_is_for_training_without_a_mask(monkeypatch):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             model(tokens)
-            model(tokens[:, :3], cache=KVCache(CONFIG, 1, 8, torch.float32))
+            model(tokens[:, :3], cache=Decoding(Slots(CONFIG, 1, 8, torch.float32), 1, 3))
     assert seen == [True] * 2 + [False] * 10 and torch.backends.cuda.cudnn_sdp_enabled()
     model.recompute = True
     model(tokens, documents=torch.tensor([[1] * 4 + [2] * 4])).logits.sum().backward()

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from common.console import UserError
-from inference.decode import generate
 from inference.engine import Request
+from inference.generate import generate
 from inference.sampling import Sampling
 from model.adapter import save_adapter
 from model.checkpoint import load_weights, save_weights

@@ -9,8 +9,8 @@ import openai
 import pytest
 import torch
 
-from inference.decode import generate
 from inference.engine import Engine
+from inference.generate import generate
 from inference.sampling import Sampling
 from tests.helpers.models import TOKENIZER as tokenizer
 from tests.helpers.servers import CHAT, GREEDY, WEATHER, Parrot, expected, running, say, served

@@ -1,0 +1,54 @@
+"""Tokens for many prompts, as many at a time as there are rows. When one has ended, the next one takes its place.
+
+replies = generate(model, [ids_1, ids_2, ...], Sampling(temperature=0), max_new_tokens=32, stop={tokenizer.im_end})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+
+from inference.engine import Engine
+from inference.request import Request
+from inference.sampling import Sampling
+from model.transformer import CausalLM
+
+ROWS = 64
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[list[int]],
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    *,
+    max_new_tokens: int | Sequence[int],
+    stop: AbstractSet[int] = frozenset(),
+    rows: int = ROWS,
+    ended: Callable[[int], None] = lambda count: None,
+) -> list[list[int]]:
+    """What follows each prompt, without the `stop` token that ends it. It does not depend on the other prompts.
+
+    max_new_tokens  for all prompts, or for each
+    ended           is called with the number of those that have just come to an end
+
+    With a seed, each prompt has its own random numbers: the first those of the seed, the next those of seed + 1.
+    Raises UserError if a prompt is empty, if it does not fit with its new tokens into `max_position_embeddings`, or if
+    the model computes NaN.
+    """
+    if not prompts:
+        return []
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    settings = [
+        sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + n) for n in range(len(prompts))
+    ]
+    requests = [Request(*own, frozenset(stop)) for own in zip(prompts, settings, most)]
+    engine = Engine(model, min(rows, len(prompts)), max(map(len, prompts)) + max(most))
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))  # rows of about one length waste no columns
+    sequences = {n: engine.submit(requests[n]) for n in order}
+    while engine.busy:
+        moved = engine.step()
+        if error := next((sequence.error for sequence in moved if sequence.error), None):
+            raise error
+        ended(sum(sequence.finish_reason is not None for sequence in moved))
+    return [sequences[n].tokens for n in range(len(prompts))]
