@@ -143,8 +143,8 @@ def next_tokens(logits: Tensor, rows: SamplingRows, noise: Tensor | None) -> tup
     """As `draw` -> the tokens (B,), and the same again with -1 where the logits are not finite and a token says
     nothing."""
     logits = logits.float()
-    drawn = draw(logits, rows, noise)
-    return drawn, torch.where(logits.sum(-1).isfinite(), drawn, -1)
+    drawn, total = draw(logits, rows, noise), logits.sum(-1)
+    return drawn, drawn.masked_fill(total - total != 0, -1)  # infinity - infinity is NaN; isfinite is four kernels
 
 
 def draw(logits: Tensor, rows: SamplingRows, noise: Tensor | None) -> Tensor:
@@ -176,7 +176,7 @@ def _least_kept(p: Tensor, top_p: Tensor) -> Tensor:
     3.1)."""
     V = p.shape[-1]
     some = V if p.is_cuda else min(LIKELIEST, V)
-    best = p.topk(some).values  # (B, some), falling
+    best = p.topk(some).values if some < V else p.sort(descending=True).values  # (B, some), falling
     if some < V and bool((best.sum(-1, keepdim=True) < top_p).any()):
         best = p.sort(descending=True).values
     before = best.cumsum(-1) - best

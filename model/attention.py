@@ -172,6 +172,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Te
         return blocked_attention(q, k, v, mask).transpose(1, 2)
     H, T, D = q.shape[1:]
     tensor = None if mask.tensor is None else mask.tensor.to(q.dtype)  # a cache may be wider than the rest
+    if T == 1 and len(q) == 1 and q.is_cuda:
+        return alone(q, k, v, tensor).transpose(1, 2)
     if T == 1:  # the G queries of a group take the place of positions: the keys are read once, not G times
         out = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, D), k, v, tensor)
         return out.reshape(q.shape).transpose(1, 2)
@@ -182,6 +184,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Te
         k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=tensor, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
+
+
+def alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """A single query, q (1, H, 1, D), k and v (1, K, S, D) -> (1, H, 1, D). The K groups take the place of rows: so a
+    GPU works on all heads at once, and what it writes need not be put in order."""
+    k, v = (t.transpose(0, 1).expand(-1, q.shape[1] // t.shape[1], -1, -1) for t in (k, v))  # (K, G, S, D), no copy
+    return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], 1, -1), k, v, mask).reshape(q.shape)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

@@ -140,11 +140,12 @@ class Attention(nn.Module):
             q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         else:
             y = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-            if isinstance(self.q_norm, nn.Identity):  # q and k are turned at once
-                both, v = y.split([sum(self.sizes[:2]), self.sizes[2]], dim=2)
-                q, k = apply_rope(both, cos, sin, self.interleaved).split(self.sizes[:2], dim=2)
-                return q, k, v
-            q, k, v = y.split(self.sizes, dim=2)
+            both, v = y.split([sum(self.sizes[:2]), self.sizes[2]], dim=2)
+            if not isinstance(self.q_norm, nn.Identity):
+                q, k = both.split(self.sizes[:2], dim=2)
+                both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+            q, k = apply_rope(both, cos, sin, self.interleaved).split(self.sizes[:2], dim=2)  # turned at once
+            return q, k, v
         q, k = (apply_rope(y, cos, sin, self.interleaved) for y in (self.q_norm(q), self.k_norm(k)))
         return q, k, v
 

@@ -74,6 +74,14 @@ def test_kernels_equal_the_formula(T, packed, window):
         torch.testing.assert_close(out, expected)
 
 
+def test_a_single_query_on_a_gpu_equals_the_formula():
+    q, k, v = (torch.randn(1, heads, T, 6, dtype=torch.float64) for heads, T in ((4, 1), (2, 9), (2, 9)))
+    last = torch.cat((torch.zeros(1, 4, 8, 6, dtype=torch.float64), q), dim=2)
+    for window, mask in ((None, None), (3, torch.tensor([-math.inf] * 6 + [0.0] * 3, dtype=torch.float64))):
+        expected = reference(last, k, v, None, window)[:, :, 8:]
+        torch.testing.assert_close(attention.alone(q, k, v, None if mask is None else mask.view(1, 1, 1, 9)), expected)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("changes", ({}, MIXED), ids=("plain", "windows"))
 def test_packed_logits_equal_unpacked_ones(kernel, changes):
