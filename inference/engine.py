@@ -39,6 +39,7 @@ from inference.slots import Decoding, Reading, Slots, common_length
 from model.transformer import CausalLM
 
 READ_ALONE, READ_BESIDE = 512, 256  # positions of prompts that a step reads: if no sequence is running, and if some are
+GPU_READS = 2**39  # weights x positions: so many times as many of a small model's, up to 8. They take a GPU 2 to 50 ms
 WORTH_WAITING = 64  # tokens: a beginning that another prompt is just reading is not read a second time
 MOST_LOGITS = 2**24  # that are kept at a time where the log-probabilities of a prompt are asked for: 64 MB
 
@@ -75,6 +76,7 @@ class Engine:
         self.late = (on_cuda if late is None else late) and not self.most_guessed
         self.graphs = DecodeGraphs(model, self.slots) if on_cuda else None
         self.unread: Drawn | None = None  # of the last step, for all that run
+        self.wider = min(max(GPU_READS // model.num_parameters(active=True) // READ_BESIDE, 1), 8) if on_cuda else 1
         self.dice = Dice(self.device)
         self.steps = 0
 
@@ -220,8 +222,8 @@ class Engine:
         while self.waiting and len(self.running) + len(self.reading) < self.rows:
             prompt = self.waiting[0].request.prompt
             for other in self.reading:  # wait for a beginning that is being read
-                shared = common_length(other.request.prompt, prompt, len(prompt) - 1)
-                if shared - len(slot_of(other).ids) >= WORTH_WAITING:
+                there = len(slot_of(other).ids) + WORTH_WAITING
+                if len(prompt) > there and common_length(other.request.prompt, prompt, len(prompt) - 1) >= there:
                     return
             sequence = self.waiting[0]
             sequence.slot = self.slots.claim(prompt, self.steps)
@@ -273,7 +275,7 @@ class Engine:
 
     def _parts(self) -> list[tuple[Sequence, list[int]]]:
         """What is read in this step: (sequence, the tokens of its prompt)."""
-        room = READ_BESIDE if self.running else READ_ALONE
+        room = self.wider * (READ_BESIDE if self.running else READ_ALONE)
         parts = []
         for sequence in self.reading:
             request, done = sequence.request, len(slot_of(sequence).ids)

@@ -56,10 +56,14 @@ class Slots:
     def claim(self, prompt: Sequence[int], step: int) -> Slot:
         """A free slot that holds as much of the prompt as any slot does. Never all of it: the logits after its last
         token are needed. There must be a free one."""
-        shared = {slot.row: common_length(slot.ids, prompt, len(prompt) - 1) for slot in self.slots}
-        source = max(self.slots, key=lambda slot: (shared[slot.row], not slot.busy))
-        length = shared[source.row]
-        chosen = source
+        source, best, most = self.slots[0], (-1, False), len(prompt) - 1
+        for slot in self.slots:
+            found = common_length(slot.ids, prompt, most), not slot.busy
+            if found > best:
+                source, best = slot, found
+            if found == (most, True):  # no other can be better
+                break
+        chosen, length = source, best[0]
         if source.busy or 2 * length < len(source.ids):  # more would be lost than is used: take another one
             free = [slot for slot in self.slots if not slot.busy]
             chosen = min(free, key=lambda slot: (slot is source, len(slot.ids) > 0, slot.used, slot.row))
@@ -94,11 +98,10 @@ class Slots:
 def common_length(a: Sequence[int], b: Sequence[int], most: int) -> int:
     """How many tokens two sequences begin with in common, at most `most`."""
     most, n = min(len(a), len(b), most), 0
-    while n < most and a[n : n + 64] == b[n : n + 64]:  # slices compare fast
-        n += 64
-    while n < most and a[n] == b[n]:
-        n += 1
-    return max(min(n, most), 0)
+    for size in (512, 64, 8, 1):  # slices compare fast
+        while n + size <= most and a[n : n + size] == b[n : n + size]:
+            n += size
+    return n
 
 
 class Decoding:
@@ -151,6 +154,7 @@ class Reading:
         """parts: (slot, number of new tokens)."""
         self.slots = slots
         self.spans = [(slot.row, len(slot.ids), len(slot.ids) + new) for slot, new in parts]
+        self.one_by_one = len(parts) == 1 or slots.keys.is_cpu  # on a GPU each piece would be a kernel, in each layer
 
     def extend(self, tokens: Tensor) -> Tensor:
         arange = lambda start, stop: torch.arange(start, stop, device=tokens.device)
@@ -160,6 +164,9 @@ class Reading:
         number = lambda sizes: to_device(count(sizes), tokens.device)
         self.query_part = number([stop - start for _, start, stop in self.spans])  # (T,)
         self.key_part = number([stop for *_, stop in self.spans])  # (S,)
+        if not self.one_by_one:
+            rows = to_device([row for row, *_ in self.spans], tokens.device)
+            self.query_rows, self.key_rows = rows[self.query_part], rows[self.key_part]
         return self.queries[None]
 
     def mask(self, window: int | None) -> AttentionMask:
@@ -176,11 +183,16 @@ class Reading:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for stored, new in ((self.slots.keys[layer], k[0]), (self.slots.values[layer], v[0])):
-            pieces = new.split([stop - start for _, start, stop in self.spans])
-            for (row, start, stop), piece in zip(self.spans, pieces):
-                stored[row, start:stop] = piece
+            if self.one_by_one:
+                pieces = new.split([stop - start for _, start, stop in self.spans])
+                for (row, start, stop), piece in zip(self.spans, pieces):
+                    stored[row, start:stop] = piece
+            else:
+                stored[self.query_rows, self.queries] = new
             if all(start == 0 for _, start, _ in self.spans):
                 found.append(new[None])  # nothing to add: the new ones are all, and in the dtype of the queries
+            elif not self.one_by_one:
+                found.append(stored[self.key_rows, self.keys][None])
             else:
                 found.append(torch.cat([stored[row, :stop] for row, _, stop in self.spans])[None])
         return found[0], found[1]

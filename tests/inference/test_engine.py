@@ -10,6 +10,7 @@ from inference import engine as engine_file
 from inference import graphs
 from inference.engine import Engine, Request, follow
 from inference.sampling import Sampling
+from inference.slots import Reading, Slots
 from model.config import ModelConfig
 from tests.helpers.models import continuation, random_model
 from tests.helpers.tape import record
@@ -115,6 +116,24 @@ def test_as_long_as_the_same_sequences_go_on_a_graph_needs_nothing_from_the_host
     for sequence in sequences:
         (alone,) = serve(Engine(model, rows=1, capacity=64), [sequence.request])
         assert (alone.tokens, len(alone.logprobs)) == (sequence.tokens, len(sequence.logprobs))
+
+
+def test_parts_of_many_prompts_are_stored_and_found_at_once_on_gpus():
+    """Piece by piece, 64 prompts in 8 layers were a thousand kernels. Three parts, two of them behind what is there."""
+    config, new = ModelConfig(**SHAPE), torch.randn(1, 9, 2, 8)
+    found = []
+    for one_by_one in (True, False):
+        slots = Slots(config, 4, 20, torch.float32)
+        slots.keys.normal_(generator=torch.Generator().manual_seed(0))
+        slots.slots[2].ids, slots.slots[0].ids = [1] * 5, [1]
+        reading = Reading(slots, [(slots.slots[2], 4), (slots.slots[3], 2), (slots.slots[0], 3)])
+        reading.one_by_one = one_by_one
+        assert reading.extend(torch.zeros(1, 9)).tolist() == [[5, 6, 7, 8, 0, 1, 1, 2, 3]]
+        keys, values = reading.update(1, new, -new)
+        assert torch.equal(slots.keys[1, 2, 5:9], new[0, :4]) and torch.equal(slots.values[1, 0, 1:4], -new[0, 6:])
+        found.append((keys, values, slots.keys, slots.values))
+    assert found[0][0].shape == (1, 9 + 2 + 4, 2, 8)
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 def test_a_seed_says_the_same_in_any_company(model, way):
