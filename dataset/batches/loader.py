@@ -281,21 +281,28 @@ class Loader:
         documents = np.zeros(shape, np.int32)
         positions = np.broadcast_to(np.arange(length), shape).copy()
         extras = {name: np.zeros((*shape, *inner), dtype) for name, (inner, dtype) in self._extras.items()}
-        for r, row in enumerate(rows):
-            begin = 0
-            for number, example in enumerate(row, start=1):
-                ids, trained = self.dataset.tokens(example), self.dataset.trained(example)
-                here = slice(begin, begin + len(ids) - 1)
-                tokens[r, here] = ids[:-1]
-                targets[r, here] = ids[1:]
-                if trained is not None:
-                    targets[r, here][~trained[1:]] = IGNORED
-                for name, values in self.dataset.extras(example).items() if extras else ():
-                    extras[name][r, here] = values[1:]
-                documents[r, here] = number
-                positions[r, here] -= begin
-                begin = here.stop
-            positions[r, begin:] -= begin
+        examples = [example for row in rows for example in row]
+        ids, trained = zip(*map(self.dataset.read, examples)) if examples else ((), ())
+        # all examples one after the other: an array operation for each of them would take most of the time
+        sizes = np.array([len(own) - 1 for own in ids], np.int64)
+        row = np.repeat(np.arange(len(rows)), list(map(len, rows)))  # of each example
+        number = np.arange(len(examples)) - np.searchsorted(row, row) + 1  # in its row
+        before = np.cumsum(sizes) - sizes  # in front of each example, of all
+        used = np.bincount(row, sizes, len(rows)).astype(np.int64)  # positions of each row
+        begin = before - (np.cumsum(used) - used)[row]  # of each example, in its row
+        nth = np.arange(int(sizes.sum()))  # of all positions that are used
+        place = nth + np.repeat(row * length + begin - before, sizes)
+        positions -= used[:, None]
+        positions.ravel()[place] = nth - np.repeat(before, sizes)
+        documents.ravel()[place] = np.repeat(number, sizes)
+        for array, values in ((tokens, [own[:-1] for own in ids]), (targets, [own[1:] for own in ids])):
+            array.ravel()[place] = np.concatenate([nth[:0], *values])
+        if any(own is not None for own in trained):
+            kept = [own[1:] if own is not None else np.ones(n, bool) for own, n in zip(trained, sizes)]
+            targets.ravel()[place[~np.concatenate(kept)]] = IGNORED
+        for name, array in extras.items() if examples else ():
+            found = [self.dataset.extras(example)[name][1:] for example in examples]
+            array.reshape(-1, *array.shape[2:])[place] = np.concatenate(found)
         if not self.packing:
             documents, positions = self._documents_of_stream(tokens, documents)
         trained_tokens = int((targets != IGNORED).sum())
@@ -307,7 +314,7 @@ class Loader:
             positions=torch.from_numpy(positions),
             selected=select(targets) if self.packing else None,
             trained_tokens=trained_tokens,
-            examples=tuple(example for row in rows for example in row),
+            examples=tuple(examples),
             extras={name: torch.from_numpy(values) for name, values in extras.items()},
             segments=find_segments(numbers),
             whole_rows=bool((documents == documents[:, :1]).all()),

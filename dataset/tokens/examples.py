@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ class TokenDataset:
     """Examples in an order, in which one may stand twice, or not at all. The base of all data sets.
 
     A subclass states its `kind`, fills in `order`, `lengths`, `fingerprint` and `summary`, and reads a distinct example
-    in `_tokens`, `_trained` and `_source`; in `_extras` too, where an objective needs more than tokens.
+    in `_read` and `_source`; in `_extras` too, where an objective needs more than tokens.
 
     paths        one or several files. `file:3` repeats its examples three times an epoch, `file:0.5` takes a seeded
                  half of them, `file:2.5` does both
@@ -121,15 +122,19 @@ class TokenDataset:
 
     def tokens(self, i: int) -> np.ndarray:
         """(n,) ids of example i, uint16 or uint32."""
-        return self._tokens(int(self.order[i]))
+        return self._read(int(self.order[i]))[0]
 
     def trained(self, i: int) -> np.ndarray | None:
         """(n,) bool: which of tokens(i) are trained on; None: all. The first is never a target, whatever it says."""
-        return self._trained(int(self.order[i]))
+        return self._read(int(self.order[i]))[1]
+
+    def read(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """tokens(i), trained(i)"""
+        return self._read(int(self.order[i]))
 
     def sequences(self, i: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """What a model reads of the example, (tokens, trained) each: one sequence, of a preference two."""
-        return [(self.tokens(i), self.trained(i))]
+        return [self.read(i)]
 
     def extras(self, i: int) -> dict[str, np.ndarray]:
         """What else is known of each of tokens(i) as a target, by name: (n, ...) each. The loader packs it beside the
@@ -143,10 +148,7 @@ class TokenDataset:
     def will_read(self, i: int) -> None:
         """Example i will be asked for soon: a hint, so that a slow disk can begin. Only large data needs it."""
 
-    def _tokens(self, example: int) -> np.ndarray:
-        raise NotImplementedError
-
-    def _trained(self, example: int) -> np.ndarray | None:
+    def _read(self, example: int) -> tuple[np.ndarray, np.ndarray | None]:
         raise NotImplementedError
 
     def _source(self, example: int) -> str:
@@ -272,12 +274,9 @@ class PretrainDataset(TokenDataset):
         stream, start = self._place(int(self.order[i]))
         stream.will_read(start, min(start + self.max_seq_len + 1, stream.length))
 
-    def _tokens(self, row: int) -> np.ndarray:
+    def _read(self, row: int) -> tuple[np.ndarray, None]:
         stream, start = self._place(row)
-        return stream.read(start, min(start + self.max_seq_len + 1, stream.length))
-
-    def _trained(self, row: int) -> None:
-        return None
+        return stream.read(start, min(start + self.max_seq_len + 1, stream.length)), None
 
     def _source(self, row: int) -> str:
         stream, start = self._place(row)
@@ -322,7 +321,7 @@ class EntryDataset(TokenDataset):
         self.too_long = left_out, left_out + self.distinct_count, longest
         if not self.distinct_count:
             raise UserError(f"--max_seq_len {self.max_seq_len}: no {self.called} fits, the longest needs {longest}")
-        self._kept, self._cuts, self._first = kept, cuts, np.cumsum([0, *counts])
+        self._kept, self._cuts, self._first = kept, cuts, np.cumsum([0, *counts]).tolist()
         self.order = repeated(np.bincount(self._files, counts).astype(int).tolist(), self._weights, self._seed)
         self.lengths = np.concatenate(sizes)[self.order]
         self.summary = f"{len(self):,} {self.called}s, {int(self.lengths.sum()):,} tokens"
@@ -334,8 +333,8 @@ class EntryDataset(TokenDataset):
 
     def _place(self, example: int) -> tuple[TokenCache, int, int]:
         """(its cache, its entry there, how many ids are cut from its left)"""
-        which = int(np.searchsorted(self._first, example, side="right")) - 1
-        nth = example - int(self._first[which])
+        which = bisect_right(self._first, example) - 1
+        nth = example - self._first[which]
         return self._caches[which], int(self._kept[which][nth]), int(self._cuts[which][nth])
 
     def _source(self, example: int) -> str:
@@ -362,18 +361,13 @@ class SFTDataset(EntryDataset):
         super().__init__(paths, tokenizer, on_long=on_long, max_prompt_length=0, **options)
         self.fingerprint = self._fingerprint("sft", on_long, self.max_seq_len)
 
-    def _tokens(self, example: int) -> np.ndarray:
-        cache, entry, cut = self._place(example)
-        start, stop = cache.offsets[entry : entry + 2].tolist()
-        return cache.tokens[start + cut : stop]
-
-    def _trained(self, example: int) -> np.ndarray:
+    def _read(self, example: int) -> tuple[np.ndarray, np.ndarray]:
         cache, entry, cut = self._place(example)
         start, stop = cache.offsets[entry : entry + 2].tolist()
         trained = cache.columns["trained"][start + cut : stop].astype(bool)
         if cut and trained[0]:  # the beginning of this answer was cut
             trained[: trained.argmin()] = False
-        return trained
+        return cache.tokens[start + cut : stop], trained
 
 
 def refuse_again(first: Path, again: Path) -> None:

@@ -34,14 +34,14 @@ class ReasonDataset(SFTDataset):
         self.tokenizer, self.tag_weight = tokenizer, tag_weight
 
     def _extras(self, example: int) -> dict[str, np.ndarray]:
-        trained = self._trained(example)
-        tags = find_tags(self.tokenizer, self._tokens(example), trained)
+        ids, trained = self._read(example)
+        tags = find_tags(self.tokenizer, ids, trained)
         return {"weight": np.where(tags, self.tag_weight, trained).astype(np.float32)}
 
     def thoughts(self) -> tuple[int, int]:
         """(examples with a thought, examples looked at)"""
         seen = self.order[np.unique(np.linspace(0, len(self) - 1, SAMPLE).astype(int))].tolist()
-        return sum(bool(find_tags(self.tokenizer, self._tokens(i), self._trained(i)).any()) for i in seen), len(seen)
+        return sum(bool(find_tags(self.tokenizer, *self._read(i)).any()) for i in seen), len(seen)
 
 
 def find_tags(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> np.ndarray:

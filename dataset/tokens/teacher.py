@@ -87,7 +87,7 @@ class TaughtDataset(SFTDataset):
     def _extras(self, example: int) -> dict[str, np.ndarray]:
         if self.views is None:
             return {}
-        trained = targets(self._trained(example))
+        trained = targets(self._read(example)[1])
         records = self.views[self._begins[example] : self._begins[example + 1]]
         k = records["ids"].shape[1]
         ids, logprobs = np.zeros((len(trained), k), np.int32), np.zeros((len(trained), k + 1), np.float16)
@@ -141,7 +141,7 @@ def writing(path: Path, dataset: SFTDataset, tokenizer: Tokenizer, top_k: int, f
     It is written as `path`.partial. If the block does not end, that file stays, and the next call with the same facts
     about the same data continues it.
     """
-    counts = [int(targets(dataset._trained(example)).sum()) for example in range(dataset.distinct_count)]
+    counts = [int(targets(dataset._read(example)[1]).sum()) for example in range(dataset.distinct_count)]
     begins = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     dtype = record_type(top_k, tokenizer.vocab_size)
     head = facts | dict(

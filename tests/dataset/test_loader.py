@@ -26,11 +26,8 @@ class Examples(TokenDataset):
         self.order = np.arange(len(sequences))
         self.lengths = np.array([len(s) for s in sequences], np.int32)
 
-    def _tokens(self, i):
-        return self.sequences[i]
-
-    def _trained(self, i):
-        return None if self.masks is None else self.masks[i]
+    def _read(self, i):
+        return self.sequences[i], None if self.masks is None else self.masks[i]
 
 
 def chat(*texts):
@@ -334,14 +331,14 @@ def test_prefetch_gives_the_same_batches_in_order():
 def test_an_error_while_preparing_surfaces_at_its_step():
     ds = many()
     broken = loader(ds, max_seq_len=9)
-    tokens = ds._tokens
+    read = ds._read
 
     def fail(i):
         if i == 10:
             raise OSError("disk gone")
-        return tokens(i)
+        return read(i)
 
-    ds._tokens = fail
+    ds._read = fail
     seen = []
     with pytest.raises(OSError, match="disk gone"):
         for step, _ in broken.prefetch(0, 10):
@@ -352,8 +349,8 @@ def test_an_error_while_preparing_surfaces_at_its_step():
 def test_an_abandoned_prefetch_leaves_no_thread():
     before = threading.active_count()
     ds, prepared = many(), []
-    tokens = ds._tokens
-    ds._tokens = lambda i: time.sleep(0.01) or prepared.append(i) or tokens(i)
+    read = ds._read
+    ds._read = lambda i: time.sleep(0.01) or prepared.append(i) or read(i)
     steps = loader(ds, max_seq_len=9).prefetch(0, 10_000)
     next(steps)
     steps.close()
