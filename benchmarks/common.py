@@ -189,11 +189,8 @@ class RandomRows(TokenDataset):
         self.lengths = np.full(rows, max_seq_len + 1, np.int32)
         self._ids = np.random.default_rng(0).integers(16, vocab_size, (rows, max_seq_len + 1)).astype(np.uint16)
 
-    def _tokens(self, i):
-        return self._ids[i]
-
-    def _trained(self, i):
-        return None
+    def _read(self, i):
+        return self._ids[i], None
 
     def _source(self, i):
         return f"random:{i}"
