@@ -41,6 +41,7 @@ from model.transformer import CausalLM
 READ_ALONE, READ_BESIDE = 512, 256  # positions of prompts that a step reads: if no sequence is running, and if some are
 GPU_READS = 2**39  # weights x positions: so many times as many of a small model's, up to 8. They take a GPU 2 to 50 ms
 WORTH_WAITING = 64  # tokens: a beginning that another prompt is just reading is not read a second time
+MOST_SCORES = 2**24  # of attention over the parts of several prompts: most of them are between prompts, and masked
 MOST_LOGITS = 2**24  # that are kept at a time where the log-probabilities of a prompt are asked for: 64 MB
 
 
@@ -276,14 +277,16 @@ class Engine:
     def _parts(self) -> list[tuple[Sequence, list[int]]]:
         """What is read in this step: (sequence, the tokens of its prompt)."""
         room = self.wider * (READ_BESIDE if self.running else READ_ALONE)
-        parts = []
+        parts, queries, keys = [], 0, 0
         for sequence in self.reading:
             request, done = sequence.request, len(slot_of(sequence).ids)
             if request.prompt_logprobs:
                 room = min(room, max(MOST_LOGITS // self.model.config.vocab_size, 1))
-            if room > 0:
-                parts.append((sequence, request.prompt[done : done + room]))
-                room -= len(parts[-1][1])
+            part = request.prompt[done : done + room]
+            queries, keys, room = queries + len(part), keys + done + len(part), room - len(part)
+            if not part or parts and queries * keys > MOST_SCORES:
+                break
+            parts.append((sequence, part))
         return parts
 
     def _read(self, parts: list[tuple[Sequence, list[int]]]) -> Tensor:

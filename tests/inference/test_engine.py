@@ -136,6 +136,21 @@ def test_parts_of_many_prompts_are_stored_and_found_at_once_on_gpus():
     assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
+def test_prompts_with_a_long_beginning_are_not_all_read_at_once(model, monkeypatch):
+    """A row of many parts has scores between all of them: with 12 parts of 5 tokens, each behind 100 that are known,
+    60 x 1,260 instead of 12 x 5 x 105."""
+    begin = [random.Random(0).randrange(97) for _ in range(100)]
+    prompts = [[*begin, n, 1, 2, 3, 4] for n in range(12)]
+    engine = Engine(model, rows=12, capacity=120)
+    serve(engine, [Request(prompt, GREEDY, 1) for prompt in prompts[:1]])
+    sizes, read = [], Engine._read
+    monkeypatch.setattr(Engine, "_read", lambda engine, parts: sizes.append(len(parts)) or read(engine, parts))
+    monkeypatch.setattr(engine_file, "MOST_SCORES", 4 * 5 * 4 * 105)
+    sequences = serve(engine, [Request(prompt, GREEDY, 3) for prompt in prompts])
+    assert sizes == [4, 4, 4]
+    assert [s.tokens for s in sequences] == [continuation(model, prompt, 3) for prompt in prompts]
+
+
 def test_a_seed_says_the_same_in_any_company(model, way):
     """With every setting of sampling, alone and among others that have their own."""
     settings = [
