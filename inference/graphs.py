@@ -101,6 +101,7 @@ class DecodeGraphs:
                 self.graphs[key] = self.capture(lambda: self._compute(rows, columns, settings, fill is not None))
             except RuntimeError as error:
                 self.works = False
+                self.tokens[:B].copy_(tokens)  # the caller's own tokens may be these
                 note(f"warning: no CUDA graph for generation, so it is slower: {str(error).splitlines()[0]}")
         if not self.works:
             return None
@@ -175,10 +176,12 @@ class CaptureOnCUDA:
         with torch.cuda.device(self.device):
             here = torch.cuda.current_stream(self.device)
             self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream):
-                for _ in range(2):  # the first time is not recorded: kernels are chosen, tables are copied
-                    function()
-            here.wait_stream(self.stream)
+            try:
+                with torch.cuda.stream(self.stream):
+                    for _ in range(2):  # the first time is not recorded: kernels are chosen, tables are copied
+                        function()
+            finally:  # also if there is no memory for it: what it has queued writes tokens and slots
+                here.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
             # other threads may use the GPU meanwhile
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):

@@ -149,6 +149,25 @@ def test_prompts_with_a_long_beginning_are_not_all_read_at_once(model, monkeypat
     sequences = serve(engine, [Request(prompt, GREEDY, 3) for prompt in prompts])
     assert sizes == [4, 4, 4]
     assert [s.tokens for s in sequences] == [continuation(model, prompt, 3) for prompt in prompts]
+@pytest.mark.parametrize("works", range(4))
+def test_a_graph_that_cannot_be_captured_is_done_without(model, works, monkeypatch, capsys):
+    """There may be no memory for the second one, after it has run once: tokens that the first had drawn were lost."""
+    monkeypatch.setattr(graphs, "COLUMNS", 8)
+    captured = []
+
+    def capture(function):
+        captured.append(function())
+        if len(captured) > works:
+            raise RuntimeError("out of memory")
+        return record(function)
+
+    requests = [Request(prompt, Sampling(1.3, 1.0, seed=3), 30) for prompt in ([1, 2, 3], [4] * 5)]
+    engine = Engine(model, rows=2, capacity=64, late=True)
+    engine.graphs = graphs.DecodeGraphs(model, engine.slots, capture)
+    together = serve(engine, requests)
+    alone = [serve(Engine(model, rows=1, capacity=64), [request])[0] for request in requests]
+    assert [sequence.tokens for sequence in together] == [sequence.tokens for sequence in alone]
+    assert len(captured) == works + 1 and capsys.readouterr().err.count("no CUDA graph") == 1
 
 
 def test_a_seed_says_the_same_in_any_company(model, way):

@@ -3,12 +3,14 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from inference.drawn import Drawn
 from inference.graphs import CaptureOnCUDA
 
 SECOND = torch.device("cuda", 1)
+WAITS = ("its stream waits",)
 
 
 class Card:
@@ -26,14 +28,17 @@ class Card:
         monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda *of: self.log.append(of)))
 
     def make(self, name, device):
-        return SimpleNamespace(name=name, device=device, wait_stream=lambda other: None)
+        wait = lambda other: self.log.append((f"{name} waits",))
+        return SimpleNamespace(name=name, device=device, wait_stream=wait)
 
     def inside(self, name):
         @contextmanager
         def context(where):
             self.log.append((name, where))
-            yield
-            self.log.append((f"{name} ends",))
+            try:
+                yield
+            finally:
+                self.log.append((f"{name} ends",))
 
         return context
 
@@ -45,9 +50,21 @@ def test_everything_is_captured_on_one_stream_of_the_models_device(monkeypatch):
         card.log.clear()
         capture(lambda: card.log.append(("computed",)))
         own, computed = capture.stream, ("computed",)
-        warm_up, graph = [("stream", own), computed, computed], [("graph", own), computed]
-        assert card.log == [("device", SECOND), *warm_up, ("stream ends",), *graph, ("graph ends",), ("device ends",)]
+        warm_up = [("another stream waits",), ("stream", own), computed, computed, ("stream ends",), WAITS]
+        assert card.log == [("device", SECOND), *warm_up, ("graph", own), computed, ("graph ends",), ("device ends",)]
         assert own.device == SECOND
+
+
+def test_what_was_queued_before_there_was_no_memory_is_waited_for(monkeypatch):
+    """It writes tokens and slots, as what is computed next without a graph does."""
+    card = Card(monkeypatch)
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        CaptureOnCUDA(SECOND)(fails)
+    assert card.log[-3:] == [("stream ends",), WAITS, ("device ends",)]
 
 
 def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
