@@ -3,16 +3,17 @@
 import json
 
 import pytest
+import torch
 
 from common.options import parse
 from inference.answers import answers
 from inference.health import health
 from model.checkpoint import load_weights
 from tests.helpers.compare import same, state_of
-from tests.helpers.models import TOKENIZER
+from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import jsonl, write_pretrain, write_sft
 from tests.helpers.runs import run_stage, torchrun, train_twice
-from trainer.loop.health import PROMPTS, TOKENS
+from trainer.loop.health import PROMPTS, TOKENS, HealthCheck
 from trainer.run.resume import read_state
 from trainer.stage import StageConfig
 
@@ -86,6 +87,16 @@ def test_a_wrong_file_is_named_before_training(tmp_path, flags):
     (tmp_path / "bad.jsonl").write_text('{"ask": 1}\n')
     with pytest.raises(UserError, match="--health_prompts .*bad.jsonl:1: no question in this row"):
         run_stage("full_sft", *flags, f"--save_dir={tmp_path}", f"--health_prompts={tmp_path / 'bad.jsonl'}")
+
+
+def test_a_model_that_computes_nan_has_no_figures_and_training_goes_on(tmp_path, capsys):
+    """It ended the run, on the first rank only: the others waited for it."""
+    jsonl(tmp_path / "asked.jsonl", *ASKED)
+    check, model = HealthCheck(str(tmp_path / "asked.jsonl"), "chat", TOKENIZER, main=True), small_model()
+    assert check(model)["health_empty"] >= 0 and model.training
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    assert check(model) == {} and model.training
+    assert "--health_prompts: the model computes NaN" in capsys.readouterr().err
 
 
 def test_sharded_weights_are_refused_by_name():

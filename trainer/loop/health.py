@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from common.console import UserError
+from common.console import UserError, note
 from dataset.kinds import KINDS
 from dataset.read.questions import read_questions
 from inference.answers import answers
@@ -21,7 +21,8 @@ PROMPTS, TOKENS = 16, 64  # the first so many of the file; the longest answer
 
 class HealthCheck:
     """Called with the model after a validation, by every rank. Greedy, so that no random number is drawn: a resumed run
-    stays bit-identical. Rank 0 alone answers, and the others have no figures."""
+    stays bit-identical. Rank 0 alone answers, and the others have no figures. So has a model whose logits are not
+    finite: training says itself whether it goes on, and the other ranks would wait for one that has ended."""
 
     def __init__(self, path: str | None, kind: str, tokenizer: Tokenizer, main: bool):
         """kind: of the data that is trained on. A model that learns from documents continues the prompts."""
@@ -39,8 +40,13 @@ class HealthCheck:
         if not self.prompts:
             return {}
         model.eval()
-        with torch.compiler.set_stance("force_eager"):  # each token is a shape of its own
-            said = answers(model, self.tokenizer, self.prompts, max_new_tokens=TOKENS)
-        model.train()
+        try:
+            with torch.compiler.set_stance("force_eager"):  # each token is a shape of its own
+                said = answers(model, self.tokenizer, self.prompts, max_new_tokens=TOKENS)
+        except UserError as error:
+            note(f"warning: --health_prompts: {error}")
+            return {}
+        finally:
+            model.train()
         figures = health(said, self.asked, self.references)
         return {f"health_{name}": value for name, value in figures.items() if name != "answers"}
