@@ -33,7 +33,7 @@ class Dice:
         noise = torch.empty_like(adjusted) if is_random(sequences) else None
         if noise is not None:
             self.fill(sequences, noise)
-        return drawn_of(sequences, *next_tokens(adjusted, self.settings(sequences), noise), logits)
+        return drawn_of(sequences, *next_tokens(logits, self.settings(sequences), noise, adjusted), logits)
 
     def settings(self, sequences: list[Sequence]) -> SamplingRows:
         """The same object as long as the sequences are the same."""

@@ -139,11 +139,13 @@ class SamplingRows(NamedTuple):
         )
 
 
-def next_tokens(logits: Tensor, rows: SamplingRows, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `draw` -> the tokens (B,), and the same again with -1 where the logits are not finite and a token says
-    nothing."""
+def next_tokens(
+    logits: Tensor, rows: SamplingRows, noise: Tensor | None, adjusted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `draw` -> the tokens (B,), and the same again with -1 where the model's logits are not finite and a token says
+    nothing. adjusted: the logits to draw from, where penalties and biases have changed them, perhaps to -infinity."""
     logits = logits.float()
-    drawn, total = draw(logits, rows, noise), logits.sum(-1)
+    drawn, total = draw(logits if adjusted is None else adjusted, rows, noise), logits.sum(-1)
     return drawn, drawn.masked_fill(total - total != 0, -1)  # infinity - infinity is NaN; isfinite is four kernels
 
 

@@ -331,6 +331,15 @@ def test_nan_ends_its_own_sequence_only(sampling, way):
         list(follow(engine, engine.submit(Request([7], sampling, 5))))
 
 
+@pytest.mark.parametrize("temperature", (0, 1.5))
+def test_a_token_may_be_forbidden_for_ever(model, way, temperature):
+    """The bias is minus infinity, which is not the model's mistake."""
+    (free,) = serve(Engine(model, 1, 50), [Request([1, 2], Sampling(temperature, 1.0, seed=1), 5)])
+    never = Sampling(temperature, 1.0, seed=1, logit_bias={free.tokens[2]: float("-inf")})
+    (sequence,) = serve(Engine(model, 1, 50), [Request([1, 2], never, 30)])
+    assert sequence.error is None and len(sequence.tokens) == 30 and free.tokens[2] not in sequence.tokens
+
+
 def test_a_sequence_for_which_no_slot_can_be_claimed_is_not_lost(model, monkeypatch):
     """It had left the queue already: nobody was told, and who waited for it waited for ever."""
     engine = Engine(model, rows=1, capacity=50)
