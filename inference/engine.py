@@ -149,7 +149,7 @@ class Engine:
         self._drop_finished()
         if not self.running:
             self.unread = None
-        return moved
+        return list(dict.fromkeys(moved))  # one may have got a token of the step before, and its last
 
     def _decode(self, guesses: list[list[int]], draw: bool) -> tuple[Tensor, Drawn | None]:
         """-> logits (B, T, V) after the last token of each running sequence, whether the host has read it or not, and

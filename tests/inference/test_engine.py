@@ -378,6 +378,17 @@ def test_room_that_nobody_uses_costs_no_memory(model):
     assert room > 500e6 and resident() - before < room / 10
 
 
+def test_a_step_names_each_sequence_once(model, way):
+    """One that got two tokens was named twice, and a progress bar went to 200 %."""
+    engine, named = Engine(model, rows=2, capacity=50), []
+    sequences = [engine.submit(Request([1, 2], GREEDY, most)) for most in (1, 4, 6)]
+    while engine.busy:
+        moved = engine.step()
+        assert len(set(moved)) == len(moved)
+        named += [sequence for sequence in moved if sequence.finish_reason]
+    assert set(named) == set(sequences) and len(named) == 3
+
+
 def test_what_cannot_be_served_is_refused(model):
     engine = Engine(model, rows=1, capacity=10)
     for request, complaint in [
