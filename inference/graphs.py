@@ -13,7 +13,9 @@ Letters: B rows, S columns, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from model.attention import AttentionMask, additive
 from model.transformer import CausalLM
 
 COLUMNS = 256  # the least; then twice as many, and so on
+MOST_KINDS = 12  # of sampling; a graph takes memory, and those who ask a server choose the settings
 
 
 class Step(NamedTuple):
@@ -82,11 +85,13 @@ class DecodeGraphs:
         self, tokens: Tensor, settings: SamplingRows | None = None, fill: Callable[[Tensor], None] | None = None
     ) -> Step | None:
         """tokens (B, 1), one more for each of the first B slots -> the logits after them, and with settings of these B
-        rows the next tokens. None: there are no graphs here.
+        rows the next tokens, unless there are graphs for too many others already. None: there are no graphs here.
 
         fill: writes random numbers from [0, 1) into its argument (B, V). None: all rows take the likeliest token.
         """
         B = len(tokens)
+        if settings is not None and settings.kind not in self.fixed and len(self.fixed) >= MOST_KINDS:
+            settings = fill = None
         lengths = [len(slot.ids) for slot in self.slots.slots]
         rows, columns = size_for(B, 1, len(lengths)), size_for(max(lengths[:B]) + 1, COLUMNS, self.slots.capacity)
         for slot in self.slots.slots[B:rows]:  # they write too, behind what is kept
@@ -164,13 +169,20 @@ def size_for(needed: int, least: int, most: int) -> int:
     return min(least, most)
 
 
+@cache
+def _stream_for_captures(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for all engines of a thread, which come and go: cuBLAS keeps 32 MB for each stream on Hopper, for ever."""
+    return torch.cuda.Stream(device)
+
+
 class CaptureOnCUDA:
     """-> (what queues the function's kernels again, the tensors that they write). All on one stream of the device: the
-    current device may be another one, whose graph would be empty; and each stream costs cuBLAS 32 MB on Hopper. All
-    graphs share the memory in which they compute: one runs at a time, and nothing but the results outlasts it."""
+    current device may be another one, whose graph would be empty. All graphs share the memory in which they compute:
+    one runs at a time, and nothing but the results outlasts it."""
 
     def __init__(self, device: torch.device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = _stream_for_captures(device, threading.get_ident())
 
     def __call__(self, function: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
         with torch.cuda.device(self.device):

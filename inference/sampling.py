@@ -129,9 +129,10 @@ class SamplingRows(NamedTuple):
             return None if all(v == off for v in values) else to_device(values, device)[:, None]
 
         greedy = [s.greedy for s in rows]
+        rows = [Sampling(1.0, 1.0) if s.greedy else s for s in rows]  # what they ask for besides has no effect
         return cls(
-            column([1.0 if s.greedy else s.temperature for s in rows], off=1.0),
-            to_device(greedy, device) if any(greedy) else None,
+            column([s.temperature for s in rows], off=1.0),
+            to_device(greedy, device) if any(greedy) and not all(greedy) else None,
             column([s.top_k for s in rows], off=0),
             max(s.top_k for s in rows),
             column([s.top_p for s in rows], off=1.0),

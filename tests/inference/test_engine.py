@@ -170,6 +170,21 @@ def test_a_graph_that_cannot_be_captured_is_done_without(model, works, monkeypat
     assert len(captured) == works + 1 and capsys.readouterr().err.count("no CUDA graph") == 1
 
 
+def test_settings_without_effect_need_no_graph_of_their_own_and_there_are_not_too_many(model, monkeypatch):
+    """Anyone who asks a server may choose settings that nobody had before, and each graph takes memory for ever."""
+    monkeypatch.setattr(graphs, "MOST_KINDS", 3)
+    engine = Engine(model, rows=1, capacity=64, late=True)
+    engine.graphs = graphs.DecodeGraphs(model, engine.slots, record)
+    for settings in [dict(), dict(top_p=1.0), dict(top_k=7), dict(min_p=0.1), dict(seed=1)]:
+        serve(engine, [Request([1, 2, 3], Sampling(temperature=0, **settings), 4)])
+    assert len(engine.graphs.graphs) == 1
+    for top_k in range(1, 60, 7):
+        request = Request([1, 2, 3], Sampling(1.0, 1.0, top_k=top_k, seed=top_k), 12)
+        (alone,) = serve(Engine(model, rows=1, capacity=64), [request])
+        assert serve(engine, [request])[0].tokens == alone.tokens
+    assert len(engine.graphs.graphs) == 4, "three kinds, and logits from which tokens are drawn outside"
+
+
 def test_a_seed_says_the_same_in_any_company(model, way):
     """With every setting of sampling, alone and among others that have their own."""
     settings = [

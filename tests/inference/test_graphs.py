@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference.drawn import Drawn
-from inference.graphs import CaptureOnCUDA
+from inference.graphs import CaptureOnCUDA, _stream_for_captures
 
 SECOND = torch.device("cuda", 1)
 WAITS = ("its stream waits",)
@@ -17,6 +17,7 @@ class Card:
     """torch.cuda that keeps a log of what it is asked for."""
 
     def __init__(self, monkeypatch):
+        _stream_for_captures.cache_clear()
         self.log = []
         for name in ("device", "stream"):
             monkeypatch.setattr(torch.cuda, name, self.inside(name))
@@ -53,6 +54,13 @@ def test_everything_is_captured_on_one_stream_of_the_models_device(monkeypatch):
         warm_up = [("another stream waits",), ("stream", own), computed, computed, ("stream ends",), WAITS]
         assert card.log == [("device", SECOND), *warm_up, ("graph", own), computed, ("graph ends",), ("device ends",)]
         assert own.device == SECOND
+
+
+def test_the_next_engine_captures_on_the_same_stream(monkeypatch):
+    """Each validation with --health_prompts has an engine of its own; cuBLAS keeps memory for every stream."""
+    Card(monkeypatch)
+    assert CaptureOnCUDA(SECOND).stream is CaptureOnCUDA(SECOND).stream
+    assert CaptureOnCUDA(SECOND).stream is not CaptureOnCUDA(torch.device("cuda", 2)).stream
 
 
 def test_what_was_queued_before_there_was_no_memory_is_waited_for(monkeypatch):
