@@ -138,15 +138,14 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         if self.qkv_proj is None:
             q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        else:
-            y = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-            both, v = y.split([sum(self.sizes[:2]), self.sizes[2]], dim=2)
-            if not isinstance(self.q_norm, nn.Identity):
-                q, k = both.split(self.sizes[:2], dim=2)
-                both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-            q, k = apply_rope(both, cos, sin, self.interleaved).split(self.sizes[:2], dim=2)  # turned at once
+            q, k = (apply_rope(y, cos, sin, self.interleaved) for y in (self.q_norm(q), self.k_norm(k)))
             return q, k, v
-        q, k = (apply_rope(y, cos, sin, self.interleaved) for y in (self.q_norm(q), self.k_norm(k)))
+        y = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        both, v = y.split([sum(self.sizes[:2]), self.sizes[2]], dim=2)
+        if not isinstance(self.q_norm, nn.Identity):
+            q, k = both.split(self.sizes[:2], dim=2)
+            both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        q, k = apply_rope(both, cos, sin, self.interleaved).split(self.sizes[:2], dim=2)  # turned at once
         return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
