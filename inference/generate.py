@@ -5,13 +5,17 @@ replies = generate(model, [ids_1, ids_2, ...], Sampling(temperature=0), max_new_
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
+import torch
+
 from inference.engine import Engine
 from inference.request import Request
 from inference.sampling import Sampling
+from model.cost import cache_bytes
 from model.transformer import CausalLM
 
 ROWS = 64
@@ -30,6 +34,7 @@ def generate(
     """What follows each prompt, without the `stop` token that ends it. It does not depend on the other prompts.
 
     max_new_tokens  for all prompts, or for each
+    rows            at most; fewer where a GPU has no room for so many as long as the longest
     ended           is called with the number of those that have just come to an end
 
     With a seed, each prompt has its own random numbers: the first those of the seed, the next those of seed + 1.
@@ -43,7 +48,8 @@ def generate(
         sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + n) for n in range(len(prompts))
     ]
     requests = [Request(*own, frozenset(stop)) for own in zip(prompts, settings, most)]
-    engine = Engine(model, min(rows, len(prompts)), max(map(len, prompts)) + max(most))
+    capacity = min(max(map(len, prompts)) + max(most), model.config.max_position_embeddings)
+    engine = Engine(model, min(rows, len(prompts), rows_that_fit(model, capacity)), capacity)
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))  # rows of about one length waste no columns
     sequences = {n: engine.submit(requests[n]) for n in order}
     while engine.busy:
@@ -52,3 +58,18 @@ def generate(
             raise error
         ended(sum(sequence.finish_reason is not None for sequence in moved))
     return [sequences[n].tokens for n in range(len(prompts))]
+
+
+def rows_that_fit(model: CausalLM, capacity: int) -> int:
+    """How many sequences of so many tokens may be in memory. A GPU gives each all its room at once, half of what is
+    free to all of them; a CPU only what they fill."""
+    weight = model.model.embed_tokens.weight
+    if weight.device.type != "cuda":
+        return sys.maxsize
+    width = (model.compute_dtype or weight.dtype).itemsize
+    return max(_free_bytes(weight.device) // 2 // cache_bytes(model.config, 1, capacity, width), 1)
+
+
+def _free_bytes(device: torch.device) -> int:
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, unused
+    return torch.cuda.mem_get_info(device)[0] + kept

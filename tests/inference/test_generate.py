@@ -1,12 +1,16 @@
 """What is generated is what the full pass over all of the text would say, whoever else is answered, and however."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from inference import generate as generating
 from inference.engine import Engine
 from inference.generate import generate
 from inference.sampling import Sampling
 from model.config import ModelConfig
+from model.cost import cache_bytes
 from tests.helpers.models import continuation, random_model
 
 SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -106,3 +110,16 @@ def test_what_cannot_be_answered_is_refused(dense):
     torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match="NaN"):
         generate(broken, [[1]], GREEDY, max_new_tokens=3)
+
+
+def test_a_gpu_answers_as_many_at_once_as_it_has_room_for(dense, monkeypatch):
+    """One prompt of 30,000 tokens among 63 short ones: 64 times its room is more than many cards have."""
+    monkeypatch.setattr(generating, "_free_bytes", lambda device: 2 * 10 * cache_bytes(dense.config, 1, 100, width=2))
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    inside = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
+    there = SimpleNamespace(config=dense.config, compute_dtype=torch.bfloat16, model=inside)
+    assert [generating.rows_that_fit(there, capacity) for capacity in (100, 201, 9999)] == [10, 4, 1]
+    expected, running, step = generate(dense, PROMPTS, GREEDY, max_new_tokens=4), [], Engine.step
+    monkeypatch.setattr(generating, "rows_that_fit", lambda model, capacity: 2 if capacity == 15 else 64)
+    monkeypatch.setattr(Engine, "step", lambda engine: running.append(engine.rows) or step(engine))
+    assert generate(dense, PROMPTS, GREEDY, max_new_tokens=4) == expected and set(running) == {2}
