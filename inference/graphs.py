@@ -119,6 +119,8 @@ class DecodeGraphs:
         if fill is not None:
             fill(self._noise()[:B])
         replay, found = self.graphs[key]
+        if settings is not None:
+            self.lengths[:B] = [-1] * B  # not known, should Ctrl-C come meanwhile
         replay()
         if settings is not None:
             self.lengths[:B] = [length + 1 for length in lengths[:B]]

@@ -370,6 +370,30 @@ def test_more_likeliest_tokens_than_there_are(model, way):
     assert len(sequence.logprobs[0].likeliest) == 97
 
 
+def test_after_ctrl_c_in_a_graph_the_same_question_is_answered_right(model, monkeypatch):
+    """The card had counted the token, the host had not. The next answer began one place too far behind."""
+    interrupt = []
+
+    def capture(function):
+        replay, found = record(function)
+
+        def interrupted():
+            replay()
+            if interrupt:
+                raise interrupt.pop()
+
+        return interrupted, found
+
+    engine = Engine(model, rows=1, capacity=64, late=True)
+    engine.graphs = graphs.DecodeGraphs(model, engine.slots, capture)
+    request = Request([1, 2, 3], GREEDY, 12)
+    for _ in range(2):
+        interrupt.append(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            list(follow(engine, engine.submit(request)))
+    assert serve(engine, [request])[-1].tokens == continuation(model, [1, 2, 3], 12)
+
+
 def test_one_can_be_followed_while_others_run(model, way):
     engine = Engine(model, rows=2, capacity=100)
     other = engine.submit(Request([4, 5], GREEDY, 40))
