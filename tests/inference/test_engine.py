@@ -149,6 +149,8 @@ def test_prompts_with_a_long_beginning_are_not_all_read_at_once(model, monkeypat
     sequences = serve(engine, [Request(prompt, GREEDY, 3) for prompt in prompts])
     assert sizes == [4, 4, 4]
     assert [s.tokens for s in sequences] == [continuation(model, prompt, 3) for prompt in prompts]
+
+
 @pytest.mark.parametrize("works", range(4))
 def test_a_graph_that_cannot_be_captured_is_done_without(model, works, monkeypatch, capsys):
     """There may be no memory for the second one, after it has run once: tokens that the first had drawn were lost."""
