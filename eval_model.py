@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 from common.console import UserError, run
 from common.files import ROOT
 from common.options import option, parse
+from common.values import SEEDS
 from inference.conversation import Conversation
 from inference.options import EngineOptions, LowBitOptions, SamplingOptions
 from inference.terminal import Screen, answer_all, chat, read_lines, show, typed
@@ -107,7 +108,7 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
     temperature: float | None = option(
         None, "0 always takes the likeliest token (default: 0.85; of --eval_data 0)", within="[0, inf)"
     )
-    seed: int | None = option(None, "makes answers repeatable", within="[0, inf)")
+    seed: int | None = option(None, "makes answers repeatable", within=SEEDS)
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -5,9 +5,17 @@ read_yaml("my.yaml")      # {"epochs": "010", "use_wandb": True}
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from common.console import UserError
+
+SLIPS = {  # how a line begins that is meant as YAML and is none -> what to write
+    r" *\t": "a tab indents this line; use spaces",
+    r"""\s*[^\s#:："']+\s*：""": "the colon is a Chinese one; write `: `, with a space after it",
+    r"""\s*[^\s#:："']+:[^\s:]""": "no space after the colon; write `key: value`",
+}
 
 
 def read_yaml(path: str) -> Any:
@@ -22,25 +30,37 @@ def read_yaml(path: str) -> Any:
         raise UserError(f"{path}: needs PyYAML (pip install pyyaml)") from None
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return _load(yaml, file)
+            lines = file.read().split("\n")
+        tree = _load(yaml, "\n".join(lines))
+        if isinstance(tree, str) and (slip := _slip(lines, range(len(lines)))):
+            raise UserError(f"{path}{slip}")
+        return tree
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}" if path else "needs a file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8; save it as UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
+        if mark and (slip := _slip(lines, (mark.line, mark.line - 1))):  # it may show only in the line after it
+            raise UserError(f"{path}{slip}") from None
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: {getattr(error, 'problem', None) or error}") from None
 
 
-def _load(yaml, file) -> Any:
+def _slip(lines: list[str], numbers: Iterable[int]) -> str:
+    """:<line>: and what is wrong there, of the first of these lines that has one of SLIPS; "" if none has."""
+    found = ((n, way) for n in numbers if 0 <= n < len(lines) for how, way in SLIPS.items() if re.match(how, lines[n]))
+    return next((f":{n + 1}: {way}" for n, way in found), "")
+
+
+def _load(yaml, text: str) -> Any:
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {
             first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
-    loader = Loader(file)
+    loader = Loader(text)
     root = loader.get_single_node()
     nodes = [root]
     for node in nodes:  # of the file as it is written: merges (<<) may bring a key in a second time

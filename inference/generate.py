@@ -44,9 +44,9 @@ def generate(
     if not prompts:
         return []
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    settings = [
-        sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + n) for n in range(len(prompts))
-    ]
+    settings = [sampling] * len(prompts)
+    if sampling.seed is not None:
+        settings = [replace(sampling, seed=(sampling.seed + n) % 2**63) for n in range(len(prompts))]
     requests = [Request(*own, frozenset(stop)) for own in zip(prompts, settings, most)]
     capacity = min(max(map(len, prompts)) + max(most), model.config.max_position_embeddings)
     engine = Engine(model, min(rows, len(prompts), rows_that_fit(model, capacity)), capacity)

@@ -58,9 +58,9 @@ class SamplingOptions(Options):
 
     temperature: float | None = option(TEMPERATURE, "0 always takes the likeliest token", within="[0, inf)")
     top_p: float = option(0.85, "draw from the likeliest tokens with this total probability", within="(0, 1]")
-    top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, inf)")
+    top_k: int = option(0, "draw from the K likeliest tokens (0: all)", within="[0, 10000000]")
     min_p: float = option(0.0, "drop tokens below this share of the likeliest one's probability", within="[0, 1)")
-    repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="(0, inf)")
+    repetition_penalty: float = option(1.0, "above 1: fewer repetitions", within="[0.01, 100]")
 
     def sampling(self, seed: int | None = None) -> Sampling:
         from inference.sampling import Sampling

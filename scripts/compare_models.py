@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 from common.console import UserError, check_writable, note, run, say
 from common.files import ROOT
 from common.options import option, parse
+from common.values import SEEDS
 from inference.options import DeviceOptions, SamplingOptions
 
 QUESTIONS = ROOT / "configs/test_questions.json"
@@ -67,7 +68,7 @@ class CompareConfig(DeviceOptions, SamplingOptions):
     system: str = option("", "system prompt")
     max_new_tokens: int = option(256, "longest answer", aliases=("max_length", "max_seq_len"), within="[1, inf)")
     temperature: float = option(0.0, "0 always takes the likeliest token", within="[0, inf)")
-    seed: int | None = option(None, "makes drawn answers repeatable", within="[0, inf)")
+    seed: int | None = option(None, "makes drawn answers repeatable", within=SEEDS)
     save_dir: str = option(str(ROOT / "out"), "where names are looked up", aliases=("out_dir",), path=True)
     tokenizer_path: str | None = option(None, "directory of the tokenizer (default: the weights know)", path=True)
 

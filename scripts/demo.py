@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from common.console import run, say
 from common.files import ROOT, relative_to_root
 from common.options import Options, option, parse
+from common.values import SEEDS
 from model.config import PRESETS
 from scripts.commands import call
 from scripts.demo_progress import Forecast, Watch
@@ -60,7 +61,7 @@ class DemoConfig(Options):
 
     save_dir: str = option("", "where everything is written (default: out; with --quick out/quick)", path=True)
     world_seed: int = option(0, "another one invents another world", within="[0, inf)")
-    seed: int = option(42, "of the trainings", within="[0, inf)")
+    seed: int = option(42, "of the trainings", within=SEEDS)
     question_seed: int = option(0, "draws other exam questions", within="[0, inf)")
     skip_training: bool = option(False, "use the weights in save_dir")
     fresh: bool = option(False, "train everything anew, also what is up to date")

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from common.console import UserError, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
+from common.values import SEEDS
 from scripts.commands import call
 
 MINIMIND = "MiniMind2-PyTorch"  # in the table of model/hub.py
@@ -66,7 +67,7 @@ class QuickstartConfig(Options):
         choices=("auto", "float32", "bfloat16", "float16"),
         aliases=("bf16=bfloat16|float32", "fp16=float16|float32"),
     )
-    seed: int = option(42, "seed of everything random", within="[0, inf)")
+    seed: int = option(42, "seed of everything random", within=SEEDS)
     from_resume: str = option("0", "continue an interrupted training: 0, 1, auto", switch=("1", "0"))
     use_wandb: bool = option(False, "log to Weights & Biases as well")
     wandb_project: str = option("minimind_medical_chatbot", "the project in Weights & Biases")

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 from common.console import UserError
 from common.files import ROOT
 from common.options import Options, option
+from common.values import SEEDS
 from model.config import PRESETS
 from trainer.loop import launch
 from trainer.recipes import HELP, RECIPES, default_recipe, rate_for_width, recipe_options
@@ -257,7 +258,7 @@ class StageConfig(LoRAOptions):
     ddp_timeout: float = option(
         1800, "seconds after which a process that does not answer is given up", within="(0, inf)"
     )
-    seed: int = option(42, "seed of everything random", within="[0, inf)")
+    seed: int = option(42, "seed of everything random", within=SEEDS)
     local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N
     by_recipe: tuple[str, ...] = option((), argparse.SUPPRESS)  # options that the user left open
 

@@ -6,6 +6,10 @@ import pytest
 
 from common.options import Options, option, parse
 from common.yaml_file import read_yaml
+from eval_model import EvalConfig
+from scripts.compare_models import CompareConfig
+from scripts.demo import DemoConfig
+from scripts.lora_quickstart import QuickstartConfig
 from trainer.train_full_sft import SFTConfig
 from trainer.train_lora import LoRAConfig
 
@@ -147,3 +151,52 @@ def test_one_name_is_one(words, capsys):
     with pytest.raises(SystemExit):
         parse(Named, words.split(), bare="name")
     assert "b: unknown option" in (err := capsys.readouterr().err) or "--check b: say true or false" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("训练：\n  epochs: 1\n", ":1: the colon is a Chinese one; write `: `, with a space after it"),
+        ("epochs：1\n", ":1: the colon is a Chinese one; write `: `, with a space after it"),
+        ("a: 1\nepochs:1\nseed: 2\n", ":2: no space after the colon; write `key: value`"),
+        ("# mine\nepochs:1\n", ":2: no space after the colon; write `key: value`"),
+        ("training:\n\tepochs: 1\n", ":2: a tab indents this line; use spaces"),
+        ("epochs: 1\nepochs: 2\n", ":2: epochs stands twice"),
+        ("data_path: [a.jsonl\n", ":2: expected ',' or ']', but got '<stream end>'"),
+        ("just words\n", ": expected `key: value` lines, found a str"),
+    ],
+)
+def test_usual_slips_in_yaml_are_named_in_plain_words(text, reason, tmp_path, capsys):
+    """ "mapping values are not allowed here" was the answer to a Chinese colon, with the line after it."""
+    assert complaint(tmp_path, capsys, text) == reason
+
+
+def test_a_value_may_look_like_a_slip(tmp_path):
+    (tmp_path / "a.yaml").write_text('a: "你好：x"\nb: 你好：x\nc: http://host:80\n- ', encoding="utf-8")
+    with pytest.raises(ValueError, match="a.yaml:4: "):
+        read_yaml(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("line", "bound"),
+    [
+        ("seed: 99999999999999999999", "[0, 9223372036854775808)"),
+        ("temperature: 1e309", None),
+        ("top_k: 100000000000000000000", "[0, 10000000]"),
+        ("repetition_penalty: 1e-45", "[0.01, 100]"),
+        ("repetition_penalty: 1e38", "[0.01, 100]"),
+    ],
+)
+def test_numbers_that_torch_or_fp32_cannot_hold_are_refused(line, bound, tmp_path, capsys):
+    """They ended in a traceback, or in "the model computes NaN": repetition_penalty had done it."""
+    (tmp_path / "recipe.yaml").write_text(line, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        parse(EvalConfig, ["--config", str(tmp_path / "recipe.yaml")])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("expected a number" if bound is None else f"must be in {bound}") in said
+
+
+@pytest.mark.parametrize("script", [SFTConfig, EvalConfig, CompareConfig, DemoConfig, QuickstartConfig])
+def test_the_largest_seed_is_taken_everywhere_and_the_next_one_is_not(script):
+    wrong = lambda seed: [line for line in script(seed=seed).problems() if line.startswith("--seed")]
+    assert not wrong(2**63 - 1) and wrong(2**63)

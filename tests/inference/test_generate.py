@@ -93,6 +93,7 @@ def test_a_seed_says_the_same_and_each_prompt_has_its_own_numbers(dense):
     first, second, third = say(same, 3)
     assert first != second != third != first, "the same prompt is answered in three ways"
     assert say(same, 3, rows=1) == [first, second, third] and say(same[:2], 4) == [second, third]
+    assert say(same[:2], 2**63 - 1)[1] == say(same[:1], 0)[0], "after the largest one, as on the server"
 
 
 def test_the_last_position_is_used():
