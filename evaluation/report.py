@@ -19,6 +19,7 @@ import numpy as np
 
 from common.console import UserError, width_of
 from common.files import atomic_file, hash_file
+from common.picture import readable
 from evaluation.measure import Figure, Measured, figure
 from evaluation.metrics import METRICS
 from evaluation.statistics import paired_difference
@@ -155,6 +156,7 @@ def against(results: Sequence[Measured], earlier: dict, tokenizer: str) -> str:
 # ---- a picture
 
 
+@readable()
 def draw(path: Path, results: Sequence[Measured], title: str) -> None:
     """A panel for each file: its shares with their error bars; perplexity and bits per byte above them."""
     from matplotlib.figure import Figure as Picture  # not pyplot: no window system, no global state

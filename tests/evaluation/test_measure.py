@@ -468,10 +468,11 @@ def test_what_cannot_be_said_is_a_dash_and_null(tmp_path):
     assert read_json(tmp_path / "r.json")["files"][0]["metrics"]["bleu"]["value"] is None
 
 
+@pytest.mark.filterwarnings("error:Glyph")
 def test_a_picture(model, tmp_path, monkeypatch):
     """A point for each share and a line for its interval, on one scale; of perplexity only the number, above."""
     figure = pytest.importorskip("matplotlib.figure").Figure
-    found = measure(model, TOKENIZER, jsonl(tmp_path / "a.jsonl", *CHATS), ["bpb"], SHORT)
+    found = measure(model, TOKENIZER, jsonl(tmp_path / "题.jsonl", *CHATS), ["bpb"], SHORT)
     found.add("f1", np.array([[0.0, 1], [1, 1], [1, 1], [1, 1]]), ["1", "2", "3", "4"])
     found.counts["bleu"] = np.zeros((1, 10)) + [4, 3, 2, 1, 4, 3, 2, 1, 4, 4]  # all is right
     found.health["rep_4"] = 0.25
@@ -486,7 +487,7 @@ def test_a_picture(model, tmp_path, monkeypatch):
     drawn = [(list(map(float, line.get_xdata())), list(map(float, line.get_ydata()))) for line in axis.lines]
     assert drawn == [([0.75], [0]), ([low, high], [0, 0]), ([pytest.approx(1)], [1]), ([0.25], [2])]
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels == ["F1 of words", "BLEU / 100", "rep_4"] and "a.jsonl · bits per byte" in axis.get_title("left")
+    assert labels == ["F1 of words", "BLEU / 100", "rep_4"] and "题.jsonl · bits per byte" in axis.get_title("left")
 
 
 def test_a_table_shows_what_a_model_says_as_text(model, tmp_path):

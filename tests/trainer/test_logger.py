@@ -307,3 +307,11 @@ def test_a_picture_of_a_run_whose_steps_were_all_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "lr": 0.1, "grad_norm": 1.0}\n')
     draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_may_have_a_chinese_name(tmp_path):
+    (tmp_path / "医疗").mkdir()
+    (tmp_path / "医疗/metrics.jsonl").write_text('{"step": 10, "loss": 0.1}\n')
+    draw_losses(tmp_path / "医疗/metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()

@@ -32,6 +32,7 @@ from typing import Any
 from common.console import printable
 from common.files import ROOT, atomic_file
 from common.options import Options
+from common.picture import readable
 from trainer.run.reference import Curve, Reference
 
 TRACKERS = ("wandb", "swanlab", "tensorboard")
@@ -351,6 +352,7 @@ def draw_band(axes: Any, under: Any, columns: Any, curve: Curve) -> None:
     under.set(xlabel="optimiser step, as far as the curve", ylabel="% off the median", ylim=(-limit, limit))
 
 
+@readable()
 def draw_losses(metrics: Path, picture: Path, curve: Curve | None = None) -> None:
     """metrics.jsonl -> loss.png: training loss, its moving average, validation loss, and the band of a reference."""
     import numpy as np
