@@ -166,8 +166,9 @@ def test_what_a_continued_run_keeps(tmp_path):
     first.save()
     second = sft_engine(tmp_path, 8, 2, max_steps=4, val_fraction=0.2, from_resume="auto")
     assert second.best == 0.25 and second.loader.examples_per_step == 8 and len(second.loader.examples(0)) == 8
-    with pytest.raises(ValueError, match="--batch_size 3 x 1 processes does not divide the 8 examples of a step"):
+    with pytest.raises(ValueError, match="--batch_size 3 x 1 processes does not divide the 8 examples of a step") as no:
         sft_engine(tmp_path, 3, 1, max_steps=4, val_fraction=0.2, from_resume="auto")
+    assert "; give --batch_size 1 or 2 or 4 or 8, or begin afresh without --from_resume" in str(no.value)
 
 
 def test_losses_of_two_validation_files_are_not_compared(tmp_path, capsys):

@@ -179,9 +179,11 @@ def with_batch_of(state: Path, config: StageConfig, world: int, say: Callable[[s
     the state, also when the number of processes has changed."""
     examples, at_once = read_values(state)["examples"], config.batch_size * world
     if examples % at_once:
+        fit = [str(size) for size in range(1, examples // world + 1) if examples % (size * world) == 0]
+        way = f"give --batch_size {' or '.join(fit[-4:])}" if fit else "start it with a number of processes that does"
         raise UserError(
             f"--batch_size {config.batch_size} x {world} processes does not divide the {examples} examples of a step "
-            f"in {state}"
+            f"in {state}; {way}, or begin afresh without --from_resume"
         )
     needed = examples // at_once
     if needed != config.accumulation_steps:
