@@ -101,6 +101,8 @@ def build_app(
         served = server.find(body.model)
         if len(body.tokens) > served.engine.capacity:
             raise too_long(served, f"{len(body.tokens)}", "tokens")
+        if (limit := served.engine.model.config.vocab_size) <= max(body.tokens, default=0):
+            raise Refused(f"tokens: ids from 0 to {limit - 1}, there is no {max(body.tokens)}", "tokens")
         return Json({"prompt": await asyncio.to_thread(served.tokenizer.decode, body.tokens)})
 
     @app.get("/v1/models")

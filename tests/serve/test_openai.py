@@ -388,6 +388,8 @@ def test_tokens_there_and_back(server):
     chat = post("/tokenize", {"messages": HELLO})
     assert chat["tokens"] == encode_chat(tokenizer, HELLO, add_generation_prompt=True).ids
     assert "error" in post("/tokenize", {})
+    assert "there is no 99999" in post("/detokenize", {"tokens": [5, 99999]})["error"]["message"], "not left out"
+    assert post("/detokenize", {"tokens": []}) == {"prompt": ""}
 
 
 @pytest.mark.parametrize(
