@@ -122,8 +122,9 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
         chats = dict(system=self.system, tools=self.tools, enable_thinking=self.enable_thinking is not None)
         if self.model_mode == 0 and (what := next(filter(chats.get, chats), None)):
             found.append(f"--{what}: --model_mode 0 continues a text, without turns; chat with --model_mode 1")
-        if self.benchmark and self.system:
-            found.append("--system: the exam is asked without one; leave it out")
+        drawn = dict(temperature=self.temperature, max_new_tokens=self.max_new_tokens)
+        if self.benchmark and (what := next(filter((chats | drawn).get, chats | drawn), None)):
+            found.append(f"--{what}: the exam is always asked in the same way, without it; leave it out")
         if self.metrics:
             from evaluation.metrics import chosen
 

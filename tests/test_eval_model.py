@@ -63,7 +63,9 @@ def say(out, capsys, monkeypatch):
     """Runs the script in this process: say("--prompt", "hi") -> (exit status, standard output, standard error)."""
 
     def say(*argv, stdin=None):
-        flags = [*"--temperature 0 --max_new_tokens 8 --dtype float32 --save_dir".split(), str(out), *map(str, argv)]
+        flags = [*"--temperature 0 --dtype float32 --save_dir".split(), str(out), *map(str, argv)]
+        if "--benchmark" not in argv:
+            flags[:0] = ["--max_new_tokens", "8"]
         piped = io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii") if isinstance(stdin, bytes) else None
         monkeypatch.setattr(sys, "stdin", piped)
         status = 0
@@ -551,7 +553,12 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
             marks=pytest.mark.skipif(any(ROOT.glob("out/full_dist_*")), reason="some have been made here"),
         ),
         (["--model_mode", "0", "--system", "be brief"], "--system: --model_mode 0 continues a text"),
-        (["--benchmark", "tiny_world", "--system", "be brief"], "--system: the exam is asked without one"),
+        (["--benchmark", "tiny_world", "--system", "be brief"], "--system: the exam is always asked in the same way"),
+        (
+            ["--benchmark", "tiny_world", "--temperature", "1"],
+            "--temperature: the exam is always asked in the same way",
+        ),
+        (["--benchmark", "tiny_world", "--max_length", "9"], "--max_new_tokens: the exam is always asked in the same"),
         (["--base_model", "x"], "--base_model x: python scripts/compare_models.py compares models"),
         (["--prompts_file", "nothere.json"], "nothere.json: no such file"),
     ),
