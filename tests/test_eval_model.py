@@ -556,7 +556,7 @@ def test_in_bf16_it_is_the_model_that_was_trained(out):
         (["--benchmark", "tiny_world", "--system", "be brief"], "--system: the exam is always asked in the same way"),
         (
             ["--benchmark", "tiny_world", "--temperature", "1"],
-            "--temperature: the exam is always asked in the same way",
+            "--temperature: the exam is always asked in the same",
         ),
         (["--benchmark", "tiny_world", "--max_length", "9"], "--max_new_tokens: the exam is always asked in the same"),
         (["--base_model", "x"], "--base_model x: python scripts/compare_models.py compares models"),
