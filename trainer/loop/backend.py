@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class Backend:
         bad is 1.0 if anything on any rank was not finite, and then no weight moves; else it is 0.0. Both are scalars on
         the device.
         """
-        norm, bad = clip_and_check([p for _, p in self._trained], max_norm, scale, loss_is_finite)
+        norm, bad = clip_and_check([p for _, p in self._trained()], max_norm, scale, loss_is_finite)
         bad = self.all_reduce_max(bad)
         self._move(bad)
         return norm, bad
@@ -75,7 +74,6 @@ class Backend:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    @cached_property  # walking through the modules takes the host as long as several layers
     def _trained(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
@@ -92,7 +90,7 @@ class Backend:
     def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Sets weights and optimiser state from full tensors, named as above; frozen weights are not among them."""
         with torch.no_grad():
-            for name, parameter in self._trained:
+            for name, parameter in self._trained():
                 parameter.copy_(weights[name])
         resume.restore_optimizers(self.model, self.optimizers, optimizer)
 

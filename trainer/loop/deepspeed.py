@@ -110,14 +110,14 @@ class ZeRO(DeepSpeed):
         self._link_optimizer_states()
         found, shard = {}, self._optimizer_shards()[0]
         for kind, tensor in self.optimizer.state.get(shard, {}).items():
-            for name, parameter in self._trained:
+            for name, parameter in self._trained():
                 full = tensor.clone() if tensor.dim() == 0 else safe_get_full_optimizer_state(parameter, kind).cpu()
                 if self.main:
                     found[f"{name}/{kind}"] = full
         return found
 
     def load(self, weights, optimizer):
-        named = dict(self._trained)
+        named = dict(self._trained())
         kinds = {key.rpartition("/")[2]: value for key, value in optimizer.items()}
         for shard in self._optimizer_shards():
             self.optimizer.state[shard] = {
