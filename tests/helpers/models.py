@@ -19,6 +19,18 @@ TINY_SHAPE = dict(
     num_key_value_heads=2,
     intermediate_size=40,
 )
+SPEAKER_SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+SPEAKERS = {  # kinds of models that generate text: what they have besides SPEAKER_SHAPE
+    "dense": {},
+    "moe": dict(num_experts=4),
+    "window": dict(sliding_window=4),
+    "mixed": dict(  # a window in some layers, half of each head rotated
+        sliding_window=6,
+        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        rope_local_theta=20.0,
+        rotary_fraction=0.5,
+    ),
+}
 TINY_TOKENS = torch.arange(40).view(2, 20) % 67
 
 

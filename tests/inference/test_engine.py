@@ -12,20 +12,10 @@ from inference.engine import Engine, Request, follow
 from inference.sampling import Sampling
 from inference.slots import Reading, Slots
 from model.config import ModelConfig
-from tests.helpers.models import continuation, random_model
+from tests.helpers.models import SPEAKER_SHAPE, SPEAKERS, continuation, random_model
 from tests.helpers.tape import record
 
-SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-KINDS = {
-    "dense": {},
-    "moe": dict(num_experts=4),
-    "window": dict(
-        sliding_window=6,
-        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
-        rope_local_theta=20.0,
-        rotary_fraction=0.5,
-    ),
-}
+SHAPE, KINDS = SPEAKER_SHAPE, {kind: SPEAKERS[kind] for kind in ("dense", "moe", "mixed")}
 GREEDY = Sampling(temperature=0)
 
 

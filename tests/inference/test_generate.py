@@ -11,20 +11,9 @@ from inference.generate import generate
 from inference.sampling import Sampling
 from model.config import ModelConfig
 from model.cost import cache_bytes
-from tests.helpers.models import continuation, random_model
+from tests.helpers.models import SPEAKER_SHAPE, SPEAKERS, continuation, random_model
 
-SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-KINDS = {
-    "dense": {},
-    "moe": dict(num_experts=4),
-    "window": dict(sliding_window=4),
-    "window in some layers, half of each head rotated": dict(
-        sliding_window=6,
-        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
-        rope_local_theta=20.0,
-        rotary_fraction=0.5,
-    ),
-}
+SHAPE, KINDS = SPEAKER_SHAPE, SPEAKERS
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 6, 7], [9], list(range(20, 31)), [44] * 6, [5, 6, 8]]
 
