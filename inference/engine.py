@@ -39,7 +39,7 @@ from inference.slots import Decoding, Reading, Slots, common_length
 from model.transformer import CausalLM
 
 READ_ALONE, READ_BESIDE = 512, 256  # positions of prompts that a step reads: if no sequence is running, and if some are
-GPU_READS = 2**39  # weights x positions: so many times as many of a small model's, up to 8. They take a GPU 2 to 50 ms
+GPU_READS = 2**39  # weights x positions that a GPU may compute beside running sequences: 1 TFLOP
 WORTH_WAITING = 64  # tokens: a beginning that another prompt is just reading is not read a second time
 MOST_SCORES = 2**24  # of attention over the parts of several prompts: most of them are between prompts, and masked
 MOST_LOGITS = 2**24  # that are kept at a time where the log-probabilities of a prompt are asked for: 64 MB
@@ -77,7 +77,7 @@ class Engine:
         self.late = (on_cuda if late is None else late) and not self.most_guessed
         self.graphs = DecodeGraphs(model, self.slots) if on_cuda else None
         self.unread: Drawn | None = None  # of the last step, for all that run
-        self.wider = min(max(GPU_READS // model.num_parameters(active=True) // READ_BESIDE, 1), 8) if on_cuda else 1
+        self.wider = times_as_many(model.num_parameters(active=True)) if on_cuda else 1
         self.dice = Dice(self.device)
         self.steps = 0
 
@@ -166,9 +166,8 @@ class Engine:
             if self.unread.sequences != self.running:
                 place = {sequence: i for i, sequence in enumerate(self.unread.sequences)}
                 tokens = tokens[to_device([place[sequence] for sequence in self.running], self.device)]
-        found = None
+        found, running = None, list(self.running)
         if self.graphs is not None and T == 1:
-            running = list(self.running)
             if draw and not any(sequence.said for sequence in running):
                 fill = partial(self.dice.fill, running) if is_random(running) else None
                 found = self.graphs.step(tokens, self.dice.settings(running), fill)
@@ -176,9 +175,7 @@ class Engine:
                 found = self.graphs.step(tokens)
         if found is None:
             return self.model(tokens, cache=Decoding(self.slots, len(tokens), T)).logits, None
-        if found.tokens is None or found.told is None:
-            return found.logits[:, None], None
-        return found.logits[:, None], drawn_of(running, found.tokens, found.told, found.logits)
+        return found.logits[:, None], found.drawn and drawn_of(running, *found.drawn, found.logits)
 
     def fail(self, error: BaseException) -> list[Sequence]:
         """Ends all sequences with this error -> those sequences. What the slots hold is not trusted any more."""
@@ -357,6 +354,11 @@ class Engine:
         sequence.tokens.append(token)
         if len(sequence.tokens) == request.max_new_tokens:
             self._finish(sequence, "length")
+
+
+def times_as_many(weights: int) -> int:
+    """How many times as many positions of prompts a GPU reads in a step than a CPU does."""
+    return min(max(GPU_READS // weights // READ_BESIDE, 1), 8)
 
 
 def _is_read(sequence: Sequence, more: int = 0) -> bool:

@@ -36,8 +36,7 @@ class Step(NamedTuple):
     """Tensors that the next step overwrites."""
 
     logits: Tensor  # (B, V)
-    tokens: Tensor | None = None  # (B,) drawn from them
-    told: Tensor | None = None  # (B,) the same, -1 where the logits are not finite
+    drawn: tuple[Tensor, Tensor] | None = None  # tokens (B,), and the same with -1 where the logits are not finite
 
 
 Capture = Callable[[Callable[[], Step]], tuple[Callable[[], None], Step]]  # -> (replay, where its results are)
@@ -124,9 +123,7 @@ class DecodeGraphs:
         replay()
         if settings is not None:
             self.lengths[:B] = [length + 1 for length in lengths[:B]]
-        if found.tokens is None or found.told is None:
-            return Step(found.logits[:B])
-        return Step(found.logits[:B], found.tokens[:B], found.told[:B])
+        return Step(found.logits[:B], found.drawn and (found.drawn[0][:B], found.drawn[1][:B]))
 
     def _put(self, tokens: Tensor, lengths: list[int], growing: int) -> None:
         """Writes what a graph reads, if it does not stand there since the last one."""
@@ -161,7 +158,7 @@ class DecodeGraphs:
         drawn, told = next_tokens(logits, fixed, self._noise()[:rows] if random else None)
         self.tokens[:rows] = drawn[:, None]
         self.ends[:rows] += self.growth[:rows]
-        return Step(logits, self.tokens[:rows, 0], told)
+        return Step(logits, (self.tokens[:rows, 0], told))
 
 
 def size_for(needed: int, least: int, most: int) -> int:

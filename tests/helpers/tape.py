@@ -38,7 +38,6 @@ def record(function: Callable[[], Step]) -> tuple[Callable[[], None], Step]:
     function()
     with Tape() as tape:
         found = function()
-    for part in found:
-        if part is not None:
-            part.fill_(float("nan") if part.is_floating_point() else 0)
+    for part in filter(torch.is_tensor, tree_leaves(found)):
+        part.fill_(float("nan") if part.is_floating_point() else 0)
     return tape.replay, found

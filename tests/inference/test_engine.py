@@ -231,6 +231,11 @@ def test_the_next_turn_reads_only_what_is_new(model, way):
     assert next_turn.tokens == continuation(model, longer, 10)
 
 
+def test_a_gpu_reads_more_of_a_small_models_prompts_at_once():
+    """26M weights x 8 x 256 positions are little work for it; 7B are as many as it should do beside others."""
+    assert [engine_file.times_as_many(int(weights)) for weights in (26e6, 0.5e9, 7e9)] == [8, 4, 1]
+
+
 def test_a_long_prompt_does_not_hold_up_the_others(model):
     engine = Engine(model, rows=2, capacity=2000)
     running = engine.submit(Request([1, 2, 3], GREEDY, 100))

@@ -32,6 +32,22 @@ def test_joined_projections_change_nothing(changes):
         torch.testing.assert_close(joined(TINY_TOKENS[:1, :1]).logits, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_on_gpus_a_norm_of_generation_is_one_operation_in_half_precision(monkeypatch):
+    """`meta` stands in for the card. In training, whose weights are fp32, nothing is rounded."""
+    asked, rms_norm = [], torch.nn.functional.rms_norm
+    note = lambda x, shape, weight, eps: asked.append((x.dtype, weight.dtype)) or rms_norm(x, shape, weight, eps)
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", note)
+    norm = prepare_for_inference(tiny_model(), torch.bfloat16).model.norm
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.testing.assert_close(rms_norm(x, norm.rounded.shape, norm.rounded, norm.eps), norm(x), rtol=2e-2, atol=0)
+    norm, x = norm.to("meta"), x.to("meta")
+    with torch.inference_mode():
+        norm(x)
+    with torch.no_grad():
+        norm(x)
+    assert asked == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_the_norm_of_one_token_by_hand(dtype):
     """The mean square of (3, 4) is 12.5; with 12.5 added, x is divided by 5, and the weights are 1 and 2. Two tokens,
