@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.console import UserError
+from model.layers import Linear
 from model.quant import QuantLinear
-from model.transformer import CausalLM, Linear
+from model.transformer import CausalLM
 
 GROUPS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),

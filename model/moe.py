@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.layers import FeedForward
 
 
 class Experts(nn.Module):
@@ -165,7 +166,7 @@ _linear_by_expert.register_autograd(_backward, setup_context=_save_for_backward)
 class MoE(nn.Module):
     """Takes the place of a dense feed-forward network."""
 
-    def __init__(self, config: ModelConfig, dense):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
         self.coefficient = config.router_aux_loss_coef
@@ -173,10 +174,10 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         if config.num_shared_experts:
             self.shared_experts = nn.ModuleList(
-                dense(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_shared_experts)
+                FeedForward(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_shared_experts)
             )
         if config.shared_expert_intermediate_size:  # Qwen2-MoE's
-            self.shared_expert = dense(config.hidden_size, config.shared_expert_intermediate_size)
+            self.shared_expert = FeedForward(config.hidden_size, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

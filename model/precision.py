@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from common.console import UserError
+from model.layers import FeedForward, Linear, RMSNorm
 from model.moe import Experts
-from model.transformer import Attention, CausalLM, FeedForward, Linear, RMSNorm
+from model.transformer import Attention, CausalLM
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:

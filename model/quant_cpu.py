@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from common.console import UserError
 from model.head import Loss
+from model.layers import Linear
 from model.lora import LoRALinear
 from model.quant import QuantLinear
-from model.transformer import CausalLM, Linear
+from model.transformer import CausalLM
 
 GROUP = 32  # weights of a row that share a scale and a zero in int4
 ROWS_AT_ONCE = 1024  # that are packed: bounds the memory it takes

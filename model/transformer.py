@@ -6,9 +6,8 @@
 Letters: B rows, T positions, d hidden size, H query heads, K key/value heads, D head size, V vocabulary.
 Parameter names are those of Hugging Face's Llama / Qwen, so weights move between the two unchanged.
 
-Precision: weights may be fp32 masters while `compute_dtype` is bf16. Instead of torch's autocast, every Linear casts
-its weight to the dtype of its input: the cast is visible here, torch.compile fuses it, and it costs nothing if the
-weight has that dtype already. Norms, routing and losses are computed in fp32.
+Precision: weights may be fp32 masters while `compute_dtype` is bf16 (model/layers.py). Routing and losses are computed
+in fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +33,8 @@ from model.attention import (
 )
 from model.config import ModelConfig
 from model.cost import LOGITS_AT_ONCE, idle_parameters
-from model.head import Loss, cross_entropy, loss_in_chunks
+from model.head import cross_entropy
+from model.layers import Embedding, FeedForward, Head, Linear, RMSNorm
 from model.moe import MoE
 from model.rope import apply_rope, count_positions, inverse_frequencies, local_frequencies, rope_table
 
@@ -60,61 +59,6 @@ class Output(NamedTuple):
     logits: Tensor | None  # (B, T, V), or (K, V) at the `selected` positions; None with targets
     loss: Tensor | None  # (B, T) fp32 negative log-likelihood of each target, 0 where there is none; see `criterion`
     aux_loss: Tensor  # (B,) fp32 balancing loss of each row, summed over layers; 0 for dense models
-
-
-def _generating() -> bool:
-    """Whether this is generation. The compiler is not asked for the mode: it would split each block into two graphs."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
-class Linear(nn.Linear):
-    """Computes in the dtype of its input, whatever dtype the weight is kept in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        single = x.numel() == self.in_features and x.is_cpu and x.dtype == torch.bfloat16
-        if single and _generating():  # one position: nearly twice as fast as F.linear
-            y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-            return y if bias is None else y + bias
-        return F.linear(x, weight, bias)
-
-
-class Head(Linear):
-    """The last layer: logits, or with `loss` what it makes of them, `size` positions at a time (model/head.py). This is
-    part of `forward` because ZeRO's stage 3 has the weight only while its layer computes."""
-
-    def forward(self, x: Tensor, loss: Loss | None = None, size: int = 0) -> Tensor:
-        """x (..., d) -> (..., V); with a loss (N, d) -> (N, ...)"""
-        return super().forward(x) if loss is None else loss_in_chunks(x, self.weight, loss, size)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 (arXiv:1910.07467, eq. 4)."""
-
-    # made from the weight for generation (model/precision.py)
-    twice: Tensor | None  # (2 * size,): it stands there twice; for the norm of one token on a CPU
-    rounded: Tensor | None  # (size,) in half precision, for GPUs
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-        for name in ("twice", "rounded"):
-            self.register_buffer(name, None, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.twice is not None and x.is_cpu and x.numel() == len(self.weight):
-            # (x, -x) has the mean 0 and the variance mean(x²); rms_norm, eight operations here, takes twice as long
-            both = F.layer_norm(torch.cat((x, -x), dim=-1), self.twice.shape, self.twice, None, self.eps)
-            return both[..., : len(self.weight)]
-        if self.rounded is not None and self.rounded.dtype == x.dtype and not x.is_cpu and _generating():
-            return F.rms_norm(x, self.rounded.shape, self.rounded, self.eps)  # one kernel, with fp32 inside
-        if _generating() or not (x.is_cpu or torch.compiler.is_compiling()):
-            # torch's own is the same in fewer operations; on GPUs three kernels, not seven, and half the memory
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (x32 * self.weight.float()).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -158,24 +102,6 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(B, T, -1))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202, eq. 6)."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
-        self.gate_up_proj: Linear | None = None  # both in one (model/precision.py)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate_up_proj is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -186,7 +112,7 @@ class Block(nn.Module):
             RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else nn.Identity() for _ in range(2)
         )
         sparse = config.num_experts > 0
-        self.mlp = MoE(config, FeedForward) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(config) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None
@@ -196,12 +122,6 @@ class Block(nn.Module):
         y = self.mlp(self.post_attention_layernorm(x))
         y, aux_loss = y if isinstance(y, tuple) else (y, None)
         return x + self.post_mlp_layernorm(y), aux_loss
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # there it would change nothing, after importing torch's compiler for two seconds
-            super().reset_parameters()
 
 
 class Transformer(nn.Module):

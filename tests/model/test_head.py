@@ -132,7 +132,7 @@ def test_the_gradient_is_made_with_the_loss(function, dtype, monkeypatch):
 
 def test_few_logits_are_made_at_once(monkeypatch):
     """Chunks cost a product more, so what fits is computed as before: no chunk below 2^27 logits."""
-    monkeypatch.setattr(transformer, "loss_in_chunks", lambda *_: pytest.fail("a chunk"))
+    monkeypatch.setattr("model.layers.loss_in_chunks", lambda *_: pytest.fail("a chunk"))
     tiny_model()(TINY_TOKENS, targets=TARGETS)
     assert 32 * 512 * 6400 < 2 * transformer.LOGITS_AT_ONCE < 4 * 2048 * 151_936
     assert transformer.positions_at_once(151_936) == 441

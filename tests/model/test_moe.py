@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from model import moe
 from model.config import ModelConfig
 from model.moe import MoE, grouped_linear, linear_in_blocks
-from model.transformer import CausalLM, FeedForward
+from model.transformer import CausalLM
 
 BASE = dict(
     vocab_size=61,
@@ -23,7 +23,7 @@ BASE = dict(
 
 def build(**changes) -> MoE:
     torch.manual_seed(0)
-    moe = MoE(ModelConfig(**{**BASE, **changes}), FeedForward)
+    moe = MoE(ModelConfig(**{**BASE, **changes}))
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return moe

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from common.console import UserError
+from model.layers import RMSNorm
 from model.lora import LoRASettings, add_lora
 from model.precision import fast_fp32_training, pick_device, prepare_for_inference
-from model.transformer import RMSNorm
 from tests.helpers.models import TINY_TOKENS, tiny_model
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from common.console import UserError
 from model.config import ModelConfig
+from model.layers import Head, Linear
 from model.lora import (
     Adapter,
     LoRALinear,
@@ -40,7 +41,7 @@ from model.quant import (
     quantized,
     unpack_model,
 )
-from model.transformer import CausalLM, Head, Linear
+from model.transformer import CausalLM
 from tests.helpers.models import TINY_TOKENS as TOKENS
 from tests.helpers.models import tiny_model
 

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from common.console import UserError
 from model import quant_cpu
 from model.config import ModelConfig
+from model.layers import Linear
 from model.lora import LoRASettings, add_lora, merge
 from model.precision import prepare_for_inference
 from model.quant import quantize_model
 from model.quant_cpu import CPULinear, Int4Linear, Int8Linear, deinterleave, interleave, quantize_for_cpu
-from model.transformer import CausalLM, Linear
+from model.transformer import CausalLM
 
 
 def make_linear(n: int, k: int, bias: bool = False) -> Linear:
