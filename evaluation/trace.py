@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from model.attention import AttentionMask
 from model.lora import LoRALinear, adapted
 from model.moe import MoE
+from model.rope import Rope
 from model.transformer import Attention, Block, CausalLM
 
 
@@ -63,7 +64,7 @@ def trace(model: CausalLM, ids: list[int]) -> Trace:
 
             watch(block, of_block)
             attention, mlp = block.self_attn, block.mlp
-            watch(attention, lambda given, out: keep(at, "attention", attention_probabilities(attention, *given[:4])))
+            watch(attention, lambda given, out: keep(at, "attention", attention_probabilities(attention, *given[:3])))
             # these two see what is added to the stream, with or without a norm of their own
             watch(block.post_self_attn_layernorm, lambda given, out: keep(at, "attention_added", out))
             watch(block.post_mlp_layernorm, lambda given, out: keep(at, "mlp_added", out))
@@ -84,10 +85,10 @@ def trace(model: CausalLM, ids: list[int]) -> Trace:
     )
 
 
-def attention_probabilities(module: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask) -> Tensor:
+def attention_probabilities(module: Attention, x: Tensor, rope: Rope, mask: AttentionMask) -> Tensor:
     """What softmax gives inside the kernel: (B, H, T, T) of the layer's input x (B, T, d)."""
     T = x.shape[1]
-    q, k = (heads.float().transpose(1, 2) for heads in module.heads(x, cos, sin)[:2])  # (B, H or K, T, D)
+    q, k = (heads.float().transpose(1, 2) for heads in module.heads(x, rope)[:2])  # (B, H or K, T, D)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.transpose(-1, -2) * module.head_dim**-0.5
     if mask.tensor is None:

@@ -25,7 +25,7 @@ from common.console import note
 from inference.drawn import to_device
 from inference.sampling import SamplingRows, next_tokens
 from inference.slots import Decoding, Slots
-from model.attention import AttentionMask, additive
+from model.attention import AttentionMask, Segments, additive, has_flash
 from model.transformer import CausalLM
 
 COLUMNS = 256  # the least; then twice as many, and so on
@@ -45,16 +45,22 @@ Capture = Callable[[Callable[[], Step]], tuple[Callable[[], None], Step]]  # -> 
 class FixedDecoding(Decoding):
     """As `Decoding`, but only the device knows how long the rows are: the same kernels serve other lengths."""
 
-    def __init__(self, slots: Slots, ends: Tensor, columns: int):
-        """ends (B, 1): where each row's new token comes; all of them below `columns`."""
-        self.slots, self.rows, self.columns, self.places = slots, len(ends), columns, ends
-        self.lengths = []
+    def __init__(self, slots: Slots, ends: Tensor, columns: int, heads: Segments | None = None):
+        """ends (B, 1): where each row's new token comes; all of them below `columns`.
+        heads: where the keys of each head are, for torch's flash attention. It needs no mask, and the whole room."""
+        self.slots, self.rows, self.places, self.lengths = slots, len(ends), ends, []
+        self.most, self.heads = columns, heads
+        self.columns = columns if heads is None else slots.capacity
 
     def extend(self, tokens: Tensor) -> Tensor:
         self.index = torch.arange(self.rows, device=tokens.device)[:, None]
+        if self.heads is not None:
+            self.used = (self.places + 1).to(torch.int32).repeat(1, self.slots.keys.shape[2]).flatten()  # (B * K,)
         return self.places
 
     def mask(self, window: int | None) -> AttentionMask:
+        if self.heads is not None:
+            return AttentionMask("decode", None, window, self.heads, self.used, self.most)
         column = torch.arange(self.columns, device=self.places.device)
         seen = column <= self.places
         if window is not None and window < self.columns:
@@ -73,6 +79,11 @@ class DecodeGraphs:
         self.model, self.slots, self.capture = model, slots, capture or CaptureOnCUDA(device)
         # what the graphs read, (rows, 1). `growth` is 1 where a row gets a token; the others only fill up the size
         self.tokens, self.ends, self.growth = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(3))
+        _, _, K, capacity, D = slots.keys.shape
+        self.heads: Segments | None = None
+        if has_flash(device, slots.keys.dtype, D):
+            begins = torch.arange(rows * K + 1, dtype=torch.int32, device=device)
+            self.heads = Segments(begins, begins * capacity)
         self.noise: Tensor | None = None  # (rows, V)
         self.lengths, self.growing = [-1] * rows, 0  # what the host knows of `ends` and of `growth`
         self.settings: SamplingRows | None = None  # the last ones
@@ -150,7 +161,8 @@ class DecodeGraphs:
         return self.noise
 
     def _compute(self, rows: int, columns: int, settings: SamplingRows | None, random: bool) -> Step:
-        cache = FixedDecoding(self.slots, self.ends[:rows], columns)
+        heads = self.heads and Segments(*(part[: rows * self.slots.keys.shape[2] + 1] for part in self.heads[:2]))
+        cache = FixedDecoding(self.slots, self.ends[:rows], columns, heads)
         logits = self.model(self.tokens[:rows], cache=cache).logits[:, -1]
         if settings is None:
             return Step(logits)

@@ -4,7 +4,7 @@ A slot is a row of one tensor that is allocated once, with room for the longest 
 each step lie in the first rows, so that attention reads them where they are, as one view. Pages of a few tokens, as
 servers for large GPUs have them, waste less memory. But torch's attention does not read pages: they would be copied
 together in every layer at every step, which on a CPU takes as long as the rest of the step. What is never touched of a
-slot costs no memory on a CPU.
+slot costs no memory on a CPU. The keys of a head lie one behind the other, as attention reads them.
 
 A slot keeps what it holds when its sequence ends. The next one that begins with the same tokens starts from there.
 
@@ -41,7 +41,7 @@ class Slots:
     def __init__(
         self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
-        shape = (config.num_hidden_layers, rows, capacity, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
         # zeros: columns behind the end of a row are read with weight 0, and 0 times NaN would be NaN
         if torch.device(device).type == "cpu":  # numpy's are pages that the system provides when they are written
             self.keys, self.values = (torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(2))
@@ -51,7 +51,7 @@ class Slots:
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[2]
+        return self.keys.shape[3]
 
     def claim(self, prompt: Sequence[int], step: int) -> Slot:
         """A free slot that holds as much of the prompt as any slot does. Never all of it: the logits after its last
@@ -69,7 +69,7 @@ class Slots:
             chosen = min(free, key=lambda slot: (slot is source, len(slot.ids) > 0, slot.used, slot.row))
         if chosen is not source:
             for stored in (self.keys, self.values):
-                stored[:, chosen.row, :length] = stored[:, source.row, :length]
+                stored[:, chosen.row, :, :length] = stored[:, source.row, :, :length]
             chosen.ids = source.ids[:length]
         del chosen.ids[length:]
         chosen.busy, chosen.used = True, step
@@ -78,7 +78,7 @@ class Slots:
     def wipe(self, slot: Slot) -> None:
         """Forgets what it holds, which may be NaN, and a token that was computed too many (Engine.late)."""
         for stored in (self.keys, self.values):
-            stored[:, slot.row, : len(slot.ids) + 1] = 0
+            stored[:, slot.row, :, : len(slot.ids) + 1] = 0
         slot.ids.clear()
 
     def move(self, slot: Slot, row: int) -> None:
@@ -87,7 +87,7 @@ class Slots:
         if other is slot:
             return
         for stored in (self.keys, self.values):
-            here, there = (stored[:, s.row, : max(len(slot.ids), len(other.ids))] for s in (slot, other))
+            here, there = (stored[:, s.row, :, : max(len(slot.ids), len(other.ids))] for s in (slot, other))
             kept = here.clone()
             here.copy_(there)
             there.copy_(kept)
@@ -135,12 +135,12 @@ class Decoding:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for stored, new in ((self.slots.keys, k), (self.slots.values, v)):
-            here = stored[layer, : self.rows, : self.columns]
+            here = stored[layer].transpose(1, 2)  # (rows, capacity, K, D)
             if self.rows == 1 and self.lengths:  # no index to look up: this is done often
-                here[:, self.lengths[0] :] = new
+                here[:1, self.lengths[0] : self.columns] = new
             else:
-                stored[layer][self.index, self.places] = new.to(stored.dtype)
-            found.append(here)
+                here[self.index, self.places] = new.to(stored.dtype)
+            found.append(here[: self.rows, : self.columns])
         return found[0], found[1]
 
 
@@ -183,6 +183,7 @@ class Reading:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for stored, new in ((self.slots.keys[layer], k[0]), (self.slots.values[layer], v[0])):
+            stored = stored.transpose(1, 2)  # (rows, capacity, K, D)
             if self.one_by_one:
                 pieces = new.split([stop - start for _, start, stop in self.spans])
                 for (row, start, stop), piece in zip(self.spans, pieces):

@@ -7,6 +7,8 @@ Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H/K qu
               without a mask, so memory is linear in T
     apart     torch's flash attention for CPUs, one document after the other, for training on CPUs in fp32: long
               packed rows without a mask, so memory is linear in T
+    decode    torch's flash attention for single queries over keys in a fixed room, of which a tensor says how many are
+              there: for CUDA graphs in bf16 or fp16. No other keys are read, and there is no mask
     blocked   for training on CPUs in bf16: batched matrix products over blocks of queries. Block i only multiplies with
               the keys it may see, and the G queries of a group are folded into rows, which keeps the products large.
 
@@ -56,10 +58,12 @@ class Segments(NamedTuple):
 class AttentionMask(NamedTuple):
     """Which keys a query sees, in the form the kernel wants. sdpa without a tensor: causal if T == S, all if T == 1."""
 
-    kernel: str  # "sdpa" | "varlen" | "apart" | "blocked"
+    kernel: str  # "sdpa" | "varlen" | "apart" | "decode" | "blocked"
     tensor: Tensor | None = None  # (B or 1, 1, T, S): 0 where a key is visible, else -inf, to be added to the scores
     reach: int | None = None  # no query sees a key that stands this many places before it, or more; None: unknown
-    segments: Segments | None = None  # for `varlen` and `apart`
+    segments: Segments | None = None  # for `varlen`, `apart` and `decode`, there of all heads of keys
+    used: Tensor | None = None  # for `decode` (N,) int32: how many keys of each segment are there
+    most: int = 0  # for `decode`: no segment has more keys
 
 
 def find_segments(documents: Tensor, prefixes: Tensor | None = None, one_size: bool = False) -> Segments:
@@ -168,6 +172,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Te
         flat = (t.flatten(0, 1) for t in (q, k, v))
         return _attention_apart(*flat, mask.segments.queries)[0].view(q.shape)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before positions
+    if mask.kernel == "decode":
+        return decode_attention(q, k, v, mask).transpose(1, 2)
     if mask.kernel == "blocked":
         return blocked_attention(q, k, v, mask).transpose(1, 2)
     H, T, D = q.shape[1:]
@@ -191,6 +197,31 @@ def alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     GPU works on all heads at once, and what it writes need not be put in order."""
     k, v = (t.transpose(0, 1).expand(-1, q.shape[1] // t.shape[1], -1, -1) for t in (k, v))  # (K, G, S, D), no copy
     return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], 1, -1), k, v, mask).reshape(q.shape)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """A single query in each row, q (B, H, 1, D), k and v (B, K, S, D) in one piece -> (B, H, 1, D).
+
+    Each head of keys is a segment with one position, whose G queries the kernel takes for heads. With one head of keys
+    it makes rows of them without a copy, and divides long segments among the GPU's processors (arXiv:2205.14135;
+    "Flash-Decoding", Dao et al., 2023).
+    """
+    assert mask.segments is not None and mask.used is not None
+    queries = q.reshape(len(mask.used), -1, q.shape[-1])  # (B * K, G, D)
+    k, v = (t.reshape(-1, 1, t.shape[-1]) for t in (k, v))  # (B * K * S, 1, D), no copy
+    near = (-1, -1) if mask.reach is None else (mask.reach - 1, 0)  # how many keys before and after a query it sees
+    return flash(queries, k, v, mask.segments, mask.used, mask.most, near).view(q.shape)
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, used: Tensor, most: int, near: tuple[int, int]
+) -> Tensor:
+    """torch's kernel. Its public function knows `used` from torch 2.12 on."""
+    sizes = segments.queries, segments.keys, 1, most
+    left, right = near
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, *sizes, 0.0, False, False, window_size_left=left, window_size_right=right, seqused_k=used
+    )[0]
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

@@ -6,7 +6,8 @@ are laid out as in Hugging Face's Llama ("rotate half"), or as neighbours (2i, 2
 `ModelConfig.rope_interleaved` (GLM). R is the size D of a head, or less: with `ModelConfig.rotary_fraction` only the
 first R numbers are turned and the others pass through (GPT-NeoX, GLM, Phi).
 
->>> cos, sin = rope_table(torch.arange(4), inverse_frequencies(config)[0])          # (4, 1, R) each
+>>> rope = rope_table(torch.arange(4), of_each_number(inverse_frequencies(config)[0]))          # (4, 1, R) each
+>>> apply_rope(q, rope)                                                                         # (B, 4, H, D)
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
+Rope = tuple[Tensor, ...]  # (cos, sin), as `rope_table` makes them, or (matrix,)
+
 
 def count_positions(documents: Tensor) -> Tensor:
     """documents (B, T) -> 0, 1, 2, ... restarting where the document's number changes (B, T)."""
@@ -26,6 +29,22 @@ def count_positions(documents: Tensor) -> Tensor:
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float, Tensor | None]:
+    """((R,) radians per position of each number that is turned, factor that cos and sin are multiplied with, (R,) of
+    the layers with a sliding window if they have their own)."""
+    freq, temperature = inverse_frequencies(config)
+    local = local_frequencies(config)
+    each = lambda of_pairs: of_each_number(of_pairs, config.rope_interleaved)
+    return each(freq), temperature, None if local is None else each(local)
+
+
+def of_each_number(freq: Tensor, interleaved: bool = False) -> Tensor:
+    """(R/2,) -> (R,): the frequency of a pair stands at both of its numbers, negative at the first of the two."""
+    if interleaved:
+        return torch.stack((-freq, freq), dim=-1).flatten()
+    return torch.cat((-freq, freq))
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -87,36 +106,37 @@ def _minimind2(freq: Tensor, factor: float, scaling: dict, length: int) -> Tenso
 
 
 def rope_table(
-    positions: Tensor,
-    freq: Tensor,
-    temperature: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    interleaved: bool = False,
+    positions: Tensor, freq: Tensor, temperature: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """positions (..., T) -> cos and sin (..., T, 1, R), computed in fp32: large positions need the digits.
-
-    Each angle stands at both numbers of its pair; sin is negative at the first of the two.
-    """
-    angles = positions.float()[..., None, None] * freq
+    """positions (..., T), freq (R,) of each number -> cos and sin (..., T, 1, R), computed in fp32: large positions
+    need the digits."""
+    angles = positions[..., None, None] * freq
     cos, sin = angles.cos(), angles.sin()
     if temperature != 1:
         cos, sin = cos * temperature, sin * temperature
-    if interleaved:
-        cos, sin = torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
-    else:
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     return cos.to(dtype), sin.to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """x (B, T, H, D), its first R numbers turned by the angles of cos and sin (B or 1, T, 1, R). interleaved: the pairs
-    are neighbours.
+def as_matrix(rope: Rope, config: ModelConfig) -> Rope:
+    """cos and sin (B, T, 1, R) -> (B, T, D, D), what they do to a head: `apply_rope` is then one product. That is for
+    single tokens on GPUs, where each operation takes longer to start than to compute."""
+    cos, _ = rope
+    each = torch.eye(config.head_dim, dtype=cos.dtype, device=cos.device).expand(*cos.shape[:2], -1, -1)
+    return (apply_rope(each, rope, config.rope_interleaved),)
+
+
+def apply_rope(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
+    """x (B, T, H, D), its first R numbers turned by the angles of cos and sin (B or 1, T, 1, R), or by their matrix.
+    interleaved: the pairs are neighbours.
 
     (a, b) becomes (a cos - b sin, b cos + a sin) = (a, b) cos + (b, a) (-sin, sin).
     """
+    if len(rope) == 1:
+        return x @ rope[0]
+    cos, sin = rope
     rotated = cos.shape[-1]
     if rotated < x.shape[-1]:
-        return torch.cat((apply_rope(x[..., :rotated], cos, sin, interleaved), x[..., rotated:]), dim=-1)
+        return torch.cat((apply_rope(x[..., :rotated], rope, interleaved), x[..., rotated:]), dim=-1)
     if interleaved:
         swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:

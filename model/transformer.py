@@ -34,9 +34,9 @@ from model.attention import (
 from model.config import ModelConfig
 from model.cost import LOGITS_AT_ONCE, idle_parameters
 from model.head import cross_entropy
-from model.layers import Embedding, FeedForward, Head, Linear, RMSNorm
+from model.layers import Embedding, FeedForward, Head, Linear, RMSNorm, generating
 from model.moe import MoE
-from model.rope import apply_rope, count_positions, inverse_frequencies, local_frequencies, rope_table
+from model.rope import Rope, apply_rope, as_matrix, count_positions, rope_frequencies, rope_table
 
 
 class Cache(Protocol):
@@ -77,25 +77,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.qkv_proj: Linear | None = None  # all three in one (model/precision.py)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, d) -> q (B, T, H, D), k and v (B, T, K, D), normed and turned."""
         B, T, _ = x.shape
         if self.qkv_proj is None:
             q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-            q, k = (apply_rope(y, cos, sin, self.interleaved) for y in (self.q_norm(q), self.k_norm(k)))
+            q, k = (apply_rope(y, rope, self.interleaved) for y in (self.q_norm(q), self.k_norm(k)))
             return q, k, v
         y = self.qkv_proj(x).view(B, T, -1, self.head_dim)
         both, v = y.split([sum(self.sizes[:2]), self.sizes[2]], dim=2)
         if not isinstance(self.q_norm, nn.Identity):
             q, k = both.split(self.sizes[:2], dim=2)
             both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        q, k = apply_rope(both, cos, sin, self.interleaved).split(self.sizes[:2], dim=2)  # turned at once
+        q, k = apply_rope(both, rope, self.interleaved).split(self.sizes[:2], dim=2)  # turned at once
         return q, k, v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """x (B, T, d) -> the same shape."""
         B, T, _ = x.shape
-        q, k, v = self.heads(x, cos, sin)
+        q, k, v = self.heads(x, rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, S, K, D), perhaps in a wider dtype
         y = causal_attention(q.to(k.dtype), k, v, mask).to(x.dtype)  # (B, T, H, D)
@@ -115,10 +115,10 @@ class Block(nn.Module):
         self.mlp = MoE(config) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: Cache | None = None
+        self, x: Tensor, rope: Rope, mask: AttentionMask, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, d) -> the same shape, and the balancing loss (B,) of a mixture of experts."""
-        x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+        x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), rope, mask, cache))
         y = self.mlp(self.post_attention_layernorm(x))
         y, aux_loss = y if isinstance(y, tuple) else (y, None)
         return x + self.post_mlp_layernorm(y), aux_loss
@@ -140,8 +140,8 @@ class CausalLM(nn.Module):
     compute_dtype: torch.dtype | None = None  # None: that of the weights
     attention_kernel: str | None = None  # "sdpa" | "varlen" | "apart" | "blocked"; None: see `_kernel`
     recompute = False  # activation checkpointing: keep only each block's input, and compute the rest again
-    rope_frequencies: Tensor  # (R/2,)
-    local_rope_frequencies: Tensor | None  # (R/2,), of the layers with a window; None: the same
+    rope_frequencies: Tensor  # (R,) of each number that is turned
+    local_rope_frequencies: Tensor | None  # (R,), of the layers with a window; None: the same
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -158,10 +158,9 @@ class CausalLM(nn.Module):
     def reset_rope(self) -> None:
         """Computes the buffers, which no file holds: they follow from the config."""
         with torch.device("cpu"):  # not on `meta`, where a number cannot depend on another
-            freq, self.rope_temperature = inverse_frequencies(self.config)
-            local = local_frequencies(self.config)
+            each, self.rope_temperature, local = rope_frequencies(self.config)
         here = torch.get_default_device()
-        self.register_buffer("rope_frequencies", freq.to(here), persistent=False)
+        self.register_buffer("rope_frequencies", each.to(here), persistent=False)
         self.register_buffer("local_rope_frequencies", None if local is None else local.to(here), persistent=False)
 
     def forward(
@@ -200,7 +199,9 @@ class CausalLM(nn.Module):
 
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
-        table = lambda *of: rope_table(positions, *of, dtype=x.dtype, interleaved=self.config.rope_interleaved)
+        table = lambda *of: rope_table(positions, *of, dtype=x.dtype)
+        if T == 1 and not x.is_cpu and generating():
+            table = lambda *of: as_matrix(rope_table(positions, *of, dtype=x.dtype), self.config)
         rope = local_rope = table(self.rope_frequencies, self.rope_temperature)
         if self.local_rope_frequencies is not None:
             local_rope = table(self.local_rope_frequencies)
@@ -215,11 +216,11 @@ class CausalLM(nn.Module):
         again = lambda: (nullcontext(), kernels())  # recomputed layers have to choose as they did before
         with kernels():
             for block, window in zip(self.model.layers, windows):
-                cos, sin = rope if window is None else local_rope
+                more = rope if window is None else local_rope, masks[window]
                 if self.recompute and torch.is_grad_enabled() and cache is None:
-                    x, aux = checkpoint(block, x, cos, sin, masks[window], use_reentrant=False, context_fn=again)
+                    x, aux = checkpoint(block, x, *more, use_reentrant=False, context_fn=again)
                 else:
-                    x, aux = block(x, cos, sin, masks[window], cache)
+                    x, aux = block(x, *more, cache)
                 aux_loss = aux_loss if aux is None else aux_loss + aux
         x = self.model.norm(x)
 

@@ -11,6 +11,7 @@ import torch
 from inference.engine import Engine, Request
 from inference.generate import generate
 from inference.sampling import Sampling
+from inference.slots import Decoding
 from model import attention, moe, transformer
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
@@ -199,6 +200,28 @@ def test_graphs_say_what_the_cpu_says_and_nothing_waits_for_them():
     while plain.busy:
         plain.step()
     assert [sequence.tokens for sequence in sampled] == [sequence.tokens[:19] for sequence in again]
+
+
+@pytest.mark.parametrize("heads", (4, 2, 1))
+@pytest.mark.parametrize("changes", ({}, WINDOWS), ids=("plain", "windows"))
+def test_a_graphs_logits_are_those_of_a_mask(changes, heads):
+    """Without a mask, flash attention is told how many keys there are, and divides 600 among several processors."""
+    config, exact = ModelConfig(**{**SHAPE, "num_key_value_heads": heads}, **changes), None
+    prompts = [[n % 512 for n in range(600)], [5, 6, 7], [9], [8] * 300]
+    for dtype in (torch.float32, *half_types()):
+        model = prepare_for_inference(random_model(config, std=0.1), dtype).to(CUDA)
+        engine = Engine(model, rows=4, capacity=1024)
+        for prompt in prompts:
+            engine.submit(Request(prompt, Sampling(temperature=0), 8))
+        engine.step()  # reads all prompts
+        tokens = torch.tensor([[3], [4], [5], [6]], device=CUDA)
+        with torch.inference_mode():
+            masked = model(tokens, cache=Decoding(engine.slots, 4)).logits[:, 0].float()
+            found = engine.graphs.step(tokens).logits.float()
+        exact = found if exact is None else exact
+        assert len(engine.running) == 4
+        assert (found - masked).norm() < (1e-4 if dtype == torch.float32 else 0.02) * masked.norm()
+        assert (found - exact).norm() < 0.1 * exact.norm()
 
 
 # ---- training

@@ -11,9 +11,11 @@ from inference import graphs
 from inference.engine import Engine, Request, follow
 from inference.sampling import Sampling
 from inference.slots import Reading, Slots
+from model import attention
 from model.config import ModelConfig
 from tests.helpers.models import SPEAKER_SHAPE, SPEAKERS, continuation, random_model
 from tests.helpers.tape import record
+from tests.helpers.varlen import flash
 
 SHAPE, KINDS = SPEAKER_SHAPE, {kind: SPEAKERS[kind] for kind in ("dense", "moe", "mixed")}
 GREEDY = Sampling(temperature=0)
@@ -28,19 +30,23 @@ def model():
     return model_of()
 
 
-@pytest.fixture(params=("at once", "late", "graphs"))
+@pytest.fixture(params=("at once", "late", "graphs", "graphs with flash attention"))
 def way(request, monkeypatch):
-    """How an engine reads its tokens: at once as on CPUs, or a step late and with graphs as on CUDA."""
+    """How an engine reads its tokens: at once as on CPUs, or a step late and with graphs as on CUDA, there with a mask
+    or without one."""
     begin = Engine.__init__
+    if "flash" in request.param:
+        monkeypatch.setattr(graphs, "has_flash", lambda *_: True)
+        monkeypatch.setattr(attention, "flash", flash)
 
     def begin_so(engine, *arguments, **options):
         begin(engine, *arguments, **dict(late=request.param != "at once") | options)
-        if request.param == "graphs" and engine.late:
+        if "graphs" in request.param and engine.late:
             engine.graphs = graphs.DecodeGraphs(engine.model, engine.slots, record)
 
     monkeypatch.setattr(Engine, "__init__", begin_so)
     monkeypatch.setattr(graphs, "COLUMNS", 16)
-    return request.param
+    return request.param.split()[0]
 
 
 def serve(engine: Engine, requests: list[Request], arrivals: random.Random | None = None):
@@ -120,7 +126,8 @@ def test_parts_of_many_prompts_are_stored_and_found_at_once_on_gpus():
         reading.one_by_one = one_by_one
         assert reading.extend(torch.zeros(1, 9)).tolist() == [[5, 6, 7, 8, 0, 1, 1, 2, 3]]
         keys, values = reading.update(1, new, -new)
-        assert torch.equal(slots.keys[1, 2, 5:9], new[0, :4]) and torch.equal(slots.values[1, 0, 1:4], -new[0, 6:])
+        assert torch.equal(slots.keys[1, 2, :, 5:9].mT, new[0, :4].permute(1, 2, 0))
+        assert torch.equal(slots.values[1, 0, :, 1:4].mT, -new[0, 6:].permute(1, 2, 0))
         found.append((keys, values, slots.keys, slots.values))
     assert found[0][0].shape == (1, 9 + 2 + 4, 2, 8)
     assert all(torch.equal(one, other) for one, other in zip(*found))

@@ -7,12 +7,12 @@ import torch
 
 from inference.slots import Decoding, Slots
 from model import attention
-from model.attention import AttentionMask, build_mask, causal_attention, find_segments
+from model.attention import AttentionMask, Segments, build_mask, causal_attention, find_segments
 from model.config import ModelConfig
-from model.rope import apply_rope, count_positions, inverse_frequencies, rope_table
+from model.rope import apply_rope, as_matrix, count_positions, inverse_frequencies, of_each_number, rope_table
 from model.transformer import CausalLM
 from tests.helpers.models import random_model
-from tests.helpers.varlen import varlen_attn
+from tests.helpers.varlen import flash, varlen_attn
 
 KERNELS = ("sdpa", "varlen", "apart", "blocked")
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -242,7 +242,7 @@ def test_a_rope_table_is_made_once_for_each_theta(monkeypatch):
     assert len(made) == 1
     made.clear()
     build("sdpa", **MIXED)(torch.randint(61, (1, 9)))
-    assert [freq[1].item() ** -2 for freq in made] == pytest.approx([1e4, 20.0])
+    assert [freq[-1].item() ** -2 for freq in made] == pytest.approx([1e4, 20.0])
 
 
 def test_a_window_that_holds_the_whole_text_needs_no_mask():
@@ -258,7 +258,7 @@ def test_what_is_not_rotated_passes_through():
         hidden_size=8, num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4, rotary_fraction=0.5
     )
     x = torch.arange(1.0, 9.0)
-    y = apply_rope(x.view(1, 1, 1, 8), *rope_table(torch.tensor([[1]]), inverse_frequencies(config)[0]))
+    y = apply_rope(x.view(1, 1, 1, 8), rope_table(torch.tensor([[1]]), of_each_number(inverse_frequencies(config)[0])))
     c, s = math.cos(1), math.sin(1)
     slow_c, slow_s = math.cos(0.01), math.sin(0.01)
     rotated = [1 * c - 3 * s, 2 * slow_c - 4 * slow_s, 3 * c + 1 * s, 4 * slow_c + 2 * slow_s]
@@ -268,12 +268,45 @@ def test_what_is_not_rotated_passes_through():
 def test_interleaved_pairs_are_neighbours():
     """The same numbers in GLM's layout: at position 1 the pairs (1, 2) and (3, 4) are turned by 1 and by 0.01."""
     config = ModelConfig(hidden_size=4, num_attention_heads=1, num_key_value_heads=1, rope_theta=1e4)
-    table = rope_table(torch.tensor([[1]]), inverse_frequencies(config)[0], interleaved=True)
-    y = apply_rope(torch.arange(1.0, 5.0).view(1, 1, 1, 4), *table, interleaved=True)
+    table = rope_table(torch.tensor([[1]]), of_each_number(inverse_frequencies(config)[0], interleaved=True))
+    y = apply_rope(torch.arange(1.0, 5.0).view(1, 1, 1, 4), table, interleaved=True)
     c, s = math.cos(1), math.sin(1)
     slow_c, slow_s = math.cos(0.01), math.sin(0.01)
     rotated = [1 * c - 2 * s, 2 * c + 1 * s, 3 * slow_c - 4 * slow_s, 4 * slow_c + 3 * slow_s]
     torch.testing.assert_close(y.flatten(), torch.tensor(rotated))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_the_matrix_turns_as_cos_and_sin_do(interleaved, fraction):
+    """On GPUs, for single tokens: three rows at different places, of which the second stands at 0 and is not turned."""
+    config = ModelConfig(
+        hidden_size=32, num_attention_heads=4, rope_theta=1e4, rotary_fraction=fraction, rope_interleaved=interleaved
+    )
+    each = of_each_number(inverse_frequencies(config)[0], interleaved)
+    x, rope = torch.randn(3, 1, 4, 8), rope_table(torch.tensor([[5], [0], [700]]), each)
+    turned = apply_rope(x, as_matrix(rope, config))
+    torch.testing.assert_close(turned, apply_rope(x, rope, interleaved))
+    assert torch.equal(turned[1], x[1]) and not torch.allclose(turned[2], x[2])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_single_queries_see_the_keys_that_are_there(window, monkeypatch):
+    """Three rows with 5, 1 and 7 keys in a room for 8, of which the rest is NaN: as if each row stood alone."""
+    monkeypatch.setattr(attention, "flash", flash)
+    q, k, v = torch.randn(3, 1, 4, 6), torch.full((3, 2, 8, 6), math.nan), torch.full((3, 2, 8, 6), math.nan)
+    lengths = (5, 1, 7)
+    for row, length in enumerate(lengths):
+        k[row, :, :length], v[row, :, :length] = torch.randn(2, 2, length, 6)
+    used = torch.tensor(lengths, dtype=torch.int32).repeat_interleave(2)  # of both heads
+    begins = torch.arange(7, dtype=torch.int32)
+    mask = AttentionMask("decode", None, window, Segments(begins, begins * 8), used, most=7)
+    found = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+    for row, length in enumerate(lengths):
+        last = torch.zeros(1, 4, length, 6)
+        last[:, :, -1] = q[row]  # the reference has a query at every place
+        expected = reference(last, k[row : row + 1, :, :length], v[row : row + 1, :, :length], window=window)
+        torch.testing.assert_close(found[row, 0], expected[0, :, -1])
 
 
 # ---- segments
