@@ -21,6 +21,10 @@ def generating() -> bool:
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
+def generating_on_gpu(x: Tensor) -> bool:
+    return not x.is_cpu and generating()
+
+
 class Linear(nn.Linear):
     """Computes in the dtype of its input, whatever dtype the weight is kept in."""
 
@@ -31,6 +35,14 @@ class Linear(nn.Linear):
             y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         return F.linear(x, weight, bias)
+
+
+def add(stream: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
+    """stream (..., d) + layer(x), where a GPU generates in place: the product adds to it what it has computed."""
+    if type(layer) is Linear and layer.bias is None and generating_on_gpu(x) and layer.weight.dtype == stream.dtype:
+        stream.view(-1, stream.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.mT)
+        return stream
+    return stream + layer(x)
 
 
 class Head(Linear):
@@ -61,7 +73,7 @@ class RMSNorm(nn.Module):
             # (x, -x) has the mean 0 and the variance mean(x²); rms_norm, eight operations here, takes twice as long
             both = F.layer_norm(torch.cat((x, -x), dim=-1), self.twice.shape, self.twice, None, self.eps)
             return both[..., : len(self.weight)]
-        if self.rounded is not None and self.rounded.dtype == x.dtype and not x.is_cpu and generating():
+        if self.rounded is not None and self.rounded.dtype == x.dtype and generating_on_gpu(x):
             return F.rms_norm(x, self.rounded.shape, self.rounded, self.eps)  # one kernel, with fp32 inside
         if generating() or not (x.is_cpu or torch.compiler.is_compiling()):
             # torch's own is the same in fewer operations; on GPUs three kernels, not seven, and half the memory
@@ -81,12 +93,14 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
         self.gate_up_proj: Linear | None = None  # both in one (model/precision.py)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x (..., d) -> the same shape, added to `onto` if it is given."""
         if self.gate_up_proj is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        y = F.silu(gate) * up
+        return self.down_proj(y) if onto is None else add(onto, self.down_proj, y)
 
 
 class Embedding(nn.Embedding):

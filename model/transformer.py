@@ -34,7 +34,7 @@ from model.attention import (
 from model.config import ModelConfig
 from model.cost import LOGITS_AT_ONCE, idle_parameters
 from model.head import cross_entropy
-from model.layers import Embedding, FeedForward, Head, Linear, RMSNorm, generating
+from model.layers import Embedding, FeedForward, Head, Linear, RMSNorm, add, generating_on_gpu
 from model.moe import MoE
 from model.rope import Rope, apply_rope, as_matrix, count_positions, rope_frequencies, rope_table
 
@@ -92,14 +92,17 @@ class Attention(nn.Module):
         q, k = apply_rope(both, rope, self.interleaved).split(self.sizes[:2], dim=2)  # turned at once
         return q, k, v
 
-    def forward(self, x: Tensor, rope: Rope, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
-        """x (B, T, d) -> the same shape."""
+    def forward(
+        self, x: Tensor, rope: Rope, mask: AttentionMask, cache: Cache | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, d) -> the same shape, added to `onto` if it is given."""
         B, T, _ = x.shape
         q, k, v = self.heads(x, rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, S, K, D), perhaps in a wider dtype
         y = causal_attention(q.to(k.dtype), k, v, mask).to(x.dtype)  # (B, T, H, D)
-        return self.o_proj(y.reshape(B, T, -1))
+        y = y.reshape(B, T, -1)
+        return self.o_proj(y) if onto is None else add(onto, self.o_proj, y)
 
 
 class Block(nn.Module):
@@ -112,12 +115,17 @@ class Block(nn.Module):
             RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else nn.Identity() for _ in range(2)
         )
         sparse = config.num_experts > 0
+        self.direct = not sparse and not config.post_norms  # nothing comes between a product and its sum with x
         self.mlp = MoE(config) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x: Tensor, rope: Rope, mask: AttentionMask, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, d) -> the same shape, and the balancing loss (B,) of a mixture of experts."""
+        """x (B, T, d) -> the same shape, and the balancing loss (B,) of a mixture of experts. With a cache, x may be
+        overwritten."""
+        if cache is not None and self.direct:
+            x = self.self_attn(self.input_layernorm(x), rope, mask, cache, onto=x)
+            return self.mlp(self.post_attention_layernorm(x), onto=x), None
         x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), rope, mask, cache))
         y = self.mlp(self.post_attention_layernorm(x))
         y, aux_loss = y if isinstance(y, tuple) else (y, None)
@@ -200,7 +208,7 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, d)
         x = x.to(self.compute_dtype or x.dtype)
         table = lambda *of: rope_table(positions, *of, dtype=x.dtype)
-        if T == 1 and not x.is_cpu and generating():
+        if T == 1 and generating_on_gpu(x):
             table = lambda *of: as_matrix(rope_table(positions, *of, dtype=x.dtype), self.config)
         rope = local_rope = table(self.rope_frequencies, self.rope_temperature)
         if self.local_rope_frequencies is not None:

@@ -38,6 +38,8 @@ def way(request, monkeypatch):
     if "flash" in request.param:
         monkeypatch.setattr(graphs, "has_flash", lambda *_: True)
         monkeypatch.setattr(attention, "flash", flash)
+        for file in ("layers", "transformer"):  # also one product for all heads, which adds to what is there
+            monkeypatch.setattr(f"model.{file}.generating_on_gpu", lambda _: torch.is_inference_mode_enabled())
 
     def begin_so(engine, *arguments, **options):
         begin(engine, *arguments, **dict(late=request.param != "at once") | options)
