@@ -8,6 +8,7 @@ Letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
@@ -135,7 +136,7 @@ class SamplingRows(NamedTuple):
             to_device(greedy, device) if any(greedy) and not all(greedy) else None,
             column([s.top_k for s in rows], off=0),
             max(s.top_k for s in rows),
-            column([s.top_p for s in rows], off=1.0),
+            column([s.top_p if s.top_p < 1 else math.inf for s in rows], off=math.inf),  # all, however p adds up
             column([s.min_p for s in rows], off=0.0),
         )
 
@@ -153,8 +154,8 @@ def next_tokens(
 def draw(logits: Tensor, rows: SamplingRows, noise: Tensor | None) -> Tensor:
     """logits (B, V), noise (B, V) drawn evenly from [0, 1) -> token ids (B,). noise None: every row is greedy.
 
-    Each token gets a draw of its own, so the result does not depend on the order of tokens of equal probability. argmax
-    of p / Exponential(1) is a draw from p, without the device synchronisation of torch.multinomial.
+    Each token gets a draw of its own, so the result does not depend on the order of tokens of equal probability. argmin
+    of Exponential(1) / p is a draw from p, without the device synchronisation of torch.multinomial.
     """
     logits = logits.float()
     if noise is None:
@@ -170,7 +171,7 @@ def draw(logits: Tensor, rows: SamplingRows, noise: Tensor | None) -> Tensor:
     if rows.min_p is not None:
         p = torch.where(p >= rows.min_p * p.amax(-1, keepdim=True), p, 0)
     noise = noise.clamp_min(torch.finfo(noise.dtype).tiny)  # at 0 a token is worth as little as those that were dropped
-    drawn = (p / -noise.log()).argmax(-1)
+    drawn = (noise.log() / p).argmax(-1)
     return drawn if rows.greedy is None else torch.where(rows.greedy, logits.argmax(-1), drawn)
 
 
@@ -183,5 +184,4 @@ def _least_kept(p: Tensor, top_p: Tensor) -> Tensor:
     if some < V and bool((best.sum(-1, keepdim=True) < top_p).any()):
         best = p.sort(descending=True).values
     before = best.cumsum(-1) - best
-    kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)  # 0 where the logits are NaN
-    return torch.where(top_p < 1, best.gather(-1, kept - 1), 0.0)
+    return torch.where(before < top_p, best, math.inf).amin(-1, keepdim=True)
