@@ -42,6 +42,7 @@ READ_ALONE, READ_BESIDE = 512, 256  # positions of prompts that a step reads: if
 GPU_READS = 2**39  # weights x positions that a GPU may compute beside running sequences: 1 TFLOP
 WORTH_WAITING = 64  # tokens: a beginning that another prompt is just reading is not read a second time
 MOST_SCORES = 2**24  # of attention over the parts of several prompts: most of them are between prompts, and masked
+MOST_KEYS = 2**18  # in a row of such parts, where attention needs no mask: they are copied
 MOST_LOGITS = 2**24  # that are kept at a time where the log-probabilities of a prompt are asked for: 64 MB
 
 
@@ -281,7 +282,8 @@ class Engine:
                 room = min(room, max(MOST_LOGITS // self.model.config.vocab_size, 1))
             part = request.prompt[done : done + room]
             queries, keys, room = queries + len(part), keys + done + len(part), room - len(part)
-            if not part or parts and queries * keys > MOST_SCORES:
+            too_many = keys > MOST_KEYS if self.slots.flash else queries * keys > MOST_SCORES
+            if not part or parts and too_many:
                 break
             parts.append((sequence, part))
         return parts

@@ -25,7 +25,7 @@ from common.console import note
 from inference.drawn import to_device
 from inference.sampling import SamplingRows, next_tokens
 from inference.slots import Decoding, Slots
-from model.attention import AttentionMask, Segments, additive, has_flash
+from model.attention import AttentionMask, Segments, additive
 from model.transformer import CausalLM
 
 COLUMNS = 256  # the least; then twice as many, and so on
@@ -60,7 +60,7 @@ class FixedDecoding(Decoding):
 
     def mask(self, window: int | None) -> AttentionMask:
         if self.heads is not None:
-            return AttentionMask("decode", None, window, self.heads, self.used, self.most)
+            return AttentionMask("flash", None, window, self.heads, self.used, self.most)
         column = torch.arange(self.columns, device=self.places.device)
         seen = column <= self.places
         if window is not None and window < self.columns:
@@ -79,11 +79,8 @@ class DecodeGraphs:
         self.model, self.slots, self.capture = model, slots, capture or CaptureOnCUDA(device)
         # what the graphs read, (rows, 1). `growth` is 1 where a row gets a token; the others only fill up the size
         self.tokens, self.ends, self.growth = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(3))
-        _, _, K, capacity, D = slots.keys.shape
-        self.heads: Segments | None = None
-        if has_flash(device, slots.keys.dtype, D):
-            begins = torch.arange(rows * K + 1, dtype=torch.int32, device=device)
-            self.heads = Segments(begins, begins * capacity)
+        begins = torch.arange(rows * slots.keys.shape[2] + 1, dtype=torch.int32, device=device)
+        self.heads = Segments(begins, begins * slots.capacity) if slots.flash else None
         self.noise: Tensor | None = None  # (rows, V)
         self.lengths, self.growing = [-1] * rows, 0  # what the host knows of `ends` and of `growth`
         self.settings: SamplingRows | None = None  # the last ones

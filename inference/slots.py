@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from inference.drawn import to_device
-from model.attention import AttentionMask, additive, is_causal_works
+from model.attention import AttentionMask, Segments, additive, has_flash, is_causal_works
 from model.config import ModelConfig
 
 
@@ -48,6 +49,8 @@ class Slots:
         else:
             self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.slots = [Slot(row) for row in range(rows)]
+        # whether torch's flash attention reads them, without masks
+        self.flash = has_flash(self.keys.device, self.keys.dtype, config.head_dim)
 
     @property
     def capacity(self) -> int:
@@ -155,6 +158,7 @@ class Reading:
         self.slots = slots
         self.spans = [(slot.row, len(slot.ids), len(slot.ids) + new) for slot, new in parts]
         self.one_by_one = len(parts) == 1 or slots.keys.is_cpu  # on a GPU each piece would be a kernel, in each layer
+        self.segments: Segments | None = None  # instead of a mask
 
     def extend(self, tokens: Tensor) -> Tensor:
         arange = lambda start, stop: torch.arange(start, stop, device=tokens.device)
@@ -164,6 +168,10 @@ class Reading:
         number = lambda sizes: to_device(count(sizes), tokens.device)
         self.query_part = number([stop - start for _, start, stop in self.spans])  # (T,)
         self.key_part = number([stop for *_, stop in self.spans])  # (S,)
+        if self.slots.flash:
+            bounds = lambda sizes: to_device(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), tokens.device)
+            new, all_of_them = zip(*((stop - start, stop) for _, start, stop in self.spans))
+            self.segments = Segments(bounds(new), bounds(all_of_them))
         if not self.one_by_one:
             rows = to_device([row for row, *_ in self.spans], tokens.device)
             self.query_rows, self.key_rows = rows[self.query_part], rows[self.key_part]
@@ -174,6 +182,8 @@ class Reading:
         whole = len(self.spans) == 1 and start == 0 and (window is None or window >= stop)
         if whole and is_causal_works(self.keys.device):
             return AttentionMask("sdpa")  # causal
+        if self.segments is not None:
+            return AttentionMask("flash", None, window, self.segments, most=max(stop for *_, stop in self.spans))
         distance = self.queries[:, None] - self.keys  # (T, S)
         seen = (self.query_part[:, None] == self.key_part) & (distance >= 0)
         if window is not None:

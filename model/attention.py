@@ -5,10 +5,10 @@ Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H/K qu
     sdpa      torch's scaled_dot_product_attention: any device, any mask, KV cache
     varlen    torch's flash attention over segments of any length, for training on CUDA in bf16 or fp16: packed rows
               without a mask, so memory is linear in T
+    flash     the same for generation: parts of prompts, or single queries over keys in a fixed room, of which a tensor
+              says how many are there, for CUDA graphs
     apart     torch's flash attention for CPUs, one document after the other, for training on CPUs in fp32: long
               packed rows without a mask, so memory is linear in T
-    decode    torch's flash attention for single queries over keys in a fixed room, of which a tensor says how many are
-              there: for CUDA graphs in bf16 or fp16. No other keys are read, and there is no mask
     blocked   for training on CPUs in bf16: batched matrix products over blocks of queries. Block i only multiplies with
               the keys it may see, and the G queries of a group are folded into rows, which keeps the products large.
 
@@ -58,12 +58,12 @@ class Segments(NamedTuple):
 class AttentionMask(NamedTuple):
     """Which keys a query sees, in the form the kernel wants. sdpa without a tensor: causal if T == S, all if T == 1."""
 
-    kernel: str  # "sdpa" | "varlen" | "apart" | "decode" | "blocked"
+    kernel: str  # "sdpa" | "varlen" | "flash" | "apart" | "blocked"
     tensor: Tensor | None = None  # (B or 1, 1, T, S): 0 where a key is visible, else -inf, to be added to the scores
     reach: int | None = None  # no query sees a key that stands this many places before it, or more; None: unknown
-    segments: Segments | None = None  # for `varlen`, `apart` and `decode`, there of all heads of keys
-    used: Tensor | None = None  # for `decode` (N,) int32: how many keys of each segment are there
-    most: int = 0  # for `decode`: no segment has more keys
+    segments: Segments | None = None  # for `varlen`, `flash` and `apart`
+    used: Tensor | None = None  # for `flash` with single queries: how many keys each segment has, (N,) int32
+    most: int = 0  # for `flash`: no segment has more keys
 
 
 def find_segments(documents: Tensor, prefixes: Tensor | None = None, one_size: bool = False) -> Segments:
@@ -167,13 +167,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Te
     """q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D)."""
     if mask.kernel == "varlen":
         return varlen_attention(q, k, v, mask)
+    if mask.kernel == "flash":
+        return flash_attention(q, k, v, mask)
     if mask.kernel == "apart":
         assert mask.segments is not None
         flat = (t.flatten(0, 1) for t in (q, k, v))
         return _attention_apart(*flat, mask.segments.queries)[0].view(q.shape)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before positions
-    if mask.kernel == "decode":
-        return decode_attention(q, k, v, mask).transpose(1, 2)
     if mask.kernel == "blocked":
         return blocked_attention(q, k, v, mask).transpose(1, 2)
     H, T, D = q.shape[1:]
@@ -199,29 +199,39 @@ def alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q.reshape(*k.shape[:2], 1, -1), k, v, mask).reshape(q.shape)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """A single query in each row, q (B, H, 1, D), k and v (B, K, S, D) in one piece -> (B, H, 1, D).
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Parts of prompts in one row, q (1, T, H, D), k and v (1, S, K, D). Or with `used` a query in each row, q
+    (B, 1, H, D), k and v (B, S, K, D) where the keys of a head lie together. -> the shape of q
 
-    Each head of keys is a segment with one position, whose G queries the kernel takes for heads. With one head of keys
-    it makes rows of them without a copy, and divides long segments among the GPU's processors (arXiv:2205.14135;
-    "Flash-Decoding", Dao et al., 2023).
+    Then each head of keys is a segment of its own, whose G queries the kernel takes for heads. With one head of keys it
+    makes rows of them without a copy, and divides long segments among the GPU's processors ("Flash-Decoding", Dao et
+    al., 2023).
     """
-    assert mask.segments is not None and mask.used is not None
+    assert mask.segments is not None
+    if mask.used is None:
+        return flash(q[0], k[0], v[0], mask.segments, None, min(q.shape[1], mask.most), mask.most, mask.reach)[None]
     queries = q.reshape(len(mask.used), -1, q.shape[-1])  # (B * K, G, D)
-    k, v = (t.reshape(-1, 1, t.shape[-1]) for t in (k, v))  # (B * K * S, 1, D), no copy
-    near = (-1, -1) if mask.reach is None else (mask.reach - 1, 0)  # how many keys before and after a query it sees
-    return flash(queries, k, v, mask.segments, mask.used, mask.most, near).view(q.shape)
+    k, v = (t.transpose(1, 2).reshape(-1, 1, t.shape[-1]) for t in (k, v))  # (B * K * S, 1, D), no copy
+    return flash(queries, k, v, mask.segments, mask.used, 1, mask.most, mask.reach).view(q.shape)
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, used: Tensor, most: int, near: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    used: Tensor | None,
+    most_queries: int,
+    most_keys: int,
+    reach: int | None,
 ) -> Tensor:
-    """torch's kernel. Its public function knows `used` from torch 2.12 on."""
-    sizes = segments.queries, segments.keys, 1, most
-    left, right = near
-    return torch.ops.aten._flash_attention_forward(
-        q, k, v, *sizes, 0.0, False, False, window_size_left=left, window_size_right=right, seqused_k=used
-    )[0]
+    """torch's kernel, q (M, H, D), k and v (N, K, D) -> (M, H, D). Its public function knows `used` from torch 2.12 on,
+    and takes two seconds to load."""
+    shape = segments.queries, segments.keys, most_queries, most_keys
+    options = dict(dropout_p=0.0, is_causal=reach is None, return_debug_mask=False, seqused_k=used)
+    if reach is not None:  # how many keys before and after a query it sees
+        options |= dict(window_size_left=reach - 1, window_size_right=0)
+    return torch.ops.aten._flash_attention_forward(q, k, v, *shape, **options)[0]
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

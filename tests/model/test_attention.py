@@ -300,7 +300,7 @@ def test_single_queries_see_the_keys_that_are_there(window, monkeypatch):
         k[row, :, :length], v[row, :, :length] = torch.randn(2, 2, length, 6)
     used = torch.tensor(lengths, dtype=torch.int32).repeat_interleave(2)  # of both heads
     begins = torch.arange(7, dtype=torch.int32)
-    mask = AttentionMask("decode", None, window, Segments(begins, begins * 8), used, most=7)
+    mask = AttentionMask("flash", None, window, Segments(begins, begins * 8), used, most=7)
     found = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
     for row, length in enumerate(lengths):
         last = torch.zeros(1, 4, length, 6)
