@@ -52,6 +52,18 @@ def facts(bench: Bench) -> dict:
     return dict(**found, **{"GEMM, TFLOP/s": bench.gemm() / 1e12}, installed=versions)
 
 
+def device(bench: Bench) -> dict:
+    """The device doctor, which needs no pytest."""
+    from evaluation.device import dtypes_of, run_checks
+
+    found, failed = {}, []
+    for name, outcomes in run_checks(bench.device, dtypes_of(bench.device)):
+        errors = (outcome.message or f"{outcome.error:.2g}" for outcome in outcomes.values())
+        found[name] = ", ".join(f"{str(dtype)[6:]} {error}" for dtype, error in zip(outcomes, errors))
+        failed += [f"{name}, {dtype}" for dtype, outcome in outcomes.items() if not outcome.passed]
+    return found | (dict(error=f"{len(failed)} checks failed: {'; '.join(failed)}") if failed else {})
+
+
 def small(bench: Bench) -> dict:
     return bench.against_transformers("small", 128, 512, 0)
 
@@ -345,6 +357,7 @@ def loop(bench: Bench) -> dict:
 
 PARTS = {
     "facts": Part(facts, 60),
+    "device": Part(device, 60),
     "small": Part(small, 120),
     "base": Part(base, 120),
     "sft": Part(sft, 120),
@@ -357,7 +370,7 @@ PARTS = {
     "loop": Part(loop, 60),
     "dpo": Part(dpo, 90),
 }
-QUICK = ("facts", "small", "base", "sft")
+QUICK = ("facts", "device", "small", "base", "sft")
 
 
 def main():

@@ -157,7 +157,7 @@ def main():
     results = Results(f"benchmarks/gpu/run.sh {' '.join(sys.argv[1:])}".strip())
     left = lambda: limit - (time.monotonic() - results.began)
     if "tests" in wanted:
-        chosen = "attention or head or experts or fp16" if args.quick else "not compiled"
+        chosen = "kernel or head or experts or fp16 or logits" if args.quick else "not compiled"
         results.add("tests", run_tests(args, chosen, min(left(), 45 if args.quick else 120)))
     waiting = [part for part in PARTS if part in wanted]
     while waiting and left() > 10:

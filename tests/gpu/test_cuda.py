@@ -3,11 +3,10 @@
 python -m pytest -m gpu tests/gpu          # about a minute; skipped where there is no card
 """
 
-from functools import partial
-
 import pytest
 import torch
 
+from evaluation.device import CHECKS, WINDOWS, build, dtypes_of, error, limit, losses_and_gradients, rows
 from inference.engine import Engine, Request
 from inference.generate import generate
 from inference.sampling import Sampling
@@ -15,9 +14,7 @@ from inference.slots import Decoding
 from model import attention, moe, transformer
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
-from model.moe import grouped_linear
-from model.precision import has_bf16, prepare_for_inference
-from model.quant import dequantize, quantize
+from model.precision import prepare_for_inference
 from tests.helpers.models import TOKENIZER, random_model, small_model
 from tests.helpers.rows import write_dpo, write_pretrain, write_reason, write_sft
 from tests.helpers.runs import run_stage, sft_engine
@@ -31,7 +28,6 @@ CUDA = torch.device("cuda", 0)
 SHAPE = dict(
     vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64
 )
-WINDOWS = dict(sliding_window=9, layer_types=("sliding_attention", "full_attention", "sliding_attention"))
 
 
 def has_flash() -> bool:
@@ -39,73 +35,29 @@ def has_flash() -> bool:
 
 
 def half_types() -> list[torch.dtype]:
-    return [torch.bfloat16, torch.float16] if has_bf16(CUDA) else [torch.float16]
+    return [dtype for dtype in dtypes_of(CUDA) if dtype != torch.float32]
 
 
-def rows(kind: str) -> dict[str, torch.Tensor]:
-    """Three rows of 96: plain, packed documents, or pairs whose answers share a prompt."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(512, (3, 96), generator=generator)
-    given = dict(tokens=tokens, targets=tokens.roll(-1, 1))
-    if kind == "plain":
-        return given
-    lengths = torch.tensor([20, 1, 30, 30, 15])
-    documents = torch.repeat_interleave(torch.arange(1, 6), lengths).expand(3, -1).contiguous()
-    if kind == "packed":
-        return given | dict(documents=documents)
-    prefixes = torch.where(documents <= 3, 1, torch.where(documents <= 4, 4, 4))
-    positions = torch.cat([torch.arange(20), torch.arange(20, 21), torch.arange(20, 50), torch.arange(30)])
-    positions = torch.cat([positions, torch.arange(30, 45)]).expand(3, -1).contiguous()
-    return given | dict(documents=documents, prefixes=prefixes, positions=positions)
+# ---- what the device doctor checks
 
 
-def losses_and_gradients(model, given, device, dtype):
-    model = model.to(device)
-    model.zero_grad()
-    model.compute_dtype = dtype
-    out = model(**{name: tensor.to(device) for name, tensor in given.items()})
-    out.loss.mean().backward()
-    gradients = {name: p.grad.float().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
-    return out.loss.detach().float().cpu(), gradients
-
-
-def assert_close(found, expected, share):
-    """Losses and gradients whose difference is at most this share of their size."""
-    (losses, gradients), (right, exact) = found, expected
-    assert (losses - right).norm() < share * right.norm()
-    for name, gradient in gradients.items():
-        assert (gradient - exact[name]).norm() <= share * exact[name].norm() + 1e-6, name
-
-
-# ---- attention
+@pytest.mark.parametrize("dtype", dtypes_of(CUDA) if torch.cuda.is_available() else [], ids=str)
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_card_computes_what_the_cpu_does(name, dtype):
+    assert CHECKS[name](CUDA, dtype) <= limit(name, dtype)
 
 
 @pytest.mark.parametrize("changes", ({}, WINDOWS), ids=("plain", "windows"))
 @pytest.mark.parametrize("kind", ("plain", "packed", "pairs"))
-def test_attention_equals_the_cpus(kind, changes, monkeypatch):
-    model, given = random_model(ModelConfig(**SHAPE, **changes), std=0.08), rows(kind)
-    expected = losses_and_gradients(model, given, "cpu", torch.float32)
-    assert_close(losses_and_gradients(model, given, CUDA, torch.float32), expected, 2e-3)
-    used = []
-    kernel = attention.varlen_attention
+def test_the_kernel_is_the_one_that_was_meant(kind, changes, monkeypatch):
+    used, kernel = [], attention.varlen_attention
     monkeypatch.setattr(attention, "varlen_attention", lambda *a: used.append(1) or kernel(*a))
     for dtype in half_types():
-        # a CPU in bf16 is 0.028 off, the gradient of k's weights most; a wrong mask would be far more
-        assert_close(losses_and_gradients(model, given, CUDA, dtype), expected, 0.06)
-    assert bool(used) == (has_flash() and (kind != "plain" or bool(changes))), "the kernel that was meant"
+        losses_and_gradients(build(**changes), rows(kind), CUDA, dtype)
+    assert bool(used) == (has_flash() and (kind != "plain" or bool(changes)))
 
 
-def test_every_document_is_alone_and_no_token_sees_the_future():
-    model = random_model(ModelConfig(**SHAPE), std=0.08).to(CUDA)
-    given = {name: tensor.to(CUDA) for name, tensor in rows("packed").items()}
-    for dtype in half_types():
-        model.compute_dtype = dtype
-        logits = partial(model, documents=given["documents"])
-        before = logits(given["tokens"]).logits
-        changed = given["tokens"].clone()
-        changed[0, 30] = (changed[0, 30] + 1) % 512
-        moved = (logits(changed).logits != before).any(-1)
-        assert not moved[1:].any() and not moved[0, :30].any() and not moved[0, 51:].any() and moved[0, 30:51].any()
+# ---- attention
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not has_flash(), reason="needs flash attention")
@@ -128,42 +80,19 @@ def test_memory_of_a_long_row_is_linear():
 
 
 def test_the_head_in_chunks(monkeypatch):
-    model = random_model(ModelConfig(**{**SHAPE, "vocab_size": 40_000}), std=0.08)
-    given = rows("packed")
+    model, given = build(vocab_size=40_000), rows("packed")
     for dtype in half_types():
         plain = losses_and_gradients(model, given, CUDA, dtype)
         with monkeypatch.context() as patch:
             patch.setattr(transformer, "LOGITS_AT_ONCE", 1)  # 128 positions at a time
-            assert_close(losses_and_gradients(model, given, CUDA, dtype), plain, 0.02)
+            assert error(losses_and_gradients(model, given, CUDA, dtype), plain) < 0.02
 
 
-@pytest.mark.parametrize("fast", (True, False), ids=("", "blocks"))
-def test_experts_equal_a_loop(fast, monkeypatch):
-    """torch's grouped product where the card has it, and blocks everywhere."""
-    if not fast:
-        monkeypatch.setattr(moe, "_has_grouped_mm", lambda _: False)
-    ends = torch.tensor([70, 70, 200, 256], dtype=torch.int32, device=CUDA)
-    bounds = zip([0, 70, 70, 200], ends.tolist())
-    torch.manual_seed(0)
-    x, weight, upstream = torch.randn(256, 64), torch.randn(4, 96, 64), torch.randn(256, 96)
-    leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    expected = torch.cat([leaves[0][a:b] @ w.T for (a, b), w in zip(bounds, leaves[1])])
-    expected.backward(upstream)
-    for dtype in (*half_types(), torch.float32):
-        mine = [t.clone().to(CUDA).requires_grad_() for t in (x, weight)]
-        y = grouped_linear(mine[0].to(dtype), mine[1].to(dtype), ends)
-        y.backward(upstream.to(CUDA, dtype))
-        for found, right in zip((y, *(t.grad for t in mine)), (expected, *(t.grad for t in leaves))):
-            assert (found.float().cpu() - right).norm() < 0.01 * right.norm(), dtype
-
-
-@pytest.mark.parametrize("bits", (4, 8))
-def test_quantised_weights_are_the_cpus(bits):
-    torch.manual_seed(0)
-    weight = torch.randn(96, 128)
-    on_cpu, on_card = (quantize(weight.to(device), bits) for device in ("cpu", CUDA))
-    there = dequantize(on_card, (96, 128), torch.float32).cpu()
-    torch.testing.assert_close(there, dequantize(on_cpu, (96, 128), torch.float32), atol=1e-4, rtol=1e-4)
+def test_experts_in_blocks(monkeypatch):
+    """For cards without torch's grouped product."""
+    monkeypatch.setattr(moe, "_has_grouped_mm", lambda _: False)
+    for dtype in dtypes_of(CUDA):
+        assert CHECKS["experts"](CUDA, dtype) < 0.01
 
 
 def test_greedy_answers_are_the_cpus():
