@@ -207,30 +207,21 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Ten
     makes rows of them without a copy, and divides long segments among the GPU's processors ("Flash-Decoding", Dao et
     al., 2023).
     """
-    assert mask.segments is not None
     if mask.used is None:
-        return flash(q[0], k[0], v[0], mask.segments, None, min(q.shape[1], mask.most), mask.most, mask.reach)[None]
+        return flash(q[0], k[0], v[0], mask, min(q.shape[1], mask.most))[None]
     queries = q.reshape(len(mask.used), -1, q.shape[-1])  # (B * K, G, D)
     k, v = (t.transpose(1, 2).reshape(-1, 1, t.shape[-1]) for t in (k, v))  # (B * K * S, 1, D), no copy
-    return flash(queries, k, v, mask.segments, mask.used, 1, mask.most, mask.reach).view(q.shape)
+    return flash(queries, k, v, mask, 1).view(q.shape)
 
 
-def flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    used: Tensor | None,
-    most_queries: int,
-    most_keys: int,
-    reach: int | None,
-) -> Tensor:
-    """torch's kernel, q (M, H, D), k and v (N, K, D) -> (M, H, D). Its public function knows `used` from torch 2.12 on,
-    and takes two seconds to load."""
-    shape = segments.queries, segments.keys, most_queries, most_keys
-    options = dict(dropout_p=0.0, is_causal=reach is None, return_debug_mask=False, seqused_k=used)
-    if reach is not None:  # how many keys before and after a query it sees
-        options |= dict(window_size_left=reach - 1, window_size_right=0)
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, most: int) -> Tensor:
+    """torch's kernel, q (M, H, D), k and v (N, K, D) -> (M, H, D). most: no segment has more queries. Its public
+    function knows `used` from torch 2.12 on, and takes two seconds to load."""
+    assert mask.segments is not None
+    shape = mask.segments.queries, mask.segments.keys, most, mask.most
+    options = dict(dropout_p=0.0, is_causal=mask.reach is None, return_debug_mask=False, seqused_k=mask.used)
+    if mask.reach is not None:  # how many keys before and after a query it sees
+        options |= dict(window_size_left=mask.reach - 1, window_size_right=0)
     return torch.ops.aten._flash_attention_forward(q, k, v, *shape, **options)[0]
 
 

@@ -4,7 +4,7 @@ Weights may be fp32 masters while the model computes in bf16. Instead of torch's
 to the dtype of its input: the cast is visible here, torch.compile fuses it, and it costs nothing if the weight has that
 dtype already. Norms are computed in fp32.
 
-Letters: B rows, T positions, d hidden size, V vocabulary.
+Letters: d hidden size, V vocabulary.
 """
 
 from __future__ import annotations

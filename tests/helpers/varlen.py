@@ -38,17 +38,16 @@ class _Unused(torch.autograd.Function):
         return grad, None
 
 
-def flash(q, k, v, segments, used, most_queries, most_keys, reach):
+def flash(q, k, v, mask, most):
     """The same for generation. With `used`, q (N, G, D), k and v (M, 1, D): the query of segment n stands at the last
     of the first used[n] keys there. Then no number is read on the host, as a graph demands."""
-    near = -1 if reach is None else reach - 1
+    segments, used, near = mask.segments, mask.used, -1 if mask.reach is None else mask.reach - 1
     if used is None:
-        sizes = segments.queries, segments.keys, most_queries, most_keys
-        return varlen_attn(q, k, v, *sizes, window_size=(near, 0))
-    assert len(used) == len(q) == len(segments.keys) - 1 and most_queries == 1
+        return varlen_attn(q, k, v, segments.queries, segments.keys, most, mask.most, window_size=(near, 0))
+    assert len(used) == len(q) == len(segments.keys) - 1 and most == 1
     assert used.dtype == segments.keys.dtype == segments.queries.dtype == torch.int32 and used.is_contiguous()
-    column = torch.arange(most_keys)
-    before = used[:, None] - 1 - column  # (N, most_keys): how far back a key stands
+    column = torch.arange(mask.most)
+    before = used[:, None] - 1 - column  # (N, mask.most): how far back a key stands
     seen = (before >= 0) & (before <= near) if near >= 0 else before >= 0
     place = segments.keys[:-1, None] + column
     keys, values = (torch.where(seen[..., None], t[place, 0], 0) for t in (k, v))  # what is not seen may be NaN
