@@ -113,7 +113,7 @@ def _make_ranks_equal(
         A, B, here = state[f"{layer}.A"], state.get(f"{layer}.B"), int(own(ranks, layer, settings["rank"]))
         if A.dim() != 2 or len(A) != here:
             raise UserError(f"says rank {here}, but {layer}.A is {tuple(A.shape)}")
-        if B is None or here == rank and not alphas:
+        if B is None or here == rank == settings["rank"] and not alphas:
             continue
         factor = own(alphas, layer, settings["alpha"]) / alpha * (rank / here) ** power
         state[f"{layer}.A"] = F.pad(A, (0, 0, 0, rank - here))

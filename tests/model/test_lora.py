@@ -204,6 +204,19 @@ def test_ranks_and_alphas_that_differ_between_layers(tmp_path, rslora):
         assert all(A.grad[i].any() == A[i].any() == B[:, i].any() == B.grad[:, i].any() for i in range(5))
 
 
+@pytest.mark.parametrize("rslora", (False, True))
+@pytest.mark.parametrize("rank", (2, 5))
+def test_ranks_that_differ_without_alphas(tmp_path, rank, rslora):
+    """The factor of a layer with the largest rank was that of the others."""
+    peft = pytest.importorskip("peft")
+    shape = dict(r=3, lora_alpha=7, target_modules="all-linear", use_rslora=rslora, init_lora_weights=False)
+    config = peft.LoraConfig(**shape, rank_pattern={"q_proj": rank})
+    theirs = peft.get_peft_model(hf_model(base(), tmp_path), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(tmp_path / "adapter").apply(base())
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
 def test_a_rank_for_layers_that_we_do_not_find_is_refused(tmp_path):
     """peft's keys are regular expressions."""
     peft = pytest.importorskip("peft")
