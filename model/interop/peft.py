@@ -30,6 +30,7 @@ UNSUPPORTED = dict(
     use_qalora=(None, False),
     alora_invocation_tokens=(None, []),
     trainable_token_indices=(None, []),
+    layer_replication=(None, []),  # another order of layers, or some of them twice
     target_parameters=(None, []),
 )
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")  # ways to begin that move weights around

@@ -301,7 +301,7 @@ def test_a_base_that_transformers_does_not_know_is_named_beside_pefts_directory(
     assert load_adapter(tmp_path / "peft").state.keys() == adapter.state.keys()
 
 
-@pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all")])
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all"), ("layer_replication", [[1, 2], [0, 1]])])
 def test_what_would_compute_something_else_is_refused(tmp_path, key, value):
     values = dict(peft_type="LORA", r=2, lora_alpha=2) | {key: value}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
