@@ -174,12 +174,17 @@ def _scores(scores: Sequence[float]) -> np.ndarray:
 
 TOKEN = re.compile(rf"(?<!\w)-?\d+(?:[.,]\d+)*|[{HAN}]|[^\W_{HAN}]+")
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?|(?<![\w.])-?\.\d+|\d[\d,]*(?:\.\d+)?")
+MINUS = str.maketrans("−", "-")  # the sign of mathematics (U+2212), which NFKC leaves as it is
+
+
+def half_width(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).translate(MINUS)
 
 
 def tokens(text: str) -> list[str]:
     """Words in lower case and half width without articles, as SQuAD's evaluation script compares them; numbers stay
     whole, and each Chinese character is a word."""
-    text = unicodedata.normalize("NFKC", text).lower()
+    text = half_width(text).lower()
     found = [word.replace(",", "") if word[-1].isdigit() else word for word in TOKEN.findall(text)]
     return [word for word in found if word not in ("a", "an", "the")] or found  # "A" alone is an answer
 
@@ -200,7 +205,7 @@ def overlap(reply: str, reference: str) -> float:
 
 def last_number(text: str) -> Decimal | None:
     """The number after the last ####, if there is one, or the last number of the text."""
-    text = unicodedata.normalize("NFKC", text)
+    text = re.sub(r"(?<=-)[$€£¥](?=[\d.])", "", half_width(text))  # -$5 is -5
     marked = NUMBER.findall(text.rpartition("####")[2]) if "####" in text else []
     found = marked[:1] or NUMBER.findall(text)[-1:]
     return Decimal(found[0].replace(",", "")) if found else None

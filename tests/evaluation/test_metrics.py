@@ -114,6 +114,8 @@ def test_without_the_packages_it_says_what_to_install(monkeypatch):
         ("The", "A", False),
         ("3.5", "35", False),  # SQuAD's script removes the dot, and takes these for the same
         ("-5", "5", False),
+        ("−5", "5", False),  # U+2212, as models write it
+        ("x is −5", "x is -5", True),
         ("1,000", "1000", True),
         ("yes, no", "no, yes", False),
         ("🙂", "🙂", True),
@@ -143,6 +145,10 @@ def test_f1_by_hand():
         ("She pays $18.50.", "18.50"),
         ("x = -3", "-3"),
         ("10-5", "5"),
+        ("x = −3", "-3"),  # U+2212
+        ("a loss: -$1,200", "-1200"),
+        ("from $3 to $5", "5"),
+        ("$10-$4", "4"),
         ("共有１，２３４个", "1234"),
         ("no number", None),
         ("#### none", None),
