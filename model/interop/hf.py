@@ -362,10 +362,11 @@ def _misfits(config: ModelConfig, family: Family) -> list[str]:
 
 def _write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     """For older readers also as max_window_layers, where the layers without a window are the first ones."""
-    if not any(config.windows):
-        return {}
+    switch = "use_sliding_window" in family.absent  # Qwen's, off where it is absent
+    if not any(config.windows):  # Mistral's families have a window where their file says nothing
+        return dict(sliding_window=None) if "sliding_window" in family.absent and not switch else {}
     found: dict[str, Any] = dict(sliding_window=config.sliding_window)
-    if "use_sliding_window" in family.absent:  # a switch of Qwen's
+    if switch:
         found["use_sliding_window"] = True
     if "layer_types" in family.states:
         found["layer_types"] = [LAYER_TYPES[window is not None] for window in config.windows]

@@ -69,3 +69,11 @@ def test_older_readers_are_told_too(windows, full):
 def test_without_windows_none_is_written():
     values = config_to_hf(ModelConfig(**SHAPE, attention_bias=True))
     assert not {"sliding_window", "use_sliding_window", "layer_types", "max_window_layers"} & values.keys()
+
+
+def test_a_window_that_no_layer_has_does_not_become_mistrals():
+    """Written as mistral without a word about windows, it was read with one of 4,096 in all layers."""
+    kinds = ("full_attention",) * 3
+    values = config_to_hf(ModelConfig(**SHAPE, sliding_window=16, layer_types=kinds))
+    assert values["model_type"] == "mistral"
+    assert config_from_hf(values).windows == theirs(values) == (None,) * 3
