@@ -5,9 +5,9 @@
     python scripts/check_data.py train.jsonl --fix        # writes train.clean.jsonl, train.jsonl.rejects.jsonl
     python scripts/check_data.py *.jsonl --json           # for machines
 
-Training would stop at what is called an error here. The exit status is 1 if there are errors, else 0. Every row is
-read and checked; a random sample of 4 MB of rows is tokenised (--sample_mb 0: all rows), where it shows what the
-tokenizer's chat format refuses.
+Training would stop at what is called an error here, and where too many rows have nothing to train on. Then the exit
+status is 1, else 0. Every row is read and checked; a random sample of 4 MB of rows is tokenised (--sample_mb 0: all
+rows), where it shows what the tokenizer's chat format refuses.
 """
 
 import sys
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from common.console import UserError, printable, run, say
 from common.options import Options, option, parse
+from dataset.read.row_errors import MAX_EMPTY_ROWS
 
 BAR = 40  # characters of the longest bar
 LABEL = 12
@@ -98,7 +99,7 @@ def main():
                 say(f"{'':<{LABEL}}wrote {rows(good)} to {shown(clean)}, {bad:,} to {shown(rejects)}")
     if config.json:
         say(json.dumps([report.as_dict() for report in reports], ensure_ascii=False, indent=1))
-    if any(report.failure or report.bad for report in reports):
+    if any(report.stops for report in reports):
         raise SystemExit(1)
 
 
@@ -129,7 +130,8 @@ def lines(report, config: CheckConfig) -> list[str]:
         of_rows = f"{rows(finding.count)}: {finding.what}  ({where(finding)})"
         say("note", of_rows if finding.count else finding.what)
     if report.empty.count:
-        say("empty", f"{rows(report.empty.count)} with nothing to train on  ({where(report.empty)})")
+        stops = f"; training stops at more than {MAX_EMPTY_ROWS:.0%} (--max_empty_rows)" if report.too_empty else ""
+        say("empty", f"{rows(report.empty.count)} with nothing to train on  ({where(report.empty)}){stops}")
     if report.kind:
         twice = report.duplicates
         say("duplicates", f"{rows(twice.count)}, each like an earlier one  ({where(twice)})" if twice.count else "none")

@@ -28,6 +28,7 @@ from dataset.kinds import KINDS
 from dataset.read.jsonl import Chunk, Jsonl
 from dataset.read.mapping import Mapping, Reader, find_reader
 from dataset.read.mix import Writer, encode
+from dataset.read.row_errors import too_many_empty
 from dataset.read.text import TextFile
 from tokenizer.text import Tokenizer
 
@@ -86,9 +87,19 @@ class DataReport:
     def bad(self) -> int:
         return sum(finding.count for finding in self.errors.values())
 
+    @property
+    def too_empty(self) -> bool:
+        left = self.rows - self.bad - self.empty.count
+        return self.empty.count > 0 and too_many_empty(self.rows, self.empty.count, left)
+
+    @property
+    def stops(self) -> bool:
+        """Whether training would stop."""
+        return bool(self.failure or self.bad or self.too_empty)
+
     def as_dict(self) -> dict:
         lists = {name: [asdict(finding) for finding in getattr(self, name).values()] for name in ("errors", "notes")}
-        return asdict(self) | {"bad": self.bad, "roles": dict(self.roles)} | lists
+        return asdict(self) | {"bad": self.bad, "stops": self.stops, "roles": dict(self.roles)} | lists
 
 
 def examine(

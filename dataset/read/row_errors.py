@@ -12,12 +12,19 @@ from common.console import UserError
 from common.files import atomic_file
 from dataset.tokens.cache import is_writable
 
-MAX_BAD_ROWS = 0.01  # share of a file's rows that may be skipped, if nothing else is said
+# shares of a file's rows, if nothing else is said
+MAX_BAD_ROWS = 0.01  # that may be skipped
+MAX_EMPTY_ROWS = 0.05  # that may have nothing to train on; above it the data must be wrong
 
 
 def allowed(rows: int, share: float) -> int:
     """How many of the rows may be left out: at least one, unless the share is 0."""
     return max(1, int(share * rows + 1e-6)) if share else 0  # 0.01 * 2900 is a little below 29
+
+
+def too_many_empty(rows: int, empty: int, left: int, share: float = MAX_EMPTY_ROWS) -> bool:
+    """Whether rows with nothing to train on stop a training: there are too many, or no others are left."""
+    return not left or empty > allowed(rows, share)
 
 
 def too_many_bad(first: list[str], most: int, share: float) -> UserError:

@@ -25,11 +25,11 @@ import numpy as np
 from common.console import UserError
 from common.files import relative_to_root
 from dataset.read.mapping import Mapping
-from dataset.read.row_errors import MAX_BAD_ROWS
+from dataset.read.row_errors import MAX_BAD_ROWS, MAX_EMPTY_ROWS
 from dataset.tokens.lengths import fit
 from dataset.tokens.order import held_out, repeated, weighted
 from dataset.tokens.stream import END, Pieces, Stream, joined, piece
-from dataset.tokens.token_cache import MAX_EMPTY_ROWS, UNNAMED, TokenCache, token_caches
+from dataset.tokens.token_cache import UNNAMED, TokenCache, token_caches
 from tokenizer.text import Tokenizer
 
 Self = TypeVar("Self", bound="TokenDataset")

@@ -33,7 +33,7 @@ from common.console import Progress, UserError, note
 from dataset.kinds import KINDS
 from dataset.read.jsonl import Chunk, Head, Jsonl, entry_name, refuse_changes
 from dataset.read.mapping import Mapping, Reader, find_reader, require_reader
-from dataset.read.row_errors import MAX_BAD_ROWS, RowErrors, allowed, too_many_bad
+from dataset.read.row_errors import MAX_BAD_ROWS, MAX_EMPTY_ROWS, RowErrors, allowed, too_many_bad, too_many_empty
 from dataset.read.text import TextFile
 from dataset.tokens.cache import Mapped, find_entry, get_or_build, require_space
 from dataset.tokens.encode import BadRow, Block, open_document, token_dtype
@@ -47,7 +47,6 @@ PART_BYTES = 1 << 30  # bytes of rows that are tokenised into a cache of their o
 ESTIMATED_FROM = 256 << 20  # bytes of rows from which the space that their tokens need is estimated first
 SAMPLES, SAMPLED_BYTES = 8, 64 << 10  # for that: places in the file, bytes of rows at each
 PROCESSES_FROM = 32 << 20  # bytes of data from which starting processes pays
-MAX_EMPTY_ROWS = 0.05  # share of rows without anything to train on; above it the data must be wrong
 
 
 class TokenCache:
@@ -173,7 +172,7 @@ def _check_space(source: Jsonl | TextFile, tokenizer: Tokenizer, reader: Reader,
 def _check_empty(path: Path, facts: dict, share: float) -> None:
     """UserError if too many of the rows have nothing to train on, or all."""
     rows, empty = facts["rows"], facts["empty"]
-    if facts["entries"] and empty <= allowed(rows, share):
+    if not too_many_empty(rows, empty, facts["entries"], share):
         return
     what = "text in them" if KINDS[facts["kind"]].stream else "assistant's turn to train on"
     where = ", ".join(facts["first_empty"]) or path

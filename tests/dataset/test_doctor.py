@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import dataset.doctor.examine as doctor
+from common.console import UserError
 from dataset.batches.preference import PreferenceDataset
 from dataset.doctor import duplicates
 from dataset.doctor.duplicates import hashes_of
@@ -71,6 +72,26 @@ def test_what_is_wrong_is_counted_with_its_lines(tmp_path):
     assert {f.what: f.lines for f in report.notes.values()} == {
         "the last turn is not the assistant's and teaches nothing": [5, 6]
     }
+
+
+def test_too_many_empty_rows_stop_training_and_so_the_doctor_says_it(tmp_path, capsys):
+    """They are no errors, and the doctor passed files that every training refused: texts of nothing, or questions that
+    nobody answers."""
+    nobody = {"conversations": [{"role": "user", "content": "hi"}]}
+    files = {
+        "none": [nobody] * 3,
+        "many": [*[chat("hi", "yo")] * 38, nobody, nobody, nobody],
+        "few": [*[chat("hi", "yo")] * 39, nobody, nobody],
+    }
+    for name, rows in files.items():
+        file = jsonl(tmp_path / f"{name}.jsonl", *rows)
+        status, text = run(capsys, file)
+        if name == "few":
+            assert status == 0 and "stops" not in text and len(sft(file)) == 39
+            continue
+        assert status == 1 and "; training stops at more than 5% (--max_empty_rows)" in text
+        with pytest.raises(UserError, match="have no assistant's turn"):
+            sft(file)
 
 
 def test_tokens_cuts_packing_and_a_length_to_choose(tmp_path):
