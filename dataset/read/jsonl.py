@@ -24,7 +24,7 @@ import numpy as np
 
 from common.console import Progress, UserError
 from common.files import hash_file
-from dataset.read.parse import likely_encoding, parse_row, refuse_other_files
+from dataset.read.parse import likely_encoding, parse_row, refuse_other_files, refuse_tables
 from dataset.tokens.cache import Mapped, cache_root, get_or_build, require_space
 
 BLOCK = 8 << 20  # bytes read at a time
@@ -144,6 +144,7 @@ class Jsonl(Rows):
         self.before = os.stat(self.path)  # for `refuse_changes`
         self.size, state, head = state_of(self.path)
         refuse_other_files(self.path, head)
+        refuse_tables(self.path, head)
         self.cache = cache_root(self.path, cache_dir)
         self._is_array = _begins_an_array(head)
         name = entry_name(self.path, "index", state)

@@ -2,19 +2,28 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from common.console import UserError
 
+FROM_TABLE = (
+    "python -c \"import csv, json; csv.field_size_limit(1 << 30); open('{0}.jsonl', 'w', encoding='utf-8').writelines("
+    "json.dumps(row, ensure_ascii=False) + '\\n' for row in csv.DictReader(open('{0}{1}', encoding='utf-8-sig', "
+    "newline=''), delimiter='{2}'))\""
+)
+TABLES = {".csv": ",", ".tsv": "\\t"}  # how a name ends: what is between two cells
 FROM_PARQUET = (
     "python -c \"import json, pyarrow.parquet as p; open('{0}.jsonl', 'w').writelines(json.dumps(row, default=str) + "
     "'\\n' for part in p.ParquetFile('{0}{1}').iter_batches() for row in part.to_pylist())\""
 )
-OTHER_FILES = {  # how it begins: what it is, and what makes text of it; {0}{1} is its name
-    b"\xff\xfe": ("UTF-16 text", "iconv -f utf-16 -t utf-8 {0}{1} > {0}.utf8{1}"),
-    b"\xfe\xff": ("UTF-16 text", "iconv -f utf-16 -t utf-8 {0}{1} > {0}.utf8{1}"),
-    b"\x1f\x8b": ("a gzip file", "gunzip -k {0}{1}"),
-    b"PK\x03\x04": ("a zip file", "unzip {0}{1}"),
+OTHER_FILES = {  # how it begins: what it is, and what makes text of it; {0}{1} is its name, {name} the same for a shell
+    b"\xff\xfe": ("UTF-16 text", "iconv -f utf-16 -t utf-8 {name} > {target}"),
+    b"\xfe\xff": ("UTF-16 text", "iconv -f utf-16 -t utf-8 {name} > {target}"),
+    b"\x1f\x8b": ("a gzip file", "gunzip -k {name}"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", "unzstd {name}"),
+    b"\xfd7zXZ": ("an xz file", "unxz -k {name}"),
+    b"PK\x03\x04": ("a zip file", "unzip {name}"),
     b"PAR1": ("a Parquet file", FROM_PARQUET),
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull"),
 }
@@ -24,8 +33,18 @@ def refuse_other_files(path: Path, head: bytes) -> None:
     """UserError with the command that converts it, if a file that begins like this is not text in UTF-8."""
     for start, (name, command) in OTHER_FILES.items():
         if head.startswith(start):
-            converts = command.format(path.with_suffix(""), path.suffix)
+            target = path.with_name(f"{path.stem}.utf8{path.suffix}")
+            shell = {"name": shlex.quote(str(path)), "target": shlex.quote(str(target))}
+            converts = command.format(path.with_suffix(""), path.suffix, **shell)
             raise UserError(f"{path}: is {name}, and JSONL in UTF-8 is needed; convert it: {converts}")
+
+
+def refuse_tables(path: Path, head: bytes) -> None:
+    """Likewise for a table as text, which only its name tells from other text."""
+    between = TABLES.get(path.suffix.lower())
+    if between and head.lstrip()[:1] not in (b"{", b"["):
+        converts = FROM_TABLE.format(path.with_suffix(""), path.suffix, between)
+        raise UserError(f"{path}: is a table, and JSONL is needed; convert it: {converts}")
 
 
 def parse_row(raw: bytes) -> dict:
@@ -36,7 +55,15 @@ def parse_row(raw: bytes) -> dict:
             "a row has to be on one line, and this one continues on the next; objects over several lines have to "
             "be a .json array"
         )
-    row = loads(text)
+    try:
+        row = loads(text)
+    except UserError as error:
+        if text.lstrip()[:1] in ("{", "[", ""):
+            raise
+        raise UserError(
+            f"{error}; it begins with {text[:30]!r}, and a row is an object {{...}}; plain text for pretraining has to "
+            "be in a .txt file"
+        ) from None
     if not isinstance(row, dict):
         raise UserError(f"a row must be an object {{...}}, this is {type(row).__name__} {text[:40]!r}")
     return row
@@ -50,7 +77,9 @@ def loads(text: str) -> object:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         reason = error.msg.removesuffix(" at").removesuffix(" starting")  # Python's place, which follows, is of no file
-        raise UserError(f"broken JSON at column {error.colno}: {reason}") from None
+        ends = error.pos >= len(text.rstrip()) or reason == "Unterminated string"
+        why = "; it is cut off, or goes on in the next line, and a row has to be on one" if ends else ""
+        raise UserError(f"broken JSON at column {error.colno}: {reason}{why}") from None
     except UnicodeEncodeError as error:  # half of a surrogate pair is valid JSON but no text
         raise UserError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
     except RecursionError:
@@ -103,6 +132,8 @@ def likely_encoding(raw: bytes) -> str:
     for start, (name, _) in OTHER_FILES.items():
         if raw.startswith(start):
             return f"it looks like {name}"
+    if b"\0" in raw:  # in no file of gbk
+        return "it looks like UTF-16 without its mark: convert with `iconv -f utf-16le -t utf-8`"
     try:
         raw.decode("gb18030")
     except UnicodeDecodeError:

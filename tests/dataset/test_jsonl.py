@@ -1,5 +1,6 @@
 """JSONL files: which rows they hold, what a broken one is called, and when the index is made anew."""
 
+import csv
 import errno
 import functools
 import hashlib
@@ -75,12 +76,19 @@ def test_the_index_agrees_with_splitting_the_file_wherever_a_block_ends(lines, n
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (b'{"text": "a}', "broken JSON at column 10: Unterminated string"),
+        (b'{"text": "a}', "broken JSON at column 10: Unterminated string; it is cut off, or goes on in the next line"),
+        (
+            b'{"data": [{"text": "a"},',
+            "broken JSON at column 25: Expecting value; it is cut off, or goes on in the next",
+        ),
+        (b"# Sparrow", "it begins with '# Sparrow', and a row is an object {...}; plain text"),
+        (b"question,answer", "it begins with 'question,answer'"),
         (b'{"text": "a"} {"text": "b"}', "broken JSON at column 15: Extra data"),
         (b"{'text': 'a'}", "broken JSON at column 2"),
         (b'{"text": "a\x00b"}', "a NUL character at column 12"),
         (b"\x00\x00\x00\x00", "a NUL character at column 1; was the file cut off"),
         ('{"text": "麻雀"}'.encode("gbk"), "not UTF-8 at byte 11; it looks like gbk: convert with `iconv"),
+        ('{"text": "麻雀"}'.encode("utf-16-le"), "it looks like UTF-16 without its mark"),
         ('{"text": "麻雀"}'.encode("utf-16"), "not UTF-8 at byte 1; it looks like UTF-16 text"),
         (b"\x1f\x8b\x08\x00", "it looks like a gzip file"),
         (b'{"text": "\xff\xff\xff"}', "not UTF-8 at byte 11; save the file as UTF-8"),
@@ -114,6 +122,9 @@ def test_a_pair_of_surrogates_and_a_long_line_are_fine():
             '{"text": "麻雀"}'.encode("utf-16"),
             "is UTF-16 text, .*: iconv -f utf-16 .*a.jsonl > .*a.utf8.jsonl$",
         ),
+        ("a b.jsonl", "{}".encode("utf-16"), "iconv -f utf-16 -t utf-8 '.*a b.jsonl' > '.*a b.utf8.jsonl'$"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x00", "is a zstd file, .*: unzstd .*a.jsonl.zst$"),
+        ("a.jsonl.xz", b"\xfd7zXZ\x00", "is an xz file, .*: unxz -k .*a.jsonl.xz$"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, .*: git lfs pull$"),
     ],
 )
@@ -122,6 +133,21 @@ def test_a_file_of_another_format_says_what_makes_text_of_it(tmp_path, name, dat
     with pytest.raises(ValueError, match=reason):
         Jsonl(write(tmp_path / name, data))
     assert os.listdir(tmp_path) == [name], "decided at its head"
+
+
+@pytest.mark.parametrize("suffix, between", [(".csv", ","), (".tsv", "\t"), (".CSV", ",")])
+def test_the_command_for_tables_works(tmp_path, suffix, between):
+    """A .csv file was called broken JSON."""
+    rows = [{"问题": 'Say "麻雀", please', "回答": "麻雀\n" + "x" * 200_000}, {"问题": "1+1?", "回答": "2"}]
+    with open(tmp_path / f"我 a{suffix}", "w", encoding="utf-8-sig", newline="") as file:
+        table = csv.DictWriter(file, rows[0], delimiter=between)
+        table.writeheader()
+        table.writerows(rows)
+    with pytest.raises(ValueError, match="is a table, and JSONL is needed; convert it: ") as error:
+        Jsonl(tmp_path / f"我 a{suffix}")
+    command = str(error.value).partition("convert it: python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
+    assert list(Jsonl(tmp_path / "我 a.jsonl")) == rows
 
 
 def test_the_command_for_parquet_works(tmp_path):
@@ -145,7 +171,7 @@ def test_an_empty_file_is_named(tmp_path):
 def test_a_message_of_pythons_does_not_end_in_the_air(tmp_path):
     """Python's text goes on with a place, which ours has named already: "Unterminated string starting at"."""
     for row, reason in ((b'{"text": "a', "Unterminated string"), (b'{"text": "a\x01"}', "Invalid control character")):
-        with pytest.raises(ValueError, match=rf":1: broken JSON at column \d+: {reason}$"):
+        with pytest.raises(ValueError, match=rf":1: broken JSON at column \d+: {reason}(;|$)"):
             Jsonl(write(tmp_path / "a.jsonl", row))[0]
 
 
