@@ -351,4 +351,4 @@ def column_names() -> Iterable[str]:
 
 
 def _keys(row: dict) -> str:
-    return ", ".join(f'"{key}"' for key in row) or "no keys"
+    return ", ".join(f'"{key}"' + " (null)" * (value is None) for key, value in row.items()) or "no keys"

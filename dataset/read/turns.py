@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from common.console import UserError
 from dataset.read.parse import loads
+from tokenizer.messages import ROLES as CANONICAL
 
 ROLES = {
     "human": "user",
@@ -58,7 +59,13 @@ def read_turn(turn: object, where: str) -> list[dict]:
     """One message, or a question and its answer."""
     if isinstance(turn, dict):
         if "role" in turn or "from" in turn:
-            return [read_message(turn, where)]
+            message = read_message(turn, where)
+            if message["role"] not in CANONICAL:
+                raise UserError(
+                    f"{where}: role must be one of {', '.join(CANONICAL)}, found {message['role']!r}; --data_mapping "
+                    "says what roles of yours mean"
+                )
+            return [message]
         if paired := _paired(turn):
             asked, answered = paired
             system = [{"role": "system", "content": turn["system"]}] if turn.get("system") else []
