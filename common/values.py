@@ -79,7 +79,13 @@ def _scalar(spec: Spec, raw: Any) -> Any:
         if isinstance(raw, bool):
             raise UserError("YAML reads this word as true or false; put it in quotes")
         text = (spec.stands_for(str(raw)) or [str(raw)])[0]  # --dtype bf16
-        return os.path.abspath(os.path.expanduser(text)) if spec.path else text
+        text = os.path.abspath(os.path.expanduser(text)) if spec.path else text
+        if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for other bytes
+            raise UserError(
+                "bytes that are not UTF-8, and paths are written into files that are; rename the file or folder. If "
+                "its name is UTF-8, the system's encoding is another one: set PYTHONUTF8=1"
+            )
+        return text
     return _number(raw, whole=spec.kind is int)
 
 

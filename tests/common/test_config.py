@@ -196,6 +196,13 @@ def test_an_empty_path_is_not_this_directory(complaints):
     assert complaints("--data_path", "") == ["--data_path: needs a value"]
 
 
+def test_a_path_that_is_no_text_is_refused_before_anything_is_computed(complaints):
+    """Old Chinese archives unpack to names in gbk. A run trained, and its first save ended in a traceback."""
+    name = os.fsdecode("数据".encode("gbk"))
+    for flags in (("--save_dir", name), ("--data_path", "a.jsonl", f"{name}/b.jsonl"), ("--from_weight", name)):
+        assert "bytes that are not UTF-8, and paths are written" in complaints(*flags)[0]
+
+
 def test_an_abbreviation_is_not_guessed(complaints):
     assert complaints("--epoch", "3") == ["--epoch: unknown option; did you mean epochs?"]
 
