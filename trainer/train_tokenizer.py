@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +87,11 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would notice a Ctrl-C only after the whole training
+    try:
+        tokenizer.train_from_iterator(texts, trainer)
+    finally:
+        signal.signal(signal.SIGINT, before)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     spec = json.loads(tokenizer.to_str())

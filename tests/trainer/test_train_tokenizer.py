@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 
 import pytest
 
@@ -26,6 +27,18 @@ def is_held_out(row, n: int) -> bool:
 
 
 # ---- the tokenizer itself
+
+
+def test_ctrl_c_ends_the_training_at_once():
+    """The trainer is Rust and comes back to Python only when it has finished: Ctrl-C did nothing for 21 seconds."""
+    before, during = signal.getsignal(signal.SIGINT), []
+
+    def texts():
+        during.append(signal.getsignal(signal.SIGINT))
+        yield from TEXTS
+
+    train_bpe(texts(), 400)
+    assert during == [signal.SIG_DFL] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_is_saved_is_the_shipped_format(tmp_path):
