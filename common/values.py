@@ -137,6 +137,8 @@ def as_typed(raw: Any) -> str:
 
 def show(value: Any) -> str:
     """A value as one would type it."""
+    if value is None:
+        return "none"
     if isinstance(value, tuple):
         return ",".join(show(item) for item in value)
     if isinstance(value, float):

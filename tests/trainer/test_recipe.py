@@ -120,6 +120,16 @@ def test_a_continued_run_keeps_its_recipe(pretrain, monkeypatch):
         pretrain("--max_steps=6", "--from_resume=auto", "--recipe=modern")
 
 
+def test_a_finished_run_says_that_no_step_is_left(pretrain):
+    """It listed what may change on resume, and was `done` at once. And what had no value was called None."""
+    pretrain("--max_steps=2", "--save_minutes=5")
+    said = pretrain("--max_steps=2", "--from_resume=auto")
+    assert (
+        "resumed after step 2 of 2" in said and "; no step is left; to train on, ask for more with --epochs or" in said
+    )
+    assert "changed since then: save_minutes 5 -> none\n" in said and "may change" not in said
+
+
 def test_a_run_takes_the_rate_of_its_width(pretrain):
     said = pretrain("--recipe=modern", "--hidden_size=768", "--num_hidden_layers=1", "--max_steps=1")
     assert "*learning_rate=0.001" in said.split(), "2e-3 is the default, of narrow models"

@@ -395,6 +395,6 @@ class Engine:
             self.best = state["best"]
         elif state["best"] is not None and now["val_data"]:
             say("the validation data is another: the best loss starts anew")
-        say(f"resumed after step {self.step:,} of {self.total:,} from {path}; {resume.RULE}")
+        say(f"resumed after step {self.step:,} of {self.total:,} from {path}; {resume.way_on(self.step, self.total)}")
         for line in resume.changes(state, now):
             say(line)

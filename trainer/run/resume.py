@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from common.console import UserError
 from common.files import atomic_folder, remove_folder, rename, sweep
 from common.manifest import problem, write_manifest
+from common.values import show
 from model.checkpoint import read_plain, same_weights
 from trainer.stage import StageConfig
 
@@ -194,11 +195,16 @@ def with_batch_of(state: Path, config: StageConfig, world: int, say: Callable[[s
     return replace(config, accumulation_steps=needed)
 
 
+def way_on(step: int, total: int) -> str:
+    return RULE if step < total else "no step is left; to train on, ask for more with --epochs or --max_steps"
+
+
 def changes(then: dict, now: dict) -> list[str]:
     """Lines that say which options and what about the machine differ between two states' plain values."""
     lines = []
     for part, effect in (("config", ""), ("machine", "; so equal within 1e-5, not bit by bit")):
-        changed = [f"{k} {v} -> {now[part].get(k)}" for k, v in then[part].items() if str(now[part].get(k)) != str(v)]
+        both = {key: (value, now[part].get(key)) for key, value in then[part].items()}
+        changed = [f"{key} {show(a)} -> {show(b)}" for key, (a, b) in both.items() if str(a) != str(b)]
         if changed := [line for line in changed if not line.startswith("from_resume ")]:
             lines.append(f"changed since then: {', '.join(changed)}{effect}")
     return lines
