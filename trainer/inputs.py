@@ -86,6 +86,7 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
         paths = tuple(map(find_data, config.val_path))
         val = dataset(paths, tokenizer, **options)
         notes.append(f"validation: {', '.join(paths)}: {val.summary}")
+        notes += warn_of_known_rows(train, val)
     elif config.val_fraction:
         train, val = train.split(config.val_fraction, config.seed)
         notes.append(f"validation: {val.summary}")
@@ -99,6 +100,17 @@ def open_data(dataset, config: StageConfig, kind: str, tokenizer: Tokenizer, **o
             targets[0] = False  # nothing predicts it
             notes.append(show_labels(tokenizer, tokens, targets, colours=takes_colour(sys.stdout)))
     return Data(train, val, builtin, notes)
+
+
+def warn_of_known_rows(train: TokenDataset, val: TokenDataset) -> list[str]:
+    """A line for each file that is validated with and trained on."""
+    known = {file["sha256"] for file in train.files}
+    return [
+        f"warning: {file['path']} is trained on too, so val_loss says nothing about new text; --val_fraction holds "
+        "rows out"
+        for file in val.files
+        if file["sha256"] in known
+    ]
 
 
 def random_reads(size: int) -> list[str]:

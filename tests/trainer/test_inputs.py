@@ -1,5 +1,7 @@
 """What a stage opens before it starts, and what it says about it."""
 
+from pathlib import Path
+
 from common.options import parse
 from dataset.tokens.examples import PretrainDataset, SFTDataset
 from tests.helpers.models import TOKENIZER
@@ -33,6 +35,24 @@ def test_the_first_token_of_a_row_of_pretraining_is_not_shown_as_trained_on(tmp_
     words = [f"--data_path={data}", f"--save_dir={tmp_path}", f"--max_seq_len={len(ids)}", "--show_labels=2"]
     shown = open_data(PretrainDataset, parse(PretrainConfig, words), "pretrain", TOKENIZER).notes
     assert shown[-3] == "<|endoftext|>⟦one two three four⟧" and shown[-1] == " four⟦ five<|endoftext|>⟧", shown
+
+
+def test_validating_with_what_is_trained_on_gets_a_warning(tmp_path):
+    """The loss fell as on new text, and nothing said that it is not new. A copy is the same text."""
+    rows = [{"text": f"one two three {i}"} for i in range(9)]
+    data, new = jsonl(tmp_path / "a.jsonl", *rows), jsonl(tmp_path / "new.jsonl", *rows[:5])
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(Path(data).read_bytes())
+
+    def warned(*val):
+        words = [f"--data_path={data}", f"--save_dir={tmp_path}", "--max_seq_len=8", "--val_path", *map(str, val)]
+        notes = open_data(PretrainDataset, parse(PretrainConfig, words), "pretrain", TOKENIZER).notes
+        return [note for note in notes if "is trained on too" in note]
+
+    assert warned(new) == []
+    for known in (data, copy):
+        (line,) = warned(new, known)
+        assert line.startswith(f"warning: {known} is trained on too, so val_loss says nothing about new text")
 
 
 def test_data_larger_than_memory_belongs_on_an_ssd(monkeypatch):
