@@ -53,7 +53,13 @@ def held_out(count: int, fraction: float, seed: int, what: str) -> np.ndarray:
 
 def repeated(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
     """Distinct examples, group after group, each group repeated by its weight's whole part and a seeded rest of it."""
-    dtype = np.int32 if sum(sizes) < 1 << 31 else np.int64
+    distinct, total = sum(sizes), sum(round(size * weight) for size, weight in zip(sizes, weights))
+    if total > max(distinct, (1 << 31) - 1):
+        raise UserError(
+            f"--data_path: the numbers after the colons make {total:,} examples of {distinct:,}; lower them, and to "
+            "train longer give --epochs or --max_steps"
+        )
+    dtype = np.int32 if distinct < 1 << 31 else np.int64
     parts, first = [], 0
     for group, (size, weight) in enumerate(zip(sizes, weights)):
         parts += [np.arange(first, first + size, dtype=dtype)] * int(weight)
@@ -61,5 +67,6 @@ def repeated(sizes: list[int], weights: list[float], seed: int) -> np.ndarray:
             parts.append((first + np.sort(shuffled(size, seed, PART + group)[:rest])).astype(dtype))
         first += size
     if not any(map(len, parts)):
-        raise UserError(f"--data_path: {weights} of {sizes} examples leave none")
+        shares = ", ".join(f"{weight:g} of {size:,}" for size, weight in zip(sizes, weights))
+        raise UserError(f"--data_path: {shares} examples leave none; the number after the colon is a factor")
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -516,6 +516,16 @@ def test_a_file_that_is_taken_once_is_not_shuffled(monkeypatch):
     assert repeated([3], [1.0], seed=1).dtype == np.int32
 
 
+def test_factors_that_cannot_be_are_one_line():
+    """A file a hundred million times ended in numpy's traceback about memory."""
+    with pytest.raises(
+        ValueError, match="--data_path: the numbers after the colons make 8,400,000,007 examples of 91; "
+    ):
+        repeated([84, 7], [1e8, 1.0], seed=1)
+    with pytest.raises(ValueError, match="--data_path: 0.001 of 84, 0.02 of 7 examples leave none; the number after"):
+        repeated([84, 7], [0.001, 0.02], seed=1)
+
+
 # ---- a file of the wrong kind
 
 
