@@ -211,14 +211,13 @@ def _is_intact(content: Mapping[str, Any]) -> bool:
         return False
 
 
-def check_stated(checkpoint: Checkpoint, **stated) -> None:
+def check_stated(checkpoint: Checkpoint, typed: str = "", **stated) -> None:
     """Flags of the architecture only choose among weights: one that contradicts the chosen ones is an error. None: not
-    said."""
+    said. typed: the flag that stands for them."""
     shape = checkpoint.config.to_dict() | dict(use_moe=checkpoint.config.num_experts > 0)
     if wrong := [f"--{k} {v} (it has {shape[k]})" for k, v in stated.items() if v not in (None, shape[k])]:
-        raise UserError(
-            f"{checkpoint.path}: {', '.join(wrong)} contradicts the weights; leave it out, or name other weights"
-        )
+        named = f"{typed}, which is {', '.join(wrong)}," if typed else ", ".join(wrong)
+        raise UserError(f"{checkpoint.path}: {named} contradicts the weights; leave it out, or name other weights")
 
 
 def newest(paths, otherwise: str) -> Path:

@@ -177,7 +177,9 @@ class ModelConfig:
         if not 0 < self.rotary_fraction <= 1:
             found.append(f"rotary_fraction {self.rotary_fraction} must lie above 0 and be at most 1")
         elif self.rotary_fraction == 1 and self.head_dim % 2:
-            found.append(f"head_dim {self.head_dim} must be even (RoPE rotates pairs)")
+            width, heads = self.hidden_size, self.num_attention_heads
+            of = f", hidden_size {width} / num_attention_heads {heads}," if self.head_dim == width // heads else ""
+            found.append(f"head_dim {self.head_dim}{of} must be even (RoPE rotates pairs)")
         elif self.rotary_dim % 2 or not self.rotary_dim:
             found.append(
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} is {self.rotary_dim}, which must "

@@ -222,6 +222,7 @@ def open_parent(
             f"{parent.path} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
         )
     if config.preset:
-        check_stated(parent, **{k: v for k, v in PRESETS[config.preset].items() if stated.get(k) is None})
+        own = {k: v for k, v in PRESETS[config.preset].items() if stated.get(k) is None}
+        check_stated(parent, f"--preset {config.preset}", **own)
     stages = " -> ".join(entry["stage"] for entry in parent.lineage)
     return parent, tokenizer, f"from: {parent.path}" + (f" ({stages})" if stages else "")

@@ -40,6 +40,10 @@ def test_windows_of_layers():
         (dict(vocab_size=0, hidden_size=-1), "vocab_size must be at least 1, not 0; hidden_size must be at least 1"),
         (dict(sliding_window=0), "sliding_window must be at least 1"),
         (dict(head_dim=7), "head_dim 7 must be even"),
+        (
+            dict(hidden_size=100, num_attention_heads=4, num_key_value_heads=2),
+            "head_dim 25, hidden_size 100 / num_attention_heads 4, must be even",
+        ),
         (dict(head_dim=8, rotary_fraction=0.4), "rotary_fraction 0.4 of head_dim 8 is 3, which must be even"),
         (dict(head_dim=8, rotary_fraction=0.1), "is 0, which must be even and positive"),
         (dict(rotary_fraction=1.5), "rotary_fraction 1.5 must lie above 0"),

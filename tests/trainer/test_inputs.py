@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from common.options import parse
 from dataset.tokens.examples import PretrainDataset, SFTDataset
 from tests.helpers.models import TOKENIZER
 from tests.helpers.rows import chat, jsonl
+from tests.helpers.runs import run_stage
 from trainer import inputs
 from trainer.inputs import choose_files, open_data
 from trainer.train_full_sft import SFTConfig
@@ -35,6 +38,17 @@ def test_the_first_token_of_a_row_of_pretraining_is_not_shown_as_trained_on(tmp_
     words = [f"--data_path={data}", f"--save_dir={tmp_path}", f"--max_seq_len={len(ids)}", "--show_labels=2"]
     shown = open_data(PretrainDataset, parse(PretrainConfig, words), "pretrain", TOKENIZER).notes
     assert shown[-3] == "<|endoftext|>⟦one two three four⟧" and shown[-1] == " four⟦ five<|endoftext|>⟧", shown
+
+
+def test_a_preset_that_contradicts_the_weights_is_named_as_it_was_typed(tmp_path):
+    """`leave it out` was said of --hidden_size 512, which nobody had given."""
+    data = jsonl(tmp_path / "a.jsonl", *[{"text": "one two three four"}] * 9)
+    run_stage("pretrain", f"--data_path={data}", f"--save_dir={tmp_path}", "--max_steps=1")
+    chats = jsonl(tmp_path / "b.jsonl", chat("hi", "yo"))
+    with pytest.raises(
+        ValueError, match=r"_32.pth: --preset small, which is --hidden_size 512 \(it has 32\), .* contradicts"
+    ):
+        run_stage("full_sft", f"--data_path={chats}", f"--save_dir={tmp_path}", "--preset=small")
 
 
 def test_validating_with_what_is_trained_on_gets_a_warning(tmp_path):
