@@ -139,7 +139,7 @@ def show(value: Any) -> str:
     """A value as one would type it."""
     if value is None:
         return "none"
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return ",".join(show(item) for item in value)
     if isinstance(value, float):
         return f"{value:g}"

@@ -15,6 +15,7 @@ import pytest
 
 from common.files import ROOT
 from common.options import Options, describe, option, parse
+from common.values import show
 from common.yaml_file import read_yaml
 from trainer.stage import StageConfig
 
@@ -359,6 +360,12 @@ def test_the_config_survives_json_without_what_only_the_launcher_says():
     kept = json.loads(json.dumps(read("--data_path", "a", "--local_rank=1").as_dict()))
     assert kept["data_path"] == [os.path.abspath("a")] and "local_rank" not in kept
     assert kept.keys() == {item.name for item in fields(Stage)} - {"local_rank", "by_recipe"}
+
+
+def test_a_value_is_shown_as_one_would_type_it():
+    """On resume, what had changed was printed as Python's lists and None."""
+    typed = [None, ["a.jsonl", "b.jsonl"], ("a", 1), 5e-5, True, 3, "x"]
+    assert [show(value) for value in typed] == ["none", "a.jsonl,b.jsonl", "a,1", "5e-05", "true", "3", "x"]
 
 
 def test_describe_marks_what_is_not_the_default():
