@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from common.console import UserError
 from model.cost import step_flops
 from tests.helpers.rows import write_pretrain, write_sft
 from tests.helpers.runs import run_stage, sft_engine
@@ -35,6 +36,29 @@ def test_a_plan_trains_ten_steps_in_any_stage_and_leaves_nothing(tmp_path, capsy
     text = capsys.readouterr().out
     assert "plan, from 6 real steps" in text and "for 6 steps" in text and "cost     with --price_per_hour" in text
     assert sorted(path.name for path in out.iterdir()) == left, "what other runs have left is still there, nothing else"
+
+
+def test_a_plan_refuses_what_the_continued_run_would_refuse(tmp_path, capsys):
+    """It never looked for the state, so it planned with a batch, or with steps, that the run then did not take."""
+    write_sft(tmp_path / "sft.jsonl")
+    first = sft_engine(tmp_path, 4, 2, max_steps=8)
+    first.step = 7
+    first.save()
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    for said, batch_size, steps in [("give --batch_size 1 or 2 or 4 or 8", 3, 8), ("has done 7 steps", 4, 4)]:
+        messages = set()
+        for plan in (True, False):
+            with pytest.raises(UserError, match=said) as no:
+                sft_engine(tmp_path, batch_size, 1, max_steps=steps, from_resume="auto", plan=plan)
+            messages.add(str(no.value))
+        assert len(messages) == 1
+
+    engine = sft_engine(tmp_path, 2, 1, max_steps=8, from_resume="auto", plan=True)
+    with pytest.raises(SystemExit):
+        engine.run()
+    text = capsys.readouterr().out
+    assert "--accumulation_steps 4 instead of 1" in text and "--batch_size 2 --accumulation_steps 4" in text
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == left
 
 
 def test_the_whole_run_is_the_steps_and_what_comes_between(tmp_path, monkeypatch, capsys):

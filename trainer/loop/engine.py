@@ -50,7 +50,7 @@ from trainer.run.writer import Writer
 class Engine:
     def __init__(self, job: Job, backend: Backend):
         self.job, self.backend = job, backend
-        self.config = config = rehearsal(job.config) if job.config.plan else job.config
+        self.config = config = job.config
         self.dtype, notice = pick_dtype(config.dtype, backend.device)
         if backend.device.type == "cpu" and self.dtype == torch.float32:
             fast_fp32_training()
@@ -65,22 +65,28 @@ class Engine:
         self.writer, self.received = Writer(background=backend.device.type != "cpu"), Signals()
         self.losses: dict[str, float] = {}  # the newest losses, written into the weights' lineage
         self.name = weights_name(config.save_weight, self.model.config)
-        self.save_dir = Path(config.save_dir)
-        self.folder = self.save_dir / job.output.folder
-        check_start(config, self.model, job.parent, job.output.writes(self.folder / self.name, config))
+        folder = Path(config.save_dir) / job.output.folder
+        check_start(config, self.model, job.parent, job.output.writes(folder / self.name, config))
         self.health = HealthCheck(config.health_prompts, job.data.train.kind, job.tokenizer, backend.main)
-        states = self.save_dir / "resume" / Path(self.name).stem
+        states = Path(config.save_dir) / "resume" / Path(self.name).stem
+        if backend.main and not config.plan:
+            resume.clean(states, folder, folder / "best")
         found = self._find(states)
         if found:
             config = resume.with_recipe_of(found, config)
             config = resume.with_batch_of(found, config, backend.world, job.notes.append)
+        config = rehearsal(config) if config.plan else config  # only now: what the run refuses, its plan refuses too
         self.config = config = job.config = config.for_width(self.model.config.hidden_size)
+        self.save_dir = Path(config.save_dir)
+        self.folder = self.save_dir / job.output.folder
         self.resumed = found is not None
         self.optimizers = build_optimizers(self.model, config.optimizer, config.weight_decay)
         self.run_id = found.parent.name if found and resume.is_newest(found) else resume.new_run(states)
-        self.states = states / self.run_id
+        self.states = self.save_dir / "resume" / states.name / self.run_id
         self.loader = self._loader(job.data.train, config.accumulation_steps, shuffle=True)
         self.total = config.max_steps or config.epochs * self.loader.steps_per_epoch
+        if found:
+            resume.check_steps(found, self.total)
         self.meter = Meter(self.model, self.dtype, backend.device, config.measure_peak)
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
         self.prepare_seconds = self._prepare()
@@ -103,14 +109,13 @@ class Engine:
         if self.compiled:
             self.logger.print("compiling the blocks: the first step takes longer")
         self.wrapped = backend.wrap(self.model, self.optimizers)
-        if found:
+        if found and not config.plan:
             self._restore(found)
 
     def _find(self, states: Path) -> Path | None:
         """The state to continue from, or None. Rank 0 looks for it, so that all ranks take the same one."""
         found, failure, rank = None, None, self.backend.rank
         if self.backend.main:
-            resume.clean(states, self.folder, self.folder / "best")
             try:
                 found = resume.find_state(states, self.config.from_resume, self._wanted(), self.job.notes.append)
             except ValueError as error:
@@ -378,11 +383,6 @@ class Engine:
     def _restore(self, path: Path) -> None:
         """Continues from a state, and prints which options and what about the machine differ from then."""
         tensors, state = resume.read_state(path)
-        if state["step"] > self.total:
-            raise UserError(
-                f"{path}: this run has done {state['step']:,} steps, and --max_steps or --epochs ask for "
-                f"{self.total:,}; ask for more, or start afresh without --from_resume"
-            )
         self.backend.load(tensors["weights"], tensors["optimizer"])
         random = tensors["ranks"]["random"]
         resume.set_random_state(random[self.backend.rank % len(random)], self.backend.device)

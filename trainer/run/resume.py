@@ -199,6 +199,15 @@ def way_on(step: int, total: int) -> str:
     return RULE if step < total else "no step is left; to train on, ask for more with --epochs or --max_steps"
 
 
+def check_steps(state: Path, total: int) -> None:
+    """UserError if the state has more steps behind it than the run that continues from it shall have in all."""
+    if (done := read_values(state)["step"]) > total:
+        raise UserError(
+            f"{state}: this run has done {done:,} steps, and --max_steps or --epochs ask for {total:,}; ask for more, "
+            "or start afresh without --from_resume"
+        )
+
+
 def changes(then: dict, now: dict) -> list[str]:
     """Lines that say which options and what about the machine differ between two states' plain values."""
     lines = []
