@@ -24,7 +24,7 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from common.console import UserError, note, printable
 from common.files import ROOT
-from common.values import NO, YES, Spec, as_typed, convert, inside, interval_in_words, is_off, show
+from common.values import NO, YES, Spec, as_typed, convert, inside, interval_in_words, is_off, show, with_places
 from common.yaml_file import read_yaml
 
 SCRIPTS = ("trainer/train_*.py", "eval_model.py", "scripts/*_data.py")  # where to look for the owner of an option
@@ -171,14 +171,17 @@ def parse(
     if not words and os.path.isfile("config.yaml") and first_rank:  # other projects read it unasked
         note("note: the config.yaml in this directory is not used; to use it: --config config.yaml")
 
-    stated = _settle(_from_file(seen.config, cls, problems), problems) if seen.config is not None else {}
+    in_file = _from_file(seen.config, cls, problems) if seen.config is not None else []
+    stated = _settle(in_file, problems)
     typed = [(f"--{spelling}", spelling, text) for _, spelling, text in seen.given]
-    stated |= _settle(_translate(typed, cls, problems), problems)
+    overriding = _settle(_translate(typed, cls, problems), problems)
+    stated |= overriding
+    places = {spec.name: where for where, spec, *_ in in_file if spec.name not in overriding}
     _refuse(list(_flags(unknown)), cls, problems)
 
     try:
         config = cls(**stated).with_launcher_settings()
-        problems += config.problems()
+        problems += [with_places(problem, places) for problem in config.problems()]
     except ValueError as error:
         problems.append(str(error))
     if problems:

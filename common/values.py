@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from typing import Any, NamedTuple
 
 from common.console import UserError
@@ -133,6 +134,13 @@ def interval_in_words(within: str) -> str:
 def as_typed(raw: Any) -> str:
     """A value that was not converted, for a message: the words of a list as they stand in YAML."""
     return f"[{', '.join(map(as_typed, raw))}]" if isinstance(raw, list) else str(raw)
+
+
+def with_places(problem: str, places: dict[str, str]) -> str:
+    """A problem, named by the places in a file that set the options instead of their flags: "my.yaml: epochs 0: must
+    be at least 1". Flags in the advice after the colon stay. places: option -> where in the file."""
+    about, colon, advice = problem.partition(":")
+    return re.sub(r"--(\w+)", lambda flag: places.get(flag[1], flag[0]), about) + colon + advice
 
 
 def show(value: Any) -> str:

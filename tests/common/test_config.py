@@ -283,7 +283,9 @@ def test_a_files_switch_decides_whether_its_lora_section_counts(use_lora, tmp_pa
         assert read("--config", file).bits == 4
     else:
         (line,) = complaints("--config", file)
-        assert line.startswith("--load_in_4bit: weights of 4 bits cannot be trained, only an adapter beside them")
+        assert line.startswith(
+            f"{file}: model.use_4bit: weights of 4 bits cannot be trained, only an adapter beside them"
+        )
     assert read("--config", file, "--use_4bit=false").trains_adapter == use_lora
 
 
@@ -328,6 +330,20 @@ def test_problems_in_a_file_name_the_file_and_the_key(tmp_path, complaints):
             f"{file}: epochs: needs a value",
         ]
     )
+
+
+def test_a_value_in_a_file_that_is_not_allowed_names_the_file_and_the_key(tmp_path, complaints):
+    """It was said of a flag that nobody had given. What the command line overrides is not said of the file."""
+    text = "training: {learning_rate: -1, batch_size: 0, schedule: sine}\nepochs: 0\n"
+    file = yaml_file(tmp_path, text + "val_path: a.jsonl\nval_fraction: 0.1\n")
+    assert sorted(complaints("--config", file, "--epochs=-2", "--noise=7")) == [
+        "--epochs -2: must be at least 1",
+        "--noise 7: must be in [0, 1)",
+        f"{file}: training.batch_size 0: must be at least 1",
+        f"{file}: training.learning_rate -1: must be above 0",
+        f"{file}: training.schedule sine: choose from cosine, wsd, constant",
+        f"{file}: val_path and {file}: val_fraction: both name the validation data; give one of them",
+    ]
 
 
 @pytest.mark.parametrize(
