@@ -29,6 +29,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.options import Options, option, parse
+from common.values import SEEDS
 
 VOCABULARY = 6400  # prompts are made of these ids
 CROWD = 32  # clients whose first tokens are waited for; with fewer places the last would wait for whole answers
@@ -46,7 +47,7 @@ class BenchConfig(Options):
     rounds: int = option(3, "times each side is measured", within="[1, inf)")
     places: int = option(0, "used by this script itself: be a server with so many places", within="[0, inf)")
     clients: str | None = option(None, "used by this script itself: be the clients of this server")
-    seed: int = option(0, "of the prompts", within="[0, inf)")
+    seed: int = option(0, "of the prompts", within=SEEDS)
 
 
 def build(config: BenchConfig):

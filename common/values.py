@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from common.console import UserError
 
-SEEDS = "[0, 9223372036854775808)"  # `within` of a seed: torch takes 64 bits, and ranks or prompts count on from it
+SEEDS = "[0, 9223372036854775808)"  # `within` of every seed: torch takes 64 bits, and ranks or prompts count on from it
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 

@@ -60,9 +60,9 @@ class DemoConfig(Options):
     """Options of the demo"""
 
     save_dir: str = option("", "where everything is written (default: out; with --quick out/quick)", path=True)
-    world_seed: int = option(0, "another one invents another world", within="[0, inf)")
+    world_seed: int = option(0, "another one invents another world", within=SEEDS)
     seed: int = option(42, "of the trainings", within=SEEDS)
-    question_seed: int = option(0, "draws other exam questions", within="[0, inf)")
+    question_seed: int = option(0, "draws other exam questions", within=SEEDS)
     skip_training: bool = option(False, "use the weights in save_dir")
     fresh: bool = option(False, "train everything anew, also what is up to date")
     verbose: bool = option(False, "show all that the stages print")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from common.console import UserError, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
+from common.values import SEEDS
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class PrepareConfig(Options):
         path=True,
         aliases=("tokenizer_name",),
     )
-    seed: int = option(42, "seed of the validation part", within="[0, inf)")
+    seed: int = option(42, "seed of the validation part", within=SEEDS)
     cache_dir: str | None = option(None, "where line indexes go (default: beside the data)", path=True)
 
     def problems(self) -> list[str]:

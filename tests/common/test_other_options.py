@@ -4,12 +4,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from common.options import Options, option, parse
+from common.options import Options, option, owners, parse, specs
+from common.values import SEEDS
 from common.yaml_file import read_yaml
+from dataset.tiny_world.__main__ import WorldConfig
 from eval_model import EvalConfig
 from scripts.compare_models import CompareConfig
 from scripts.demo import DemoConfig
 from scripts.lora_quickstart import QuickstartConfig
+from scripts.prepare_data import PrepareConfig
 from trainer.train_full_sft import SFTConfig
 from trainer.train_lora import LoRAConfig
 
@@ -196,7 +199,18 @@ def test_numbers_that_torch_or_fp32_cannot_hold_are_refused(line, bound, tmp_pat
     assert said.count("\n") == 1 and ("expected a number" if bound is None else f"must be in {bound}") in said
 
 
-@pytest.mark.parametrize("script", [SFTConfig, EvalConfig, CompareConfig, DemoConfig, QuickstartConfig])
-def test_the_largest_seed_is_taken_everywhere_and_the_next_one_is_not(script):
-    wrong = lambda seed: [line for line in script(seed=seed).problems() if line.startswith("--seed")]
-    assert not wrong(2**63 - 1) and wrong(2**63)
+SEEDED = [SFTConfig, EvalConfig, CompareConfig, DemoConfig, QuickstartConfig, PrepareConfig, WorldConfig]
+
+
+@pytest.mark.parametrize("script, flag", [(s, f) for s in SEEDED for f in specs(s) if f.endswith("seed")])
+def test_the_largest_seed_is_taken_everywhere_and_the_next_one_is_not(script, flag):
+    wrong = lambda seed: [line for line in script(**{flag: seed}).problems() if line.startswith(f"--{flag} {seed}:")]
+    assert not wrong(0) and not wrong(2**63 - 1) and wrong(2**63) and wrong(-1)
+
+
+def test_the_bound_of_seeds_is_that_of_every_script(monkeypatch):
+    """prepare_data.py --seed 18446744073709551616 ended in a traceback."""
+    monkeypatch.setattr("common.options.SCRIPTS", ("trainer/*.py", "*.py", "scripts/*.py"))
+    found = {flag: owners(flag) for flag in ("seed", "question_seed", "world_seed")}
+    assert len(found["seed"]) > 9 and len(found["world_seed"]) == 2
+    assert {spec.within for scripts in found.values() for spec in scripts.values()} == {SEEDS}
