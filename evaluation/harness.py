@@ -91,7 +91,8 @@ def register() -> type:
 
         @property
         def prefix_token_id(self) -> int:
-            return self.text.start_of_text
+            start = self.text.start_of_text
+            return start[0] if len(start) == 1 else self.text.end_of_text  # the harness has room for one
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
             return encode_with_control(self.text, string) if self.templated else self.text.encode(string)

@@ -35,12 +35,14 @@ PART = 2048  # bytes of a single document that are drawn together for its error 
 def windows(tokenizer: Tokenizer, text: str, length: int = WINDOW) -> list[Encoded]:
     """A document in parts of at most `length` targets. Every token of it, and the end, is a target once.
 
-    Each part sees only itself, as a row of pretraining does: `start_of_text` opens the first, and the last token of a
-    part opens the next one.
+    Each part sees only itself, as a row of pretraining does: `start_of_text`, which is no target, opens the first, and
+    the last token of a part opens the next one.
     """
-    ids = [tokenizer.start_of_text, *tokenizer.encode(text), tokenizer.end_of_text]
-    parts = [ids[begin : begin + length + 1] for begin in range(0, len(ids) - 1, length)]
-    return [Encoded(part, [True] * len(part)) for part in parts]
+    start = tokenizer.start_of_text
+    ids = [*start, *tokenizer.encode(text), tokenizer.end_of_text]
+    trained = [False] * len(start) + [True] * (len(ids) - len(start))
+    parts = [slice(begin, begin + length + 1) for begin in range(0, len(ids) - 1, length)]
+    return [Encoded(ids[part], trained[part]) for part in parts]
 
 
 @torch.inference_mode()

@@ -38,7 +38,7 @@ def prompt_ids(
 ) -> list[int]:
     """A conversation up to the assistant's turn; or what opens a text and the text, which is continued."""
     if isinstance(question, str):
-        return [tokenizer.start_of_text, *tokenizer.encode(question)]
+        return [*tokenizer.start_of_text, *tokenizer.encode(question)]
     return encode_chat(tokenizer, question, tools, add_generation_prompt=True, enable_thinking=enable_thinking).ids
 
 

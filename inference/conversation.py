@@ -64,7 +64,7 @@ class Conversation:
     def encode(self, new: list[dict]) -> list[int]:
         """The prompt: the history, and `new` messages."""
         if self.completes:
-            return [self.tokenizer.start_of_text, *self.tokenizer.encode(new[-1]["content"])]
+            return [*self.tokenizer.start_of_text, *self.tokenizer.encode(new[-1]["content"])]
         from tokenizer.chat import encode_chat
 
         system = [{"role": "system", "content": self.system}] if self.system else []

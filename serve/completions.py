@@ -76,7 +76,8 @@ def _prompt_ids(served: Served, prompt: str | list[int]) -> tuple[list[int], int
     if isinstance(prompt, str):
         check_length(served, [prompt], "prompt")
         try:
-            return [served.tokenizer.start_of_text, *served.tokenizer.encode(prompt)], 1
+            start = served.tokenizer.start_of_text
+            return [*start, *served.tokenizer.encode(prompt)], len(start)
         except UserError as error:
             raise Refused(str(error), "prompt") from None
     limit = served.engine.model.config.vocab_size

@@ -25,6 +25,7 @@ SPACE = "\u2581"
 # (huggingface.co/THUDM/chatglm3-6b, tokenization_chatglm.py; github.com/THUDM/ChatGLM3, PROMPT.md). The blank after a
 # header stands for the one that SentencePiece puts before every text: the definition encodes header and content apart.
 CHATGLM = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>".split()
+CHATGLM_OPENS = ["[gMASK]", "sop"]  # what stands before a text
 CHATGLM_ENDS = ("</s>", "<|user|>", "<|observation|>")
 CHATGLM_TEMPLATE = """[gMASK]sop
 {%- set tool_text = '\\n' + tools | tojson(indent=4) if tools else '' %}

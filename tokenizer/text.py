@@ -29,7 +29,7 @@ import tokenizers
 
 from common.console import UserError
 from common.json_file import read_json
-from tokenizer.sentencepiece import CHATGLM_ENDS, CHATGLM_TEMPLATE, is_chatglm, read_sentencepiece
+from tokenizer.sentencepiece import CHATGLM_ENDS, CHATGLM_OPENS, CHATGLM_TEMPLATE, is_chatglm, read_sentencepiece
 
 FILES = ("tokenizer.json", "tokenizer.model")  # a directory with one of them holds a tokenizer
 SHIPPED = Path(__file__).resolve().parent
@@ -43,7 +43,7 @@ class Tokenizer:
 
     control      control token -> id
     token_bytes  (vocab_size,) int64: bytes of text that each id stands for, 0 for control tokens
-    adds_bos     whether bos_token stands before a text
+    adds_bos     whether bos_token, and nothing else, stands before a text
     hash         SHA-256 of everything that decides the ids, the chat template included
     """
 
@@ -53,8 +53,9 @@ class Tokenizer:
         self.config = config or {}  # tokenizer_config.json: foreign chat templates ask it for bos_token and the like
         self.control: dict[str, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
         self.hash = _hash(spec, chat_template, self.config)
-        begins = self.special("bos_token")
-        self.adds_bos = begins in self.control and _adds_bos(spec, self.config, begins)
+        bos = self.special("bos_token")
+        self._opens = _opening(spec, self.config, bos if bos in self.control else "")
+        self.adds_bos = self._opens == [bos]
         self._plain = self._inside = _without_added_tokens(spec, path)
         self.blank_at_start_only = _blank_at_start_only(spec)
         if self.blank_at_start_only:
@@ -124,10 +125,10 @@ class Tokenizer:
         return self._named(*TEXT_ENDS, self.special("eos_token"))
 
     @property
-    def start_of_text(self) -> int:
-        """Opens a text: bos_token if the tokenizer puts it there (Llama, Mistral). Else end_of_text (ours, Qwen), as in
-        pretraining, where a document follows the end of another."""
-        return self.control[self.special("bos_token")] if self.adds_bos else self.end_of_text
+    def start_of_text(self) -> list[int]:
+        """Opens a text: what the tokenizer puts there, bos_token (Llama, Mistral) or [gMASK] and <sop> (GLM). Else
+        end_of_text (ours, Qwen), as in pretraining, where a document follows the end of another."""
+        return [self.control[name] for name in self._opens] or [self.end_of_text]
 
     @property
     def im_start(self) -> int:
@@ -272,15 +273,23 @@ def _without_blank(pre_tokenizer: dict) -> dict:
     return json.loads(json.dumps(pre_tokenizer).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
 
 
-def _adds_bos(spec: dict, config: dict, bos: str) -> bool:
-    """What the files state, or else what their post-processor does. With neither, as old files and tokenizer.model
-    have it, Llama's class adds one (transformers 4, LlamaTokenizer's add_bos_token)."""
+def _opening(spec: dict, config: dict, bos: str) -> list[str]:
+    """Control tokens that stand before a text: what the files state, or else what their post-processor does. With
+    neither, as old files and tokenizer.model have it, Llama's class adds a BOS (transformers 4, LlamaTokenizer's
+    add_bos_token), and ChatGLM's its two (tokenization_chatglm.py, get_prefix_tokens).
+
+    bos  the name of bos_token, "" if there is none
+    """
     stated, processor = config.get("add_bos_token"), spec.get("post_processor")
-    if stated is not None:
-        return bool(stated)
-    if not processor:
-        return "LlamaTokenizer" in str(config.get("tokenizer_class"))
-    return f'"single": [{{"SpecialToken": {{"id": {json.dumps(bos)}' in json.dumps(processor)
+    control = {token["content"] for token in spec["added_tokens"]}
+    if is_chatglm(config) and control.issuperset(CHATGLM_OPENS):
+        return CHATGLM_OPENS
+    if bos and (stated is not None or not processor):
+        return [bos] if stated or not processor and "LlamaTokenizer" in str(config.get("tokenizer_class")) else []
+    before = re.search(r'"single": \[((?:\{"SpecialToken": \{[^}]*\}\}, )*)', json.dumps(processor))
+    names = [json.loads(name) for name in re.findall(r'"id": ("(?:[^"\\]|\\.)*")', before[1])] if before else []
+    said = names == [bos] or len(names) > 1  # one alone that is no bos_token: nobody says what it is
+    return names if said and control.issuperset(names) else []
 
 
 def _bytes_of_ids(spec: dict) -> tuple[dict[int, bytes], bool]:

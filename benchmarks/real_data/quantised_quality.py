@@ -51,7 +51,7 @@ def bits_per_byte(model, tokenizer: Tokenizer, rows: list[str]) -> float:
     """Every token of each text is predicted once, from at most LENGTH before it; a text begins after what opens it."""
     nats = size = 0.0
     for text in tqdm(rows, leave=False, disable=None):
-        ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
+        ids = [*tokenizer.start_of_text, *tokenizer.encode(text)]
         size += len(text.encode())
         for start in range(0, len(ids) - 1, LENGTH):
             piece = torch.tensor([ids[start : start + LENGTH + 1]])

@@ -12,11 +12,12 @@ from dataset.tokens.examples import SFTDataset
 from evaluation import likelihood
 from evaluation.likelihood import log_likelihoods, totals, windows
 from evaluation.metrics import METRICS
+from inference.answers import prompt_ids
 from model.checkpoint import Checkpoint
 from model.export import save_hf
 from tests.helpers.models import TOKENIZER, small_model
 from tests.helpers.rows import write_sft
-from tests.helpers.tokenizers import BEGINS, ENDS, llama_like
+from tests.helpers.tokenizers import BEGINS, ENDS, glm_like, llama_like
 from tokenizer.chat import Encoded, encode_chat
 
 
@@ -109,6 +110,15 @@ def test_a_document_for_llama_stands_between_its_bos_and_eos(tmp_path):
     llama = llama_like(tmp_path, "the", "cat")
     (row,) = windows(llama, "the cat")
     assert row.ids == [BEGINS, *llama.encode("the cat"), ENDS]
+
+
+def test_a_document_for_glm_begins_with_two_tokens_that_are_no_targets(tmp_path):
+    glm = glm_like(tmp_path)
+    first, second = windows(glm, "one two three", length=3)
+    two, text = glm.start_of_text, glm.encode("one two three")
+    assert len(two) == 2 and prompt_ids(glm, "one two three") == [*two, *text]
+    assert [*first.ids, *second.ids[1:]] == [*two, *text, glm.end_of_text] and second.ids[0] == first.ids[-1]
+    assert [*first.trained, *second.trained[1:]] == [False, False] + [True] * (len(text) + 1)
 
 
 def test_perplexity_and_bits_per_byte_by_hand():

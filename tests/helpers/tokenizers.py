@@ -15,7 +15,7 @@ class ByteTokenizer:
     """A byte b is the id b + 3: enough to spell things out, and nothing to load."""
 
     chat_template, path, vocab_size, hash = None, "", 259, "bytes"
-    start_of_text, end_of_text, im_start, im_end = E, E, START, STOP
+    start_of_text, end_of_text, im_start, im_end = [E], E, START, STOP
     blank_at_start_only = False
     control = {"<|endoftext|>": E, "<|im_start|>": START, "<|im_end|>": STOP}
 
@@ -96,6 +96,25 @@ def llama_like(folder, *words, **config):
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(names | config), encoding="utf-8")
+    return Tokenizer.load(folder)
+
+
+def glm_like(folder):
+    """The shipped vocabulary, with GLM's [gMASK] and <sop> before a text, put there as its tokenizer.json does."""
+    spec, names = json.loads((ROOT / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")), ["[gMASK]", "<sop>"]
+    ids = {name: len(spec["model"]["vocab"]) + n for n, name in enumerate(names)}
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    spec["added_tokens"] += [dict(id=i, content=name, **flags) for name, i in ids.items()]
+    put = [dict(SpecialToken=dict(id=name, type_id=0)) for name in names]
+    text = [dict(Sequence=dict(id=part, type_id=0)) for part in "AB"]
+    special = {name: dict(id=name, ids=[i], tokens=[name]) for name, i in ids.items()}
+    template = dict(type="TemplateProcessing", single=[*put, text[0]], pair=[*put, *text], special_tokens=special)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)
+    spec["post_processor"] = dict(type="Sequence", processors=[level, template])
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>")
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return Tokenizer.load(folder)
 
 

@@ -176,7 +176,7 @@ def test_the_tokenizer_in_the_file(tmp_path):
 def test_llama_cpp_puts_bos_before_a_text_where_we_do(config, adds, tmp_path):
     llama = llama_like(tmp_path / "llama", "the", **config)
     write(tmp_path / "a.gguf", tokenizer=llama, vocab_size=llama.vocab_size)
-    assert fields(tmp_path / "a.gguf")["tokenizer.ggml.add_bos_token"] is adds is (llama.start_of_text == BEGINS)
+    assert fields(tmp_path / "a.gguf")["tokenizer.ggml.add_bos_token"] is adds is (llama.start_of_text == [BEGINS])
 
 
 def changed_tokenizer(folder, **changes) -> Tokenizer:

@@ -110,6 +110,7 @@ def test_a_chat_has_the_published_ids_and_is_trained_from_header_to_end(trained)
     tokenizer = Tokenizer.load(folder)
     chat = [said("system", "the tool"), said("user", " hello\nworld "), said("assistant", "你好"), said("user", "")]
     assert encode_chat(tokenizer, chat, add_generation_prompt=True).ids == published(theirs, chat, prompt=True)
+    assert tokenizer.start_of_text == published(theirs, []), "get_prefix_tokens: also before a text"
     ids, labels = encode_chat(tokenizer, [*chat, said("assistant", "lower")])
     assert ids == [*published(theirs, [*chat, said("assistant", "lower")]), tokenizer.control["</s>"]]
     spoken = [i for i, label in zip(ids, labels) if label]

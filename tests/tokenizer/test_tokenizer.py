@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.tokenizers import BEGINS, ENDS, llama_like
+from tests.helpers.tokenizers import BEGINS, ENDS, glm_like, llama_like
 from tokenizer.text import SHIPPED, Tokenizer
 
 CONTROL = [
@@ -236,9 +236,9 @@ def test_added_tokens_outside_of_the_vocabulary(tmp_path):
     base = Tokenizer.load(write(tmp_path / "base", spec, {"eos_token": "<|end_of_text|>"}))
     assert base.stop_ids == {6385, 6386}
     assert llama.chat_template == "x"
-    assert llama.start_of_text == llama.end_of_text, "it is not told which of the names is the BOS"
+    assert llama.start_of_text == [llama.end_of_text], "it is not told which of the names is the BOS"
     named = Tokenizer.load(write(tmp_path / "named", spec, {"bos_token": names[0], "eos_token": names[2]}))
-    assert named.start_of_text == 6384
+    assert named.start_of_text == [6384]
     with pytest.raises(ValueError, match=r"llama: the tokenizer has no <\|im_start\|> token; take one that has"):
         llama.im_start  # noqa: B018 - asked for only by the ChatML format
 
@@ -261,25 +261,34 @@ def test_a_text_opens_as_the_family_opens_it(tmp_path, config):
     from transformers import AutoTokenizer
 
     llama = llama_like(tmp_path, "the", "cat", **config)
-    assert (llama.start_of_text, llama.end_of_text) == (BEGINS, ENDS)
+    assert (llama.start_of_text, llama.end_of_text) == ([BEGINS], ENDS)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs("the cat").input_ids == [llama.start_of_text, *llama.encode("the cat")]
+    assert theirs("the cat").input_ids == [*llama.start_of_text, *llama.encode("the cat")]
     assert llama.encode("<s>the")[0] != BEGINS, "the name in a text stays text"
 
 
 def test_where_no_bos_is_put_before_a_text_the_end_of_another_opens_it(tokenizer, tmp_path):
     """Ours; Qwen2, which names none; MiniMind, whose bos_token only opens turns."""
-    assert tokenizer.start_of_text == tokenizer.end_of_text
-    assert llama_like(tmp_path / "none", "the", bos_token=None).start_of_text == ENDS
-    assert llama_like(tmp_path / "off", "the", add_bos_token=False).start_of_text == ENDS
-    assert llama_like(tmp_path / "missing", "the", bos_token="<bos>").start_of_text == ENDS
+    assert tokenizer.start_of_text == [tokenizer.end_of_text]
+    assert llama_like(tmp_path / "none", "the", bos_token=None).start_of_text == [ENDS]
+    assert llama_like(tmp_path / "off", "the", add_bos_token=False).start_of_text == [ENDS]
+    assert llama_like(tmp_path / "missing", "the", bos_token="<bos>").start_of_text == [ENDS]
     minimind = shipped_spec() | dict(post_processor=dict(type="ByteLevel", trim_offsets=False))
     names = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|im_start|>", eos_token="<|im_end|>")
-    assert Tokenizer.load(write(tmp_path / "minimind", minimind, names)).start_of_text == 0
+    assert Tokenizer.load(write(tmp_path / "minimind", minimind, names)).start_of_text == [0]
     both = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
     ends = shipped_spec() | dict(post_processor=dict(type="TemplateProcessing", single=both))
     names = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     assert not Tokenizer.load(write(tmp_path / "ends", ends, names)).adds_bos, "the template puts it behind a text"
+
+
+def test_a_text_for_glm_begins_with_its_two_tokens(tmp_path):
+    """It began after <|endoftext|>, where transformers puts [gMASK] and <sop>, as in the models' own training."""
+    from transformers import AutoTokenizer
+
+    glm = glm_like(tmp_path)
+    assert glm.start_of_text == [glm.control["[gMASK]"], glm.control["<sop>"]] and not glm.adds_bos
+    assert AutoTokenizer.from_pretrained(tmp_path)("the cat").input_ids == [*glm.start_of_text, *glm.encode("the cat")]
 
 
 def test_llamas_class_adds_a_bos_where_the_files_say_nothing(tmp_path):
@@ -287,15 +296,15 @@ def test_llamas_class_adds_a_bos_where_the_files_say_nothing(tmp_path):
     llama_like(tmp_path, "the")
     spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")) | dict(post_processor=None)
     config = dict(tokenizer_class="LlamaTokenizerFast", bos_token="<s>")
-    assert Tokenizer.load(write(tmp_path, spec, config)).start_of_text == BEGINS
+    assert Tokenizer.load(write(tmp_path, spec, config)).start_of_text == [BEGINS]
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    assert Tokenizer.load(write(tmp_path, spec, config)).start_of_text == ENDS
+    assert Tokenizer.load(write(tmp_path, spec, config)).start_of_text == [ENDS]
 
 
 def test_a_text_that_goes_on_keeps_its_first_blank(tmp_path):
     """ "the cat" went on with "sat": the blank that SentencePiece puts before a text was taken off a continuation."""
     llama = llama_like(tmp_path, "the", "cat", "sat")
-    ids = [llama.start_of_text, *llama.encode("the cat sat")]
+    ids = [*llama.start_of_text, *llama.encode("the cat sat")]
     for cut in range(len(ids)):
         stream, before = llama.stream(skip_control=True, after=ids[:cut]), llama.decode(ids[:cut], skip_control=True)
         assert before + stream.push_all(ids[cut:]) == "the cat sat"
