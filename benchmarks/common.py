@@ -179,7 +179,7 @@ def data_flags(path: str | None) -> list[str]:
 class RandomRows(TokenDataset):
     """Rows of random tokens for the engine, where only the time matters."""
 
-    fingerprint, summary, end_of_text, kind = "random", "random rows", 0, "text"
+    fingerprint, summary, end_of_text, start_of_text, kind = "random", "random rows", 0, 0, "text"
 
     def __init__(self, rows: int, max_seq_len: int, vocab_size: int):
         import numpy as np

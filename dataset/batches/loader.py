@@ -321,9 +321,9 @@ class Loader:
         )
 
     def _documents_of_stream(self, tokens: np.ndarray, filled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(documents, positions) of rows of a stream: each <|endoftext|> among the inputs opens a document.
+        """(documents, positions) of rows of a stream: each `start_of_text` among the inputs opens a document.
         filled: (B, T) 1, and 0 in the filling."""
-        opens = tokens == self.dataset.end_of_text
+        opens = tokens == self.dataset.start_of_text
         opens[:, 0] = True
         opens &= filled > 0
         opens[:, 1:] |= filled[:, 1:] < filled[:, :-1]  # the filling at the end is a document too, number 0

@@ -40,9 +40,10 @@ class Block:
 
 
 def encode_texts(rows: Rows, tokenizer: Tokenizer) -> Block:
-    """Documents: each is <|endoftext|> and then the ids of its text."""
+    """Documents: each is what opens it and then the ids of its text."""
     kept = [(line, row["text"]) for line, row in rows if row["text"].strip()]
-    ids = [[tokenizer.end_of_text, *own] for own in _encode_long([text for _, text in kept], tokenizer)]
+    opens = opening(tokenizer)
+    ids = [[*opens, *own] for own in _encode_long([text for _, text in kept], tokenizer)]
     block = _block(ids, [line for line, _ in kept], tokenizer)
     block.empty = [line for line, row in rows if not row["text"].strip()]
     return block
@@ -54,7 +55,13 @@ def encode_pieces(rows: Rows, tokenizer: Tokenizer) -> Block:
 
 
 def open_document(tokenizer: Tokenizer) -> Block:
-    return _block([[tokenizer.end_of_text]], [1], tokenizer)
+    return _block([opening(tokenizer)], [1], tokenizer)
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """What stands before each document: <|endoftext|>, which ends the one before, and what the tokenizer puts before a
+    text, if it puts something there (Llama, GLM): with that, too, a text begins that the model shall continue."""
+    return list(dict.fromkeys([tokenizer.end_of_text, *tokenizer.start_of_text]))
 
 
 def encode_conversations(rows: Rows, tokenizer: Tokenizer) -> Block:

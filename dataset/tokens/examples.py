@@ -26,6 +26,7 @@ from common.console import UserError
 from common.files import relative_to_root
 from dataset.read.mapping import Mapping
 from dataset.read.row_errors import MAX_BAD_ROWS, MAX_EMPTY_ROWS
+from dataset.tokens.encode import opening
 from dataset.tokens.lengths import fit
 from dataset.tokens.order import held_out, repeated, weighted
 from dataset.tokens.stream import END, Pieces, Stream, joined, piece
@@ -52,7 +53,8 @@ class TokenDataset:
     kind: ClassVar[str]  # a key of KINDS
 
     max_seq_len: int
-    end_of_text: int  # opens documents in a stream, fills rows
+    end_of_text: int  # fills rows
+    start_of_text: int  # opens documents in a stream; mostly the same
     order: np.ndarray  # (examples,) the number of each as a distinct example
     lengths: np.ndarray  # (examples,) int32, ids of each
     fingerprint: str  # the same for the same examples in the same order
@@ -75,6 +77,7 @@ class TokenDataset:
         mapping: Mapping | None = None,
     ):
         self.max_seq_len, self.end_of_text = max_seq_len, tokenizer.end_of_text
+        self.start_of_text = tokenizer.start_of_text[0]
         self._tokenizer_hash, self._seed, left = tokenizer.hash, seed, data_limit
         self._mapping = mapping and replace(mapping, path="")
         self._caches: list[TokenCache] = []  # of all files one after the other; a large file has several
@@ -205,8 +208,10 @@ class PretrainDataset(TokenDataset):
     """One continuous stream, cut into rows.
 
     Documents d1 d2 ... become E d1 E d2 ... E, where E is <|endoftext|>. As an input E belongs to the document it
-    opens, as a target it ends the one before, so that every token is a target once. Row r is stream[rT : (r + 1)T + 1],
-    T inputs and the target of the last. Only the stream's last row may be shorter. Files of one weight share a stream.
+    opens, as a target it ends the one before, so that every token is a target once. Where the tokenizer puts a B before
+    texts (Llama), they become E B d1 E B d2 E; there B opens a document, and E belongs to the one before. Row r is
+    stream[rT : (r + 1)T + 1], T inputs and the target of the last. Only the stream's last row may be shorter. Files of
+    one weight share a stream.
     """
 
     kind = "text"
@@ -215,7 +220,7 @@ class PretrainDataset(TokenDataset):
         super().__init__(paths, tokenizer, **options)
         whole = [piece(i, 0, len(cache.tokens)) for i, cache in enumerate(self._caches)]
         self._lay_out(whole)
-        self.fingerprint = self._fingerprint("pretrain", self.max_seq_len)
+        self.fingerprint = self._fingerprint("pretrain", self.max_seq_len, *opening(tokenizer)[1:])
         documents, tokens = (sum(cache.facts[key] for cache in self._caches) for key in ("documents", "tokens"))
         self.summary = f"{documents:,} documents, {tokens:,} tokens{self._left_aside()}"
 

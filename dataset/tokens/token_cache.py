@@ -36,7 +36,7 @@ from dataset.read.mapping import Mapping, Reader, find_reader, require_reader
 from dataset.read.row_errors import MAX_BAD_ROWS, MAX_EMPTY_ROWS, RowErrors, allowed, too_many_bad, too_many_empty
 from dataset.read.text import TextFile
 from dataset.tokens.cache import Mapped, find_entry, get_or_build, require_space
-from dataset.tokens.encode import BadRow, Block, open_document, token_dtype
+from dataset.tokens.encode import BadRow, Block, open_document, opening, token_dtype
 from dataset.tokens.lengths import Lengths
 from tokenizer.text import Tokenizer
 
@@ -114,6 +114,8 @@ def token_caches(
     rows, taken = (limit, limit) if 0 < limit < len(source) else (len(source), 0)
     columns = mapping and replace(mapping, path="")
     state = f"{FORMAT} {source.content} {tokenizer.hash} {what} {taken}" + (f" {columns}" if columns else "")
+    if KINDS[kind].stream and (more := opening(tokenizer)[1:]):
+        state += f" opened by {more}"
     parts = source.parts(PART_BYTES, rows)
     states = [f"{state} {part.start}-{part.stop}" for part in parts] if len(parts) > 1 else [state]
     names = [entry_name(source.path, what, own) for own in states]

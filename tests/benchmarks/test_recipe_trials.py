@@ -47,7 +47,7 @@ def test_a_growing_batch_sees_as_many_tokens():
 def test_documents_are_numbered_as_the_loader_does():
     tokens = torch.tensor([[5, 0, 5, 5, 0, 0, 5], [0, 5, 5, 5, 5, 5, 0]])
     loader = object.__new__(Loader)
-    loader.dataset = type("Data", (), dict(end_of_text=0))
+    loader.dataset = type("Data", (), dict(start_of_text=0))
     documents, positions = loader._documents_of_stream(tokens.numpy(), np.ones_like(tokens.numpy()))
     ours = places(tokens, end=0)
     assert ours["documents"].tolist() == documents.tolist() and ours["positions"].tolist() == positions.tolist()

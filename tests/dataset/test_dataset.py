@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 
 from common.files import ROOT
+from dataset.batches.loader import Loader
 from dataset.read import text as plain_text
 from dataset.read.formats import canonical
 from dataset.read.jsonl import Head
 from dataset.read.text import TextFile
-from dataset.tokens import cache, encode, order
+from dataset.tokens import cache, encode, examples, order
 from dataset.tokens import token_cache as tc
+from dataset.tokens.examples import PretrainDataset
 from dataset.tokens.order import repeated, weighted
 from dataset.tokens.stream import Stream, piece
 from tests.helpers.datasets import pretrain, sft
 from tests.helpers.rows import chat, jsonl
-from tests.helpers.tokenizers import ByteTokenizer, text
+from tests.helpers.tokenizers import BEGINS, ENDS, ByteTokenizer, llama_like, text
 from tokenizer.chat import Encoded
 
 # ---- pretraining
@@ -38,6 +40,29 @@ def test_documents_make_one_stream_and_every_token_is_a_target_once(tmp_path):
     assert "".join(row[1:] for row in rows) == "abcEdefgE"
     assert ds.lengths.tolist() == [5, 5, 2] and ds.trained(0) is None
     assert ds.summary == "2 documents, 9 tokens"
+
+
+def test_documents_for_llama_begin_with_its_bos(tmp_path, monkeypatch):
+    """They began after </s>, so a model trained from nothing was asked to go on after a token it had never seen. What
+    was tokenised so is tokenised again."""
+    llama = llama_like(tmp_path / "llama", "the", "cat")
+    file, plain = jsonl(tmp_path / "a.jsonl", {"text": "the cat"}, {"text": "cat"}), tmp_path / "b.txt"
+    plain.write_text("the cat", encoding="utf-8")
+    with monkeypatch.context() as before:
+        before.setattr(encode, "opening", lambda tokenizer: [ENDS])
+        before.setattr(tc, "opening", encode.opening)
+        before.setattr(examples, "opening", encode.opening)
+        old = PretrainDataset(file, llama, max_seq_len=16)
+    ds = PretrainDataset(file, llama, max_seq_len=16)
+    a, b = llama.encode("the cat"), llama.encode("cat")
+    row = [ENDS, BEGINS, *a, ENDS, BEGINS, *b, ENDS]
+    assert old.tokens(0).tolist() == [ENDS, *a, ENDS, *b, ENDS]
+    assert ds.tokens(0).tolist() == row and ds.fingerprint != old.fingerprint
+    assert PretrainDataset(plain, llama, max_seq_len=16).tokens(0).tolist() == row[: len(a) + 3]
+    loader = Loader(ds, packing=False, batch_size=1, accumulation_steps=1, max_seq_len=len(row) - 1)
+    (batch,) = loader.batches(0)
+    assert batch.documents.tolist() == [[1, *[2] * (len(a) + 2), *[3] * (len(b) + 1)]], "<s> opens a document, not </s>"
+    assert batch.positions.tolist() == [[0, *range(len(a) + 2), *range(len(b) + 1)]]
 
 
 def test_a_stream_goes_on_over_files_and_says_where_rows_come_from(tmp_path):

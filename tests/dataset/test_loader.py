@@ -18,7 +18,7 @@ END = 0
 class Examples(TokenDataset):
     """Hand-written sequences; upper case letters are trained on in `chat("abCD")`."""
 
-    end_of_text, summary, fingerprint = END, "hand-written", ""
+    end_of_text, start_of_text, summary, fingerprint = END, END, "hand-written", ""
 
     def __init__(self, sequences, trained=None):
         self.sequences = [np.array(s, np.uint16) for s in sequences]
