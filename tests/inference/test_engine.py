@@ -353,6 +353,25 @@ def test_nan_ends_its_own_sequence_only(sampling, way):
         list(follow(engine, engine.submit(Request([7], sampling, 5))))
 
 
+def test_a_prompt_that_is_cancelled_leaves_no_nan(way):
+    """Nobody saw its logits, so its slot was not wiped: one answer after the other that got this slot was NaN beside
+    a longer one, which reads the columns behind its end with weight 0."""
+    model = model_of()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(97, 32, generator=torch.Generator().manual_seed(0)))
+    engine = Engine(model, rows=2, capacity=1000)
+    (alone,) = serve(Engine(model, rows=1, capacity=100), [Request([1, 2, 3, 9], GREEDY, 3)])
+    bad = engine.submit(Request([1, 2, 3, 7] + [5] * 900, GREEDY, 5))
+    engine.step()
+    bad.cancel()
+    engine.step()
+    assert bad.finish_reason == "cancelled" and bad.tokens == []
+    for _ in range(2):
+        longer, short = serve(engine, [Request([11] * 300, GREEDY, 5), Request([1, 2, 3, 9], GREEDY, 3)])
+        assert (longer.finish_reason, short.tokens) == ("length", alone.tokens)
+
+
 @pytest.mark.parametrize("temperature", (0, 1.5))
 def test_a_token_may_be_forbidden_for_ever(model, way, temperature):
     """The bias is minus infinity, which is not the model's mistake."""
