@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from common.console import UserError, printable, run, say
 from common.options import Options, option, parse
+from common.values import LONGEST
 from dataset.read.row_errors import MAX_EMPTY_ROWS
 
 BAR = 40  # characters of the longest bar
@@ -40,7 +41,7 @@ class CheckConfig(Options):
     max_seq_len: int | None = option(
         None,
         "count cuts and packing at this length (default: that of the stage, 512, for pairs 1024)",
-        within="[2, inf)",
+        within=f"[2, {LONGEST}]",
         aliases=("max_length", "cutoff_len"),
     )
     batch_size: int | None = option(

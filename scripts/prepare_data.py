@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from common.console import UserError, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
-from common.values import SEEDS
+from common.values import LONGEST, SEEDS
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PrepareConfig(Options):
     max_seq_len: int = option(
         0,
         "also tokenise, and print what would be cut at this length",
-        within="[0, inf)",
+        within=f"[0, {LONGEST}]",
         aliases=("max_length", "cutoff_len"),
     )
     tokenizer_path: str | None = option(

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from common.console import UserError
 from common.files import ROOT
 from common.options import Options, option
-from common.values import SEEDS
+from common.values import LONGEST, SEEDS
 from model.config import PRESETS
 from trainer.loop import launch
 from trainer.recipes import HELP, RECIPES, default_recipe, rate_for_width, recipe_options
@@ -141,7 +141,7 @@ class StageConfig(LoRAOptions):
     val_path: tuple[str, ...] = option((), "validation files", path=True, aliases=("eval_data", "validation_file"))
     data_mapping: str | None = option(None, "YAML file that says which columns of your files stand for ours", path=True)
     val_fraction: float = option(0.0, "share of the training rows kept for validation", within="[0, 1)")
-    max_seq_len: int = option(512, "tokens in a row", aliases=("max_length", "cutoff_len"), within="[2, inf)")
+    max_seq_len: int = option(512, "tokens in a row", aliases=("max_length", "cutoff_len"), within=f"[2, {LONGEST}]")
     data_limit: int = option(0, "use only the first N rows (0: all)", aliases=("max_samples",), within="[0, inf)")
     on_bad_row: str = option("error", "a row that cannot be read", choices=("error", "skip"))
     max_bad_rows: float = option(0.01, "share of the rows that skip may leave out", within="[0, 1]")
@@ -156,8 +156,8 @@ class StageConfig(LoRAOptions):
     )
     cache_dir: str | None = option(None, "where token caches go (default: beside the data)", path=True)
     # optimisation
-    epochs: int = option(1, "passes over the data", aliases=("num_epochs", "num_train_epochs"), within="[1, inf)")
-    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within="[0, inf)")
+    epochs: int = option(1, "passes over the data", aliases=("num_epochs", "num_train_epochs"), within="[1, 1000000]")
+    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within="[0, 1000000000]")
     batch_size: int = option(
         32, "examples at once on each device", aliases=("per_device_train_batch_size",), within="[1, inf)"
     )
@@ -256,7 +256,7 @@ class StageConfig(LoRAOptions):
     )
     deepspeed_config: str | None = option(None, "a DeepSpeed file with more", path=True, aliases=("deepspeed",))
     ddp_timeout: float = option(
-        1800, "seconds after which a process that does not answer is given up", within="(0, inf)"
+        1800, "seconds after which a process that does not answer is given up", within="(0, 1000000000]"
     )
     seed: int = option(42, "seed of everything random", within=SEEDS)
     local_rank: int = option(-1, argparse.SUPPRESS)  # the deepspeed launcher appends --local_rank=N

@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from common.console import run
 from common.options import option, parse
+from common.values import LONGEST
 from trainer.losses.pair_losses import LOSSES, OWN_OPTIONS
 from trainer.stage import StageConfig
 
@@ -56,7 +57,7 @@ class DPOConfig(StageConfig):
     cpo_alpha: float = option(
         1.0, f"weight of the chosen answer's likelihood ({having('cpo_alpha')})", within="[0, inf)"
     )
-    max_prompt_length: int = option(0, "tokens of a prompt, cut from the left (0: what fits)", within="[0, inf)")
+    max_prompt_length: int = option(0, "tokens of a prompt, cut from the left (0: what fits)", within=f"[0, {LONGEST}]")
 
     def __post_init__(self):
         super().__post_init__()

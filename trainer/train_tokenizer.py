@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from common.console import UserError, check_writable, cut, run, say, width_of
 from common.files import ROOT, atomic_file, atomic_folder, hash_file, remove_folder
 from common.options import Options, option, parse
+from common.values import MOST_TIMES
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 MARKUP = tuple(f"<{slash}{name}>" for name in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/"))
@@ -59,7 +60,7 @@ class TokenizerConfig(Options):
     holdout: int = option(
         0, "leave every Nth row out of training, and measure on these rows (0: none)", within="[0, inf)"
     )
-    chinese_weight: float = option(1.0, "count a row in Chinese so many times", within="(0, inf)")
+    chinese_weight: float = option(1.0, "count a row in Chinese so many times", within=f"(0, {MOST_TIMES}]")
     sample_mb: float = option(
         32.0, "train on a sample of about so many MB; 32 MB of Chinese need 2 GB of memory", within="(0, inf)"
     )

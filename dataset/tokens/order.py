@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from common.console import UserError
+from common.values import MOST_TIMES
 
 SPLIT, PART = 1 << 62, 1 << 61  # streams of `shuffled`; the loader uses the epochs 0, 1, ... as streams
 
@@ -34,8 +35,8 @@ def weighted(spec: str | Path) -> tuple[Path, float]:
         return Path(spec), 1.0
     if not colon or Path(spec).exists():
         return Path(spec), 1.0
-    if not 0 < weight < float("inf"):
-        raise UserError(f"--data_path {spec}: the number after the colon must be above 0")
+    if not 0 < weight <= MOST_TIMES:
+        raise UserError(f"--data_path {spec}: the number after the colon must be above 0, and at most {MOST_TIMES:,}")
     return Path(path), weight
 
 

@@ -149,7 +149,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name(complaints):
         --batchsize: unknown option; did you mean batch_size?
         --beta: not for this script; trainer/train_dpo.py knows it
         --val_fraction 1: must be in [0, 1)
-        --epochs 0: must be at least 1
+        --epochs 0: must be in [1, 1000000]
         --optimizer sgd: choose from adamw, muon
         --dtype int8: choose from auto, float32, bfloat16, float16
         --warmup_steps 1.5: a whole number of steps, or a share below 1
@@ -337,7 +337,7 @@ def test_a_value_in_a_file_that_is_not_allowed_names_the_file_and_the_key(tmp_pa
     text = "training: {learning_rate: -1, batch_size: 0, schedule: sine}\nepochs: 0\n"
     file = yaml_file(tmp_path, text + "val_path: a.jsonl\nval_fraction: 0.1\n")
     assert sorted(complaints("--config", file, "--epochs=-2", "--noise=7")) == [
-        "--epochs -2: must be at least 1",
+        "--epochs -2: must be in [1, 1000000]",
         "--noise 7: must be in [0, 1)",
         f"{file}: training.batch_size 0: must be at least 1",
         f"{file}: training.learning_rate -1: must be above 0",

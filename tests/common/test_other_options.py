@@ -9,12 +9,14 @@ from common.values import SEEDS
 from common.yaml_file import read_yaml
 from dataset.tiny_world.__main__ import WorldConfig
 from eval_model import EvalConfig
+from scripts.check_data import CheckConfig
 from scripts.compare_models import CompareConfig
 from scripts.demo import DemoConfig
 from scripts.lora_quickstart import QuickstartConfig
 from scripts.prepare_data import PrepareConfig
 from trainer.train_full_sft import SFTConfig
 from trainer.train_lora import LoRAConfig
+from trainer.train_tokenizer import TokenizerConfig
 
 
 def read(tmp_path, text: str) -> SFTConfig:
@@ -178,6 +180,18 @@ def test_a_value_may_look_like_a_slip(tmp_path):
     (tmp_path / "a.yaml").write_text('a: "你好：x"\nb: 你好：x\nc: http://host:80\n- ', encoding="utf-8")
     with pytest.raises(ValueError, match="a.yaml:4: "):
         read_yaml(str(tmp_path / "a.yaml"))
+
+
+def test_numbers_that_nobody_can_mean_are_refused():
+    """They ended in tracebacks: lengths of rows are kept in 32 bits, and an ETA has at most 10^9 days."""
+    assert SFTConfig(max_seq_len=2**31 - 1, epochs=10**7, max_steps=10**10, ddp_timeout=1e30).problems() == [
+        "--max_seq_len 2147483647: must be in [2, 2147483646]",
+        "--epochs 10000000: must be in [1, 1000000]",
+        "--max_steps 10000000000: must be in [0, 1000000000]",
+        "--ddp_timeout 1e+30: must be in (0, 1000000000]",
+    ]
+    assert CheckConfig(("a",), max_seq_len=2**31).problems() and PrepareConfig(max_seq_len=2**31).problems()
+    assert TokenizerConfig(chinese_weight=1e9).problems()
 
 
 @pytest.mark.parametrize(

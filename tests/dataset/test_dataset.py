@@ -476,7 +476,7 @@ def test_numbers_after_paths(tmp_path):
     assert weighted("C:\\data\\a.jsonl")[1] == 1.0
     (tmp_path / "a:3").write_text("")
     assert weighted(tmp_path / "a:3") == (tmp_path / "a:3", 1.0)
-    for bad in ("a.jsonl:0", "a.jsonl:-1", "a.jsonl:nan", "a.jsonl:inf"):
+    for bad in ("a.jsonl:0", "a.jsonl:-1", "a.jsonl:nan", "a.jsonl:inf", "a.jsonl:1e12"):
         with pytest.raises(ValueError, match="the number after the colon must be above 0"):
             weighted(bad)
 
