@@ -51,6 +51,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "dict[str,": (dict, "a dictionary"),
 }
 COUNTED, MOST = ("num_hidden_layers", "num_experts", "num_shared_experts"), 10_000  # of these, one layer each is built
+WIDTHS, WIDEST = ("hidden_size", "head_dim", "intermediate_size", "moe_intermediate_size"), 1_000_000
 
 
 def setting(
@@ -165,6 +166,7 @@ class ModelConfig:
 
     def _problems(self) -> list[str]:
         found = [f"{name} {getattr(self, name)} is too many" for name in COUNTED if getattr(self, name) > MOST]
+        found += [f"{name} {getattr(self, name)} is too wide" for name in WIDTHS if getattr(self, name) > WIDEST]
         for item in fields(self):
             value, least = getattr(self, item.name), item.metadata["at_least"]
             if None not in (value, least) and value < least:

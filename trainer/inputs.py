@@ -17,12 +17,14 @@ from dataset.tiny_world import files as tiny_world
 from dataset.tokens.examples import TokenDataset
 from model.checkpoint import Checkpoint, check_stated, open_weights
 from model.config import MIXTURE, PRESETS, ModelConfig, architecture_options
+from model.cost import count_parameters
 from model.hub import load_tokenizer
 from model.precision import pick_device, pick_dtype
 from model.resize import add_tokens
 from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.text import Tokenizer
+from trainer.loop.interrupts import NO_MEMORY
 from trainer.stage import StageConfig
 
 # The files of MiniMind's data set as people keep them in dataset/, best first. Of other kinds: dataset/<kind>.jsonl
@@ -154,7 +156,6 @@ def check_start(config: StageConfig, model: CausalLM, parent: Checkpoint | None,
                 f"{path}: this run starts from these weights and would write over them; give its own another name with "
                 f"--save_weight, {config.save_weight}_2 for instance"
             )
-    check_positions(config, model.config, "the model")
 
 
 def check_positions(config: StageConfig, shape: ModelConfig, whose: str) -> None:
@@ -179,8 +180,7 @@ def open_model(
     if wanted is None:
         tokenizer = required or load_tokenizer(config.tokenizer_path)
         preset = config.preset or ("nano" if choose_files(config, kind)[1] else "small")
-        model = CausalLM(architecture(config, tokenizer, preset))
-        return None, model, tokenizer, f"from: a fresh {preset}"
+        return None, build_fresh(architecture(config, tokenizer, preset)), tokenizer, f"from: a fresh {preset}"
     parent, tokenizer, origin = open_parent(config, wanted, required)
     model = build_parent(config, parent)
     if config.resize_vocab and tokenizer.vocab_size > model.config.vocab_size:
@@ -188,6 +188,19 @@ def open_model(
         added = model.config.vocab_size - parent.config.vocab_size
         origin += f"\n      with {added:,} more tokens, whose rows begin at the mean of the others (--resize_vocab)"
     return parent, model, tokenizer, origin
+
+
+def build_fresh(shape: ModelConfig) -> CausalLM:
+    try:
+        return CausalLM(shape)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            size = count_parameters(shape)
+            raise UserError(
+                f"out of memory: the model would have {size:,} parameters, {4 * size / 2**30:,.0f} GiB; lower "
+                f"--hidden_size (now {shape.hidden_size}) or --num_hidden_layers (now {shape.num_hidden_layers})"
+            ) from error
+        raise
 
 
 def build_parent(config: StageConfig, parent: Checkpoint) -> CausalLM:

@@ -25,7 +25,7 @@ from model.lora import LoRASettings, add_lora, find_targets, freeze, linear_laye
 from model.quant import bytes_per_parameter
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
-from trainer.inputs import Data, open_data, open_model
+from trainer.inputs import Data, check_positions, open_data, open_model
 from trainer.loop.backend import Backend
 from trainer.loop.engine import Engine, Job
 from trainer.loop.interrupts import explained
@@ -88,6 +88,7 @@ def start_stage(
     """
     torch.manual_seed(config.seed)
     parent, model, tokenizer, origin = open_model(config, kind, weights, tokenizer)
+    check_positions(config, model.config, "the model")  # now, not after a large file was tokenised
     output, notes = Weights(), [origin]
     if config.trains_adapter:
         output, note = add_adapter(config, model, parent)

@@ -58,6 +58,7 @@ def test_windows_of_layers():
             "vocab_size must be a whole number, not 3.5; num_experts must be a whole",
         ),
         (dict(num_hidden_layers=10**9), "num_hidden_layers 1000000000 is too many"),
+        (dict(hidden_size=10**12), "hidden_size 1000000000000 is too wide"),
         (dict(max_position_embeddings=10**18), "max_position_embeddings 1e\\+18 is too many"),
         (dict(rope_theta=0), "rope_theta must be above 0"),
         (dict(rms_norm_eps=float("nan")), "rms_norm_eps must be at least 0 and finite, not nan"),

@@ -246,8 +246,23 @@ def test_rows_longer_than_the_model_is_made_for_are_refused(pretrain, capsys):
     """They were trained on, and eval_model.py then refused prompts of that length."""
     with pytest.raises(ValueError, match="--max_seq_len 32: the model is made for 16 positions"):
         pretrain("--max_steps=1", "--max_position_embeddings=16")
+    with pytest.raises(ValueError, match="--max_seq_len 2000000000: the model is made for 32768 positions"):
+        pretrain("--max_steps=1", "--max_seq_len=2000000000")
     pretrain("--max_steps=2", "--warmup_steps=100")
     assert "warning: --warmup_steps 100 is not over in 2 steps: the rate stays below 0.01" in capsys.readouterr().out
+
+
+def test_a_fresh_model_that_does_not_fit_says_how_large_it_would_be(pretrain, monkeypatch):
+    """--hidden_size 5000000 for 512, say; it ended in a traceback of the allocator."""
+
+    def no_memory(shape):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 25600000000 bytes.")
+
+    with pytest.raises(ValueError, match="hidden_size 5000000 is too wide"):
+        pretrain("--hidden_size=5000000")
+    monkeypatch.setattr("trainer.inputs.CausalLM", no_memory)
+    with pytest.raises(ValueError, match=r"would have 2.,...,... parameters.* --hidden_size \(now 1024\)"):
+        pretrain("--hidden_size=1024")
 
 
 def test_going_on_from_an_older_state_keeps_what_came_after_it(pretrain, tmp_path, capsys):
