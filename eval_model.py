@@ -134,12 +134,13 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
 
             for path in self.eval_data:
                 require_file(path)
-        idle = [] if self.eval_data else ["metrics", "png", "against", "data_limit", "num_fewshot"]
+        idle = [] if self.eval_data else ["metrics", "png", "against", "data_limit", "num_fewshot", "window"]
         idle += [] if self.benchmark else ["question_seed", "world_seed"]
         idle += [] if self.eval_data or self.benchmark else ["json"]
         exam = dict.fromkeys(("question_seed", "world_seed"), "only --benchmark takes")
         takes = exam | {"json": "--eval_data or --benchmark takes"}
-        found += [f"--{name}: {takes.get(name, 'only --eval_data takes')} it" for name in idle if getattr(self, name)]
+        idle = [name for name in idle if getattr(self, name) != getattr(EvalConfig, name)]
+        found += [f"--{name}: {takes.get(name, 'only --eval_data takes')} it" for name in idle]
         return found
 
 

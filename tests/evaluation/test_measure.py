@@ -345,6 +345,8 @@ def test_a_chinese_file_name_does_not_shift_the_table(model, tmp_path):
 def test_its_flags_are_only_for_it(say):
     status, _, remarks = say("--prompt", "hi", "--metrics", "ppl")
     assert status == 2 and "--metrics: only --eval_data takes it" in remarks
+    assert eval_model.EvalConfig(prompt="hi", window=64).problems() == ["--window: only --eval_data takes it"]
+    assert not eval_model.EvalConfig(prompt="hi").problems()
 
 
 # ---- the program
