@@ -20,6 +20,7 @@ import numpy as np
 
 from common.console import UserError
 from common.files import atomic_file
+from common.values import MOST_TIMES
 from dataset.kinds import KINDS
 from dataset.read.jsonl import Jsonl
 from dataset.read.mapping import Mapping, Reader, find_reader
@@ -83,6 +84,11 @@ def prepare(
     )
     if not files:
         raise UserError("--data_path: no file given")
+    if 0 < ratio < 1 / MOST_TIMES:
+        raise UserError(
+            f"--ratio {ratio:g}: more than {MOST_TIMES:,} identity rows for each task row; give {1 / MOST_TIMES:g} or "
+            "more, or 0 to repeat none"
+        )
     kinds = {file.rows.path: file.to for file in files + extra}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{path} holds {kind}" for path, kind in kinds.items())

@@ -56,6 +56,10 @@ def test_identity_rows_are_repeated_until_the_ratio_holds(tmp_path, capsys):
     assert asked(merged) == [*[f"q{i}" for i in range(12)], "who0", "who1", "who2", "who0"]
     said = capsys.readouterr().out
     assert "task data: 12 rows" in said and "identity data: 3 rows, written 4 times in all (ratio 3:1)" in said
+    with pytest.raises(
+        ValueError, match="--ratio 1e-06: more than 10,000 identity rows for each task row; give 0.0001"
+    ):
+        run(*flags, "--ratio=1e-6")  # 1e-300 wrote until the disk was full
     assert f"written: 16 rows to {merged}" in said
 
     run(*flags)  # no ratio: one after the other, as the project that these flags are from shows it
