@@ -69,6 +69,8 @@ class ConvertConfig(Options):
             return [*found, f"{', '.join(missing)} missing: convert.py SRC DST --to {'|'.join(ENDINGS)}"]
         if self.dtype == "q8_0" and self.to != "gguf":
             found.append(f"--dtype q8_0: only gguf has it, not {self.to}")
+        if self.shard_size != type(self).shard_size and self.to != "hf":
+            found.append(f"--shard_size: only hf is written in parts, not {self.to}; leave it out")
         ending = ENDINGS.get(self.to or "", "")
         if ending and Path(self.target or "").suffix != ending:
             found.append(f"{self.target}: --to {self.to} writes one file, whose name must end with {ending}")

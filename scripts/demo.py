@@ -72,6 +72,15 @@ class DemoConfig(Options):
         if not self.save_dir:
             object.__setattr__(self, "save_dir", str(ROOT / "out" / "quick" if self.quick else ROOT / "out"))
 
+    def problems(self) -> list[str]:
+        found = super().problems()
+        for name, what in (("fresh", "trains everything anew"), ("quick", "does nothing but train")):
+            if self.skip_training and getattr(self, name):
+                found.append(f"--skip_training and --{name}: the second one {what}; give one of them")
+        if self.quick and self.question_seed:
+            found.append("--question_seed: --quick asks no exam questions; leave it out")
+        return found
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -284,6 +284,7 @@ def test_mistakes_end_in_one_line(source, adapter, tmp_path):
         ((path, out), "--to missing: convert.py SRC DST --to hf|minimind"),
         ((path, out, "--to", "gguf"), "writes one file, whose name must end with .gguf"),
         ((path, out, "--to", "hf", "--dtype", "q8_0"), "--dtype q8_0: only gguf has it"),
+        ((path, f"{out}.gguf", "--to", "gguf", "--shard_size", "2"), "--shard_size: only hf is written in parts"),
         ((path, out, "--to", "peft"), "whole weights, but --to peft is for adapters; write --to hf"),
         ((lora, out, "--to", "hf"), f"--lora_path {lora}"),
         ((tmp_path / "nothing", out, "--to", "hf"), "no such file or directory"),

@@ -173,6 +173,13 @@ def test_a_quick_demo_leaves_the_trained_models_alone():
     assert DemoConfig(quick=True, save_dir="elsewhere").save_dir == "elsewhere"
 
 
+def test_flags_of_which_one_undoes_the_other_are_refused():
+    """--skip_training --quick did nothing, and said that everything runs; --fresh was ignored."""
+    about = lambda **flags: [line.partition(":")[0] for line in DemoConfig(skip_training=True, **flags).problems()]
+    assert about() == [] and about(fresh=True) == ["--skip_training and --fresh"]
+    assert about(quick=True, question_seed=1) == ["--skip_training and --quick", "--question_seed"]
+
+
 def test_the_demo_ends_with_a_report(tmp_path: Path):
     recorded = dict(path=TOKENIZER.path, hash=TOKENIZER.hash)
     stages = [dict(stage="pretrain"), dict(stage="full_sft")]
