@@ -30,7 +30,7 @@ class DistillationConfig(StageConfig):
     epochs: int = 6
     teacher: str | None = option(None, "weights of the teacher: a name in save_dir or out/, a file, a directory")
     distill_loss: str = option("forward_kl", "distance to the teacher", choices=("forward_kl", "reverse_kl", "js"))
-    temperature: float = option(2.0, "flattens both distributions", within="(0, inf)")
+    temperature: float = option(2.0, "flattens both distributions", within="[0.01, 100]")
     alpha: float = option(0.5, "share of the cross-entropy, the teacher has the rest", within="[0, 1]")
     write_logprobs: str | None = option(None, "ask the teacher about all the data, write it there, and stop", path=True)
     top_k: int = option(32, "ids of each token written there", within="[1, inf)")
@@ -44,6 +44,8 @@ class DistillationConfig(StageConfig):
             found.append(f"--write_logprobs {self.write_logprobs}: needs a --teacher")
         if self.write_logprobs and self.val_fraction:
             found.append("--write_logprobs: asks about all rows; --val_fraction is for training from the file")
+        if self.top_k != type(self).top_k and not self.write_logprobs:
+            found.append("--top_k: only --write_logprobs takes it; from a file, all ids in it count")
         if self.write_logprobs and self.plan:
             found.append("--write_logprobs: does not train, and --plan is about training; leave one of them out")
         if self.teacher_logprobs and self.val_path:

@@ -14,6 +14,7 @@ from scripts.compare_models import CompareConfig
 from scripts.demo import DemoConfig
 from scripts.lora_quickstart import QuickstartConfig
 from scripts.prepare_data import PrepareConfig
+from trainer.train_distillation import DistillationConfig
 from trainer.train_full_sft import SFTConfig
 from trainer.train_lora import LoRAConfig
 from trainer.train_tokenizer import TokenizerConfig
@@ -192,6 +193,10 @@ def test_numbers_that_nobody_can_mean_are_refused():
     ]
     assert CheckConfig(("a",), max_seq_len=2**31).problems() and PrepareConfig(max_seq_len=2**31).problems()
     assert TokenizerConfig(chinese_weight=1e9).problems()
+    assert DistillationConfig(teacher="a", temperature=1e300, top_k=4).problems() == [
+        "--temperature 1e+300: must be in [0.01, 100]",
+        "--top_k: only --write_logprobs takes it; from a file, all ids in it count",
+    ]
 
 
 @pytest.mark.parametrize(
