@@ -35,7 +35,7 @@ from inference.drawn import Drawn, LogProb, LogProbs, to_device
 from inference.graphs import DecodeGraphs
 from inference.lookup import Lookup
 from inference.request import Request, Sequence, lookup_of, slot_of
-from inference.slots import Decoding, Reading, Slot, Slots, common_length
+from inference.slots import Decoding, Reading, Slots, common_length
 from model.transformer import CausalLM
 
 READ_ALONE, READ_BESIDE = 512, 256  # positions of prompts that a step reads: if no sequence is running, and if some are
@@ -197,19 +197,13 @@ class Engine:
         dropped = [s for s in (*self.running, *self.reading, *self.waiting) if s.cancelled]
         for sequence in dropped:
             self._finish(sequence, "cancelled")
-            if sequence.slot and not self._is_finite(sequence.slot):
-                self.slots.wipe(sequence.slot)
+            if sequence.slot and not self.slots.is_finite(sequence.slot):  # nobody has seen its last logits
+                self.slots.wipe(sequence.slot, behind=1 + self.most_guessed)
             for group in (self.reading, self.waiting):
                 if sequence in group:
                     group.remove(sequence)
         self._drop_finished()
         return dropped
-
-    def _is_finite(self, slot: Slot) -> bool:
-        """Whether there is no NaN in a slot whose last logits nobody has seen. What a layer makes of a NaN is NaN in
-        the last layer, too. Waits for the device."""
-        here = [stored[-1, slot.row, : len(slot.ids) + 1] for stored in (self.slots.keys, self.slots.values)]
-        return all(bool(own.isfinite().all()) for own in here)
 
     def _drop_finished(self) -> None:
         """The rows of those that ended are filled with the last ones, so that the running rows stay the first ones."""
@@ -345,7 +339,7 @@ class Engine:
         """token: -1 where the logits are not finite."""
         request = sequence.request
         if token < 0:
-            self.slots.wipe(slot_of(sequence))
+            self.slots.wipe(slot_of(sequence), behind=1 + self.most_guessed)
             sequence.error = UserError(
                 "the model computes NaN or infinity: its weights are damaged, or too large for its precision "
                 "(try --dtype float32)"

@@ -78,10 +78,16 @@ class Slots:
         chosen.busy, chosen.used = True, step
         return chosen
 
-    def wipe(self, slot: Slot) -> None:
-        """Forgets what it holds, which may be NaN, and a token that was computed too many (Engine.late)."""
+    def is_finite(self, slot: Slot) -> bool:
+        """Whether it holds no NaN. One of any layer is one in the last layer, too. Waits for the device."""
+        here = (stored[-1, slot.row, :, : len(slot.ids) + 1] for stored in (self.keys, self.values))
+        return all(bool(own.isfinite().all()) for own in here)
+
+    def wipe(self, slot: Slot, behind: int) -> None:
+        """Forgets what it holds, which may be NaN, and as many tokens behind that, which were computed too many: one
+        (Engine.late), or wrong guesses."""
         for stored in (self.keys, self.values):
-            stored[:, slot.row, :, : len(slot.ids) + 1] = 0
+            stored[:, slot.row, :, : len(slot.ids) + behind] = 0
         slot.ids.clear()
 
     def move(self, slot: Slot, row: int) -> None:

@@ -372,6 +372,17 @@ def test_a_prompt_that_is_cancelled_leaves_no_nan(way):
         assert (longer.finish_reason, short.tokens) == ("length", alone.tokens)
 
 
+def test_wrong_guesses_are_wiped_too():
+    """A slot of two tokens, and three guesses behind them, all NaN: nothing of them is left for the next sequence."""
+    cache = Slots(ModelConfig(**SHAPE), rows=2, capacity=10, dtype=torch.float32)
+    slot = cache.slots[1]
+    slot.ids = [4, 5]
+    cache.keys[:, 1, :, :6] = float("nan")
+    assert not cache.is_finite(slot)
+    cache.wipe(slot, behind=4)
+    assert not slot.ids and cache.is_finite(slot) and not cache.keys.any()
+
+
 @pytest.mark.parametrize("temperature", (0, 1.5))
 def test_a_token_may_be_forbidden_for_ever(model, way, temperature):
     """The bias is minus infinity, which is not the model's mistake."""
