@@ -90,10 +90,11 @@ def shown(outcome: Outcome) -> str:
 def name_of(device: torch.device) -> str:
     import torch
 
+    from model.precision import cpu_facts
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # newer torch has it
-    return capabilities().get("cpu_name", "") or platform.processor() or platform.machine()
+    return cpu_facts().get("cpu_name", "") or platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
