@@ -60,8 +60,8 @@ def device(bench: Bench) -> dict:
     for name, outcomes in run_checks(bench.device, dtypes_of(bench.device)):
         errors = (outcome.message or f"{outcome.error:.2g}" for outcome in outcomes.values())
         found[name] = ", ".join(f"{str(dtype)[6:]} {error}" for dtype, error in zip(outcomes, errors))
-        failed += [f"{name}, {dtype}" for dtype, outcome in outcomes.items() if not outcome.passed]
-    return found | (dict(error=f"{len(failed)} checks failed: {'; '.join(failed)}") if failed else {})
+        failed += [] if all(outcome.passed for outcome in outcomes.values()) else [name]
+    return found | (dict(error=f"{len(failed)} of {len(found)} checks failed: {'; '.join(failed)}") if failed else {})
 
 
 def small(bench: Bench) -> dict:
