@@ -48,8 +48,9 @@ class Outcome(NamedTuple):
 
 
 def dtypes_of(device: torch.device) -> list[torch.dtype]:
-    half = [torch.bfloat16] if has_bf16(device) else []
-    return [torch.float32, *half, *([torch.float16] if device.type in ("cuda", "mps", "npu") else [])]
+    """What --dtype may be there: bf16 also where it is slow, but on NVIDIA's older cards."""
+    bf16 = device.type in ("cpu", "mps") or has_bf16(device)
+    return [torch.float32, *[torch.bfloat16] * bf16, *[torch.float16] * (device.type != "cpu")]
 
 
 def rows(kind: str) -> dict[str, Tensor]:
