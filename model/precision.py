@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from common.console import UserError
+from model.fused import LARGE
 from model.layers import FeedForward, Linear, RMSNorm
 from model.moe import Experts
+from model.quant import QuantLinear
 from model.transformer import Attention, CausalLM
 
 
@@ -83,10 +85,13 @@ def prepare_for_inference(model: CausalLM, dtype: torch.dtype) -> CausalLM:
     model.requires_grad_(False)
     lower_frozen(model, dtype)
     join_projections(model)
+    large = model.num_parameters() >= LARGE
     by_vector = dtype == torch.bfloat16 and has_bf16(torch.device("cpu"))
     for module in model.modules():
         if isinstance(module, Linear):
             module.by_vector = by_vector
+        if isinstance(module, QuantLinear):
+            module.compiles = large
         if isinstance(module, RMSNorm):
             module.twice = module.weight.repeat(2)
             module.rounded = module.weight.to(dtype) if dtype.itemsize < 4 else None

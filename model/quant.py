@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.console import UserError
-from model.layers import Head, Linear
+from model.fused import fused
+from model.layers import Head, Linear, generating_on_gpu
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
@@ -79,7 +80,7 @@ def _cells() -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), torch.cat([borders, torch.tensor([torch.inf], device="cpu")])[codes]
 
 
-TABLES = dict(dynamic_code=_dynamic_code(), pairs=_pairs())
+TABLES = dict(nf4_code=NF4_CODE, dynamic_code=_dynamic_code(), pairs=_pairs())
 TABLES["cell_codes"], TABLES["cell_borders"] = _cells()
 COPIES: dict[str, dict[str, Tensor]] = {}  # device -> the tables there
 
@@ -104,8 +105,12 @@ def quantize(weight: Tensor, bits: int) -> NF4 | Int8:
     return quantize_nf4(weight) if bits == 4 else quantize_int8(weight)
 
 
-def dequantize(packed: NF4 | Int8, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return dequantize_nf4(packed, shape, dtype) if isinstance(packed, NF4) else dequantize_int8(packed, dtype)
+def dequantize(packed: NF4 | Int8, shape: tuple[int, ...], dtype: torch.dtype, how: Callable = lambda f: f) -> Tensor:
+    """how: what is made of the function that unpacks, `fused` for example."""
+    if isinstance(packed, Int8):
+        return how(dequantize_int8)(packed, dtype)
+    weight = how(_unpack_nf4)(packed, dtype).view(-1)
+    return weight[: torch.Size(shape).numel()].view(shape)
 
 
 # ---- 4 bits
@@ -134,8 +139,8 @@ def quantize_nf4(weight: Tensor) -> NF4:
     return NF4(codes.clone(), scale_codes.clone(), block_scales.view(-1), mean)
 
 
-def dequantize_nf4(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """-> the weight, in this shape and dtype. Computed in fp32 and rounded once."""
+def _unpack_nf4(packed: NF4, dtype: torch.dtype) -> Tensor:
+    """-> (blocks, 64): the weight, and what fills up the last block. Computed in fp32 and rounded once."""
     blocks = len(packed.scale_codes)
     scale_codes = _in_blocks(packed.scale_codes, SCALE_BLOCK)
     scales = (
@@ -145,13 +150,14 @@ def dequantize_nf4(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype) -> T
     pairs = _table("pairs", packed.codes.device)
 
     def unpack(codes: Tensor, scales: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # one kernel; a look-up of two would be written down, and read again
+            both = codes[..., None] >> 4 * torch.arange(1, -1, -1, device=codes.device) & 15
+            return _table("nf4_code", codes.device)[both.view(-1, BLOCK)] * scales
         values = pairs.index_select(0, codes.reshape(-1).int())  # one look-up gives two weights
         return values.view(torch.float32).view(-1, BLOCK).mul_(scales)
 
     weight = torch.empty(blocks, BLOCK, dtype=dtype, device=packed.codes.device)
-    _convert(unpack, weight, _in_blocks(packed.codes, BLOCK // 2), scales)
-    n = torch.Size(shape).numel()
-    return weight.view(-1)[:n].view(shape)
+    return _convert(unpack, weight, _in_blocks(packed.codes, BLOCK // 2), scales)
 
 
 # ---- 8 bits
@@ -227,12 +233,15 @@ def keep_tables(device: torch.device) -> None:
 
 
 def _convert(function: Callable[..., Tensor], out: Tensor, *inputs: Tensor) -> Tensor:
-    """out = function(*inputs), where row i of the result needs row i of each input only.
+    """-> out, or where it is compiled another of its dtype: function(*inputs), where row i of the result needs row i of
+    each input only.
 
     On a CPU this goes piece by piece: temporary results then stay in the cache and are small whatever the layer's
     size. A GPU is faster with all at once, and so is the compiler, which makes one kernel of it."""
+    if torch.compiler.is_compiling():
+        return function(*inputs).to(out.dtype)
     rows = len(out)
-    if out.is_cpu and not torch.compiler.is_compiling():
+    if out.is_cpu:
         rows = max(1, PIECE * torch.get_num_threads() // out.shape[-1])
     for here, *there in zip(out.split(rows), *(tensor.split(rows) for tensor in inputs)):
         here.copy_(function(*there))
@@ -270,6 +279,8 @@ class QuantLinear(Linear):
 
     It has no `weight`: the tensors of NF4 or Int8 are buffers under their names there, and so in the state dict. A new
     layer's are uninitialised until they are loaded, or `quantize_` fills them."""
+
+    compiles = False  # whether it unpacks with the compiler while a GPU generates (model/precision.py)
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = False, device=None):
         nn.Module.__init__(self)  # not Linear's, which would make a dense weight
@@ -318,6 +329,8 @@ class QuantLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.compiles and generating_on_gpu(x):
+            return F.linear(x, dequantize(self.packed, (self.out_features, self.in_features), x.dtype, fused), bias)
         return _QuantMatmul.apply(x, bias, self.kind, (self.out_features, self.in_features), *self.packed)
 
     def _apply(self, fn, recurse=True):

@@ -32,8 +32,8 @@ from model.quant import (
     _nearest,
     _nearest_nf4,
     bytes_per_parameter,
+    dequantize,
     dequantize_int8,
-    dequantize_nf4,
     quantize,
     quantize_int8,
     quantize_model,
@@ -69,7 +69,7 @@ def test_nf4_by_hand():
     assert packed.scale_codes.tolist() == [127]
     assert packed.block_scales.tolist() == [0.0] and packed.scale_mean.item() == 2.0
     expected = torch.tensor([[-2.0, 0.0, 2.0, 2 * NF4_CODE[12], 0.0]])
-    assert torch.equal(dequantize_nf4(packed, (1, 5), torch.float32), expected)
+    assert torch.equal(dequantize(packed, (1, 5), torch.float32), expected)
 
 
 def test_the_scales_are_quantised_too():
@@ -79,7 +79,7 @@ def test_the_scales_are_quantised_too():
     packed = quantize_nf4(weight)
     assert packed.scale_mean.item() == 2.0 and packed.block_scales.tolist() == [1.0]
     assert packed.scale_codes.tolist() == [0, 255]
-    rows = dequantize_nf4(packed, (2, 64), torch.float32)
+    rows = dequantize(packed, (2, 64), torch.float32)
     assert rows[1].unique().tolist() == [3.0]
     assert rows[0].unique().item() == pytest.approx(2 - 0.99296875)
 
@@ -98,7 +98,7 @@ def test_the_error_is_within_half_a_step(shape):
     """Of two neighbours of NF4 the widest apart are -1 and -0.696; so no weight is off by more than 0.152 of its
     block's scale, apart from what the scale's own rounding adds (below 1 % of a scale's spread)."""
     weight = random(*shape)
-    error = (dequantize_nf4(quantize_nf4(weight), shape, torch.float32) - weight).abs().max()
+    error = (dequantize(quantize_nf4(weight), shape, torch.float32) - weight).abs().max()
     assert error <= 0.17 * weight.abs().max()
     packed = quantize_int8(weight)
     error = (dequantize_int8(packed, torch.float32) - weight).abs()
@@ -124,7 +124,7 @@ def test_nothing_is_divided_by_zero(value):
     for shape in SHAPES:
         weight = torch.full(shape, value)
         for result in (
-            dequantize_nf4(quantize_nf4(weight), shape, torch.float32),
+            dequantize(quantize_nf4(weight), shape, torch.float32),
             dequantize_int8(quantize_int8(weight), torch.float32),
         ):
             assert (result.abs() <= value).all()
@@ -147,9 +147,9 @@ def test_pieces_make_no_difference(monkeypatch):
     monkeypatch.setattr("model.quant.PIECE", 256)
     for packed, pieces in zip(whole, (quantize_nf4(weight), quantize_int8(weight))):
         assert all(torch.equal(a, b) for a, b in zip(packed, pieces))
-    small = dequantize_nf4(whole[0], (40, 200), torch.bfloat16), dequantize_int8(whole[1], torch.bfloat16)
+    small = dequantize(whole[0], (40, 200), torch.bfloat16), dequantize_int8(whole[1], torch.bfloat16)
     monkeypatch.undo()
-    assert torch.equal(small[0], dequantize_nf4(whole[0], (40, 200), torch.bfloat16))
+    assert torch.equal(small[0], dequantize(whole[0], (40, 200), torch.bfloat16))
     assert torch.equal(small[1], dequantize_int8(whole[1], torch.bfloat16))
 
 
@@ -161,7 +161,7 @@ def test_a_gpu_gives_the_same():
     assert torch.equal(here.codes, there.codes.cpu())
     same = NF4(*(tensor.cuda() for tensor in here))  # a mean may be summed in another order there
     for dtype in DTYPES:
-        assert torch.equal(dequantize_nf4(here, weight.shape, dtype), dequantize_nf4(same, weight.shape, dtype).cpu())
+        assert torch.equal(dequantize(here, weight.shape, dtype), dequantize(same, weight.shape, dtype).cpu())
     here, there = quantize_int8(weight), quantize_int8(weight.cuda())
     assert torch.equal(here.codes, there.codes.cpu())
     assert torch.equal(dequantize_int8(here, torch.bfloat16), dequantize_int8(there, torch.bfloat16).cpu())
@@ -222,7 +222,7 @@ def test_dequantised_nf4_is_bitsandbytes(bitsandbytes, shape, dtype):
     packed, state = bitsandbytes.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     theirs = bitsandbytes.dequantize_4bit(packed, state)
     assert theirs.dtype == dtype
-    assert torch.equal(dequantize_nf4(nf4_of(packed, state), shape, dtype), theirs)
+    assert torch.equal(dequantize(nf4_of(packed, state), shape, dtype), theirs)
 
 
 def test_every_byte_and_every_scale_code_is_bitsandbytes(bitsandbytes):
@@ -233,7 +233,7 @@ def test_every_byte_and_every_scale_code_is_bitsandbytes(bitsandbytes):
     packed = torch.arange(256, dtype=torch.uint8).repeat(256).view(packed.shape)
     state.absmax = torch.arange(256, dtype=torch.uint8).repeat_interleave(8)
     theirs = bitsandbytes.dequantize_4bit(packed, state)
-    assert torch.equal(dequantize_nf4(nf4_of(packed, state), (256, 512), torch.float32), theirs)
+    assert torch.equal(dequantize(nf4_of(packed, state), (256, 512), torch.float32), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
