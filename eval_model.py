@@ -98,7 +98,9 @@ class EvalConfig(LowBitOptions, SamplingOptions, EngineOptions):
     web: bool = option(False, "talk in the browser: starts scripts/serve_openai_api.py with these flags; it has more")
     system: str = option("", "system prompt")
     tools: str | None = option(None, "let the model call tools: a calculator and the date", choices=("demo",))
-    enable_thinking: bool | None = option(None, "let the model think first, or keep it from it")
+    enable_thinking: bool | None = option(
+        None, "true: the model reasons first; false: it answers at once (default: up to the model)"
+    )
     max_new_tokens: int | None = option(
         None,
         "longest answer (default: 1024; of --eval_data 256)",

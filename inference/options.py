@@ -29,14 +29,14 @@ class DeviceOptions(Options):
     )
     quantize: str | None = option(
         None,
-        "keep the weights in int8 or int4: faster on CPUs, where a few answers are written at a time",
+        "keep the weights in int8 or int4: faster on CPUs, for a few answers at a time",
         choices=("int8", "int4"),
     )
 
 
 @dataclass(frozen=True)
 class LowBitOptions(DeviceOptions):
-    """The bits of weights that adapters are trained beside"""
+    """Weights in 4 or 8 bits, as for training an adapter: less memory on any device"""
 
     load_in_4bit: bool | None = option(
         None, "keep the weights in 4 bits (default: if the adapter was trained beside such)", aliases=("use_4bit",)
@@ -71,10 +71,10 @@ class SamplingOptions(Options):
 
 @dataclass(frozen=True)
 class EngineOptions(Options):
-    """How inference/engine.py writes"""
+    """How answers are generated (inference/engine.py)"""
 
     prompt_lookup_num_tokens: int = option(
         0,
-        "guess so many tokens ahead from what the text repeats: the same answers, in fewer steps where it does",
+        "guess up to N tokens ahead where the text repeats itself: the same answers, in fewer steps (0: off)",
         within="[0, 64]",
     )

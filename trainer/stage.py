@@ -40,9 +40,7 @@ from trainer.translated import TRANSLATED
 class LoRAOptions(Options):
     """Options of LoRA, which any stage can train with"""
 
-    use_lora: bool | None = option(
-        None, "freeze the weights and train an adapter beside them; --lora_rank alone says so too"
-    )
+    use_lora: bool | None = option(None, "freeze the weights and train an adapter beside them; --lora_rank implies it")
     lora_name: str | None = option(None, "name of the adapter (default: that of --save_weight)")
     lora_rank: int | None = option(
         None,
@@ -61,9 +59,9 @@ class LoRAOptions(Options):
     save_peft: bool = option(False, "write the adapter as a directory for peft as well")
     merge_lora: bool = option(False, "write the full weights with the adapter in them as well: <name>_merged")
     load_in_4bit: bool = option(
-        False, "keep the frozen weights in 4 bits: a quarter of the memory of bf16", aliases=("use_4bit",)
+        False, "keep the frozen weights in 4 bits: a third to a half of the memory of bf16", aliases=("use_4bit",)
     )
-    load_in_8bit: bool = option(False, "the same in 8 bits: half the memory", aliases=("use_8bit",))
+    load_in_8bit: bool = option(False, "the same in 8 bits: a half to two thirds of the memory of bf16", aliases=("use_8bit",))
 
     def __post_init__(self):
         if self.use_lora and self.lora_rank is None:
@@ -199,15 +197,18 @@ class StageConfig(LoRAOptions):
         aliases=("save_steps",),
         within="[0, inf)",
     )
-    save_minutes: float | None = option(None, "save every N minutes", within="(0, inf)")
+    save_minutes: float | None = option(None, "save every X minutes", within="(0, inf)")
     keep_last: int | None = option(
         None,
-        "resume states kept (default: 2, and 1 once the run is finished)",
+        "checkpoints kept to resume from (default: 2, and 1 once the run is finished)",
         within="[1, inf)",
         aliases=("save_total_limit",),
     )
     from_resume: str = option(
-        "0", "continue a killed run: 0, 1, auto or its path", aliases=("resume_from_checkpoint",), switch=("1", "0")
+        "0",
+        "continue an interrupted run: auto or 1 (the newest that fits), or its path; 0: a new run",
+        aliases=("resume_from_checkpoint",),
+        switch=("1", "0"),
     )
     val_limit: int = option(
         0, "validate on N of the validation rows (0: all)", within="[0, inf)", aliases=("max_eval_samples",)
