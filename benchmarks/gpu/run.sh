@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # All that has to be seen and measured on a card, in one command: the GPU tests, then the tables of docs/gpu.md.
 #
-#   OUT=out/gpu bash benchmarks/gpu/run.sh                       # below 8 minutes on an H100
-#   OUT=out/gpu bash benchmarks/gpu/run.sh --quick               # below 2
+#   OUT=out/gpu bash benchmarks/gpu/run.sh                       # at most 8 minutes
+#   OUT=out/gpu bash benchmarks/gpu/run.sh --quick               # at most 2
 #   OUT=out/gpu bash benchmarks/gpu/run.sh --device cpu --tiny   # whether the script itself works
 #
 # Needs torch (CUDA), numpy, tokenizers, safetensors and transformers; what else is missing is left out by name.
