@@ -8,7 +8,7 @@
     python scripts/compare_models.py --output out/compare/full_sft-rlhf.json --votes votes.json
     python scripts/compare_models.py --votes votes.json                                 # of the server's page /compare
 
-A report is an .html that loads nothing from anywhere, and the same as .json. In it: the answers and where they begin to
+A report is one .html file that needs no network, and the same as .json. In it: the answers and where they begin to
 differ, how surprised each model is by the others' words, figures with error bars, what was forgotten (--eval_data), and
 blind voting. The page saves the votes in a file; --votes counts them and puts them into the report.
 """

@@ -7,8 +7,8 @@
     python scripts/convert.py out/lora/lora_identity_512.pth out/lora_peft --to peft
 
 SRC: our .pth or .safetensors, a directory in Hugging Face's layout, MiniMind's .pth, or an adapter (ours, peft's or
-MiniMind's). The result is read again and its logits are compared before it gets its name. It is there whole, or not at
-all. docs/export.md says which program takes what.
+MiniMind's). The result is read back and its logits are compared before it is moved to DST, which is complete or
+not there. docs/export.md says which program takes what.
 """
 
 import sys

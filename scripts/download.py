@@ -7,7 +7,7 @@
     python scripts/download.py someone/rows --repo_type dataset --include 'zh/*'   # any other
 
 Models go to models/NAME, data sets to dataset/NAME.jsonl, where the trainings find them. The same command continues
-after a kill, and fetches nothing twice. A file is checked against the hub's checksum before it gets its name.
+after a kill, and fetches nothing twice. A file is checked against the hub's checksum before it is moved into place.
 
 HF_ENDPOINT=https://hf-mirror.com: a mirror. HF_TOKEN, MODELSCOPE_API_TOKEN: for what is not public.
 """

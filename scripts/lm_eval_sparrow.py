@@ -4,7 +4,8 @@
     python scripts/lm_eval_sparrow.py --model_args weight=full_sft --tasks arc_easy,ceval-valid --limit 100
     python scripts/lm_eval_sparrow.py --model_args weight=out/rlhf_512.pth --tasks gsm8k --apply_chat_template
 
-`--model sparrow` is filled in. Every other option is the harness's, which downloads the data of its tasks (`ls tasks`).
+`--model sparrow` is filled in; every other option is the harness's. It downloads the data of its tasks, which
+`python scripts/lm_eval_sparrow.py ls tasks` lists.
 --model_args: weight (a name in out/, a file or a directory), lora_path, tokenizer_path, dtype, max_length.
 """
 

@@ -6,7 +6,7 @@
 
 The page shows the tokens, the probabilities of the next token at each position, the guess after every layer (logit
 lens), the attention of every head, the residual stream, the experts, and what an adapter (LoRA) changed. It is one file
-that loads nothing from anywhere.
+that needs no network.
 """
 
 import sys
