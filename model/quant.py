@@ -147,14 +147,13 @@ def _unpack_nf4(packed: NF4, dtype: torch.dtype) -> Tensor:
         _table("dynamic_code", packed.codes.device).index_select(0, scale_codes.view(-1).int()).view_as(scale_codes)
     )
     scales = (scales * packed.block_scales[:, None]).view(-1, 1)[:blocks] + packed.scale_mean  # (blocks, 1)
-    pairs = _table("pairs", packed.codes.device)
 
     def unpack(codes: Tensor, scales: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # one kernel; a look-up of two would be written down, and read again
             both = codes[..., None] >> 4 * torch.arange(1, -1, -1, device=codes.device) & 15
             return _table("nf4_code", codes.device)[both.view(-1, BLOCK)] * scales
-        values = pairs.index_select(0, codes.reshape(-1).int())  # one look-up gives two weights
-        return values.view(torch.float32).view(-1, BLOCK).mul_(scales)
+        pairs = _table("pairs", codes.device).index_select(0, codes.reshape(-1).int())  # a look-up gives two weights
+        return pairs.view(torch.float32).view(-1, BLOCK).mul_(scales)
 
     weight = torch.empty(blocks, BLOCK, dtype=dtype, device=packed.codes.device)
     return _convert(unpack, weight, _in_blocks(packed.codes, BLOCK // 2), scales)

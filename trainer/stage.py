@@ -61,7 +61,9 @@ class LoRAOptions(Options):
     load_in_4bit: bool = option(
         False, "keep the frozen weights in 4 bits: a third to a half of the memory of bf16", aliases=("use_4bit",)
     )
-    load_in_8bit: bool = option(False, "the same in 8 bits: a half to two thirds of the memory of bf16", aliases=("use_8bit",))
+    load_in_8bit: bool = option(
+        False, "the same in 8 bits: a half to two thirds of the memory of bf16", aliases=("use_8bit",)
+    )
 
     def __post_init__(self):
         if self.use_lora and self.lora_rank is None:

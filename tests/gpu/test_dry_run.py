@@ -244,5 +244,5 @@ def test_tables_of_packed_weights_are_not_copied_at_each_step():
         seen.extend(value for value in inputs if isinstance(value, torch.Tensor))
         return module.forward
 
-    torch.compile(lambda: quant.dequantize_nf4(packed, (2, 64), torch.bfloat16), fullgraph=True, backend=graph)()
+    torch.compile(lambda: quant.dequantize(packed, (2, 64), torch.bfloat16), fullgraph=True, backend=graph)()
     assert len(seen) == 6 and all(value.device == CARD for value in seen), "four of the weight, and two tables"
