@@ -25,6 +25,9 @@ from inference.drawn import to_device
 # picking them out takes a tenth of that.
 LIKELIEST = 256
 
+# What is less is 0 in fp32, and then no token is left.
+LEAST_TOP_P = torch.finfo(torch.float32).tiny
+
 # Logits divided by less may be infinite in fp32, and then the probabilities are NaN.
 LEAST_TEMPERATURE = 1e-5
 
@@ -136,7 +139,8 @@ class SamplingRows(NamedTuple):
             to_device(greedy, device) if any(greedy) and not all(greedy) else None,
             column([s.top_k for s in rows], off=0),
             max(s.top_k for s in rows),
-            column([s.top_p if s.top_p < 1 else math.inf for s in rows], off=math.inf),  # all, however p adds up
+            # 1 keeps all, however p adds up
+            column([max(s.top_p, LEAST_TOP_P) if s.top_p < 1 else math.inf for s in rows], off=math.inf),
             column([s.min_p for s in rows], off=0.0),
         )
 

@@ -31,6 +31,12 @@ def test_top_p_stops_as_soon_as_it_is_reached():
     assert not Sampling(temperature=1.0, top_p=0.5).draw(rows, torch.Generator().manual_seed(0)).any()
 
 
+def test_the_smallest_top_p_keeps_the_likeliest_token():
+    """1e-50 is 0 in fp32. No token was left, and the first one was drawn."""
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    assert Sampling(temperature=1.0, top_p=1e-50).draw(logits, torch.Generator().manual_seed(0)).tolist() == [2]
+
+
 @pytest.mark.parametrize("only", ({"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}))
 def test_the_only_token_that_is_left_is_drawn_whatever_the_noise(only):
     """Its noise is 0 once in twenty million draws. Then all tokens were worth 0, and the first of them was drawn."""
