@@ -8,6 +8,7 @@ yes and no 0 or 1. bf16 rounds each number to 8 bits and fp16 to 11, so they hav
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
@@ -225,7 +226,9 @@ def run_checks(device: torch.device, dtypes: list[torch.dtype]) -> Iterator[tupl
         for dtype in dtypes:
             most = limit(name, dtype)
             try:
-                outcomes[dtype] = Outcome(check(device, dtype), most)
+                found = check(device, dtype)
+                finite = math.isfinite(found)
+                outcomes[dtype] = Outcome(found, most) if finite else Outcome(None, most, "NaN or infinity")
             except Exception as failure:  # whatever a driver or a kernel says: the next check may pass
                 message = str(failure).strip() or type(failure).__name__
                 outcomes[dtype] = Outcome(None, most, message.splitlines()[0])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from evaluation.device import Outcome
 
-LABEL, COLUMN = 38, 15
+LABEL, COLUMN = 38, 14
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def main():
     about = dict(name=name_of(device), device=str(device), torch=torch.__version__, platform=platform.platform())
     if not config.json:
         say(f"{about['name']} ({device}), torch {about['torch']}, {about['platform']}\n")
-        say(f"{'':<{LABEL}}" + "".join(f"{name:>{COLUMN}}" for name in names))
+        say(f"{'':<{LABEL}}" + "".join(f" {name:>{COLUMN}}" for name in names))
     found: dict[str, dict[str, Outcome]] = {}
     for check, outcomes in run_checks(device, dtypes):
         found[check] = dict(zip(names, outcomes.values()))
         if not config.json:
-            say(f"{check:<{LABEL}}" + "".join(f"{shown(outcome):>{COLUMN}}" for outcome in outcomes.values()))
+            say(f"{check:<{LABEL}}" + "".join(f" {shown(outcome):>{COLUMN}}" for outcome in outcomes.values()))
     all_of_them = [(check, name, outcome) for check, of in found.items() for name, outcome in of.items()]
     failed = [one for one in all_of_them if not one[-1].passed]
     if config.json:
