@@ -56,7 +56,7 @@ def parse_row(raw: bytes) -> dict:
             "be a .json array"
         )
     try:
-        row = loads(text)
+        row = loads(text, a_line=True)
     except UserError as error:
         if text.lstrip()[:1] in ("{", "[", ""):
             raise
@@ -69,8 +69,9 @@ def parse_row(raw: bytes) -> dict:
     return row
 
 
-def loads(text: str) -> object:
-    """Parses JSON. Also errors: a key twice in one object (one value would be lost), and half of a surrogate pair."""
+def loads(text: str, *, a_line: bool = False) -> object:
+    """Parses JSON. Also errors: a key twice in one object (one value would be lost), and half of a surrogate pair.
+    a_line: it is a line of a file, which may have been cut off there."""
     try:
         value = _value(text)
         if "\\u" in text and re.search(r"\\u[dD][89a-fA-F]", text):
@@ -78,7 +79,7 @@ def loads(text: str) -> object:
     except json.JSONDecodeError as error:
         reason = error.msg.removesuffix(" at").removesuffix(" starting")  # Python's place, which follows, is of no file
         ends = error.pos >= len(text.rstrip()) or reason == "Unterminated string"
-        why = "; it is cut off, or goes on in the next line, and a row has to be on one" if ends else ""
+        why = "; it is cut off, or goes on in the next line, and a row has to be on one" if a_line and ends else ""
         raise UserError(f"broken JSON at column {error.colno}: {reason}{why}") from None
     except UnicodeEncodeError as error:  # half of a surrogate pair is valid JSON but no text
         raise UserError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from None
@@ -133,7 +134,7 @@ def likely_encoding(raw: bytes) -> str:
         if raw.startswith(start):
             return f"it looks like {name}"
     if b"\0" in raw:  # in no file of gbk
-        return "it looks like UTF-16 without its mark: convert with `iconv -f utf-16le -t utf-8`"
+        return "it is no text, or UTF-16 without its mark: convert that with `iconv -f utf-16le -t utf-8`"
     try:
         raw.decode("gb18030")
     except UnicodeDecodeError:

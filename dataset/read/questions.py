@@ -100,7 +100,7 @@ def _lines(path: Path, are_json: bool) -> Iterator[tuple[str, object]]:
             where = f"{path}:{number}"
             if raw := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
                 try:
-                    yield where, loads(decode(raw)) if are_json else decode(raw)
+                    yield where, loads(decode(raw), a_line=True) if are_json else decode(raw)
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from None
 

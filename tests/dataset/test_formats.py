@@ -138,6 +138,13 @@ def test_what_is_wrong_with_a_row(row, reason):
     assert reason in str(error.value)
 
 
+def test_calls_that_are_cut_off_do_not_go_on_in_the_next_line():
+    """They are text within a row, which is whole."""
+    with pytest.raises(ValueError) as error:
+        canonical({"conversations": [{"from": "function_call", "value": '[{"name": "f"'}]})
+    assert str(error.value).endswith("(broken JSON at column 14: Expecting ',' delimiter)")
+
+
 def test_the_examples_of_the_page_are_read():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     kinds = []

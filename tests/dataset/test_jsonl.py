@@ -88,7 +88,8 @@ def test_the_index_agrees_with_splitting_the_file_wherever_a_block_ends(lines, n
         (b'{"text": "a\x00b"}', "a NUL character at column 12"),
         (b"\x00\x00\x00\x00", "a NUL character at column 1; was the file cut off"),
         ('{"text": "麻雀"}'.encode("gbk"), "not UTF-8 at byte 11; it looks like gbk: convert with `iconv"),
-        ('{"text": "麻雀"}'.encode("utf-16-le"), "it looks like UTF-16 without its mark"),
+        ('{"text": "麻雀"}'.encode("utf-16-le"), "it is no text, or UTF-16 without its mark"),
+        (b"\xff\xff\xff\xff\x10\x00\x00\x00", "not UTF-8 at byte 1; it is no text, or"),  # an Arrow file
         ('{"text": "麻雀"}'.encode("utf-16"), "not UTF-8 at byte 1; it looks like UTF-16 text"),
         (b"\x1f\x8b\x08\x00", "it looks like a gzip file"),
         (b'{"text": "\xff\xff\xff"}', "not UTF-8 at byte 11; save the file as UTF-8"),

@@ -92,6 +92,7 @@ def test_kinds_as_a_column_and_as_a_section(tmp_path):
         ("a.jsonl", '{"ask": "a"}\n', "a.jsonl:1: no question in this row, it has ask; expected one of instruction"),
         ("a.jsonl", '{"text": "a"}\n', 'a.jsonl:1: "text" is a document'),
         ("a.jsonl", "7\n", "a.jsonl:1: a question is text or an object, this is int"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt":\n"b"}\n', "column 11: Expecting value; it is cut off, or goes on"),
         ("a.json", '{"prompt": "a"}\n{"prompt" "b"}\n', "a.json:2: broken JSON at column 11"),
         ("a.json", '{"prompt": 7}', "a.json"),
         ("a.json", "{}", "a.json: expected a list of questions"),
