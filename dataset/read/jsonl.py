@@ -144,7 +144,7 @@ class Jsonl(Rows):
         self.before = os.stat(self.path)  # for `refuse_changes`
         self.size, state, head = state_of(self.path)
         refuse_other_files(self.path, head)
-        refuse_tables(self.path, head)
+        refuse_tables(self.path, head.removeprefix(BOM))
         self.cache = cache_root(self.path, cache_dir)
         self._is_array = _begins_an_array(head)
         name = entry_name(self.path, "index", state)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from common.console import UserError
 
+# Mode x: a file of that name that is there already is not overwritten.
 FROM_TABLE = (
-    "python -c \"import csv, json; csv.field_size_limit(1 << 30); open('{0}.jsonl', 'w', encoding='utf-8').writelines("
+    "python -c \"import csv, json; csv.field_size_limit(1 << 30); open('{0}.jsonl', 'x', encoding='utf-8').writelines("
     "json.dumps(row, ensure_ascii=False) + '\\n' for row in csv.DictReader(open('{0}{1}', encoding='utf-8-sig', "
     "newline=''), delimiter='{2}'))\""
 )
 TABLES = {".csv": ",", ".tsv": "\\t"}  # how a name ends: what is between two cells
 FROM_PARQUET = (
-    "python -c \"import json, pyarrow.parquet as p; open('{0}.jsonl', 'w').writelines(json.dumps(row, default=str) + "
+    "python -c \"import json, pyarrow.parquet as p; open('{0}.jsonl', 'x').writelines(json.dumps(row, default=str) + "
     "'\\n' for part in p.ParquetFile('{0}{1}').iter_batches() for row in part.to_pylist())\""
 )
 OTHER_FILES = {  # how it begins: what it is, and what makes text of it; {0}{1} is its name, {name} the same for a shell

@@ -149,6 +149,14 @@ def test_the_command_for_tables_works(tmp_path, suffix, between):
     command = str(error.value).partition("convert it: python ")[2]
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
     assert list(Jsonl(tmp_path / "我 a.jsonl")) == rows
+    (tmp_path / "我 a.jsonl").write_text('{"text": "mine"}', encoding="utf-8")
+    assert subprocess.run(f"{sys.executable} {command}", shell=True, capture_output=True).returncode
+    assert list(Jsonl(tmp_path / "我 a.jsonl")) == [{"text": "mine"}], "what was there before stays"
+
+
+def test_rows_in_a_file_that_is_called_csv_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text('\ufeff{"text": "a"}\n', encoding="utf-8")
+    assert list(Jsonl(tmp_path / "a.csv")) == [{"text": "a"}]
 
 
 def test_the_command_for_parquet_works(tmp_path):
