@@ -38,18 +38,21 @@ class _Unused(torch.autograd.Function):
         return grad, None
 
 
-def flash(q, k, v, mask, most):
-    """The same for generation. With `used`, q (N, G, D), k and v (M, 1, D): the query of segment n stands at the last
-    of the first used[n] keys there. Then no number is read on the host, as a graph demands."""
-    segments, used, near = mask.segments, mask.used, -1 if mask.reach is None else mask.reach - 1
+def flash_forward(q, k, v, queries, keys, max_q, max_k, **options):
+    """`torch.ops.aten._flash_attention_forward`, for generation. With `seqused_k`, q (N, G, D), k and v (M, 1, D): the
+    query of segment n stands at the last of the first seqused_k[n] keys there. Then no number is read on the host, as a
+    graph demands."""
+    used, near = options.pop("seqused_k"), options.pop("window_size_left", -1)
+    later = dict(window_size_right=0, is_causal=False) if near >= 0 else dict(is_causal=True)
+    assert options == dict(dropout_p=0.0, return_debug_mask=False) | later, "no query sees a later key"
     if used is None:
-        return varlen_attn(q, k, v, segments.queries, segments.keys, most, mask.most, window_size=(near, 0))
-    assert len(used) == len(q) == len(segments.keys) - 1 and most == 1
-    assert used.dtype == segments.keys.dtype == segments.queries.dtype == torch.int32 and used.is_contiguous()
-    column = torch.arange(mask.most)
-    before = used[:, None] - 1 - column  # (N, mask.most): how far back a key stands
+        return (varlen_attn(q, k, v, queries, keys, max_q, max_k, window_size=(near, 0)),)
+    assert len(used) == len(q) == len(keys) - 1 and max_q == 1
+    assert used.dtype == keys.dtype == queries.dtype == torch.int32 and used.is_contiguous()
+    column = torch.arange(max_k)
+    before = used[:, None] - 1 - column  # (N, max_k): how far back a key stands
     seen = (before >= 0) & (before <= near) if near >= 0 else before >= 0
-    place = segments.keys[:-1, None] + column
-    keys, values = (torch.where(seen[..., None], t[place, 0], 0) for t in (k, v))  # what is not seen may be NaN
-    scores = (q @ keys.mT / q.shape[-1] ** 0.5).masked_fill(~seen[:, None], float("-inf"))
-    return scores.softmax(-1) @ values
+    place = keys[:-1, None] + column
+    k, v = (torch.where(seen[..., None], t[place, 0], 0) for t in (k, v))  # what is not seen may be NaN
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen[:, None], float("-inf"))
+    return (scores.softmax(-1) @ v,)

@@ -11,11 +11,10 @@ from inference import graphs, slots
 from inference.engine import Engine, Request, follow
 from inference.sampling import Sampling
 from inference.slots import Reading, Slots
-from model import attention
 from model.config import ModelConfig
 from tests.helpers.models import SPEAKER_SHAPE, SPEAKERS, continuation, random_model
 from tests.helpers.tape import record
-from tests.helpers.varlen import flash
+from tests.helpers.varlen import flash_forward
 
 SHAPE, KINDS = SPEAKER_SHAPE, {kind: SPEAKERS[kind] for kind in ("dense", "moe", "mixed")}
 GREEDY = Sampling(temperature=0)
@@ -37,7 +36,7 @@ def way(request, monkeypatch):
     begin = Engine.__init__
     if "flash" in request.param:
         monkeypatch.setattr(slots, "has_flash", lambda *_: True)
-        monkeypatch.setattr(attention, "flash", flash)
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
         for file in ("layers", "transformer"):  # also one product for all heads, which adds to what is there
             monkeypatch.setattr(f"model.{file}.generating_on_gpu", lambda _: torch.is_inference_mode_enabled())
 

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.rope import apply_rope, as_matrix, count_positions, inverse_frequencies, of_each_number, rope_table
 from model.transformer import CausalLM
 from tests.helpers.models import random_model
-from tests.helpers.varlen import flash, varlen_attn
+from tests.helpers.varlen import flash_forward, varlen_attn
 
 KERNELS = ("sdpa", "varlen", "apart", "blocked")
 CONFIG = ModelConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -293,7 +293,7 @@ def test_the_matrix_turns_as_cos_and_sin_do(interleaved, fraction):
 @pytest.mark.parametrize("window", [None, 3])
 def test_single_queries_see_the_keys_that_are_there(window, monkeypatch):
     """Three rows with 5, 1 and 7 keys in a room for 8, of which the rest is NaN: as if each row stood alone."""
-    monkeypatch.setattr(attention, "flash", flash)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
     q, k, v = torch.randn(3, 1, 4, 6), torch.full((3, 2, 8, 6), math.nan), torch.full((3, 2, 8, 6), math.nan)
     lengths = (5, 1, 7)
     for row, length in enumerate(lengths):
