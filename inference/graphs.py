@@ -46,7 +46,7 @@ class FixedDecoding(Decoding):
     """As `Decoding`, but only the device knows how long the rows are: the same kernels serve other lengths."""
 
     def __init__(self, slots: Slots, ends: Tensor, columns: int, heads: Segments | None = None):
-        """ends (B, 1): where each row's new token comes; all of them below `columns`.
+        """ends (B, 1): where each row's new token comes; below `columns`, but for rows that only fill up.
         heads: where the keys of each head are, for torch's flash attention. It needs no mask, and the whole room."""
         self.slots, self.rows, self.places, self.lengths = slots, len(ends), ends, []
         self.most, self.heads = columns, heads
@@ -64,7 +64,8 @@ class FixedDecoding(Decoding):
         column = torch.arange(self.columns, device=self.places.device)
         seen = column <= self.places
         if window is not None and window < self.columns:
-            seen &= column > self.places - window
+            # a row that only fills up may be longer than this: it sees the last keys, as NaN would be left of seeing none
+            seen &= column > self.places.clamp(max=self.columns - 1) - window
         return AttentionMask("sdpa", additive(seen[:, None, None], self.slots.keys.dtype))  # (B, 1, 1, S)
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from inference.drawn import Drawn
-from inference.graphs import CaptureOnCUDA, _stream_for_captures
+from inference.graphs import CaptureOnCUDA, FixedDecoding, _stream_for_captures
+from inference.slots import Slots
+from model.config import ModelConfig
 
 SECOND = torch.device("cuda", 1)
 WAITS = ("its stream waits",)
@@ -86,3 +88,12 @@ def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
     Drawn([], tokens, tokens)
     ((stream,),) = card.log
     assert (stream.name, stream.device) == ("its stream", SECOND)
+
+
+def test_a_row_that_only_fills_up_sees_a_key():
+    """It is 40 long, and the row that counts 3: its window was behind all columns. Softmax of nothing may be NaN, which
+    would be written into what its slot keeps."""
+    shape = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    cache = FixedDecoding(Slots(ModelConfig(**shape), 2, 64, torch.float32), torch.tensor([[3], [40]]), columns=16)
+    assert (cache.mask(4).tensor == 0).sum(-1).flatten().tolist() == [4, 4]
+    assert (cache.mask(None).tensor == 0).sum(-1).flatten().tolist() == [4, 16]
