@@ -98,6 +98,13 @@ def test_top_p_over_more_tokens_than_are_looked_at_first():
     assert 560 < drawn.unique().numel() and drawn.max() < 600
 
 
+def test_top_p_of_1_keeps_all_beside_a_row_with_another():
+    """In fp32 the first token has probability 1, and yet the second one 2e-9."""
+    rows = SamplingRows.of([Sampling(temperature=1.0, top_p=1.0), Sampling(temperature=1.0, top_p=0.5)])
+    noise = torch.tensor([[1e-30, 1 - 2**-24]] * 2)  # for the second one
+    assert draw(torch.tensor([[0.0, -20.0]] * 2), rows, noise).tolist() == [1, 0]
+
+
 def test_a_temperature_of_almost_nothing_takes_the_likeliest():
     """1e-39 made the logits infinite, the probabilities NaN, and top_p look for the token at place -1."""
     logits = torch.tensor([[1.0, 3.0, -2.0], [5.0, 0.0, 4.9]])
