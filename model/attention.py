@@ -205,7 +205,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Ten
 
     Then each head of keys is a segment of its own, whose G queries the kernel takes for heads. With one head of keys it
     makes rows of them without a copy, and divides long segments among the GPU's processors ("Flash-Decoding", Dao et
-    al., 2023).
+    al., 2023). It does neither where G is 1 or where there is a window.
     """
     if mask.used is None:
         return flash(q[0], k[0], v[0], mask, min(q.shape[1], mask.most))[None]
