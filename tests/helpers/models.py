@@ -24,6 +24,7 @@ SPEAKERS = {  # kinds of models that generate text: what they have besides SPEAK
     "dense": {},
     "moe": dict(num_experts=4),
     "window": dict(sliding_window=4),
+    "norms": dict(post_norms=True, qk_norm=True, attention_bias=True, rope_interleaved=True),
     "mixed": dict(  # a window in some layers, half of each head rotated
         sliding_window=6,
         layer_types=("full_attention", "sliding_attention", "sliding_attention"),

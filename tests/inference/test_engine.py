@@ -16,7 +16,7 @@ from tests.helpers.models import SPEAKER_SHAPE, SPEAKERS, continuation, random_m
 from tests.helpers.tape import record
 from tests.helpers.varlen import flash_forward
 
-SHAPE, KINDS = SPEAKER_SHAPE, {kind: SPEAKERS[kind] for kind in ("dense", "moe", "mixed")}
+SHAPE, KINDS = SPEAKER_SHAPE, {kind: SPEAKERS[kind] for kind in ("dense", "moe", "norms", "mixed")}
 GREEDY = Sampling(temperature=0)
 
 
