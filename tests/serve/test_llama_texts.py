@@ -3,9 +3,10 @@
 import httpx
 import pytest
 
+from serve.completions import _prompt_ids
 from tests.helpers.models import tiny_model
 from tests.helpers.servers import Parrot, running, served
-from tests.helpers.tokenizers import BEGINS, ENDS, llama_like
+from tests.helpers.tokenizers import BEGINS, ENDS, glm_like, llama_like
 
 PROMPT, GOES_ON = "the cat", " sat on the mat"
 
@@ -59,3 +60,11 @@ def test_a_stop_word_may_begin_with_the_blank(ask):
 
 def test_where_nothing_stands_before_it_a_text_has_no_blank(ask):
     assert ask(prompt="")["choices"][0]["text"] == GOES_ON.strip()
+
+
+def test_all_that_opens_a_text_is_hidden(tmp_path):
+    """GLM's two tokens, which echo must not tell as the client's."""
+    glm = glm_like(tmp_path)
+    there = served(tiny_model(vocab_size=glm.vocab_size).eval(), tokenizer=glm)
+    ids, hidden = _prompt_ids(there, "the cat")
+    assert (hidden, ids[hidden:]) == (2, glm.encode("the cat")) and ids[:2] == glm.start_of_text
