@@ -64,7 +64,7 @@ class FixedDecoding(Decoding):
         column = torch.arange(self.columns, device=self.places.device)
         seen = column <= self.places
         if window is not None and window < self.columns:
-            # a row that only fills up may be longer than this: it sees the last keys, as NaN would be left of seeing none
+            # a row that only fills up may be longer: it sees the last keys, as seeing none may leave NaN
             seen &= column > self.places.clamp(max=self.columns - 1) - window
         return AttentionMask("sdpa", additive(seen[:, None, None], self.slots.keys.dtype))  # (B, 1, 1, S)
 

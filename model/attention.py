@@ -39,7 +39,8 @@ VARLEN: Callable[..., Any] | None = None  # torch's kernel, once `load_varlen` h
 
 
 class Segments(NamedTuple):
-    """The documents of B rows of T positions, for `varlen` and the kernels like it. The rows are read one after the other, as B * T positions.
+    """The documents of B rows of T positions, for `varlen` and kernels like it. The rows are read one after the other,
+    as B * T positions.
 
     Segment n has the queries queries[n] ... queries[n + 1] - 1 and the keys keys[n] ... keys[n + 1] - 1. The last of
     its queries is at the place of the last of its keys, and each sees what stands before it. Segments that are not
