@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from common.console import UserError
 
 SEEDS = "[0, 9223372036854775808)"  # `within` of every seed: torch takes 64 bits, and ranks or prompts count on from it
+EPOCHS, STEPS = "[1, 1000000]", "[0, 1000000000]"  # `within` of passes over the data, and of steps (0: by passes)
 LONGEST = 2**31 - 2  # tokens of a row; data sets keep its length, with one more, in 32 bits
 MOST_TIMES = 10_000  # that rows may be repeated: more than anybody needs, and memory for all of them
 YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")

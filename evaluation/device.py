@@ -19,6 +19,7 @@ from torch import Tensor
 from inference.engine import Engine, Request
 from inference.sampling import Sampling
 from model.config import ModelConfig
+from model.fused import fused
 from model.moe import grouped_linear
 from model.precision import has_bf16, prepare_for_inference
 from model.quant import dequantize, quantize
@@ -160,12 +161,15 @@ def experts(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def packed_weights(bits: int) -> Callable[[torch.device, torch.dtype], float]:
-    """Weights of 4 or 8 bits, packed and unpacked there."""
+    """Weights of 4 or 8 bits, packed and unpacked there; on CUDA also by compiled code, as large models do it."""
 
     def check(device: torch.device, dtype: torch.dtype) -> float:
         weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
-        unpack = lambda weight, dtype: dequantize(quantize(weight, bits), tuple(weight.shape), dtype).float().cpu()
-        return error(dict(weight=unpack(weight.to(device), dtype)), dict(weight=unpack(weight, torch.float32)))
+        right, packed = dequantize(quantize(weight, bits), (96, 128), torch.float32), quantize(weight.to(device), bits)
+        found = [dequantize(packed, (96, 128), dtype)]
+        if device.type == "cuda":
+            found.append(dequantize(packed, (96, 128), dtype, fused))
+        return max(error(dict(weight=one.float().cpu()), dict(weight=right)) for one in found)
 
     return check
 

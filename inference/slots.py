@@ -170,14 +170,15 @@ class Reading:
         arange = lambda start, stop: torch.arange(start, stop, device=tokens.device)
         self.queries = torch.cat([arange(start, stop) for _, start, stop in self.spans])  # (T,) positions
         self.keys = torch.cat([arange(0, stop) for _, _, stop in self.spans])  # (S,)
-        count = lambda sizes: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        number = lambda sizes: to_device(count(sizes), tokens.device)
-        self.query_part = number([stop - start for _, start, stop in self.spans])  # (T,)
-        self.key_part = number([stop for *_, stop in self.spans])  # (S,)
+        new, all_of_them = zip(*((stop - start, stop) for _, start, stop in self.spans))
         if self.slots.flash:
             bounds = lambda sizes: to_device(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), tokens.device)
-            new, all_of_them = zip(*((stop - start, stop) for _, start, stop in self.spans))
             self.segments = Segments(bounds(new), bounds(all_of_them))
+            if self.one_by_one:
+                return self.queries[None]  # nothing asks for the part of a token
+        count = lambda sizes: torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        number = lambda sizes: to_device(count(sizes), tokens.device)
+        self.query_part, self.key_part = number(new), number(all_of_them)  # (T,), (S,)
         if not self.one_by_one:
             rows = to_device([row for row, *_ in self.spans], tokens.device)
             self.query_rows, self.key_rows = rows[self.query_part], rows[self.key_part]
@@ -211,5 +212,6 @@ class Reading:
             elif not self.one_by_one:
                 found.append(stored[self.key_rows, self.keys][None])
             else:
-                found.append(torch.cat([stored[row, :stop] for row, _, stop in self.spans])[None])
+                there = [stored[row, :stop] for row, _, stop in self.spans]
+                found.append((there[0] if len(there) == 1 else torch.cat(there))[None])  # one needs no copy
         return found[0], found[1]

@@ -11,10 +11,17 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.console import note
+from model.layers import generating
 
 LARGE = 200_000_000  # parameters of a model from which it is worth the wait
+
+
+def may_compile(x: Tensor) -> bool:
+    """Not on Apple's GPUs: nobody has seen what torch's young compiler for them makes of this."""
+    return x.is_cuda and generating()
 
 
 class Fused:

@@ -53,7 +53,7 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         # An AMD adds up twice as many products in bf16 (AVX512-BF16). An Intel does not: what is faster there is AMX,
-        # which some clouds hide. Then a step of `nano` takes 1.5 times as long as in fp32.
+        # which some clouds hide. Then a step of `nano` takes 1.4 times as long as in fp32.
         amx, avx512_bf16 = (
             getattr(torch.cpu, check, bool)() for check in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         )

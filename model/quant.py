@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.console import UserError
-from model.fused import fused
-from model.layers import Head, Linear, generating_on_gpu
+from model.fused import fused, may_compile
+from model.layers import Head, Linear
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
@@ -328,7 +328,7 @@ class QuantLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.compiles and generating_on_gpu(x):
+        if self.compiles and may_compile(x):
             return F.linear(x, dequantize(self.packed, (self.out_features, self.in_features), x.dtype, fused), bias)
         return _QuantMatmul.apply(x, bias, self.kind, (self.out_features, self.in_features), *self.packed)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from common.console import UserError, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
-from common.values import LONGEST, SEEDS
+from common.values import EPOCHS, LONGEST, SEEDS, STEPS
 from scripts.commands import call
 
 MINIMIND = "MiniMind2-PyTorch"  # in the table of model/hub.py
@@ -46,8 +46,8 @@ class QuickstartConfig(Options):
     )
     out_dir: str = option(str(ROOT / "out"), "results go into a folder of the adapter's name here", path=True)
     from_weight: str = option("full_sft", "the model: a name in out_dir or out/, a file or a directory")
-    epochs: int = option(10, "passes over the data", within="[1, 1000000]")
-    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within="[0, 1000000000]")
+    epochs: int = option(10, "passes over the data", within=EPOCHS)
+    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within=STEPS)
     batch_size: int = option(4, "rows of an optimiser step", within="[1, inf)")
     learning_rate: float = option(1e-4, "peak learning rate", within="(0, inf)")
     max_length: int = option(512, "tokens in a row", aliases=("max_seq_len",), within=f"[2, {LONGEST}]")

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from common.console import UserError
 from common.files import ROOT
 from common.options import Options, option
-from common.values import LONGEST, SEEDS
+from common.values import EPOCHS, LONGEST, SEEDS, STEPS
 from model.config import PRESETS
 from trainer.loop import launch
 from trainer.recipes import HELP, RECIPES, default_recipe, rate_for_width, recipe_options
@@ -156,8 +156,8 @@ class StageConfig(LoRAOptions):
     )
     cache_dir: str | None = option(None, "where token caches go (default: beside the data)", path=True)
     # optimisation
-    epochs: int = option(1, "passes over the data", aliases=("num_epochs", "num_train_epochs"), within="[1, 1000000]")
-    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within="[0, 1000000000]")
+    epochs: int = option(1, "passes over the data", aliases=("num_epochs", "num_train_epochs"), within=EPOCHS)
+    max_steps: int = option(0, "stop after N optimiser steps (0: by epochs)", within=STEPS)
     batch_size: int = option(
         32, "examples at once on each device", aliases=("per_device_train_batch_size",), within="[1, inf)"
     )

@@ -88,11 +88,15 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would notice a Ctrl-C only after the whole training
+    # Python would notice a Ctrl-C only after the whole training. Where it is ignored, it stays so.
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if raises:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         tokenizer.train_from_iterator(texts, trainer)
     finally:
-        signal.signal(signal.SIGINT, before)
+        if raises:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     spec = json.loads(tokenizer.to_str())

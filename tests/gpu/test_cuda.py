@@ -6,7 +6,7 @@ python -m pytest -m gpu tests/gpu          # about a minute; skipped where there
 import pytest
 import torch
 
-from evaluation.device import CHECKS, WINDOWS, build, dtypes_of, error, limit, losses_and_gradients, rows
+from evaluation.device import CHECKS, SHAPE, WINDOWS, build, dtypes_of, error, limit, losses_and_gradients, rows
 from inference.engine import Engine, Request
 from inference.generate import generate
 from inference.sampling import Sampling
@@ -25,9 +25,6 @@ from trainer.run import resume
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CUDA = torch.device("cuda", 0)
-SHAPE = dict(
-    vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64
-)
 
 
 def has_flash() -> bool:

@@ -33,7 +33,7 @@ def test_large_models_take_it_while_a_gpu_generates(monkeypatch):
         exact = model(TINY_TOKENS).logits
         assert not calls, "a CPU unpacks piece by piece"
         with monkeypatch.context() as patch:
-            patch.setattr(quant, "generating_on_gpu", lambda _: True)
+            patch.setattr(quant, "may_compile", lambda _: True)
             assert torch.equal(model(TINY_TOKENS).logits, exact)
         layers = sum(isinstance(module, QuantLinear) for module in model.modules())
         assert len(calls) == (layers if large else 0)
