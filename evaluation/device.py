@@ -21,8 +21,8 @@ from inference.sampling import Sampling
 from model.config import ModelConfig
 from model.fused import fused
 from model.moe import grouped_linear
+from model.packed import dequantize, mv, quantize
 from model.precision import has_bf16, prepare_for_inference
-from model.quant import dequantize, quantize
 from model.transformer import CausalLM
 
 SHAPE = dict(
@@ -161,15 +161,20 @@ def experts(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def packed_weights(bits: int) -> Callable[[torch.device, torch.dtype], float]:
-    """Weights of 4 or 8 bits, packed and unpacked there; on CUDA also by compiled code, as large models do it."""
+    """Weights of 4 or 8 bits, packed, unpacked and multiplied there; on CUDA by compiled code, as in large models."""
 
     def check(device: torch.device, dtype: torch.dtype) -> float:
-        weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
-        right, packed = dequantize(quantize(weight, bits), (96, 128), torch.float32), quantize(weight.to(device), bits)
-        found = [dequantize(packed, (96, 128), dtype)]
-        if device.type == "cuda":
-            found.append(dequantize(packed, (96, 128), dtype, fused))
-        return max(error(dict(weight=one.float().cpu()), dict(weight=right)) for one in found)
+        generator = torch.Generator().manual_seed(0)
+        weight, x = torch.randn(96, 128, generator=generator), torch.randn(128, generator=generator)
+        unpacked = dequantize(quantize(weight, bits), weight.shape, torch.float32)
+        right = dict(weight=unpacked, compiled=unpacked, product=unpacked @ x)
+        packed, how = quantize(weight.to(device), bits), fused if device.type == "cuda" else lambda f: f
+        found = dict(
+            weight=dequantize(packed, weight.shape, dtype),
+            compiled=dequantize(packed, weight.shape, dtype, how),
+            product=how(mv)(packed, x.to(device, dtype)),
+        )
+        return error({name: tensor.float().cpu() for name, tensor in found.items()}, right)
 
     return check
 

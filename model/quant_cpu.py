@@ -38,7 +38,7 @@ ROWS_AT_ONCE = 1024  # that are packed: bounds the memory it takes
 class CPULinear(Linear):
     """A Linear with a packed, frozen weight. It has no `weight`: the packed tensors are buffers.
 
-    It takes the place of the head too, and then `loss` and `size` are those of `model.transformer.Head`.
+    It takes the place of the head too, and then `loss` and `size` are those of `model.layers.Head`.
     """
 
     bits: int

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dataset.batches.loader import Copier
-from model import quant
+from model import packed
 from model.attention import find_segments
 from model.checkpoint import save_weights
 from tests.helpers.models import TOKENIZER, small_model
@@ -113,7 +113,7 @@ def steps(monkeypatch):
         engine.model.attention_kernel = "varlen"
         engine.total, performed = min(3, engine.total), []
         engine.loader.copier = Copier(CARD)
-        quant.keep_tables(CARD)  # as a run does once, when they are first used
+        packed.keep_tables(CARD)  # as a run does once, when they are first used
         with monkeypatch.context() as patch, watched(monkeypatch):
             patch.setattr(Engine, "train_step", lambda *given: results.append(train_step(*given)) or results[-1])
             # in fp16 the next step's loss scale depends on this one: it does wait
@@ -235,14 +235,14 @@ def test_a_block_is_one_graph_on_the_card_too(experts):
 
 def test_tables_of_packed_weights_are_not_copied_at_each_step():
     """They were a part of compiled code: 16 copies a step of eight layers, and each of them waits for the card."""
-    packed = quant.NF4(*(torch.zeros(of, device=CARD) for of in ((64,), (2,), (1,), ())))
-    packed = packed._replace(codes=packed.codes.byte(), scale_codes=packed.scale_codes.byte())
-    quant.keep_tables(CARD)
+    weight = packed.NF4(*(torch.zeros(of, device=CARD) for of in ((64,), (2,), (1,), ())))
+    weight = weight._replace(codes=weight.codes.byte(), scale_codes=weight.scale_codes.byte())
+    packed.keep_tables(CARD)
     seen = []
 
     def graph(module, inputs):
         seen.extend(value for value in inputs if isinstance(value, torch.Tensor))
         return module.forward
 
-    torch.compile(lambda: quant.dequantize(packed, (2, 64), torch.bfloat16), fullgraph=True, backend=graph)()
+    torch.compile(lambda: packed.dequantize(weight, (2, 64), torch.bfloat16), fullgraph=True, backend=graph)()
     assert len(seen) == 6 and all(value.device == CARD for value in seen), "four of the weight, and two tables"

@@ -23,24 +23,20 @@ from model.lora import (
     remove_lora,
     unmerge,
 )
-from model.precision import lower_frozen
-from model.quant import (
+from model.packed import (
     NF4,
     NF4_CODE,
     Int8,
-    QuantLinear,
     _nearest,
     _nearest_nf4,
-    bytes_per_parameter,
     dequantize,
     dequantize_int8,
     quantize,
     quantize_int8,
-    quantize_model,
     quantize_nf4,
-    quantized,
-    unpack_model,
 )
+from model.precision import lower_frozen
+from model.quant import QuantLinear, bytes_per_parameter, quantize_model, quantized, unpack_model
 from model.transformer import CausalLM
 from tests.helpers.models import TINY_TOKENS as TOKENS
 from tests.helpers.models import tiny_model
@@ -144,7 +140,7 @@ def test_pieces_make_no_difference(monkeypatch):
     """On CPUs, a large layer is converted piece by piece."""
     weight = random(40, 200)
     whole = quantize_nf4(weight), quantize_int8(weight)
-    monkeypatch.setattr("model.quant.PIECE", 256)
+    monkeypatch.setattr("model.packed.PIECE", 256)
     for packed, pieces in zip(whole, (quantize_nf4(weight), quantize_int8(weight))):
         assert all(torch.equal(a, b) for a, b in zip(packed, pieces))
     small = dequantize(whole[0], (40, 200), torch.bfloat16), dequantize_int8(whole[1], torch.bfloat16)

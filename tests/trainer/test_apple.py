@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.quant import TABLES
+from model.packed import TABLES
 from trainer.loop.backend import Backend
 from trainer.run.plan import forget_peak
 

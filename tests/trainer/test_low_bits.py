@@ -14,7 +14,8 @@ from evaluation.models import open_models
 from model.adapter import load_adapter
 from model.checkpoint import load_weights
 from model.lora import adapted
-from model.quant import QuantLinear, dequantize, quantize, quantized
+from model.packed import dequantize, quantize
+from model.quant import QuantLinear, quantized
 from tests.helpers.compare import same
 from tests.helpers.runs import FLAGS, run_script, run_stage, torchrun, train_twice
 from tests.helpers.stages import prepare_stages, stage_flags

@@ -16,7 +16,7 @@ import torch
 from common.console import UserError
 from dataset.batches.loader import FEW_SHAPES, Loader
 from dataset.tokens.cache import compiled_cache
-from model.quant import keep_tables
+from model.packed import keep_tables
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
