@@ -36,6 +36,7 @@ SMALLEST_BLOCK = 128  # queries: four blocks of 32 took longer than one of 128 (
 SHORT = 128
 LONG = 512  # positions: in rows of 256, one call for each document costs more than it saves (nano, documents of 55)
 VARLEN: Callable[..., Any] | None = None  # torch's kernel, once `load_varlen` has found it
+HAS_FLASH = torch.backends.cuda.is_flash_attention_available()  # torch's builds for Windows are made without it
 
 
 class Segments(NamedTuple):
@@ -291,7 +292,7 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     more than 128 have no backward pass on all of these cards."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim > 128 or head_dim % 8:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return HAS_FLASH and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

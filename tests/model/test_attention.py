@@ -378,11 +378,14 @@ def test_a_loaders_segments_are_used_as_they_are(monkeypatch):
 
 def test_which_kernel_is_taken(monkeypatch):
     """Packed rows on a card with flash attention: varlen. Without a mask sdpa has a flash kernel of its own. Too old a
-    card, fp32, wide heads, too old a torch: sdpa with a mask."""
+    card, fp32, wide heads, too old a torch, one for Windows: sdpa with a mask."""
     from model.attention import has_flash
 
     cuda, model = torch.device("cuda", 0), CausalLM(CONFIG)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(attention, "HAS_FLASH", False)
+    assert not has_flash(cuda, torch.bfloat16, 64)
+    monkeypatch.setattr(attention, "HAS_FLASH", True)
     assert has_flash(cuda, torch.bfloat16, 64) and has_flash(cuda, torch.float16, 128)
     assert not has_flash(cuda, torch.float32, 64) and not has_flash(cuda, torch.bfloat16, 192)
     assert not has_flash(torch.device("cpu"), torch.bfloat16, 64)
