@@ -204,7 +204,8 @@ class CaptureOnCUDA:
             finally:  # also if there is no memory for it: what it has queued writes tokens and slots
                 here.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            # other threads may use the GPU meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            # Other threads may use the GPU meanwhile. After an error torch would stay on the graph's stream.
+            capturing = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+            with torch.cuda.stream(here), capturing:
                 found = function()
         return graph.replay, found

@@ -54,7 +54,9 @@ def test_everything_is_captured_on_one_stream_of_the_models_device(monkeypatch):
         capture(lambda: card.log.append(("computed",)))
         own, computed = capture.stream, ("computed",)
         warm_up = [("another stream waits",), ("stream", own), computed, computed, ("stream ends",), WAITS]
-        assert card.log == [("device", SECOND), *warm_up, ("graph", own), computed, ("graph ends",), ("device ends",)]
+        captured = [("graph", own), computed, ("graph ends",)]
+        assert card.log[:7] == [("device", SECOND), *warm_up] and card.log[8:-2] == captured
+        assert card.log[-2:] == [("stream ends",), ("device ends",)]
         assert own.device == SECOND
 
 
@@ -75,6 +77,27 @@ def test_what_was_queued_before_there_was_no_memory_is_waited_for(monkeypatch):
     with pytest.raises(RuntimeError):
         CaptureOnCUDA(SECOND)(fails)
     assert card.log[-3:] == [("stream ends",), WAITS, ("device ends",)]
+
+
+def test_a_failed_capture_leaves_the_thread_on_its_own_stream(monkeypatch):
+    """torch does not: `graph` leaves its stream only after the capture has ended without an error (2.11, 2.13)."""
+    card = Card(monkeypatch)
+
+    class Graph:
+        def __init__(self, _, stream, **__):
+            self.stream = stream
+
+        def __enter__(self):
+            card.log.append(("stream", self.stream))
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    with pytest.raises(RuntimeError, match="previous error"):
+        CaptureOnCUDA(SECOND)(lambda: None)
+    *_, (_, outer), (_, captured), ended, _ = card.log
+    assert (outer.name, captured.name, ended) == ("its stream", "another stream", ("stream ends",))
 
 
 def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
