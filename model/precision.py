@@ -50,7 +50,8 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Whether products are faster in bf16 than in fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # torch.cuda.is_bf16_supported tells it of the current one
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         # An AMD adds up twice as many products in bf16 (AVX512-BF16). An Intel does not: what is faster there is AMX,
         # which some clouds hide. Then a step of `nano` takes 1.4 times as long as in fp32.

@@ -127,6 +127,14 @@ def test_fast_fp32_training_rounds_nothing(rows):
     assert (x.bfloat16() @ w.bfloat16() - X @ W).abs().max() > 1e-2, "what would be noticed"
 
 
+def test_the_card_itself_is_asked_for_bf16(monkeypatch):
+    """A T4 beside a 3060: `--device cuda:1` took what the first card has, the current one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 6)][device.index])
+    t4, rtx3060 = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert pick_dtype("auto", t4) == (torch.float16, "") and pick_dtype("auto", rtx3060) == (torch.bfloat16, "")
+
+
 @pytest.mark.parametrize(("name", "rank"), (("cuda:1", 0), ("cuda", 1), ("auto", 1)))
 def test_a_card_that_is_not_there(name, rank, monkeypatch):
     """It ended in torch's traceback. A launcher starts as many processes as it is told, whatever the machine has."""
