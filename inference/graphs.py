@@ -14,7 +14,8 @@ Letters: B rows, S columns, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -180,8 +181,21 @@ def size_for(needed: int, least: int, most: int) -> int:
 
 @cache
 def _stream_for_captures(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """One for all engines of a thread, which come and go: cuBLAS keeps 32 MB for each stream on Hopper, for ever."""
+    """One for all engines of a thread, which come and go: torch has 32 streams, and gives them out in turn."""
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_workspace_of_the_stream() -> Iterator[None]:
+    """What cuBLAS's products need besides comes from the graphs' own memory. torch keeps a piece for each stream, 32 MB
+    on Hopper, and a graph would have its address. In torch 2.13 that piece is freed with any graph of the stream, also
+    one of another engine, while the others go on writing there (https://github.com/pytorch/pytorch/issues/193402)."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)  # as torch's compiler does around its graphs
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 class CaptureOnCUDA:
@@ -206,6 +220,6 @@ class CaptureOnCUDA:
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile. After an error torch would stay on the graph's stream.
             capturing = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-            with torch.cuda.stream(here), capturing:
+            with torch.cuda.stream(here), _no_workspace_of_the_stream(), capturing:
                 found = function()
         return graph.replay, found

@@ -13,6 +13,7 @@ from model.config import ModelConfig
 
 SECOND = torch.device("cuda", 1)
 WAITS = ("its stream waits",)
+CLEARED = ("workspaces cleared",)
 
 
 class Card:
@@ -28,6 +29,8 @@ class Card:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.make("another stream", device))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=0: self.make("its stream", device))
+        clear = lambda: self.log.append(CLEARED)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)  # CPU builds have none
         monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda *of: self.log.append(of)))
 
     def make(self, name, device):
@@ -54,14 +57,14 @@ def test_everything_is_captured_on_one_stream_of_the_models_device(monkeypatch):
         capture(lambda: card.log.append(("computed",)))
         own, computed = capture.stream, ("computed",)
         warm_up = [("another stream waits",), ("stream", own), computed, computed, ("stream ends",), WAITS]
-        captured = [("graph", own), computed, ("graph ends",)]
+        captured = [CLEARED, ("graph", own), computed, ("graph ends",), CLEARED]
         assert card.log[:7] == [("device", SECOND), *warm_up] and card.log[8:-2] == captured
         assert card.log[-2:] == [("stream ends",), ("device ends",)]
         assert own.device == SECOND
 
 
 def test_the_next_engine_captures_on_the_same_stream(monkeypatch):
-    """Each validation with --health_prompts has an engine of its own; cuBLAS keeps memory for every stream."""
+    """Each validation with --health_prompts has an engine of its own; torch has 32 streams."""
     Card(monkeypatch)
     assert CaptureOnCUDA(SECOND).stream is CaptureOnCUDA(SECOND).stream
     assert CaptureOnCUDA(SECOND).stream is not CaptureOnCUDA(torch.device("cuda", 2)).stream
@@ -96,8 +99,9 @@ def test_a_failed_capture_leaves_the_thread_on_its_own_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Graph)
     with pytest.raises(RuntimeError, match="previous error"):
         CaptureOnCUDA(SECOND)(lambda: None)
-    *_, (_, outer), (_, captured), ended, _ = card.log
+    *_, (_, outer), before, (_, captured), after, ended, _ = card.log
     assert (outer.name, captured.name, ended) == ("its stream", "another stream", ("stream ends",))
+    assert before == after == CLEARED
 
 
 def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
