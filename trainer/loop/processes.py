@@ -14,8 +14,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from common.console import UserError
 from common.options import Options
-from model.precision import pick_device
+from model.precision import pick_device, pick_dtype
 from trainer.loop.backend import DDP, Backend
 from trainer.loop.deepspeed import STAGES
 from trainer.loop.launch import deepspeed_config
@@ -49,6 +50,12 @@ def start(config: Options):
     """Context with the backend that the launcher asked for; the process group ends with it."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     sharded = config.backend == "deepspeed"
+    together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1))  # torchrun's, DeepSpeed's
+    if device.type != "cpu" and ":" in config.device and together > 1:  # NCCL refuses it, unclearly
+        raise UserError(
+            f"--device {config.device}: {together} processes would share this card; give --device {device.type}, then "
+            "each takes its own (CUDA_VISIBLE_DEVICES chooses among them)"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)  # memory is measured on the current device
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not sharded:
@@ -61,9 +68,21 @@ def start(config: Options):
     bound = dict(device_id=device) if kind == "nccl" else {}  # else torch guesses it at each barrier, and warns
     dist.init_process_group(kind, timeout=timeout, **bound, **_rendezvous(timeout))
     try:
-        yield _sharded(device, timeout, config) if sharded else DDP(device, timeout)
+        backend = _sharded(device, timeout, config) if sharded else DDP(device, timeout)
+        check_precision(config, backend)
+        yield backend
     finally:
         dist.destroy_process_group()
+
+
+def check_precision(config: Options, backend: Backend) -> None:
+    """fp16 on some ranks only is an error: these scale their loss, the others do not, and the gradients are averaged.
+    Cards of two kinds come to it, as each process looks at its own."""
+    own = str(pick_dtype(config.dtype, backend.device)[0]).removeprefix("torch.")
+    found = backend.gather_objects(own)
+    if "float16" in found and len(set(found)) > 1:
+        ranks = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(found))
+        raise UserError(f"--dtype {config.dtype}: the cards differ ({ranks}); give --dtype float16, which all have")
 
 
 def _sharded(device: torch.device, timeout: timedelta, config: Options) -> Backend:

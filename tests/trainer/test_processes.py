@@ -1,0 +1,42 @@
+"""Processes that the launcher started, and the cards that they take."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.console import UserError
+from trainer.loop import processes
+
+
+@pytest.mark.parametrize("name", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+def test_two_processes_do_not_share_one_card(name, monkeypatch):
+    """`torchrun --nproc_per_node 2 ... --device cuda:0` put both on one card: NCCL's "invalid usage" was taken for a
+    process that had ended."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(processes, "pick_device", lambda *_: torch.device("cuda", 0))
+    with pytest.raises(UserError, match="--device cuda:0: 2 processes would share this card; give --device cuda,"):
+        with processes.start(SimpleNamespace(device="cuda:0", backend="ddp", ddp_timeout=1)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("found", "fine"),
+    (
+        (("bfloat16", "float16"), False),  # a 3060 and a 2060: one scaled its loss by 2^14, the other did not
+        (("float16", "float32"), False),
+        (("float16", "float16"), True),
+        (("bfloat16", "float32"), True),  # two kinds of CPUs: no loss is scaled
+    ),
+)
+def test_cards_of_two_kinds_do_not_mix_scaled_and_other_gradients(found, fine, monkeypatch):
+    """Each process took the best precision of its own card, and the gradients were averaged, scaled or not."""
+    monkeypatch.setattr(processes, "pick_dtype", lambda *_: (torch.bfloat16, ""))
+    backend = SimpleNamespace(device=torch.device("cpu"), gather_objects=lambda own: list(found))
+    check = lambda: processes.check_precision(SimpleNamespace(dtype="auto"), backend)
+    if fine:
+        check()
+        return
+    with pytest.raises(UserError, match=rf"rank 0 {found[0]}, rank 1 {found[1]}\); give --dtype float16"):
+        check()
