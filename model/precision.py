@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from common.console import UserError
+from model.cards import card_out_of_reach, missing_code, note_once, why_no_card
 from model.fused import LARGE
 from model.layers import FeedForward, Linear, RMSNorm
 from model.moe import Experts
@@ -27,23 +28,36 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     Apple's (mps) is only taken by name: that a step which is not finite leaves the weights alone is untested there.
     """
     if name == "npu":
-        importlib.import_module("torch_npu")  # registers the device; untested here
+        try:
+            importlib.import_module("torch_npu")  # registers the device; untested here
+        except ImportError:
+            raise UserError("--device npu: needs torch_npu, which is not installed; use --device auto") from None
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    asked, found = name, accelerator.type if accelerator else "cpu"
     if name == "auto":
-        name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
+        name = found if found != "mps" else "cpu"
+        if not accelerator and (problem := card_out_of_reach()):
+            note_once(f"computing on the CPU: {problem}")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:1, mps or npu") from None
-    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
-        found = accelerator.type if accelerator else "cpu"
-        raise UserError(f"--device {name}: this machine or this build of torch has none; use --device {found}")
+    if device.type not in ("cpu", found):
+        reason = "this machine or this build of torch has none"
+        if device.type == "cuda" and not accelerator:
+            reason = why_no_card()
+        raise UserError(f"--device {name}: {reason}; use --device {found}")
     if device.type != "cpu" and device.index is None and device.type != "mps":
         device = torch.device(device.type, local_rank)
     if device.index and device.index >= (count := torch.accelerator.device_count()):
         raise UserError(
             f"--device {device}: this machine has {count}, counted from 0; of several processes each needs its own"
         )
+    if problem := missing_code(device):
+        if asked != "auto":
+            raise UserError(f"--device {asked}: {problem}; or use --device cpu")
+        note_once(f"computing on the CPU: {problem}")
+        device = torch.device("cpu")
     return device
 
 

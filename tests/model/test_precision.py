@@ -1,11 +1,15 @@
 """What is prepared for generation computes what it computed before."""
 
 import copy
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.console import UserError
+from model import cards
 from model.layers import RMSNorm
 from model.lora import LoRASettings, add_lora
 from model.precision import fast_fp32_training, has_bf16, pick_device, pick_dtype, prepare_for_inference
@@ -143,3 +147,87 @@ def test_a_card_that_is_not_there(name, rank, monkeypatch):
     assert pick_device("cuda") == pick_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(UserError, match="cuda:1: this machine has 1, counted from 0"):
         pick_device(name, rank)
+
+
+def machine(monkeypatch, *, cuda, driver, capability=None, kernels=()):
+    """cuda: of the build of torch. driver: its (cards, version). capability: of the one card that torch sees."""
+    there = capability is not None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda") if there else None)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: int(there))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu" if cuda is None else "2.13.0+cu130")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(kernels))
+    monkeypatch.setattr(cards, "_driver", lambda: driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cards.note_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "message"),
+    (
+        (None, (1, 13000), r"torch 2.13.0\+cpu is built without CUDA.*pip install torch==2.13.0\+cu130 --index-url"),
+        ("13.0", (1, 12040), r"torch for CUDA 13.0 cannot use the NVIDIA card, whose driver knows CUDA up to 12.4"),
+    ),
+)
+def test_a_card_that_torch_cannot_use_is_said(cuda, driver, message, monkeypatch, capsys):
+    """A run trained on the CPU without a word, and --device cuda said that the machine or the build has none."""
+    machine(monkeypatch, cuda=cuda, driver=driver)
+    assert pick_device("auto") == pick_device("auto") == torch.device("cpu")
+    said = capsys.readouterr().err
+    assert re.match("computing on the CPU: " + message, said) and said.count("\n") == 1, "once"
+    with pytest.raises(UserError, match="--device cuda: " + message + ".*; use --device cpu"):
+        pick_device("cuda")
+
+
+def test_why_no_card_is_found(monkeypatch, capsys):
+    machine(monkeypatch, cuda="13.0", driver=(0, 0))
+    with pytest.raises(UserError, match="torch finds no card; if there is one, see with nvidia-smi"):
+        pick_device("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="no card is visible with CUDA_VISIBLE_DEVICES=; use --device cpu"):
+        pick_device("cuda:0")
+    assert pick_device("auto") == torch.device("cpu") and capsys.readouterr().err == "", "a laptop without a card"
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    with pytest.raises(UserError, match="--device npu: needs torch_npu"):
+        pick_device("npu")
+
+
+CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "message"),
+    (
+        ((6, 1), CU130, r"capability 6.1; pip install torch==2.13.0\+cu126 .*/cu126 has it for cards from 5.0"),
+        ((12, 0), ("sm_80", "sm_90"), "capability 12.0; install a newer build"),
+        ((12, 0), ("sm_80", "compute_90"), ""),  # translated when it is loaded
+        ((8, 9), CU130, ""),  # runs the code of 8.6
+        ((7, 5), CU130, ""),
+        ((9, 0), ("sm_90a",), ""),
+        ((8, 0), ("sm_86",), "capability 8.0"),
+    ),
+)
+def test_a_card_that_this_torch_has_no_code_for(capability, kernels, message, monkeypatch, capsys):
+    """A GTX 1080 Ti under a build for CUDA 13 ended in "no kernel image is available", with a traceback."""
+    machine(monkeypatch, cuda="13.0", driver=(1, 13000), capability=capability, kernels=kernels)
+    if not message:
+        assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:0")
+        return
+    with pytest.raises(UserError, match="--device cuda: torch .* has no code for cards of " + message):
+        pick_device("cuda")
+    assert pick_device("auto") == torch.device("cpu")
+    assert re.match("computing on the CPU: torch .* has no code for cards of " + message, capsys.readouterr().err)
+
+
+def test_bf16_is_a_question_to_the_named_card(monkeypatch):
+    """`eval_model.py --device cuda:1` asked cuda:0: a 2060 beside a 3060 computed in bf16, which it has to emulate."""
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    majors = {0: 8, 1: 7}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda on: SimpleNamespace(major=majors[on.index]))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # of the current one
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert pick_dtype("auto", first)[0] == torch.bfloat16 and pick_dtype("auto", second)[0] == torch.float16
