@@ -178,6 +178,17 @@ def test_a_training_step(on_card, tmp_path):
     assert found["copies: to-card-pinned, bytes"] == 2 * 65 * 8 and not found["graphs: launched"]
 
 
+SORT = """
+import json, torch
+print(json.dumps(torch.rand(4, 6400, device="cuda").sort(descending=True).values.sum().item()))
+"""
+
+
+def test_a_card_that_runs_the_code_of_another(on_card):
+    """On the capability 8.9, of which torch has no code of its own, sorting ended in "invalid device function"."""
+    assert on_card(SORT, "--capability=8.9") == 0
+
+
 MESSAGES = """
 import json, torch, torch.distributed as dist
 card = torch.device("cuda", 1)

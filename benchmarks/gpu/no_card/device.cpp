@@ -129,7 +129,8 @@ API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void* f) 
   if (!function) return fail(cudaErrorInvalidDeviceFunction);
   memset(found, 0, sizeof *found);
   found->maxThreadsPerBlock = 1024, found->numRegs = 64;  // 1,024 threads of 64 fill a multiprocessor's registers
-  found->binaryVersion = found->ptxVersion = model.major * 10 + model.minor;
+  int minor = model.major == 8 && model.minor == 9 ? 6 : model.minor;  // torch has none for 8.9, which runs that of 8.6
+  found->binaryVersion = found->ptxVersion = model.major * 10 + minor;
   found->maxDynamicSharedSizeBytes = function->dynamic_shared;
   return cudaSuccess;
 }
