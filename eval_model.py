@@ -247,4 +247,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, smaller="keep the weights in fewer bits (--load_in_4bit)")

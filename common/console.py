@@ -1,13 +1,14 @@
 """What a program says to its user: mistakes in one line, the progress of long work, and only what is safe to print.
 
 if __name__ == "__main__":
-    run(main)      # UserError: one line and status 2; Ctrl-C: 130; any other exception: its traceback
+    run(main)      # UserError, no memory: one line and status 2; Ctrl-C: 130; any other exception: its traceback
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import tempfile
 import time
@@ -24,6 +25,8 @@ UNSAFE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n
 for _codes in (range(0x7F, 0xA0), (0x061C, 0x200E, 0x200F), range(0x202A, 0x202F), range(0x2066, 0x206A)):
     UNSAFE |= dict.fromkeys(_codes, "\ufffd")
 UNSAFE |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
 
 
 class Coloured(str):
@@ -87,8 +90,15 @@ def _obeys_escapes(stream: TextIO) -> bool:
     return bool(kernel.GetConsoleMode(handle, ctypes.byref(mode)) and kernel.SetConsoleMode(handle, mode.value | obey))
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Calls main(). A user's mistake is printed in one line, a bug with its traceback.
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a device's or the machine's. torch raises a RuntimeError of its own, or a plain one."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
+
+
+def run(main: Callable[[], Any], smaller: str = "use a smaller model") -> None:
+    """Calls main(). A user's mistake is printed in one line, and so is that memory ran out; a bug with its traceback.
+
+    smaller  what the program can do with less memory
 
     SPARROW_TRACEBACK=1 in the environment: mistakes are printed with their traceback, too.
     The exit status is 2 after a mistake, 130 after Ctrl-C, 141 if whoever read the output (`| head`) has closed it.
@@ -104,6 +114,13 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error) or os.environ.get("SPARROW_TRACEBACK", "0") != "0":
+            raise
+        asked = re.search(r"Tried to allocate.*? is free\.", str(error))  # torch's, of a GPU: how much, of how much
+        way = f"{asked[0]} See in nvidia-smi what else is there, {smaller}, or use --device cpu" if asked else smaller
+        print(f"error: out of memory: {printable(way, one_line=True)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (UserError, OSError) as error:
         if _is_closed_pipe(error):  # `... | head`: the reader has left, so nothing more can be written
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

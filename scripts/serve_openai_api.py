@@ -212,4 +212,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    smaller = "lower --max_num_seqs or --max_seq_len, keep the weights in fewer bits (--load_in_4bit)"
+    run(main, smaller)

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
-from common.console import UserError, note
+from common.console import UserError, note, ran_out_of_memory
 from inference.engine import Request as EngineRequest
 from inference.sampling import Sampling
 from serve.choices import Choices, answering
@@ -76,9 +76,13 @@ class Server:
                 return False
             try:
                 table, remarks = await asyncio.to_thread(self.load)
-            except UserError as error:
-                note(f"not loaded again: {error}")
-                what = f"The files cannot be loaded, and the models stay as they were: {error}"
+            except (UserError, RuntimeError, MemoryError) as error:
+                if not isinstance(error, UserError) and not ran_out_of_memory(error):
+                    raise
+                full = "out of memory, which would have to hold the old ones and the new; start the server again"
+                reason = error if isinstance(error, UserError) else full
+                note(f"not loaded again: {reason}")
+                what = f"The files cannot be loaded, and the models stay as they were: {reason}"
                 raise Refused(what, None, "reload_failed", 409) from None
             for remark in remarks:
                 note(remark)

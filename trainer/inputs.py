@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.console import UserError, check_writable, takes_colour
+from common.console import UserError, check_writable, ran_out_of_memory, takes_colour
 from common.files import ROOT
 from dataset.read.hub import KNOWN, find_data
 from dataset.read.mapping import read_mapping
@@ -24,7 +24,6 @@ from model.resize import add_tokens
 from model.transformer import CausalLM
 from tokenizer.chat import show_labels
 from tokenizer.text import Tokenizer
-from trainer.loop.interrupts import NO_MEMORY
 from trainer.stage import StageConfig
 
 # The files of MiniMind's data set as people keep them in dataset/, best first. Of other kinds: dataset/<kind>.jsonl
@@ -194,7 +193,7 @@ def build_fresh(shape: ModelConfig) -> CausalLM:
     try:
         return CausalLM(shape)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        if ran_out_of_memory(error):
             size = count_parameters(shape)
             raise UserError(
                 f"out of memory: the model would have {size:,} parameters, {4 * size / 2**30:,.0f} GiB; lower "
@@ -208,7 +207,16 @@ def build_parent(config: StageConfig, parent: Checkpoint) -> CausalLM:
     bits."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype = pick_dtype(config.dtype, device)[0] if config.trains_adapter else None
-    return parent.build(dtype, config.bits, device)
+    try:
+        return parent.build(dtype, config.bits, device)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        way = "" if config.bits == 4 else "; --use_lora --load_in_4bit keeps most weights in half a byte each"
+        raise UserError(
+            f"out of memory: the weights of {parent.path} alone do not fit into {device}{way}. See what else is in its "
+            "memory (nvidia-smi), or take a smaller model"
+        ) from error
 
 
 def open_parent(

@@ -39,6 +39,26 @@ def test_a_users_mistake_in_a_worker_process_is_one_line_too(capsys):
         )
 
 
+FULL = """CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 11.60 GiB of which 5.12 MiB \
+is free. Of the allocated memory 11.2 GiB is allocated by PyTorch, and 0 bytes is reserved but unallocated."""
+
+
+def test_no_memory_is_one_line_that_says_what_to_do(capsys):
+    """eval_model.py, the server and others ended in a traceback on a card that was too small or full."""
+
+    def main(error):
+        raise error
+
+    code, text = ending(lambda: main(RuntimeError(FULL)), capsys)  # torch.OutOfMemoryError is one
+    assert code == 2 and text == (
+        "error: out of memory: Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 11.60 GiB of which 5.12 MiB "
+        "is free. See in nvidia-smi what else is there, use a smaller model, or use --device cpu\n"
+    )
+    assert ending(lambda: main(MemoryError()), capsys) == (2, "error: out of memory: use a smaller model\n")
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(lambda: main(RuntimeError("shapes do not fit")))
+
+
 @pytest.mark.parametrize(
     "bug", [lambda: int("x"), lambda: json.loads("{"), lambda: {}["key"], lambda: "é".encode("ascii")]
 )

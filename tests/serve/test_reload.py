@@ -105,6 +105,20 @@ def test_a_file_that_cannot_be_read_changes_nothing(setting):
     assert changed(setting) == [False], "there is nothing to load instead"
 
 
+def test_no_room_for_both_changes_nothing(setting, monkeypatch):
+    """A card that holds the weights and their cache once, not twice: it was an internal error."""
+    server = setting.server.state
+
+    def full():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    write(setting.folder, setting.new)
+    monkeypatch.setattr(server, "load", full)
+    answer = reload(setting)
+    assert answer.status_code == 409 and "start the server again" in answer.json()["error"]["message"]
+    assert says(setting) == expected(setting.old, MESSAGES)[2]
+
+
 def test_requests_and_reloads_at_the_same_time(setting):
     """Each answer is that of one of the two models, whole; none fails."""
     known = {expected(model, MESSAGES)[2] for model in (setting.old, setting.new)}

@@ -17,7 +17,8 @@ from model.config import ModelConfig
 from model.cost import batch_bytes
 from model.transformer import CausalLM
 from trainer import run_stage
-from trainer.loop import processes
+from trainer.inputs import build_parent
+from trainer.loop import interrupts, processes
 from trainer.loop.interrupts import explained, memory_advice
 
 CONFIG = SimpleNamespace(batch_size=6, accumulation_steps=2, max_seq_len=100, optimizer="adamw", ddp_timeout=30)
@@ -73,6 +74,41 @@ def test_out_of_memory_says_what_trains_the_same_in_less():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     one = SimpleNamespace(**{**vars(CONFIG), "batch_size": 1})
     assert "--batch_size" not in memory_advice(one, model) and "--max_seq_len" in memory_advice(one, model)
+
+
+def test_the_advice_is_one_that_can_help(monkeypatch):
+    """On a card of 2 GiB, 32 rows of which 4 fit: the advice was 16, then 8, then 4. A plan that had tried one row
+    advised 16, fp16 was to become bf16, and weights that do not fit were to be trained in smaller batches."""
+    model = tiny()
+    of_one = batch_bytes(model.config, 1, 100, 4)
+    fixed = 16 * model.num_parameters()
+    config = SimpleNamespace(**{**vars(CONFIG), "batch_size": 32, "accumulation_steps": 1})
+    for rows, advice in ((4, "--batch_size 4 --accumulation_steps 8 "), (8, "--batch_size 8 --accumulation_steps 4 ")):
+        monkeypatch.setattr(interrupts, "_memory_of", lambda _, rows=rows: fixed + 1.35 * rows * of_one)
+        assert advice in memory_advice(config, model)
+    said = memory_advice(config, model, tried=1)
+    assert "what one row of 100 tokens" in said and "--batch_size" not in said
+    assert "--activation_checkpointing" in said and "--dtype" not in said
+    monkeypatch.setattr(interrupts, "_memory_of", lambda _: fixed - 1)
+    assert "--batch_size" not in memory_advice(config, model) and "--use_lora" in memory_advice(config, model)
+    monkeypatch.setattr(interrupts, "_memory_of", lambda _: fixed * 1000)
+    model.compute_dtype, model.recompute = torch.float16, True
+    assert "--dtype" not in memory_advice(config, model) and "--activation" not in memory_advice(config, model)
+    model.compute_dtype = torch.float32
+    assert "--dtype bfloat16" in memory_advice(config, model)
+    monkeypatch.setattr(interrupts, "_knows_bf16", lambda _: False)
+    assert "--dtype float16" in memory_advice(config, model)
+
+
+def test_weights_that_do_not_fit_are_explained(monkeypatch):
+    """They go to the device before anything else, and the run ended in a traceback."""
+
+    def build(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    config = SimpleNamespace(device="cpu", dtype="auto", trains_adapter=False, bits=None)
+    with pytest.raises(ValueError, match="out of memory: the weights of a.pth alone do not fit.*--use_lora"):
+        build_parent(config, SimpleNamespace(path="a.pth", build=build))
 
 
 def test_other_errors_stay_what_they_are():

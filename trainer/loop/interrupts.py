@@ -11,14 +11,14 @@ from contextlib import contextmanager
 
 import torch
 
-from common.console import UserError
+from common.console import UserError, ran_out_of_memory
 from model.cost import batch_bytes, state_bytes
+from model.precision import has_bf16
 from model.transformer import CausalLM
 from trainer.stage import StageConfig
 
 DUPLICATE_SIGNAL_SECONDS = 5.0  # a launcher passes on a signal that its processes have received already within these
 PATIENCE_SECONDS = 10.0  # after a signal; torchrun kills its processes 30 seconds after it has passed one on
-NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
 NO_PEER = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|timed out|timeout|gloo|nccl|unbound buffer", re.IGNORECASE
 )
@@ -71,7 +71,7 @@ def explained(config: StageConfig, model: CausalLM, world: int):
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY.search(text):
+        if ran_out_of_memory(error):
             raise UserError(memory_advice(config, model)) from error
         if world > 1 and (isinstance(error, torch.distributed.DistError) or NO_PEER.search(text)):
             first = text.strip().splitlines()[0]
@@ -83,22 +83,50 @@ def explained(config: StageConfig, model: CausalLM, world: int):
         raise
 
 
-def memory_advice(config: StageConfig, model: CausalLM) -> str:
-    """What needs how much memory, and the flags that train the same with less."""
+def memory_advice(config: StageConfig, model: CausalLM, tried: int | None = None) -> str:
+    """What needs how much memory, and the flags that train the same with less. tried: rows at once that did not fit;
+    None: --batch_size."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
     fixed = state_bytes(trained, frozen, moments=1 if config.optimizer == "muon" else 2)
     rows, width = config.batch_size, (model.compute_dtype or torch.float32).itemsize
-    moving = lambda rows: _gib(batch_bytes(model.config, rows, config.max_seq_len, width))
-    advice, fewer = "", max((n for n in range(1, rows // 2 + 1) if rows % n == 0), default=0)
-    if fewer:
-        advice = f"--batch_size {fewer} --accumulation_steps {rows // fewer * config.accumulation_steps} trains the "
-        advice += f"same with about {moving(fewer)} of the latter; or "
+    moving = lambda rows: batch_bytes(model.config, rows, config.max_seq_len, width, model.recompute)
+    room = _memory_of(next(model.parameters()).device) - fixed
+    tried = tried or rows
+    smaller = [n for n in range(1, tried // 2 + 1) if rows % n == 0]
+    ways = []
+    if smaller:  # of an estimate that uncompiled code exceeds by up to 30 % on a GPU
+        fewer = max((n for n in smaller if 1.3 * moving(n) < room), default=1)
+        ways.append(
+            f"--batch_size {fewer} --accumulation_steps {rows // fewer * config.accumulation_steps} trains the same "
+            f"with about {_gib(moving(fewer))} of the latter"
+        )
+    if not model.recompute:
+        ways.append("add --activation_checkpointing")
+    ways.append(f"lower --max_seq_len (now {config.max_seq_len})")
+    if model.compute_dtype == torch.float32:
+        ways.append("use --dtype bfloat16" if _knows_bf16(model) else "use --dtype float16")
+    if room <= 0:
+        ways = ["the former alone is more than the device has: --use_lora --load_in_4bit, or a smaller model"]
     return (
-        f"out of memory: weights, gradients and moments take {_gib(fixed)}, what {rows} rows of {config.max_seq_len} "
-        f"tokens leave for the backward pass about {moving(rows)} more (an estimate). {advice}lower --max_seq_len "
-        f"(now {config.max_seq_len})" + ("" if model.compute_dtype == torch.bfloat16 else " or use --dtype bfloat16")
+        f"out of memory: weights, gradients and moments take {_gib(fixed)}, what {_rows(tried)} of "
+        f"{config.max_seq_len} tokens leave for the backward pass about {_gib(moving(tried))} more (an estimate): "
+        + "; or ".join(ways)
     )
+
+
+def _memory_of(device: torch.device) -> float:
+    """Bytes of a GPU; of others it is not known what a process may have."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
+def _knows_bf16(model: CausalLM) -> bool:
+    device = next(model.parameters()).device
+    return device.type != "cuda" or has_bf16(device)
+
+
+def _rows(count: int) -> str:
+    return f"{count} rows" if count > 1 else "one row"
 
 
 def _gib(size: float) -> str:
