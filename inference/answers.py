@@ -16,6 +16,7 @@ from common.console import Progress
 from inference.generate import ROWS, generate
 from inference.sampling import Sampling
 from model.transformer import CausalLM
+from tokenizer.answer import opens_thought
 from tokenizer.chat import encode_chat
 from tokenizer.text import Tokenizer
 
@@ -90,9 +91,3 @@ def final_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     closes = tokenizer.control.get("</think>")
     after = next((i + 1 for i in reversed(range(len(ids))) if ids[i] == closes), 0)
     return tokenizer.decode(ids[after:], skip_control=True).strip()
-
-
-def opens_thought(tokenizer: Tokenizer, prompt: list[int]) -> bool:
-    """Whether these ids end inside a thought, as a prompt does with enable_thinking=True."""
-    opens, closes = (tokenizer.control.get(tag) for tag in ("<think>", "</think>"))
-    return next((token == opens for token in reversed(prompt) if token in (opens, closes)), False)

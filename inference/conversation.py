@@ -84,8 +84,10 @@ class Conversation:
         return (yield from self._stream(new, ids, min(self.max_new_tokens, limit - len(ids))))
 
     def _stream(self, new: list[dict], ids: list[int], room: int) -> Pieces:
-        opens, closes = (self.tokenizer.control.get(tag) for tag in ("<think>", "</think>"))
-        begun = thinking = next((token == opens for token in reversed(ids) if token in (opens, closes)), False)
+        from tokenizer.answer import THOUGHT, opens_thought
+
+        opens, closes = (self.tokenizer.control.get(tag) for tag in THOUGHT)
+        begun = thinking = opens_thought(self.tokenizer, ids)
         stream, said = self.tokenizer.stream(after=ids if self.completes else ()), []
         message = None
         reply = self.session.reply(ids, self.sampling, max_new_tokens=room, stop=self.tokenizer.stop_ids)

@@ -78,7 +78,7 @@ class Answer:
         self.reasoning_tokens = 0
         if call is not None:
             self.mode, self.buffer = "call", call
-        elif not plain and _is_open(tokenizer, prompt):
+        elif not plain and opens_thought(tokenizer, prompt):
             self.mode, self.fresh = "reasoning", True
 
     def push(self, token: int) -> list[dict]:
@@ -167,10 +167,10 @@ def _begun(text: str, word: str) -> int:
     return next((n for n in range(most, 0, -1) if word.startswith(text[-n:])), 0)
 
 
-def _is_open(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    """Whether the prompt ends inside a think block."""
+def opens_thought(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether these ids end inside a thought, as a prompt does with enable_thinking=True."""
     opens, closes = (tokenizer.control.get(tag) for tag in THOUGHT)
-    return opens is not None and next((i == opens for i in reversed(prompt) if i in (opens, closes)), False)
+    return next((token == opens for token in reversed(ids) if token in (opens, closes)), False)
 
 
 def join(deltas: list[dict]) -> dict:
