@@ -196,9 +196,7 @@ def find_checkpoint(config: EvalConfig) -> tuple[Checkpoint, AdapterFile | None]
     places = [folder / "lora" for folder in (*folders, *own)]
     adapter = load_adapter(config.lora_path or find_weights(config.lora_name, *places, **pick))
     named = find_weights(name, *folders, **pick) if config.weight or not adapter.knows_base else None
-    base = find_base(adapter, named, *folders)
-    base.tokenizer = base.tokenizer or adapter.tokenizer  # a base of MiniMind's does not tell
-    return base, adapter
+    return find_base(adapter, named, *folders), adapter
 
 
 # ---- main

@@ -42,8 +42,6 @@ def open_for_harness(
     file = find_weights(weight, ROOT / "out") if weight else None
     checkpoint = find_base(adapter, file, ROOT / "out") if adapter else load_weights(file)
     model = adapter.merge_into(checkpoint) if adapter else checkpoint.build()
-    if adapter:
-        checkpoint.tokenizer = checkpoint.tokenizer or adapter.tokenizer
     where = pick_device(device)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     return prepare_for_inference(model, pick_dtype(dtype, where)[0]).to(where), tokenizer

@@ -164,7 +164,6 @@ def _open_base(
         base = file
     else:
         base = find_base(file, None if file.knows_base or named is None else Path(named.path), *folders)
-        base.tokenizer = base.tokenizer or file.tokenizer  # a base of MiniMind's does not tell
     entry = base, base.build(dtype, device=device), find_tokenizer(base, tokenizer_path)
     base.release()
     opened.append(entry)

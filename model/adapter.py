@@ -138,8 +138,7 @@ def load_adapter(path: Path | str) -> AdapterFile:
         for folder in (path / "lora", path / "lora_model", path):
             if (folder / PEFT_CONFIG).is_file():
                 settings, state, base = load_peft(folder)
-                targets = tuple(dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in state))
-                return AdapterFile(folder, LoRASettings(**settings, targets=targets), state, base)
+                return AdapterFile(folder, LoRASettings(**settings, targets=_last_names(state)), state, base)
             if files := list(folder.glob("*.pth")):
                 return load_adapter(newest(files, ""))
         raise UserError(f"{path}: neither a *.pth nor {PEFT_CONFIG} in it, nor in lora/ or lora_model/ below it")
@@ -150,14 +149,25 @@ def load_adapter(path: Path | str) -> AdapterFile:
             path, settings, dict(content["lora"]), content["base"], config, content["tokenizer"], content["lineage"]
         )
     if found := lora_from_minimind(content):
-        targets = tuple(dict.fromkeys(name.rpartition(".")[0].rpartition(".")[2] for name in found[1]))
-        return AdapterFile(path, LoRASettings(**found[0], targets=targets), found[1])
+        settings, state = found
+        return AdapterFile(path, LoRASettings(**settings, targets=_last_names(state)), state)
     raise UserError(f"{path}: not an adapter (LoRA) but something else; weights of a model are given as --weight")
+
+
+def _last_names(state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Of the adapted layers, each once: q_proj, v_proj."""
+    return tuple(dict.fromkeys(name.split(".")[-2] for name in state))
 
 
 def find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) -> Checkpoint:
     """Finds the weights an adapter was trained on by their hash. `named` weights with another hash are an error. An
     adapter that does not record its base (MiniMind's, most of peft's) is put on the named weights; shapes must fit."""
+    base = _find_base(adapter, named, *folders)
+    base.tokenizer = base.tokenizer or adapter.tokenizer  # MiniMind's weights do not tell theirs
+    return base
+
+
+def _find_base(adapter: AdapterFile, named: Path | None, *folders: Path | str) -> Checkpoint:
     wanted, path = adapter.base["hash"], adapter.base["path"]
     if named is not None:
         found = load_weights(named)

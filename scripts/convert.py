@@ -255,8 +255,6 @@ def find_adapter(config: ConvertConfig) -> "AdapterFile | None":
 
 
 def convert_adapter(adapter: "AdapterFile", target: Path, config: ConvertConfig) -> None:
-    import torch
-
     from model.adapter import find_base, load_adapter
     from model.checkpoint import find_tokenizer, find_weights
     from model.export import save_adapter_minimind, save_adapter_pth, write_peft
@@ -269,7 +267,6 @@ def convert_adapter(adapter: "AdapterFile", target: Path, config: ConvertConfig)
         raise UserError(f"{adapter.path}: does not say which weights it belongs to; name them with --weight")
     tokenizer = load_tokenizer(config.tokenizer_path).path if config.tokenizer_path else None
     if base and not tokenizer:
-        base.tokenizer = base.tokenizer or adapter.tokenizer
         tokenizer = find_tokenizer(base).path
     if base:
         adapter.config = base.config
@@ -283,20 +280,28 @@ def convert_adapter(adapter: "AdapterFile", target: Path, config: ConvertConfig)
             assert base
             save_adapter_pth(path, adapter, base)
         if not config.no_verify:
-            found, scale = load_adapter(path), adapter.settings.scale
+            found = load_adapter(path)
             if adapter.config:
                 found.use_our_names(adapter.config)
-            same = found.state.keys() == adapter.state.keys()
-            for name in [name for name in adapter.state if name.endswith(".A") and same]:
-                other = name[:-1] + "B"
-                product = scale * (adapter.state[other].float() @ adapter.state[name].float())
-                again = found.settings.scale * (found.state[other].float() @ found.state[name].float())
-                same = same and torch.allclose(product, again, rtol=1e-4, atol=1e-6)
-            if not same:
+            if not adds_the_same(found, adapter):
                 raise UserError(f"{target}: not written: read again, it is another adapter; please report this")
     if tokenizer is None and config.to == "peft":
         note("no tokenizer beside it: the adapter does not say which weights it belongs to; --weight names them")
     say(f"written: {target}")
+
+
+def adds_the_same(one: "AdapterFile", other: "AdapterFile") -> bool:
+    """Whether two adapters add the same to the same weights. Their matrices may differ: a format may have no factor."""
+    import torch
+
+    def added(adapter: "AdapterFile", layer: str) -> "Tensor":
+        A, B = (adapter.state[f"{layer}.{matrix}"].float() for matrix in "AB")
+        return adapter.settings.scale * (B @ A)
+
+    layers = [name.removesuffix(".A") for name in one.state if name.endswith(".A")]
+    return one.state.keys() == other.state.keys() and all(
+        torch.allclose(added(other, layer), added(one, layer), rtol=1e-4, atol=1e-6) for layer in layers
+    )
 
 
 if __name__ == "__main__":

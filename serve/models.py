@@ -161,9 +161,7 @@ def load_table(
         if known:
             base = known[0]
         else:
-            checkpoint = find_base(adapter, None, *folders)
-            checkpoint.tokenizer = checkpoint.tokenizer or adapter.tokenizer
-            base = base_of(checkpoint, adapter.bits)
+            base = base_of(find_base(adapter, None, *folders), adapter.bits)
         if adapter.bits and base.bits != adapter.bits:
             remarks.append(
                 f"{name}: was trained beside weights in {adapter.bits} bits, here they are in "
