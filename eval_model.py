@@ -23,7 +23,7 @@ from common.files import ROOT
 from common.options import option, parse
 from common.values import SEEDS
 from inference.conversation import Conversation
-from inference.options import EngineOptions, LowBitOptions, SamplingOptions
+from inference.options import MODES, EngineOptions, LowBitOptions, SamplingOptions
 from inference.terminal import Screen, answer_all, chat, read_lines, show, typed
 from inference.tools import TOOLS
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:  # torch is imported after the command line is checked: --help
     from model.checkpoint import Checkpoint
     from model.transformer import CausalLM
     from tokenizer.text import Tokenizer
-
-MODES = ("pretrain", "full_sft", "rlhf", "reason")
 
 
 def compares(_value: object) -> dict:

@@ -174,7 +174,7 @@ def allow_many_files() -> None:
     """Raises the number of files that this process may have open, as far as the system lets it.
 
     The usual limit, 1024, is too low for data in thousands of files: each is mapped, and Python's `mmap` keeps a file
-    descriptor for each map.
+    descriptor for each map. So it is for a server, whose connections are files: idle ones would keep others out.
     """
     try:
         import resource

@@ -13,6 +13,7 @@ from common.options import Options, option
 if TYPE_CHECKING:
     from inference.sampling import Sampling
 
+MODES = ("pretrain", "full_sft", "rlhf", "reason")  # what --model_mode means: names of weights
 TEMPERATURE = 0.85
 
 

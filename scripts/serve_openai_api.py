@@ -24,7 +24,7 @@ import webbrowser
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 if not __package__:  # run as a file: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,9 +32,11 @@ if not __package__:  # run as a file: import from the repository, not from this 
 from common.console import UserError, note, run
 from common.files import ROOT
 from common.options import option, parse
-from inference.options import EngineOptions, LowBitOptions, SamplingOptions
+from inference.options import MODES, EngineOptions, LowBitOptions, SamplingOptions
 
-MODES = ("pretrain", "full_sft", "rlhf", "reason")  # what --model_mode means, as in eval_model.py
+if TYPE_CHECKING:
+    from serve.models import Served
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -107,18 +109,6 @@ def hosts(config: ServeConfig) -> tuple[str, ...]:
     return (*LOOPBACK, config.host, *config.allowed_hosts)
 
 
-def open_more_files() -> None:
-    """Connections are files. At the usual limit of 1,024, idle ones would keep everybody else out."""
-    try:
-        import resource
-    except ImportError:  # Windows, which has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
 def family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
@@ -129,30 +119,14 @@ def can_show() -> bool:
     return bool(display) or sys.platform in ("win32", "darwin")
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse(ServeConfig, argv, description=__doc__)
-    try:
-        import fastapi  # noqa: F401 (only whether it is there)
-        import uvicorn
-    except ImportError as error:
-        raise UserError(f"the server needs {error.name}; pip install fastapi uvicorn") from None
-    from model.checkpoint import NoWeights
-    from serve.app import build_app
-    from serve.guard import PatientProtocol, Rules, guarded
+def read_models(config: ServeConfig, folders: tuple[Path, ...]) -> tuple[dict[str, Served], list[str]]:
+    """What is served, and remarks to print: see `load_table`."""
     from serve.models import load_table
-    from serve.runner import apart
-    from serve.runs import Runs
-    from serve.server import Limits
 
-    open_more_files()
-    listener = socket.create_server((config.host, config.port), family=family(config.host), backlog=2048)
     names = config.weight
     if not names and (config.model_mode is not None or not config.lora_name):
         names = (MODES[1 if config.model_mode is None else config.model_mode],)
-    folders = (Path(config.save_dir), ROOT / "out")
-    runs = Runs([folder / "runs" for folder in folders])
-    read = partial(
-        load_table,
+    return load_table(
         list(names),
         [name for name in config.lora_name if name != "None"],  # MiniMind's way to say: no adapter
         folders,
@@ -169,16 +143,33 @@ def main(argv: list[str] | None = None) -> None:
         num_hidden_layers=config.num_hidden_layers,
         use_moe=config.use_moe,
     )
-    load = partial(apart, read)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(ServeConfig, argv, description=__doc__)
+    try:
+        import fastapi  # noqa: F401 (only whether it is there)
+        import uvicorn
+    except ImportError as error:
+        raise UserError(f"the server needs {error.name}; pip install fastapi uvicorn") from None
+    from model.checkpoint import NoWeights
+    from serve.app import build_app
+    from serve.guard import PatientProtocol, Rules, guarded
+    from serve.runner import apart
+    from serve.runs import Runs
+    from serve.server import Limits
+
+    listener = socket.create_server((config.host, config.port), family=family(config.host), backlog=2048)
+    folders = (Path(config.save_dir), ROOT / "out")
+    runs = Runs([folder / "runs" for folder in folders])
+    load = partial(apart, partial(read_models, config, folders))
     try:
         table, remarks = load()
     except NoWeights as error:  # the first model is still being trained: that can be watched
         if config.weight or config.lora_name or not runs.overview():
             raise
-        table, remarks = (
-            {},
-            [f"{error}; until there are, and Load is pressed on the chat page, only the runs are shown"],
-        )
+        until = "until there are, and Load is pressed on the chat page, only the runs are shown"
+        table, remarks = {}, [f"{error}; {until}"]
     for remark in remarks:
         note(remark)
     limits = Limits(config.max_new_tokens, config.max_waiting, config.request_seconds)
