@@ -180,9 +180,8 @@ def _append(client: httpx.Client, place: Place, file: RemoteFile, part: Path, pr
         continues = response.status_code == 206
         progress.advance(0 if continues else -have)
         with open(part, "ab" if continues else "wb") as target:
-            for (
-                block
-            ) in response.iter_bytes():  # as they arrive: larger blocks would be lost when the connection breaks
+            # blocks as they arrive: larger ones would be lost when the connection breaks
+            for block in response.iter_bytes():
                 target.write(block)
                 progress.advance(len(block))
                 if target.tell() > file.size:  # it is not the file, and may never end

@@ -195,10 +195,8 @@ class MoE(nn.Module):
 
         chosen = chosen.view(B * T * self.k)
         order = chosen.argsort(stable=True)
-        picked = chosen.view(B, T * self.k, 1) == torch.arange(
-            E, device=x.device
-        )  # not bincount: it would wait for the GPU
-        picked = picked.sum(1)  # (B, E): how often each row chose each expert
+        # (B, E): how often each row chose each expert; bincount would wait for the GPU
+        picked = (chosen.view(B, T * self.k, 1) == torch.arange(E, device=x.device)).sum(1)
         ends = picked.sum(0).cumsum(0).to(torch.int32)
         y = self.experts(x.view(B * T, d)[order // self.k], ends)  # (N*k, d), by expert
         y = torch.empty_like(y).index_copy(0, order, y)  # back in the tokens' order

@@ -44,9 +44,8 @@ class Stream:
     def __init__(self, caches: list[TokenCache], pieces: list[Pieces], end: int):
         self.caches = caches
         self.pieces = joined([*pieces, piece(END, 0, 1)])
-        self.starts = np.cumsum(
-            [0, *(self.pieces.stop - self.pieces.start)]
-        )  # of each piece in the stream, and the end
+        # of each piece in the stream, and the end
+        self.starts = np.cumsum([0, *(self.pieces.stop - self.pieces.start)])
         self.length = int(self.starts[-1])
         self._end = np.array([end], np.uint32)
 

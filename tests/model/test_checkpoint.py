@@ -45,9 +45,8 @@ def test_tied_weights_are_stored_once_and_found_under_either_name(tmp_path):
     state = dict(load_weights(save(tmp_path / "a.pth")).state)
     assert "lm_head.weight" not in state
     state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
-    torch.save(
-        {**state, "model.embed_tokens.weight": state["lm_head.weight"]}, tmp_path / "both.pth"
-    )  # as MiniMind does
+    both = {**state, "model.embed_tokens.weight": state["lm_head.weight"]}  # as MiniMind does
+    torch.save(both, tmp_path / "both.pth")
     assert load_weights(tmp_path / "both.pth").config.tie_word_embeddings
     build().load_state_dict(state)
 

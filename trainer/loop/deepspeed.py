@@ -68,9 +68,8 @@ class ZeRO(DeepSpeed):
     """Stages 1 to 3: full tensors exist only while they are saved or loaded."""
 
     def backward(self, loss, scale):
-        self.engine.optimizer.override_loss_scale(
-            scale
-        )  # its backward multiplies by it, its step divides by it before it clips
+        # its backward multiplies by it, its step divides by it before it clips
+        self.engine.optimizer.override_loss_scale(scale)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def update(self, max_norm, scale, loss_is_finite):

@@ -309,10 +309,8 @@ def peak_memory() -> float:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
         return used / 2**30
-    try:
-        with open(
-            "/proc/self/status", encoding="utf-8"
-        ) as file:  # getrusage includes what our parent used before it started us
+    try:  # before getrusage, which includes what our parent used before it started us
+        with open("/proc/self/status", encoding="utf-8") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
     except (OSError, StopIteration):
         pass
