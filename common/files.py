@@ -232,13 +232,6 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def rename(path: Path, name: str) -> Path:
-    """Gives a file or folder another name in the same parent folder; the new path."""
-    new = path.with_name(name)
-    os.rename(path, new)
-    return new
-
-
 def temporary_name(path: Path) -> Path:
     """A hidden name in the same folder, with the machine and process that it belongs to: `.<name>.<host>-<pid>.tmp`."""
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")

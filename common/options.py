@@ -133,7 +133,6 @@ def parse(
     argv: list[str] | None = None,
     *,
     bare: str = "",
-    prog: str | None = None,
     description: str | None = None,
 ) -> Any:
     """argv (default: the command line) -> a checked instance of `cls`.
@@ -143,7 +142,6 @@ def parse(
     """
     known, problems = specs(cls), []
     parser = argparse.ArgumentParser(
-        prog=prog,
         description=description,
         usage="%(prog)s [--config file.yaml] [--option value ...]",
         epilog=_help(known, cls()),

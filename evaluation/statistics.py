@@ -1,7 +1,7 @@
 """How sure a figure is: 95 % intervals by bootstrap, the difference of two models on the same rows, and a sign test.
 
     low, high = bootstrap(value, rows)                # rows (n, k): what a metric counts of each row
-    delta, low, high = paired_difference(value, rows_a, rows_b)
+    delta, (low, high) = paired_difference(value, rows_a, rows_b)
     p = sign_test(wins, losses)
 
 `value` turns the sum of some rows, (k,), into the metric. So it may be a ratio of sums, as perplexity and BLEU are.
@@ -25,16 +25,14 @@ def bootstrap(value: Value, rows: np.ndarray, seed: int = 0) -> tuple[float, flo
     return _interval([value(counts @ rows) for counts in _resamples(len(rows), seed)])
 
 
-def paired_difference(
-    value: Value, ours: np.ndarray, others: np.ndarray, seed: int = 0
-) -> tuple[float, tuple[float, float] | None]:
+def paired_difference(value: Value, ours: np.ndarray, others: np.ndarray) -> tuple[float, tuple[float, float] | None]:
     """value(others) - value(ours), and its interval. Row i of both has to be about the same question: both are drawn
     together, so that hard questions do not count as a difference (Koehn 2004, paired bootstrap resampling)."""
     assert ours.shape[0] == others.shape[0]
     difference = value(others.sum(0)) - value(ours.sum(0))
     if len(ours) < 2:
         return difference, None
-    drawn = [value(counts @ others) - value(counts @ ours) for counts in _resamples(len(ours), seed)]
+    drawn = [value(counts @ others) - value(counts @ ours) for counts in _resamples(len(ours))]
     return difference, _interval(drawn)
 
 
@@ -45,7 +43,7 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def _resamples(n: int, seed: int) -> Iterator[np.ndarray]:
+def _resamples(n: int, seed: int = 0) -> Iterator[np.ndarray]:
     """How often each of n rows is drawn, RESAMPLES times."""
     random = np.random.default_rng(seed)
     for _ in range(RESAMPLES):

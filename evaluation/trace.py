@@ -93,8 +93,8 @@ def attention_probabilities(module: Attention, x: Tensor, rope: Rope, mask: Atte
     scores = q @ k.transpose(-1, -2) * module.head_dim**-0.5
     if mask.tensor is None:
         visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-    else:  # booleans for one kernel, 0 and -inf for the other
-        visible = mask.tensor if mask.tensor.dtype == torch.bool else mask.tensor == 0
+    else:
+        visible = mask.tensor == 0  # the others are -inf
     return scores.masked_fill(~visible, float("-inf")).softmax(-1)
 
 

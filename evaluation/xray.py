@@ -97,17 +97,6 @@ def _packed(attention: Tensor) -> dict[str, Any]:
     return dict(layers=L, heads=H, data=base64.b64encode(values.numpy().tobytes()).decode())
 
 
-def unpacked(packed: dict[str, Any]) -> Tensor:
-    """What the page makes of `_packed`: (L, H, T, T)."""
-    L, H = packed["layers"], packed["heads"]
-    values = torch.frombuffer(bytearray(base64.b64decode(packed["data"])), dtype=torch.uint8).view(L, H, -1)
-    T = int((math.isqrt(8 * values.shape[-1] + 1) - 1) / 2)
-    rows, columns = torch.tril_indices(T, T)
-    attention = torch.zeros(L, H, T, T)
-    attention[:, :, rows, columns] = (values.float() / 255) ** 2
-    return attention
-
-
 def _experts(contender: Contender, seen: Trace) -> list[dict[str, Any]]:
     """Of each layer with experts: who was chosen for each token, and how often each was. Empty: a dense model."""
     found = []

@@ -61,20 +61,19 @@ def setting(
     at_least: int | None = None,
     hf: str | None = "",
     flag: bool = False,
-    aliases: tuple[str, ...] = (),
     omit_default: bool = False,
 ) -> Any:
     """One setting of `ModelConfig`.
 
     at_least      smallest value allowed (None in the setting itself is not checked)
     hf            its name in `config.json`; "": the same name; None: model/interop/hf.py translates it by hand
-    flag          also a flag of train_pretrain.py, with these aliases; not given, the preset decides
+    flag          also a flag of train_pretrain.py; not given, the preset decides
     omit_default  left out of weights files where it has its default. Versions of Sparrow older than the setting then
                   still read the models that do not use it. For every setting added from now on.
     """
     return field(
         default=default,
-        metadata=dict(help=help, at_least=at_least, hf=hf, flag=flag, aliases=aliases, omit_default=omit_default),
+        metadata=dict(help=help, at_least=at_least, hf=hf, flag=flag, omit_default=omit_default),
     )
 
 
@@ -263,7 +262,5 @@ def architecture_options() -> list[tuple[str, Any, Any]]:
         meta = item.metadata
         if meta["flag"]:
             within = "" if meta["at_least"] is None else f"[{meta['at_least']}, inf)"
-            found.append(
-                (item.name, hints[item.name] | None, option(None, meta["help"], within=within, aliases=meta["aliases"]))
-            )
+            found.append((item.name, hints[item.name] | None, option(None, meta["help"], within=within)))
     return found

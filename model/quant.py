@@ -55,7 +55,7 @@ class QuantLinear(Linear):
 
     compiles = False  # whether it uses the compiler while a GPU generates (model/precision.py)
 
-    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = False, device=None):
+    def __init__(self, in_features: int, out_features: int, bits: int, device=None):
         nn.Module.__init__(self)  # not Linear's, which would make a dense weight
         if bits not in (4, 8):
             raise UserError(f"{bits} bits: weights can be kept in 4 or 8")
@@ -73,7 +73,7 @@ class QuantLinear(Linear):
             sizes = (((out_features, in_features), torch.int8), ((out_features,), torch.float32))
         for name, (shape, dtype) in zip(self.kind._fields, sizes):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device)) if bias else None)
+        self.register_parameter("bias", None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int) -> QuantLinear:

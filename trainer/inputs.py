@@ -147,8 +147,8 @@ def architecture(config: StageConfig, tokenizer: Tokenizer, preset: str) -> Mode
     return ModelConfig.preset(preset, vocab_size=tokenizer.vocab_size, **changes)
 
 
-def check_start(config: StageConfig, model: CausalLM, parent: Checkpoint | None, outputs: list[Path]) -> None:
-    """Refuses what would go wrong only at the end. outputs: the files that the run will write."""
+def check_start(config: StageConfig, parent: Checkpoint | None, outputs: list[Path]) -> None:
+    """UserError if the run would write over the weights it starts from. outputs: the files that it will write."""
     for path in outputs:  # written over, the parent is gone, and the run could not be continued
         if parent and Path(parent.path).resolve() == path.resolve():
             raise UserError(

@@ -280,13 +280,12 @@ def write_gguf(
     tokenizer: Tokenizer,
     *,
     dtype: str = "float16",
-    name: str = "",
 ) -> list[str]:
-    """Writes one file, tensor by tensor -> lines to print. dtype: a key of DTYPES. name: shown by programs."""
+    """Writes one file, tensor by tensor -> lines to print. dtype: a key of DTYPES."""
     gguf, tensors = package(), state if isinstance(state, StoredTensors) else StoredTensors(state)
     architecture, row = architecture_of(config)
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(name or Path(path).stem)
+    writer.add_name(Path(path).stem)  # shown by programs
     kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
     types = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata(config, row).items():

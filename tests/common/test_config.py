@@ -393,7 +393,7 @@ def test_describe_marks_what_is_not_the_default():
 def test_help_prints_our_names_defaults_and_aliases(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
-        parse(Stage, ["--help"], prog="train_x.py", description="What it does, 100% of it.")
+        parse(Stage, ["--help"], description="What it does, 100% of it.")
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "What it does, 100% of it." in text
     assert "--epochs N                    passes over the data [2]; also --num_epochs --num_train_epochs" in text

@@ -1,5 +1,6 @@
 """What the X-ray shows adds up to what the model computes, and the page shows it without asking anyone."""
 
+import base64
 import json
 import math
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from evaluation.lineage import History
 from evaluation.models import Contender, open_models
 from evaluation.page import write_page
 from evaluation.trace import change_of, changes, lens, trace
-from evaluation.xray import _experts, _packed, _predictions, text_of, unpacked, xray
+from evaluation.xray import _experts, _packed, _predictions, text_of, xray
 from inference.answers import prompt_ids
 from model.adapter import load_adapter, save_adapter
 from model.checkpoint import load_weights, save_weights
@@ -75,6 +76,17 @@ def test_predictions_by_hand():
     assert found["entropy"][0] == pytest.approx(1.5, abs=1e-3)
     assert found["surprise"] == pytest.approx([2.0], abs=1e-3) and found["probability"] == [0.25]
     assert found["rank"] == [2]
+
+
+def unpacked(packed) -> torch.Tensor:
+    """What the page makes of `_packed`: (L, H, T, T)."""
+    L, H = packed["layers"], packed["heads"]
+    values = torch.frombuffer(bytearray(base64.b64decode(packed["data"])), dtype=torch.uint8).view(L, H, -1)
+    T = int((math.isqrt(8 * values.shape[-1] + 1) - 1) / 2)
+    rows, columns = torch.tril_indices(T, T)
+    attention = torch.zeros(L, H, T, T)
+    attention[:, :, rows, columns] = (values.float() / 255) ** 2
+    return attention
 
 
 def test_a_byte_for_each_probability():

@@ -66,7 +66,7 @@ class Engine:
         self.losses: dict[str, float] = {}  # the newest losses, written into the weights' lineage
         self.name = weights_name(config.save_weight, self.model.config)
         folder = Path(config.save_dir) / job.output.folder
-        check_start(config, self.model, job.parent, job.output.writes(folder / self.name, config))
+        check_start(config, job.parent, job.output.writes(folder / self.name, config))
         self.health = HealthCheck(config.health_prompts, job.data.train.kind, job.tokenizer, backend.main)
         states = Path(config.save_dir) / "resume" / Path(self.name).stem
         if backend.main and not config.plan:

@@ -34,6 +34,7 @@ from trainer.run.meter import Meter, wait_for
 
 STEPS = 10
 WARM_UP = 3  # of these, not timed: the first ones compile, and fill the allocator
+VALIDATION_STEPS = 8
 USABLE_SHARE = 0.92  # of the free memory is planned with
 
 
@@ -204,15 +205,15 @@ def measure(engine, rows: int) -> dict[str, float]:
     return result
 
 
-def validation_seconds(engine, most: int = 8) -> float:
-    """Seconds of a whole validation, from its first `most` steps."""
+def validation_seconds(engine) -> float:
+    """Seconds of a whole validation, from its first steps."""
     if engine.val_loader is None:
         return 0.0
     steps = engine.val_loader.steps_per_epoch
-    engine.val_loader.steps_per_epoch = min(steps, most)
+    timed = engine.val_loader.steps_per_epoch = min(steps, VALIDATION_STEPS)
     start = time.perf_counter()
     engine.validate()
-    return (time.perf_counter() - start) * steps / min(steps, most)
+    return (time.perf_counter() - start) * steps / timed
 
 
 def report(engine, rows: int, measured: dict[str, float]) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.console import UserError
-from common.files import atomic_folder, remove_folder, rename, sweep
+from common.files import atomic_folder, remove_folder, sweep
 from common.manifest import problem, write_manifest
 from common.values import show
 from model.checkpoint import read_plain, same_weights
@@ -133,8 +133,9 @@ def newest_state(folder: Path, say=print) -> Path | None:
         reason = problem(path)
         if reason is None:
             return path
+        aside = path.with_name(f"broken-{path.name}")  # kept for whoever wants to look; it no longer counts
         try:
-            aside = rename(path, f"broken-{path.name}")  # kept for whoever wants to look; it no longer counts
+            os.rename(path, aside)
             say(f"{path}: {reason}; trying the one before ({aside.name} is what is left of it)")
         except OSError:
             say(f"{path}: {reason}; trying the one before")
