@@ -1,14 +1,28 @@
-"""The manifest of a saved state: size and SHA-256 of each of its files, so that damage is noticed."""
+"""The saved states of a run, step_00000500 and the like, and the manifest of each: size and SHA-256 of its files, so
+that damage is noticed."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from common.files import hash_file
 
 MANIFEST = "manifest.json"
+
+
+def number_of(state: Path) -> tuple[int, int] | None:
+    """step_00000500.1 -> (500, 1): saved after step 500, for the second time. None: not the name of a state."""
+    match = re.fullmatch(r"step_(\d+)(?:\.(\d+))?", state.name)
+    return match and (int(match[1]), int(match[2] or 0))
+
+
+def states_in(run: Path) -> list[Path]:
+    """The states in a run's folder, whole or damaged, the oldest first."""
+    found = [(number, path) for path in run.glob("step_*") if (number := number_of(path)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
 
 
 def write_manifest(folder: Path, names: list[str]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from common.console import UserError, run, say
 from common.files import ROOT, remove_folder, sweep
-from common.manifest import problem
+from common.manifest import number_of, problem, states_in
 from common.options import Options, option, parse
 
 
@@ -59,24 +59,17 @@ class Run:
         return []
 
 
-def number(state: Path) -> tuple[int, ...]:
-    """step_00000500.1 -> (500, 1): saved at step 500, for the second time"""
-    return tuple(int(part) for part in state.name.removeprefix("step_").split("."))
-
-
 def find_runs(save_dir: Path) -> list[Run]:
     """Those with at least one checkpoint, whole or damaged."""
     found = []
     for folder in sorted((save_dir / "resume").glob("*/*")):
-        states = [path for path in folder.glob("step_*") if path.name[5:].replace(".", "").isdigit()]
-        if not states:
+        if not (states := states_in(folder)):
             continue
-        states.sort(key=number)
         try:
             facts = json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))
             step, total = int(facts["step"]), int(facts["total"])
         except (OSError, ValueError, KeyError, TypeError):
-            step, total = number(states[-1])[0], sys.maxsize  # nobody knows whether it was finished
+            step, total = number_of(states[-1])[0], sys.maxsize  # nobody knows whether it was finished
         found.append(Run(folder, states, step, total, (time.time() - states[-1].stat().st_mtime) / 86400))
     return found
 

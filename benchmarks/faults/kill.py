@@ -68,9 +68,8 @@ def watch(shared: mmap.mmap) -> None:
 def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple[bool, int, str]:
     """A run is killed `seconds` after its first save or, if `aimed`, after the start of a save -> (whether that was
     inside a save, the last step that had been saved, what is wrong then)"""
-    from common.manifest import problem
+    from common.manifest import number_of, problem, states_in
     from model.checkpoint import load_weights
-    from trainer.run import resume
 
     shared[0:8] = struct.pack("ii", 0, -1)
     child = os.fork()
@@ -90,8 +89,8 @@ def trial(folder: Path, shared: mmap.mmap, seconds: float, aimed: bool) -> tuple
     os.waitpid(child, 0)
     inside, last = struct.unpack("ii", shared[0:8])
 
-    states = [state for run in folder.glob("resume/*/*") for state in resume._states(run)]
-    steps = [resume._number(state)[0] for state in states]
+    states = [state for run in folder.glob("resume/*/*") for state in states_in(run)]
+    steps = [number_of(state)[0] for state in states]
     fault = "".join(f"{state.name}: {reason}; " for state in states if (reason := problem(state)))
     if list(folder.glob("resume/*/*/broken-*")):
         fault += "a state had to be set aside; "

@@ -25,7 +25,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import torch
 
 from benchmarks.faults.filesystem import Operations, after_power_cut
-from common.manifest import problem
+from common.manifest import problem, states_in
 from model.checkpoint import load_weights, save_weights
 from model.config import ModelConfig
 from model.transformer import CausalLM
@@ -52,7 +52,7 @@ def wrong(root: Path, before: float, after: float) -> str:
     """What is wrong after a save of `after` was disturbed; "" if the state before, or the new one, is whole."""
     resume.clean(root, root)  # as the next start does
     said = []
-    whole = [path for path in resume._states(root / "run") if problem(path) is None]
+    whole = [path for path in states_in(root / "run") if problem(path) is None]
     values = [resume.read_values(path)["value"] for path in whole]
     if resume.newest_state(root / "run", said.append) is None or said:
         return f"no newest state, or a broken one under its own name: {said}"
@@ -114,7 +114,7 @@ def failures(base: Path, root: Path, step: int, every: int = 1) -> tuple[int, li
             if said is None and resume.read_values(resume.newest_state(root / "run"))["value"] != 9.0:
                 fault = fault or "the save failed without an error"
             save(root, step, 10.0)  # again, once there is room
-            if len(resume._states(root / "run")) != 2 or wrong(root, 10, 10.0):
+            if len(states_in(root / "run")) != 2 or wrong(root, 10, 10.0):
                 fault = fault or "the next save is not whole"
             if fault:
                 faults.append(f"{errno.errorcode[number]} at operation {i}: {fault}")

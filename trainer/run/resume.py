@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from common.console import UserError
 from common.files import atomic_folder, remove_folder, sweep
-from common.manifest import problem, write_manifest
+from common.manifest import number_of, problem, states_in, write_manifest
 from common.values import show
 from model.checkpoint import read_plain, same_weights
 from trainer.stage import StageConfig
@@ -50,7 +49,7 @@ RULE = (
 def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep_last: int) -> Path:
     """Writes <folder>/step_<n> from {"weights": {name: tensor}, ...} and plain values; then removes all but the newest
     `keep_last` states. Returns the new state's folder."""
-    again = [number[1] for path in _states(folder) if (number := _number(path)) and number[0] == step]
+    again = [number[1] for path in states_in(folder) if (number := number_of(path)) and number[0] == step]
     final = folder / (f"step_{step:08d}" + (f".{again[-1] + 1}" if again else ""))
     write_state(final, tensors, state)
     keep_newest(folder, keep_last)
@@ -65,7 +64,7 @@ def save_sound(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], s
 
 def keep_newest(folder: Path, states: int) -> None:
     """Removes all states in a run's folder but the newest."""
-    for old in _states(folder)[:-states]:
+    for old in states_in(folder)[:-states]:
         remove_folder(old)
 
 
@@ -129,7 +128,7 @@ def refuse_infinite(tensors: dict[str, dict[str, Tensor]]) -> None:
 
 def newest_state(folder: Path, say=print) -> Path | None:
     """The newest whole state in a run's folder, None if there is none. Broken ones are named and set aside."""
-    for path in reversed(_states(folder)):
+    for path in reversed(states_in(folder)):
         reason = problem(path)
         if reason is None:
             return path
@@ -144,7 +143,7 @@ def newest_state(folder: Path, say=print) -> Path | None:
 
 def is_newest(state: Path) -> bool:
     """Whether its run has no newer state."""
-    return state == _states(state.parent)[-1]
+    return state == states_in(state.parent)[-1]
 
 
 def clean(states: Path, *folders: Path) -> None:
@@ -274,7 +273,7 @@ def find_state(states: Path, wanted: str, identity: dict, say) -> Path | None:
         if not state and not reasons:
             say(f"nothing to resume in {states}: starting a new run")
             return None
-    elif _number(path):
+    elif number_of(path):
         state, reasons = _given(path, differences)
     else:
         state, reasons = _newest_of([path], differences, say)
@@ -297,9 +296,9 @@ def _newest_of(
     """
     reasons = []
     for run in runs:
-        newest = next((state for state in reversed(_states(run)) if not problem(state, "state.json")), None)
+        newest = next((state for state in reversed(states_in(run)) if not problem(state, "state.json")), None)
         if newest is None:
-            if found := _states(run):  # nobody knows whose they are
+            if found := states_in(run):  # nobody knows whose they are
                 say(f"{found[-1]}: {problem(found[-1], 'state.json')}; left as it is")
         elif different := differences(read_values(newest)):
             reasons.append(f"{newest}: {', '.join(different)}")
@@ -327,18 +326,6 @@ def _short(value) -> str:
     """As JSON; a long one as its hash."""
     text = json.dumps(value)
     return text if len(text) <= 60 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _number(path: Path) -> tuple[int, int] | None:
-    """step_00000500.1 -> (500, 1)"""
-    match = re.fullmatch(r"step_(\d+)(?:\.(\d+))?", path.name)
-    return match and (int(match[1]), int(match[2] or 0))
-
-
-def _states(folder: Path) -> list[Path]:
-    """The states in a run's folder, the oldest first."""
-    found = [(number, path) for path in folder.glob("step_*") if (number := _number(path)) and path.is_dir()]
-    return [path for _, path in sorted(found)]
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
