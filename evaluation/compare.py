@@ -22,7 +22,7 @@ import numpy as np
 from common.console import note
 from common.files import atomic_file
 from dataset.read.jsonl import require_file
-from dataset.read.questions import Question
+from dataset.read.questions import Question, references_of
 from evaluation.likelihood import log_likelihoods
 from evaluation.lineage import facts as facts_of_stage
 from evaluation.measure import OF_KIND, Measured, Settings, answer_questions, kind_of, measure
@@ -79,7 +79,7 @@ def compare(
                 seconds=round(seconds, 2),
                 tokens=tokens,
                 tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
-                health=health(said[-1], [q.asked for q in questions], _references(questions)),
+                health=health(said[-1], [q.asked for q in questions], references_of(questions)),
             )
         )
     read = [_readings(reader, contenders, questions, said, settings) for reader in contenders]
@@ -131,11 +131,6 @@ def _prompt(question: Question) -> str:
     if len(question.messages) == 1:
         return question.asked
     return "\n".join(f"{message['role']}: {message['content']}" for message in question.messages)
-
-
-def _references(questions: Sequence[Question]) -> list[str] | None:
-    found = [q.references[0] for q in questions if q.references]
-    return found if len(found) == len(questions) else None
 
 
 def _identity(models: list[dict], rows: list[dict]) -> str:
@@ -214,8 +209,7 @@ def _figures(questions: Sequence[Question], said: Sequence[Sequence[Answer]]) ->
             metric = METRICS[name]
             assert metric.count
             counts = [metric.count([own[n].text for n in known], references) for own in said]
-            form = "share" if "%" in metric.form else "number"
-            found.append(_row(name, metric.title, form, metric.better, metric.value, [c for c, _ in counts]))
+            found.append(_row_of_metric(name, [c for c, _ in counts]))
         if packages := to_install(usual):
             note(f"BLEU or ROUGE left out: pip install {packages}")
     for name, (title, of, form, better) in OF_AN_ANSWER.items():
@@ -241,6 +235,12 @@ def _row(
         change, interval = paired_difference(value, counts[0], own)
         changes.append(dict(value=change, low=interval and interval[0], high=interval and interval[1]))
     return dict(name=name, title=title, form=form, better=better, rows=len(counts[0]), values=values, changes=changes)
+
+
+def _row_of_metric(name: str, counts: list[np.ndarray]) -> dict[str, Any]:
+    metric = METRICS[name]
+    form = "share" if "%" in metric.form else "number"
+    return _row(name, metric.title, form, metric.better, metric.value, counts)
 
 
 def _strays(text: str, question: Question) -> float | None:
@@ -272,10 +272,7 @@ def _held_out(contenders: Sequence[Contender], paths: Sequence[str | Path], sett
             ]
             shared = [label for label in tables[0] if all(label in table for table in tables)]
             if len(tables) == len(results) and shared:
-                counts = [np.array([table[label] for label in shared]) for table in tables]
-                metric = METRICS[name]
-                form = "share" if "%" in metric.form else "number"
-                rows.append(_row(name, metric.title, form, metric.better, metric.value, counts))
+                rows.append(_row_of_metric(name, [np.array([table[label] for label in shared]) for table in tables]))
         notes = list(dict.fromkeys(line for result in results for line in result.notes))
         found.append(dict(file=Path(path).name, rows=results[0].rows, figures=rows, notes=notes))
     return found

@@ -22,7 +22,7 @@ from common.console import UserError
 from dataset.read.formats import layout_of
 from dataset.read.jsonl import require_file
 from dataset.read.parse import read_text
-from dataset.read.questions import Question, read_questions, read_rows
+from dataset.read.questions import Question, read_questions, read_rows, references_of
 from evaluation.choice import read_choices, read_examples, score
 from evaluation.likelihood import PART, WINDOW, log_likelihoods, totals, totals_by_part, windows
 from evaluation.metrics import METRICS, to_install
@@ -270,8 +270,7 @@ def _grade(found: Measured, names: list[str], questions: list[Question], said: l
     if cut := sum(answer.asked and not answer.ended for answer in said):
         most = max(len(answer.ids) for answer in said)
         found.notes.append(f"{cut:,} answers did not end by themselves and were cut off after {most:,} tokens or less")
-    references = [q.references[0] for q in questions] if len(known) == len(questions) else None
-    found.health = health(said, [q.asked for q in questions], references)
+    found.health = health(said, [q.asked for q in questions], references_of(questions))
     found.answers = [
         dict(
             where=q.where,

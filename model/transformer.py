@@ -288,7 +288,8 @@ class CausalLM(nn.Module):
 
 
 def initialise(model: CausalLM) -> None:
-    """
+    """Sets all weights of a new model:
+
     embeddings (and with them a tied head)       N(0, 1/d): vectors of length 1. At 0.02 the first updates of the blocks
                                                  drown the token itself, and copying from the context is learned late
     untied head, router, q k v, gate, up         N(0, 0.02)

@@ -18,7 +18,7 @@ if not __package__:  # run as a file: import from the repository, not from this 
 import time
 from dataclasses import dataclass
 
-from common.console import UserError, run
+from common.console import UserError, run, say
 from common.files import ROOT
 from common.options import Options, option, parse
 
@@ -59,13 +59,13 @@ def main():
             if days < config.older_than:
                 continue
             freed += entry.size
-            print(f"{entry.size / 1e6:12,.1f} MB  {days:4.0f} days  {entry.path}  ({entry.about})")
+            say(f"{entry.size / 1e6:12,.1f} MB  {days:4.0f} days  {entry.path}  ({entry.about})")
             if config.remove:
                 entry.remove()
         if config.remove:
             sweep(folder)  # what killed processes left
     of = f"of {total / 1e6:,.1f} MB in caches, {freed / 1e6:,.1f} MB were not used for {config.older_than:g} days"
-    print(f"{of} and are removed" if config.remove else f"{of}" + ("; --remove removes them" if freed else ""))
+    say(f"{of} and are removed" if config.remove else f"{of}" + ("; --remove removes them" if freed else ""))
 
 
 if __name__ == "__main__":

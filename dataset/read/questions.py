@@ -11,7 +11,7 @@ reference, or the same without an answer: {"prompt": "..."}, {"question": "..."}
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,12 @@ def read_questions(path: str | Path, limit: int = 0) -> list[Question]:
         empty = Path(path).stat().st_size == 0
         raise UserError(f"{path}: {'the file is empty' if empty else 'there is no question in it'}")
     return found
+
+
+def references_of(questions: Sequence[Question]) -> list[str] | None:
+    """The reference of each question; None: not all have one."""
+    found = [question.references[0] for question in questions if question.references]
+    return found if len(found) == len(questions) else None
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, object]]:

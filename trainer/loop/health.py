@@ -10,7 +10,7 @@ import torch
 
 from common.console import UserError, note
 from dataset.kinds import KINDS
-from dataset.read.questions import read_questions
+from dataset.read.questions import read_questions, references_of
 from inference.answers import answers
 from inference.health import health
 from model.transformer import CausalLM
@@ -33,8 +33,7 @@ class HealthCheck:
             raise UserError(f"--health_prompts {error}") from None
         self.asked = [question.asked for question in questions]
         self.prompts = self.asked if KINDS[kind].stream else [question.messages for question in questions]
-        references = [question.references[0] for question in questions if question.references]
-        self.references = references if len(references) == len(questions) else None
+        self.references = references_of(questions)
 
     def __call__(self, model: CausalLM) -> dict[str, float]:
         if not self.prompts:

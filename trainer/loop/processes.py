@@ -49,7 +49,7 @@ def _rendezvous(timeout: timedelta) -> dict:
 def start(config: Options):
     """Context with the backend that the launcher asked for; the process group ends with it."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    sharded = config.backend == "deepspeed"
+    by_deepspeed = config.backend == "deepspeed"
     together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1))  # torchrun's, DeepSpeed's
     if device.type != "cpu" and ":" in config.device and together > 1:  # NCCL refuses it, unclearly
         raise UserError(
@@ -58,7 +58,7 @@ def start(config: Options):
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)  # memory is measured on the current device
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not sharded:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not by_deepspeed:
         yield Backend(device)
         return
     kind = {"cuda": "nccl", "npu": "hccl"}.get(device.type, "gloo")
@@ -68,7 +68,7 @@ def start(config: Options):
     bound = dict(device_id=device) if kind == "nccl" else {}  # else torch guesses it at each barrier, and warns
     dist.init_process_group(kind, timeout=timeout, **bound, **_rendezvous(timeout))
     try:
-        backend = _sharded(device, timeout, config) if sharded else DDP(device, timeout)
+        backend = _deepspeed(device, timeout, config) if by_deepspeed else DDP(device, timeout)
         check_precision(config, backend)
         yield backend
     finally:
@@ -85,6 +85,6 @@ def check_precision(config: Options, backend: Backend) -> None:
         raise UserError(f"--dtype {config.dtype}: the cards differ ({ranks}); give --dtype float16, which all have")
 
 
-def _sharded(device: torch.device, timeout: timedelta, config: Options) -> Backend:
+def _deepspeed(device: torch.device, timeout: timedelta, config: Options) -> Backend:
     merged = deepspeed_config(config, dist.get_world_size())
     return STAGES[merged["zero_optimization"]["stage"]](device, merged, timeout)
