@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.common import RandomRows, hugging_face_llama, hugging_face_step, seconds
 from common.options import parse
+from dataset.tiny_world import files
 from model.config import ModelConfig
 from model.cost import step_flops
 from model.precision import pick_device, pick_dtype
@@ -23,6 +25,11 @@ from trainer.loop.engine import Engine, Job
 from trainer.losses.next_token import NextToken
 from trainer.run.meter import gemm_rate
 from trainer.train_pretrain import PretrainConfig
+
+
+def ratio(times: dict[str, list[float]], ours: str, theirs: str) -> dict[str, float]:
+    """How many times as fast one side is as the other, round by round."""
+    return spread([b / a for a, b in zip(times[ours], times[theirs])])
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -51,12 +58,13 @@ class Bench:
         self.wait()
         return seconds(work)
 
-    def in_turns(self, sides: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of one step of each side, round by round."""
+    def in_turns(self, sides: dict[str, Callable[[], object]], steps: int | None = None) -> dict[str, list[float]]:
+        """Seconds of one step of each side, round by round. steps: of a side in a round."""
         times: dict[str, list[float]] = {name: [] for name in sides}
+        steps = steps or self.steps
         for _ in range(self.rounds):
             for name, step in sides.items():
-                times[name].append(self.seconds(lambda: [step() for _ in range(self.steps)]) / self.steps)  # noqa: B023
+                times[name].append(self.seconds(lambda: [step() for _ in range(steps)]) / steps)  # noqa: B023
         return times
 
     def gemm(self) -> float:
@@ -117,6 +125,10 @@ class Bench:
 
         return step
 
+    def world(self, name: str) -> Path:
+        """A file of the tiny world."""
+        return files.generate(Path(self.folder) / "world", files=(name,))[name]
+
     def rows(self, count: int, length: int, vocab: int, documents: int = 0):
         """Rows of random tokens; with `documents`, ones of about that many tokens, one after the other."""
         data = RandomRows(count, length, vocab)
@@ -149,7 +161,7 @@ class Bench:
         times = self.in_turns(dict(ours=step, theirs=theirs))
         positions, flops = rows * length, step_flops(config, rows * length, length)
         numbers = {f"{name} tokens/s": spread([positions / t for t in own]) for name, own in times.items()}
-        numbers["times as fast"] = spread([b / a for a, b in zip(times["ours"], times["theirs"])])
+        numbers["times as fast"] = ratio(times, "ours", "theirs")
         numbers["share of the GEMM rate"] = spread([flops / t / rate for t in times["ours"]])
         numbers["GEMM rate, TFLOP/s"] = rate / 1e12
         numbers |= {f"{name} peak GiB": value for name, value in memory.items()}

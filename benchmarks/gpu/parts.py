@@ -48,8 +48,8 @@ def facts(bench: Bench) -> dict:
         block = torch.empty(2**30, dtype=torch.uint8, device=bench.device)
         times = [bench.seconds(lambda: block.clone()) for _ in range(8)][2:]
         found["copy, GB/s read and written"] = spread([2 * block.numel() / t / 1e9 for t in times])
-    versions = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "peft", "trl")}
-    return dict(**found, **{"GEMM, TFLOP/s": bench.gemm() / 1e12}, installed=versions)
+    installed = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "peft", "trl")}
+    return dict(**found, **{"GEMM, TFLOP/s": bench.gemm() / 1e12}, installed=installed)
 
 
 def device(bench: Bench) -> dict:
@@ -78,13 +78,12 @@ def sft(bench: Bench) -> dict:
     import torch
 
     from benchmarks.common import hugging_face_llama
-    from benchmarks.gpu.bench import spread
-    from dataset.tiny_world import files
+    from benchmarks.gpu.bench import ratio, spread
     from dataset.tokens.examples import SFTDataset
     from tokenizer.text import Tokenizer
 
     count, length = 8 if bench.tiny else 1024, 128 if bench.tiny else 512  # of fewer chats, the host's time is measured
-    path = files.generate(Path(bench.folder) / "world", files=("sft",))["sft"]
+    path = bench.world("sft")
     data = SFTDataset(path, Tokenizer.load(), max_seq_len=length, cache_dir=bench.folder)
     engine = bench.engine(bench.model(bench.shape("small")), data, count, length, packing=True)
     step, (model, optimizer) = bench.step_of(engine), hugging_face_llama(engine.model)
@@ -114,14 +113,14 @@ def sft(bench: Bench) -> dict:
     return dict(
         about=f"small, {count} short chats a step, {trained:,.0f} trained tokens a step",
         **{f"{name} trained tokens/s": spread([trained / t for t in own]) for name, own in times.items()},
-        **{"times as fast": spread([b / a for a, b in zip(times["ours"], times["theirs"])])},
+        **{"times as fast": ratio(times, "ours", "theirs")},
         seconds_of_the_first_steps=first,
     )
 
 
 def moe(bench: Bench) -> dict:
     """The mixture's tokens/s as a share of those of a dense model as large as the experts that a token passes."""
-    from benchmarks.gpu.bench import spread
+    from benchmarks.gpu.bench import ratio, spread
 
     rows, length = (2, 64) if bench.tiny else (64, 512)
     config = bench.shape("moe")
@@ -137,7 +136,7 @@ def moe(bench: Bench) -> dict:
     return dict(
         about=f"{rows} x {length} tokens; moe against a dense model of the same active size, {wide} wide",
         **{f"{name} tokens/s": spread([rows * length / t for t in own]) for name, own in times.items()},
-        share=spread([b / a for a, b in zip(times["moe"], times["dense"])]),
+        share=ratio(times, "moe", "dense"),
     )
 
 
@@ -151,7 +150,7 @@ def lora(bench: Bench) -> dict:
     import torch
 
     from benchmarks.common import hugging_face_llama, hugging_face_step
-    from benchmarks.gpu.bench import spread
+    from benchmarks.gpu.bench import ratio, spread
     from model.lora import LoRASettings, add_lora, freeze
 
     rows, length = (2, 64) if bench.tiny else (8, 1024)
@@ -159,8 +158,8 @@ def lora(bench: Bench) -> dict:
     qwen |= dict(intermediate_size=4864, vocab_size=151_936, max_position_embeddings=32768)
     config = bench.shape("small", **(dict(vocab_size=2000) if bench.tiny else qwen))
     model = bench.model(config)
-    steps = {}
-    if importlib.util.find_spec("peft"):
+    steps, has_peft = {}, importlib.util.find_spec("peft") is not None
+    if has_peft:
         import peft
 
         model.to(bench.device)
@@ -174,14 +173,14 @@ def lora(bench: Bench) -> dict:
     add_lora(model, LoRASettings(rank=8))
     engine = bench.engine(model, bench.rows(rows * 8, length, config.vocab_size), rows, length)
     steps["ours"] = bench.step_of(engine)
-    if importlib.util.find_spec("peft"):
+    if has_peft:
         batch = engine.loader.batches(0)[0].to(bench.device)
         steps["peft"] = lambda: hugging_face_step(theirs, optimizer, batch, bench.dtype == torch.bfloat16)
     peaks = {f"{name} peak GiB, both models there": bench.peak(step) for name, step in steps.items()}
     times = bench.in_turns(steps)
     numbers = {f"{name} tokens/s": spread([rows * length / t for t in own]) for name, own in times.items()}
-    ratio = spread([b / a for a, b in zip(times["ours"], times["peft"])]) if "peft" in times else "no peft here"
-    return dict(about=f"Qwen2.5-0.5B's shape, {rows} x {length} tokens", **numbers, **peaks, **{"times as fast": ratio})
+    numbers["times as fast"] = ratio(times, "ours", "peft") if has_peft else "no peft here"
+    return dict(about=f"Qwen2.5-0.5B's shape, {rows} x {length} tokens", **numbers, **peaks)
 
 
 def decode(bench: Bench) -> dict:
@@ -214,12 +213,9 @@ def decode(bench: Bench) -> dict:
     sides = {"one stream": lambda: ours(1), "64 streams": lambda: ours(64)}
     sides["one stream without graphs"] = lambda: ours(1, "plain")
     sides["transformers, one stream"] = lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    times = {name: [] for name in sides}
     for work in sides.values():
         work()
-    for _ in range(bench.rounds):
-        for name, work in sides.items():
-            times[name].append(bench.seconds(work))
+    times = bench.in_turns(sides, steps=1)
     count = lambda name: 64 * new if name == "64 streams" else new
     found = {f"{name}, tokens/s": spread([count(name) / t for t in own]) for name, own in times.items()}
     return dict(about=f"small, {len(prompt)} tokens of prompt, {new} new ones", **found)
@@ -264,12 +260,11 @@ def dpo(bench: Bench) -> dict:
     """Pairs per second, with the model without its adapter as the reference."""
     from benchmarks.gpu.bench import spread
     from dataset.batches.preference import PairLoader, PreferenceDataset
-    from dataset.tiny_world import files
     from model.lora import LoRASettings, add_lora, freeze
     from tokenizer.text import Tokenizer
     from trainer.losses.preference import Preference
 
-    path = files.generate(Path(bench.folder) / "world", files=("dpo",))["dpo"]
+    path = bench.world("dpo")
     length, pairs = (64, 4) if bench.tiny else (512, 64)
     data = PreferenceDataset(path, Tokenizer.load(), max_seq_len=length, cache_dir=bench.folder)
     model = bench.model(bench.shape("small"))
@@ -288,7 +283,6 @@ def distillation(bench: Bench) -> dict:
     """Trained tokens per second of a student, from a file of its teacher's log-probabilities and from the teacher."""
     from benchmarks.gpu.bench import spread
     from common.options import parse
-    from dataset.tiny_world import files
     from dataset.tokens.teacher import TaughtDataset, read_header
     from model.checkpoint import Checkpoint
     from tokenizer.text import Tokenizer
@@ -298,7 +292,7 @@ def distillation(bench: Bench) -> dict:
     from trainer.train_distillation import DistillationConfig
 
     place, tokenizer = Path(bench.folder) / "teacher.lp", Tokenizer.load()
-    path = files.generate(Path(bench.folder) / "world", files=("sft",))["sft"]
+    path = bench.world("sft")
     count, length, rows = (8, 128, 64) if bench.tiny else (128, 512, 4096)
     options = dict(max_seq_len=length, cache_dir=bench.folder, data_limit=rows)
     large = bench.shape("base")
