@@ -14,7 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference.engine import Engine, Request
 from inference.sampling import Sampling
@@ -73,15 +73,19 @@ def rows(kind: str) -> dict[str, Tensor]:
     return given | dict(documents=documents) | {name: t.expand(3, -1).contiguous() for name, t in more.items()}
 
 
+def random_model(config: ModelConfig, std: float, seed: int = 0) -> CausalLM:
+    """The same weights each time, norms around 1. Fresh weights would not do: some start at 0, which makes every block
+    the identity, and norms at 1, where a mistake in them does not show."""
+    torch.manual_seed(seed)
+    model = CausalLM(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
+    return model
+
+
 @cache
 def build(std: float = 0.08, **changes) -> CausalLM:
-    """Weights from N(0, std), norms around 1, the same each time: a new model would begin as the identity."""
-    generator = torch.Generator().manual_seed(0)
-    model = CausalLM(ModelConfig(**{**SHAPE, **changes}))
-    for parameter in model.parameters():
-        mean = float(parameter.dim() == 1)
-        parameter.data = torch.randn(parameter.shape, generator=generator) * std + mean
-    return model
+    return random_model(ModelConfig(**{**SHAPE, **changes}), std)
 
 
 def on(device: torch.device, model: CausalLM) -> CausalLM:

@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from torch import nn
 
+from evaluation.device import random_model
 from model.config import ModelConfig
 from model.transformer import CausalLM
 from tokenizer.text import Tokenizer
@@ -33,16 +33,6 @@ SPEAKERS = {  # kinds of models that generate text: what they have besides SPEAK
     ),
 }
 TINY_TOKENS = torch.arange(40).view(2, 20) % 67
-
-
-def random_model(config: ModelConfig, std: float, seed: int = 0) -> CausalLM:
-    """The same weights each time, norms around 1. Fresh weights would not do: some start at 0, which makes every block
-    the identity, and norms at 1, where a mistake in them does not show."""
-    torch.manual_seed(seed)
-    model = CausalLM(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
-    return model
 
 
 def tiny_model(**changes) -> CausalLM:
