@@ -61,18 +61,19 @@ def main():
     from model.precision import pick_dtype
     from trainer.inputs import open_data, open_parent
     from trainer.loop.processes import start
-    from trainer.losses.distillation import Distill, Teacher, open_teacher, read_views, write_views
+    from trainer.losses.distillation import Distill, Teacher, open_logprobs, open_teacher, write_logprobs
     from trainer.run_stage import start_stage
 
-    weights, tokenizer, views = open_teacher(config) if config.teacher else (None, None, read_views(config))
-    options = dict(on_long=config.on_long, views=views)
+    weights, tokenizer = open_teacher(config) if config.teacher else (None, None)
+    header = open_logprobs(config) if config.teacher_logprobs else None
+    options = dict(on_long=config.on_long, header=header)
     if config.write_logprobs:
         if config.from_weight:  # ids are the teacher's, the chat template is the student's
             _, tokenizer, _ = open_parent(config, config.from_weight, tokenizer)
         data = open_data(TaughtDataset, config, "sft", tokenizer, **options)
         with start(config) as backend:
             teacher = Teacher(weights, pick_dtype(config.dtype, backend.device)[0], backend.device)
-            say(write_views(config, data, tokenizer, teacher, backend))
+            say(write_logprobs(config, data, tokenizer, teacher, backend))
         return
     student = None if config.preset else "full_sft"  # with --preset, a fresh one
     with start_stage(
@@ -80,14 +81,14 @@ def main():
     ) as stage:
         device = stage.backend.device
         teacher = Teacher(weights, pick_dtype(config.dtype, device)[0], device) if weights else None
-        teacher_hash = teacher.hash if teacher else views["teacher"]
+        teacher_hash = teacher.hash if teacher else header["teacher"]
         if stage.parent and same_weights(teacher_hash, stage.parent.hash):
             stage.notes.append(
                 "warning: the student starts as the teacher itself, so there is little to learn; --preset makes "
                 "a fresh student, --from_weight names another"
             )
         stage.output.identity["teacher"] = teacher_hash
-        stage.notes.append(f"teacher: {teacher or views['about']}")
+        stage.notes.append(f"teacher: {teacher or header['about']}")
         stage.train(Distill(config.distill_loss, config.temperature, config.alpha, stage.tokenizer.vocab_size, teacher))
 
 

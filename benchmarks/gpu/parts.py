@@ -288,7 +288,7 @@ def distillation(bench: Bench) -> dict:
     from tokenizer.text import Tokenizer
     from trainer.inputs import Data
     from trainer.loop.backend import Backend
-    from trainer.losses.distillation import Distill, Teacher, write_views
+    from trainer.losses.distillation import Distill, Teacher, write_logprobs
     from trainer.train_distillation import DistillationConfig
 
     place, tokenizer = Path(bench.folder) / "teacher.lp", Tokenizer.load()
@@ -299,10 +299,10 @@ def distillation(bench: Bench) -> dict:
     teacher = Teacher(Checkpoint(place, bench.model(large).state_dict(), large), bench.dtype, bench.device)
     flags = [f"--write_logprobs={place}", "--teacher=base", f"--batch_size={count}", f"--max_seq_len={length}"]
     config, data = parse(DistillationConfig, flags), Data(TaughtDataset(path, tokenizer, **options), None, False, [])
-    writing = bench.seconds(lambda: write_views(config, data, tokenizer, teacher, Backend(bench.device)))
-    views, trained, steps = read_header(place), 0, {}
+    writing = bench.seconds(lambda: write_logprobs(config, data, tokenizer, teacher, Backend(bench.device)))
+    header, trained, steps = read_header(place), 0, {}
     for name, asked in (("file", None), ("teacher", teacher)):
-        data = TaughtDataset(path, tokenizer, views=None if asked else views, **options)
+        data = TaughtDataset(path, tokenizer, header=None if asked else header, **options)
         objective = Distill("forward_kl", config.temperature, config.alpha, tokenizer.vocab_size, asked)
         student = bench.model(bench.shape("small"))
         engine = bench.engine(student, data, count, length, "--compile=off", objective=objective, packing=True)
@@ -315,7 +315,7 @@ def distillation(bench: Bench) -> dict:
         about=f"a base teaches a small, {count} short chats a step, {trained:,.0f} trained tokens a step",
         **{f"{name}, trained tokens/s": spread([trained / t for t in own]) for name, own in times.items()},
         **peaks,
-        **{"writing the file, tokens/s": views["tokens"] / writing, "bytes a token": views["bytes_per_token"]},
+        **{"writing the file, tokens/s": header["tokens"] / writing, "bytes a token": header["bytes_per_token"]},
     )
 
 

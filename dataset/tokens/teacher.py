@@ -1,8 +1,8 @@
-"""A teacher's view of every trained token, in a file: its k most likely ids, and their log-probabilities.
+"""What a teacher expects at every trained token, in a file: its k most likely ids, and their log-probabilities.
 
-    with writing("teacher.lp", dataset, top_k=32, facts={...}) as records:
+    with writing(Path("teacher.lp"), dataset, tokenizer, top_k=32, facts={...}) as records:
         records[example] = ids, logprobs           # (n, 32), (n, 33) of its n trained tokens
-    TaughtDataset("sft.jsonl", tokenizer, max_seq_len=512, views=read_header("teacher.lp"))
+    TaughtDataset("sft.jsonl", tokenizer, max_seq_len=512, header=read_header("teacher.lp"))
 
 The last log-probability is that of all other ids together. So a token takes k * (2 + 2) + 2 bytes (130 for 32), or
 k * (4 + 2) + 2 in a vocabulary of more than 65,536 ids. The file is mapped, not held in memory. It belongs to the
@@ -60,35 +60,35 @@ def read_header(path: str | Path) -> dict:
 
 
 class TaughtDataset(SFTDataset):
-    """Conversations with the teacher's view of each trained token: extras `teacher_ids` (n, k) int32 and
-    `teacher_logprobs` (n, k + 1) fp16. views: a file's header; None: plain conversations without extras."""
+    """Conversations with what the teacher expects at each trained token: extras `teacher_ids` (n, k) int32 and
+    `teacher_logprobs` (n, k + 1) fp16. header: of a teacher's file; None: plain conversations without extras."""
 
-    def __init__(self, paths, tokenizer: Tokenizer, *, views: dict | None = None, **options):
+    def __init__(self, paths, tokenizer: Tokenizer, *, header: dict | None = None, **options):
         super().__init__(paths, tokenizer, **options)
-        self.views = None
-        if views is None:
+        self.records = None
+        if header is None:
             return
         for what, theirs, ours in (
-            ("the tokenizer", views["tokenizer"][:12], tokenizer.hash[:12]),
-            ("--max_seq_len", views["max_seq_len"], self.max_seq_len),
-            ("the data (files, rows, --on_long, token format)", views["data"][:12], self.fingerprint[:12]),
+            ("the tokenizer", header["tokenizer"][:12], tokenizer.hash[:12]),
+            ("--max_seq_len", header["max_seq_len"], self.max_seq_len),
+            ("the data (files, rows, --on_long, token format)", header["data"][:12], self.fingerprint[:12]),
         ):
             if theirs != ours:
                 same = "give a fresh student the teacher's (--tokenizer_path), or " if what == "the tokenizer" else ""
                 raise UserError(
-                    f"--teacher_logprobs {views['path']}: was written for other examples: {what} was {theirs}, is "
+                    f"--teacher_logprobs {header['path']}: was written for other examples: {what} was {theirs}, is "
                     f"{ours}; {same}write it again with --write_logprobs"
                 )
-        begin = HEADER + 8 * (views["examples"] + 1)
-        dtype = record_type(views["top_k"], views["vocab_size"])
-        self._begins = np.memmap(views["path"], np.int64, "r", HEADER, (views["examples"] + 1,))
-        self.views = np.memmap(views["path"], dtype, "r", begin, (views["tokens"],))
+        begin = HEADER + 8 * (header["examples"] + 1)
+        dtype = record_type(header["top_k"], header["vocab_size"])
+        self._begins = np.memmap(header["path"], np.int64, "r", HEADER, (header["examples"] + 1,))
+        self.records = np.memmap(header["path"], dtype, "r", begin, (header["tokens"],))
 
     def _extras(self, example: int) -> dict[str, np.ndarray]:
-        if self.views is None:
+        if self.records is None:
             return {}
         trained = targets(self._read(example)[1])
-        records = self.views[self._begins[example] : self._begins[example + 1]]
+        records = self.records[self._begins[example] : self._begins[example + 1]]
         k = records["ids"].shape[1]
         ids, logprobs = np.zeros((len(trained), k), np.int32), np.zeros((len(trained), k + 1), np.float16)
         ids[trained], logprobs[trained] = records["ids"], records["logprobs"]

@@ -221,9 +221,9 @@ def test_the_file_says_what_the_teacher_does(world, capsys):
     rest together. And 2 bytes an id, 2 a probability: (4 + 4) + 2 for k = 2."""
     path = world / "t.lp"
     run_stage("distillation", *flags_of(world, "--teacher=teacher", f"--write_logprobs={path}", "--top_k=2"))
-    said, views = capsys.readouterr().out, read_header(path)
-    assert f"{views['tokens']:,} trained tokens, 10 bytes each" in said and views["bytes_per_token"] == 10
-    dataset = TaughtDataset([world / "sft.jsonl"], TOKENIZER, max_seq_len=32, on_long="truncate", views=views)
+    said, header = capsys.readouterr().out, read_header(path)
+    assert f"{header['tokens']:,} trained tokens, 10 bytes each" in said and header["bytes_per_token"] == 10
+    dataset = TaughtDataset([world / "sft.jsonl"], TOKENIZER, max_seq_len=32, on_long="truncate", header=header)
     plain, seen = load_weights(world / "teacher_32.pth").build(), 0
     for i in range(0, len(dataset), 7):
         ids, trained, extras = dataset.tokens(i), dataset.trained(i), dataset.extras(i)

@@ -132,7 +132,7 @@ class Distill:
 # ---- a teacher whose log-probabilities are written to a file
 
 
-def open_teacher(config) -> tuple[Checkpoint, Tokenizer, None]:
+def open_teacher(config) -> tuple[Checkpoint, Tokenizer]:
     """--teacher -> its weights and its tokenizer: that of --tokenizer_path, which may have another chat template."""
     weights = load_weights(find_weights(config.teacher, config.save_dir, ROOT / "out"))
     check_positions(config, weights.config, f"--teacher {config.teacher}")
@@ -145,23 +145,23 @@ def open_teacher(config) -> tuple[Checkpoint, Tokenizer, None]:
             f"--tokenizer_path {config.tokenizer_path}: its {own.vocab_size:,} ids are not those of --teacher "
             f"{config.teacher} ({tokenizer.path}, {tokenizer.vocab_size:,} ids); distillation needs the same in both"
         )
-    return weights, own or tokenizer, None
+    return weights, own or tokenizer
 
 
-def read_views(config) -> dict:
+def open_logprobs(config) -> dict:
     """--teacher_logprobs -> what the file says of itself, and a line to print."""
-    views = read_header(config.teacher_logprobs)
-    if views["temperature"] != config.temperature:
+    header = read_header(config.teacher_logprobs)
+    if header["temperature"] != config.temperature:
         raise UserError(
-            f"--temperature {config.temperature:g}: {views['path']} was written at {views['temperature']:g}, the only "
-            "temperature it can be used at; give that one, or write the file again"
+            f"--temperature {config.temperature:g}: {header['path']} was written at {header['temperature']:g}, the "
+            "only temperature it can be used at; give that one, or write the file again"
         )
-    about = f"{views['path']}, the {views['top_k']} likeliest ids of {views['tokens']:,} tokens"
-    return views | dict(about=f"{about}, {views['bytes_per_token']} bytes each, of {views['weights']}")
+    about = f"{header['path']}, the {header['top_k']} likeliest ids of {header['tokens']:,} tokens"
+    return header | dict(about=f"{about}, {header['bytes_per_token']} bytes each, of {header['weights']}")
 
 
 @torch.no_grad()
-def write_views(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, backend: Backend) -> str:
+def write_logprobs(config, data: Data, tokenizer: Tokenizer, teacher: Teacher, backend: Backend) -> str:
     """Runs the teacher over every example and writes --write_logprobs -> a line to print."""
     check_writable(config.write_logprobs, "--write_logprobs", is_file=True)
     if backend.world > 1:
