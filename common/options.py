@@ -140,38 +140,17 @@ def parse(
     bare: the option whose flag may be left out: words that belong to no other flag are its values. If anything is
     wrong, every problem is printed to stderr and the program ends with status 2.
     """
-    known, problems = specs(cls), []
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage="%(prog)s [--config file.yaml] [--option value ...]",
-        epilog=_help(known, cls()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help=argparse.SUPPRESS, nargs="?", const="")
-    for spec in known.values():
-        for spelling in spec.spellings():
-            alone = "true" if spec.kind is bool or spec.switch or spec.stands_for(spelling) else ""
-            parser.add_argument(
-                f"--{spelling}",
-                dest=spec.name,
-                action=_Record,
-                help=argparse.SUPPRESS,
-                nargs="*" if spec.many else "?",
-                const=None if spec.many else alone,
-            )
-    for key in cls.translated:
-        parser.add_argument(f"--{key}", dest=key, action=_Record, help=argparse.SUPPRESS, nargs="*")
+    problems: list[str] = []
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    words = _with_flag(words, bare, known) if bare else words
-    seen, unknown = parser.parse_known_args(words, argparse.Namespace(given=[]))
+    words = _with_flag(words, bare, cls) if bare else words
+    seen, unknown = _parser(cls, description).parse_known_args(words, argparse.Namespace(given=[]))
     first_rank = os.environ.get("RANK", "0") == "0"  # all ranks find the same problems
     if not words and os.path.isfile("config.yaml") and first_rank:  # other projects read it unasked
         note("note: the config.yaml in this directory is not used; to use it: --config config.yaml")
 
     in_file = _from_file(seen.config, cls, problems) if seen.config is not None else []
     stated = _settle(in_file, problems)
-    typed = [(f"--{spelling}", spelling, text) for _, spelling, text in seen.given]
+    typed = [(f"--{spelling}", spelling, text) for spelling, text in seen.given]
     overriding = _settle(_translate(typed, cls, problems), problems)
     stated |= overriding
     places = {spec.name: where for where, spec, *_ in in_file if spec.name not in overriding}
@@ -189,11 +168,35 @@ def parse(
     return config
 
 
+def _parser(cls: type[Options], description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s [--config file.yaml] [--option value ...]",
+        epilog=_help(specs(cls), cls()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help=argparse.SUPPRESS, nargs="?", const="")
+    for spec in specs(cls).values():
+        for spelling in spec.spellings():
+            alone = "true" if spec.kind is bool or spec.switch or spec.stands_for(spelling) else ""
+            nargs, const = ("*", None) if spec.many else ("?", alone)
+            parser.add_argument(f"--{spelling}", action=_Record, help=argparse.SUPPRESS, nargs=nargs, const=const)
+    for key in cls.translated:
+        parser.add_argument(f"--{key}", action=_Record, help=argparse.SUPPRESS, nargs="*")
+    return parser
+
+
 class _Record(argparse.Action):
-    """Records (option, spelling, text) of every flag in order, so that a message can name contradictory ones."""
+    """Records (spelling, text) of every flag in order, so that a message can name contradictory ones."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        namespace.given.append((self.dest, (option_string or "")[2:], values or ""))
+        namespace.given.append(((option_string or "")[2:], values or ""))
+
+
+def _by_spelling(cls: type[Options]) -> dict[str, Spec]:
+    """{name or alias: Spec} of all options of a class."""
+    return {spelling: spec for spec in specs(cls).values() for spelling in spec.spellings()}
 
 
 def _underscored(word: str) -> str:
@@ -202,14 +205,14 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def _with_flag(words: list[str], bare: str, known: dict[str, Spec]) -> list[str]:
+def _with_flag(words: list[str], bare: str, cls: type[Options]) -> list[str]:
     """The words, with --`bare` before those that belong to no flag: at the beginning, after a switch or a value."""
-    by_flag = {f"--{spelling}": spec for spec in known.values() for spelling in spec.spellings()}
+    known = _by_spelling(cls)
     found, owner, values = [], None, 1  # the option that the last flag named, and how many words followed it
     for word in words:
         if word.startswith("-"):
             name, equals, _ = word.partition("=")
-            owner, values = by_flag.get(name), len(equals)
+            owner, values = known.get(name.removeprefix("--")), len(equals)
         else:
             full = values and not (owner and owner.many)
             switch = owner and owner.kind is bool and word.lower() not in YES + NO
@@ -242,8 +245,7 @@ def _from_file(path: str, cls: type[Options], problems: list[str]) -> list[tuple
         problems.append(f"--config {path}: expected `key: value` lines, found a {type(tree).__name__}")
         return []
 
-    by_spelling = {spelling: spec for spec in specs(cls).values() for spelling in spec.spellings()}
-    understood = by_spelling.keys() | cls.translated
+    understood = _by_spelling(cls).keys() | cls.translated
 
     def leaves(tree: dict, prefix: str) -> Iterator[tuple[str, str, Any]]:
         for key, value in tree.items():
@@ -262,8 +264,7 @@ def _translate(
     rows: list[tuple[str, str, Any]], cls: type[Options], problems: list[str]
 ) -> list[tuple[str, Spec, str, Any]]:
     """(where, key, value) -> rows for `_settle`; a key of `translated` becomes the options that mean the same."""
-    by_spelling = {spelling: spec for spec in specs(cls).values() for spelling in spec.spellings()}
-    found = []
+    by_spelling, found = _by_spelling(cls), []
     for where, key, value in rows:
         if key in by_spelling:
             found.append((where, by_spelling[key], key, value))
@@ -312,7 +313,7 @@ def _refuse(rows: list[tuple[str, str, Any]], cls: type[Options], problems: list
             continue
         import difflib
 
-        near = difflib.get_close_matches(key, [name for spec in specs(cls).values() for name in spec.spellings()], 1)
+        near = difflib.get_close_matches(key, _by_spelling(cls), 1)
         problems.append(f"{where}: unknown option; " + (f"did you mean {near[0]}?" if near else "--help lists them"))
 
 
