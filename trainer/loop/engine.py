@@ -90,20 +90,7 @@ class Engine:
         self.meter = Meter(self.model, self.dtype, backend.device, config.measure_peak)
         self.val_loader = self._loader(job.data.val, 1, shuffle=False) if job.data.val is not None else None
         self.prepare_seconds = self._prepare()
-        run_dir = self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}"
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        entries = dict(parameters=self.model.num_parameters(), trained=trained, facts=facts_of(self))
-        reference = find_reference(config.reference_curve, entries["facts"])
-        self.logger = RunLogger.create(run_dir, config, backend.main, reference, **entries)
-        self.watch = Watchdog(
-            config,
-            backend,
-            job.data.train.source,
-            self.dtype == torch.float16,
-            run_dir / "bad_batches.jsonl",
-            self.logger.print,
-        )
-        self.profile = open_profile(config.profile and backend.main, run_dir, backend.device, self.logger.print)
+        self._open_logs(self.save_dir / "runs" / f"{Path(self.name).stem}-{self.run_id}")
         announce(self, notice)
         self.compiled = compile_model(self.model, config, backend.device, self.loader, self.total)
         if self.compiled:
@@ -126,6 +113,18 @@ class Engine:
         if found and not Path(found).is_dir():
             raise UserError(f"{found}: rank {rank} does not see it; to resume, all machines have to share --save_dir")
         return Path(found) if found else None
+
+    def _open_logs(self, folder: Path) -> None:
+        """Whoever writes into the folder of the run."""
+        config, main, device = self.config, self.backend.main, self.backend.device
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        entries = dict(parameters=self.model.num_parameters(), trained=trained, facts=facts_of(self))
+        reference = find_reference(config.reference_curve, entries["facts"])
+        self.logger = RunLogger.create(folder, config, main, reference, **entries)
+        say, scaled = self.logger.print, self.dtype == torch.float16
+        source, reports = self.job.data.train.source, folder / "bad_batches.jsonl"
+        self.watch = Watchdog(config, self.backend, source, scaled, reports, say)
+        self.profile = open_profile(config.profile and main, folder, device, say)
 
     def _loader(self, data, accumulation_steps: int, shuffle: bool) -> Loader:
         return self.job.loader(
@@ -254,7 +253,8 @@ class Engine:
         """After a signal: saves what there is, and ends with the status that the signal stands for."""
         if self.saved_step != self.step:
             self.save()
-        self._wait()
+        self.writer.wait()  # until rank 0 has written everything
+        self.backend.barrier()
         number = received[0] if received else signal.SIGTERM  # another rank received it
         self.logger.print(
             f"stopped by {signal.Signals(number).name} after step {self.step:,}; everything is saved. "
@@ -321,11 +321,6 @@ class Engine:
             lineage = [*(self.job.parent.lineage if self.job.parent else []), self._lineage()]
             tokenizer = dict(path=relative_to_root(self.job.tokenizer.path), hash=self.job.tokenizer.hash)
             self.job.output.save(path, self.model, tokenizer=tokenizer, lineage=lineage, write=self.writer.write_plain)
-
-    def _wait(self) -> None:
-        """Until rank 0 has written everything."""
-        self.writer.wait()
-        self.backend.barrier()
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """Trained parameters by name. Frozen ones are not saved: `parent` in the identity says which they are."""
