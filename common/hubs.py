@@ -122,9 +122,13 @@ def pick(repository: Repository, patterns: Sequence[str]) -> list[RemoteFile]:
     """The files whose names match one of the patterns (`*.jsonl`). UserError, with what there is, if none does."""
     found = [file for file in repository.files if any(fnmatchcase(file.name, pattern) for pattern in patterns)]
     if not found:
-        names = ", ".join(file.name for file in repository.files[:20]) or "no file at all"
-        raise UserError(f"{repository.id}: has no file called {' or '.join(patterns)}; there is {names}")
+        raise UserError(f"{repository.id}: has no file called {' or '.join(patterns)}; there is {listed(repository)}")
     return found
+
+
+def listed(repository: Repository) -> str:
+    """The names of its first files, for a message."""
+    return ", ".join(file.name for file in repository.files[:20]) or "no file at all"
 
 
 def list_files(id: str, kind: str, *, source: str | None = None, revision: str | None = None) -> Repository:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from common.console import UserError
 from common.fetch import announce, download, unfinished
 from common.files import ROOT, put_in_place
-from common.hubs import RemoteFile, Repository, check_id, default_source, is_id, list_files, pick, typed_name
+from common.hubs import RemoteFile, Repository, check_id, default_source, is_id, list_files, listed, pick, typed_name
 from common.json_file import read_json
 from tokenizer.text import Tokenizer
 
@@ -145,8 +145,8 @@ def files_of_a_model(repository: Repository) -> list[RemoteFile]:
     if weights:
         texts = [file for file in texts if not file.name.endswith(".bin.index.json")]
     elif not (weights := matching(*PICKLES)):
-        names = ", ".join(file.name for file in repository.files[:20]) or "no file at all"
-        raise UserError(f"{repository.id}: has no weights that can be read (*.safetensors, *.bin, *.pth), only {names}")
+        readable = "*.safetensors, *.bin, *.pth"
+        raise UserError(f"{repository.id}: has no weights that can be read ({readable}), only {listed(repository)}")
     return texts + weights
 
 
