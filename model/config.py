@@ -203,19 +203,7 @@ class ModelConfig:
             found.append(
                 f"num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts {self.num_experts}"
             )
-        if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type")
-            numbers = {
-                key: value for key, value in self.rope_scaling.items() if key != "rope_type" and value is not None
-            }
-            for key, value in numbers.items():
-                if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                    found.append(f"rope_scaling's {key} must be a positive number, not {value!r:.40}")
-            if kind not in ROPE_SCALINGS:
-                found.append(f"rope_scaling kind {kind!r} is not one of {', '.join(ROPE_SCALINGS)}")
-            elif missing := [key for key in ROPE_SCALINGS[kind] if key not in self.rope_scaling]:
-                found.append(f"rope_scaling of kind {kind} lacks {', '.join(missing)}")
-        return found
+        return found + (_problems_of_scaling(self.rope_scaling) if self.rope_scaling is not None else [])
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -253,6 +241,20 @@ class ModelConfig:
             if item.metadata["omit_default"] and values[item.name] == item.default:
                 del values[item.name]
         return values
+
+
+def _problems_of_scaling(scaling: dict[str, Any]) -> list[str]:
+    found, kind = [], scaling.get("rope_type")
+    for key, value in scaling.items():
+        if key == "rope_type" or value is None:
+            continue
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            found.append(f"rope_scaling's {key} must be a positive number, not {value!r:.40}")
+    if kind not in ROPE_SCALINGS:
+        found.append(f"rope_scaling kind {kind!r} is not one of {', '.join(ROPE_SCALINGS)}")
+    elif missing := [key for key in ROPE_SCALINGS[kind] if key not in scaling]:
+        found.append(f"rope_scaling of kind {kind} lacks {', '.join(missing)}")
+    return found
 
 
 def architecture_options() -> list[tuple[str, Any, Any]]:
