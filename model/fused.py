@@ -1,7 +1,7 @@
 """Functions of many operations, compiled to one kernel while a GPU generates.
 
 Unpacking a weight of 4 bits is eight operations, which write and read some twenty bytes for each number: most of the
-time of a token. Compiled it reads half a byte and writes two, or nothing if it is a part of the product. Compiling takes
+time of a token. Compiled it reads half a byte and writes two, or nothing as a part of the product. Compiling takes
 seconds, so it is for large models.
 """
 
