@@ -3,7 +3,6 @@
 import copy
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,14 +219,3 @@ def test_a_card_that_this_torch_has_no_code_for(capability, kernels, message, mo
         pick_device("cuda")
     assert pick_device("auto") == torch.device("cpu")
     assert re.match("computing on the CPU: torch .* has no code for cards of " + message, capsys.readouterr().err)
-
-
-def test_bf16_is_a_question_to_the_named_card(monkeypatch):
-    """`eval_model.py --device cuda:1` asked cuda:0: a 2060 beside a 3060 computed in bf16, which it has to emulate."""
-    monkeypatch.setattr(torch.version, "hip", None, raising=False)
-    majors = {0: 8, 1: 7}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda on: SimpleNamespace(major=majors[on.index]))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # of the current one
-    first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    assert pick_dtype("auto", first)[0] == torch.bfloat16 and pick_dtype("auto", second)[0] == torch.float16
