@@ -106,7 +106,8 @@ def sft(bench: Bench) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    first = bench.seconds(lambda: [step() for _ in range(1 if bench.tiny else 12)])  # each number of rows is compiled
+    few = 1 if bench.tiny else 2 * engine.loader.steps_per_epoch  # each number of rows is compiled
+    first = bench.seconds(lambda: [step() for _ in range(few)])
     theirs()
     trained = statistics.mean(sum(b.trained_tokens for b in engine.loader.batches(s)) for s in range(8))
     times = bench.in_turns(dict(ours=step, theirs=theirs))

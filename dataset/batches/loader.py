@@ -18,11 +18,12 @@ B = rows of a batch, T = max_seq_len, N = rows of a rank's step, K = selected po
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import combinations
 from operator import mul
 from typing import Any
 
@@ -38,6 +39,7 @@ from model.attention import Segments, find_segments
 IGNORED = -100  # a target that is not trained on
 SELECTED_MULTIPLE = 128
 FEW_SHAPES = 4  # of batches, in a run whose code is compiled for each
+SOME_STEPS = 64  # that are looked at, to know how many rows a step has
 AHEAD = 2  # steps prepared while the device works on one
 
 
@@ -222,9 +224,9 @@ class Loader:
         return [self.copier(batch) for batch in batches] if self.copier else batches
 
     def _some_steps(self) -> Sequence[int]:
-        """All steps of an epoch, or 64 of them, evenly spread."""
+        """All steps of an epoch, or SOME_STEPS of them, evenly spread."""
         steps = self.steps_per_epoch
-        return range(steps) if steps <= 64 else [steps * i // 64 for i in range(64)]
+        return range(steps) if steps <= SOME_STEPS else [steps * i // SOME_STEPS for i in range(SOME_STEPS)]
 
     def count_shapes(self) -> int:
         """How many shapes (rows, length) its batches have, as far as some steps show."""
@@ -241,18 +243,22 @@ class Loader:
         return steps * sum(counts) // len(asked)
 
     def limit_shapes(self, most: int = FEW_SHAPES) -> None:
-        """From now on batches have at most so many shapes, as far as some steps show, for compiled code: the rows of a
-        step's last batch are filled up to one of a few numbers. Blank rows cost time and change no result."""
+        """From now on batches have at most so many shapes, for compiled code: the rows of a step's last batch are
+        filled up to one of a few numbers, which some steps show. Blank rows cost time and change no result.
+
+        One shape is kept free. Full batches have it, or a step with more rows than any of those steps: each epoch is
+        shuffled anew. If an epoch has few steps, several epochs are looked at."""
         if self.packing:
-            shares = [len(self.rows(step)) // self.world for step in self._some_steps()]
-            full = max(shares) > self.batch_size
-            self.sizes = spread({(n - 1) % self.batch_size + 1 for n in shares}, most - full)
+            several = self.shuffle and self.steps_per_epoch < SOME_STEPS
+            steps = range(SOME_STEPS) if several else self._some_steps()
+            shares = [len(self.rows(step)) // self.world for step in steps]
+            self.sizes = few_sizes([(n - 1) % self.batch_size + 1 for n in shares], most - 1)
 
     def _batch_sizes(self, rows: int) -> list[int]:
         """The rows of each batch of a rank's step; together at least `rows`."""
         full, rest = divmod(rows, self.batch_size)
         sizes = self.sizes or [rest]
-        last = min((n for n in sizes if n >= rest), default=max(sizes))
+        last = min((n for n in sizes if n >= rest), default=self.batch_size if full else max(sizes))
         while last < rest:  # more than in the steps that were looked at: an eighth more, as the next such step may need
             last = min(last + -(-last // 8), self.batch_size)
         return [self.batch_size] * full + [last] * (rest > 0)
@@ -332,12 +338,17 @@ class Loader:
         return np.cumsum(opens, axis=1, dtype=np.int32) * filled, positions
 
 
-def spread(numbers: Iterable[int], most: int) -> list[int]:
-    """All of them in order, or `most` of them from the least to the greatest: {1, 2, 3, 7, 9}, 3 -> [1, 3, 9]"""
-    ordered = sorted(numbers)
-    if len(ordered) <= most:
-        return ordered
-    return [ordered[i * (len(ordered) - 1) // (most - 1)] if most > 1 else ordered[-1] for i in range(most)]
+def few_sizes(numbers: Sequence[int], most: int) -> list[int]:
+    """`most` of the numbers, such that raising each number to the next one of them adds least in all: of 2, 7, 9, 9, 9
+    and 10, two are 2 and 10, and three are 2, 9 and 10."""
+    counts = Counter(numbers)
+    *others, largest = sorted(counts)
+
+    def added(sizes: tuple[int, ...]) -> int:
+        return sum(count * (next(size for size in sizes if size >= n) - n) for n, count in counts.items())
+
+    smaller = combinations(others, min(most - 1, len(others)))
+    return list(min(((*few, largest) for few in smaller), key=added))
 
 
 def select(targets: np.ndarray) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.batches.loader import IGNORED, Batch, Loader, select
+from dataset.batches.loader import IGNORED, Batch, Loader, few_sizes, select
 from dataset.tokens.examples import TokenDataset
 from dataset.tokens.order import shuffled
 from tests.helpers.streams import Streams
@@ -133,8 +133,29 @@ def test_a_step_with_more_rows_than_any_that_was_looked_at():
     assert [ds._batch_sizes(rows) for rows in (81, 90, 91, 103)] == [[90], [90], [102], [115]]
     ds.batch_size = 84
     assert ds._batch_sizes(82) == [84] and ds._batch_sizes(2 * 84 + 1) == [84, 84, 64]
+    assert ds._batch_sizes(84 + 81) == [84, 84], "the shape of full batches is there anyway"
     ds.sizes = [3]
     assert ds._batch_sizes(5) == [5], "3, 4, 5"
+
+
+@pytest.mark.parametrize(("batch_size", "world"), ((32, 1), (64, 1), (64, 2)))
+def test_later_epochs_have_no_more_shapes(batch_size, world):
+    """Each is shuffled anew. The second one had a step with more rows than any of the first, and that was the fifth
+    shape of a run, compiled in the middle of it."""
+    side = loader(many(400, longest=12), batch_size=batch_size, max_seq_len=12, world=world, shuffle=True)
+    assert side.steps_per_epoch < 16
+    side.limit_shapes()
+    assert len(side.sizes) == 3, "a fourth one is free"
+    assert len({batch.tokens.shape for step in range(200) for batch in side.batches(step)}) <= 4
+
+
+def test_the_sizes_that_add_the_fewest_blank_rows():
+    """2 and 10: 3 for the 7 and 1 for each 9. 7 and 10: 5 for the 2, and 3. 9 and 10: 7 for the 2, and 2."""
+    numbers = [9, 2, 9, 10, 9, 7]
+    assert few_sizes(numbers, 1) == [10]
+    assert few_sizes(numbers, 2) == [2, 10]
+    assert few_sizes(numbers, 3) == [2, 9, 10]
+    assert few_sizes(numbers, 4) == few_sizes(numbers, 9) == [2, 7, 9, 10]
 
 
 def test_ranks_still_have_batches_of_the_same_shapes():
