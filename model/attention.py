@@ -265,9 +265,10 @@ def choose_kernels(device: torch.device, masks: Iterable[AttentionMask]) -> Abst
 
     Without gradients, lengths change from call to call: cuDNN plans each new shape, for a tenth of a second, and each
     token has one. On Blackwell it is wrong there too (https://github.com/pytorch/pytorch/issues/193893). With a mask,
-    gradients may be NaN (https://github.com/pytorch/pytorch/issues/196678).
+    gradients may be NaN (https://github.com/pytorch/pytorch/issues/196678). With segments, which torch may give it
+    from 2.15 on, an empty one may be NaN (https://github.com/NVIDIA/cudnn-frontend/issues/943).
     """
-    fit = torch.is_grad_enabled() and all(mask.tensor is None for mask in masks)
+    fit = torch.is_grad_enabled() and all(mask.tensor is None and mask.segments is None for mask in masks)
     return nullcontext() if device.type != "cuda" or fit else _without_cudnn()
 
 

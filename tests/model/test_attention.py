@@ -467,3 +467,12 @@ def test_cudnns_attention_is_for_training_without_a_mask(monkeypatch):
     with pytest.raises(pytest.fail.Exception), torch.no_grad():
         model(tokens)
     assert torch.backends.cuda.cudnn_sdp_enabled(), "also after an error"
+
+
+def test_cudnns_attention_is_not_for_segments():
+    """From torch 2.15 on, `varlen_attn` prefers it on Hopper and Blackwell where it is not forbidden."""
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    masks = [AttentionMask("sdpa"), AttentionMask("varlen", segments=Segments(bounds, bounds))]
+    for given, allowed in ((masks[:1], True), (masks[1:], False), (masks, False)):
+        with attention.choose_kernels(torch.device("cuda", 0), given):
+            assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
