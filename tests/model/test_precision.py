@@ -143,6 +143,7 @@ def test_a_card_that_is_not_there(name, rank, monkeypatch):
     """It ended in torch's traceback. A launcher starts as many processes as it is told, whatever the machine has."""
     for what, value in dict(is_available=True, current_accelerator=torch.device("cuda"), device_count=1).items():
         monkeypatch.setattr(torch.accelerator, what, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])  # a build for CUDA would ask the missing card
     assert pick_device("cuda") == pick_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(UserError, match="cuda:1: this machine has 1, counted from 0"):
         pick_device(name, rank)
