@@ -180,6 +180,9 @@ API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureS
 API cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
   return cudaStreamGetCaptureInfo(handle, status, nullptr, nullptr, nullptr, nullptr, nullptr);
 }
+API int cuStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {  // asked by Triton
+  return cudaStreamIsCapturing(handle, status);
+}
 API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   std::swap(*mode, thread_mode);
   return cudaSuccess;
@@ -188,6 +191,9 @@ API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode)
 API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
   *made = (cudaGraphExec_t) new Graph(*(Graph*)graph);
   return cudaSuccess;
+}
+API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long flags) {
+  return cudaGraphInstantiateWithFlags(made, graph, flags);
 }
 API cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
   note("graph", stream, "%ld", ((Graph*)graph)->nodes);
@@ -203,6 +209,8 @@ API cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t, cudaGraphNode_t*, 
   return cudaSuccess;
 }
 STUB(cudaGraphDestroy) STUB(cudaGraphExecDestroy) STUB(cudaGraphDebugDotPrint)
+// What a graph keeps alive as long as it lives itself: it is never freed here.
+ANSWER(cudaUserObjectCreate, void*, 8) STUB(cudaUserObjectRelease) STUB(cudaGraphRetainUserObject)
 
 // ---- streams and events
 

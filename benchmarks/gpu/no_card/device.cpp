@@ -82,8 +82,9 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** functi
   *function = dlsym(RTLD_DEFAULT, name);
   if (!*function) *function = dlsym(RTLD_DEFAULT, (std::string(name) + "_v2").c_str());
   if (!*function) note("missing", nullptr, "%s", name);
+  if (!*function && !result) return fail(cudaErrorSymbolNotFound);
   if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return *function ? cudaSuccess : fail(cudaErrorSymbolNotFound);
+  return cudaSuccess;  // the result says what was found; an error would be found by the next kernel's launch
 }
 ANSWER(cudaGetDeviceCount, int, cards) ANSWER(cudaGetDevice, int, current) ANSWER(cudaDeviceCanAccessPeer, int, 0)
 ANSWER(cudaDriverGetVersion, int, CUDART_VERSION) ANSWER(cudaRuntimeGetVersion, int, CUDART_VERSION)

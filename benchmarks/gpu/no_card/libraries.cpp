@@ -92,4 +92,14 @@ ANSWER(cuCtxGetCurrent, void*, 8) ANSWER(cuDevicePrimaryCtxRetain, void*, 8) ANS
 ANSWER(cuModuleLoad, void*, 8) ANSWER(cuModuleLoadDataEx, void*, 8)
 ANSWER(cuOccupancyMaxActiveBlocksPerMultiprocessor, int, 1) ANSWER(cuOccupancyMaxActiveClusters, int, 1)
 STUB(cuInit) STUB(cuCtxSetCurrent) STUB(cuCtxGetLimit) STUB(cuCtxSetLimit) STUB(cuModuleUnload)
-STUB(cuFuncSetCacheConfig) STUB(cuTensorMapEncodeTiled)
+STUB(cuFuncSetCacheConfig) STUB(cuTensorMapEncodeTiled) STUB(cuTensorMapEncodeIm2col)
+
+// torch asks for these by name and needs to find them, but calls them only for memory that grows (expandable_segments)
+// or that processes share, which the card does not have.
+#define NOT_SUPPORTED(name) \
+  API int name() { return note("missing", nullptr, #name), 801; }  // CUDA_ERROR_NOT_SUPPORTED
+NOT_SUPPORTED(cuMemAddressReserve) NOT_SUPPORTED(cuMemAddressFree) NOT_SUPPORTED(cuMemCreate)
+NOT_SUPPORTED(cuMemRelease) NOT_SUPPORTED(cuMemMap) NOT_SUPPORTED(cuMemUnmap) NOT_SUPPORTED(cuMemSetAccess)
+NOT_SUPPORTED(cuMemGetAllocationGranularity) NOT_SUPPORTED(cuMemExportToShareableHandle)
+NOT_SUPPORTED(cuMemImportFromShareableHandle) NOT_SUPPORTED(cuMemRetainAllocationHandle)
+NOT_SUPPORTED(cuMemGetAllocationPropertiesFromHandle) NOT_SUPPORTED(cuStreamWriteValue32)

@@ -52,6 +52,7 @@ API cudaError_t cudaHostAlloc(void** made, size_t bytes, unsigned) {
   pinned_memory[(char*)*made] = bytes;
   return cudaSuccess;
 }
+API cudaError_t cudaMallocHost(void** made, size_t bytes) { return cudaHostAlloc(made, bytes, 0); }
 API cudaError_t cudaFreeHost(void* address) {
   if (auto error = unsafe("cudaFreeHost")) return error;
   Guard guard(lock);
@@ -125,7 +126,21 @@ API cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStre
   if (!zeros && !captured(stream)) memset(address, value, bytes);
   return cudaSuccess;
 }
+API int cuMemsetD32Async(char* to, unsigned value, size_t count, cudaStream_t stream) {
+  note("kernel", stream, "memset");
+  if (auto error = enqueue(stream, "cuMemsetD32Async")) return error;
+  for (size_t i = 0; i < count && !zeros && !captured(stream); i++) memcpy(to + 4 * i, &value, 4);
+  return 0;
+}
 API cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes, nullptr); }
+API int cuMemGetAddressRange(char** start, size_t* bytes, char* address) {
+  Guard guard(lock);
+  if (!within(device_memory, address)) return 1;  // CUDA_ERROR_INVALID_VALUE
+  auto& [first, length] = *--device_memory.upper_bound(address);
+  if (start) *start = first;
+  if (bytes) *bytes = length;
+  return 0;
+}
 // Only torch's other allocator uses these two (backend:cudaMallocAsync). In a capture they would be nodes of the graph.
 API cudaError_t cudaMallocAsync(void** made, size_t bytes, cudaStream_t) { return cudaMalloc(made, bytes); }
 API cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return cudaFree(address); }
