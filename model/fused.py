@@ -7,6 +7,7 @@ seconds, so it is for large models.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -29,6 +30,7 @@ class Fused:
     """Calls a function compiled, for any shapes, or as it is where it cannot be compiled (Windows has no Triton)."""
 
     def __init__(self, function: Callable[..., Any]):
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as always so far; Triton 3.9 warns that it will be 0
         self.function, self.compiled = function, torch.compile(function, dynamic=True)
 
     def __call__(self, *given):
