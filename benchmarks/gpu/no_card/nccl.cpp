@@ -67,6 +67,10 @@ API int ncclCommInitRank(Group** made, int ranks, Id, int rank) { return *made =
 API int ncclCommInitRankConfig(Group** made, int ranks, Id id, int rank, void*) {
   return ncclCommInitRank(made, ranks, id, rank);
 }
+// A group of all ranks again is what DeepSpeed asks for; how many share a colour is not known here.
+API int ncclCommSplit(Group* group, int colour, int, Group** made, void*) {
+  return *made = colour < 0 ? nullptr : new Group{group->ranks, group->rank}, 0;
+}
 API int ncclCommCount(Group* group, int* ranks) { return *ranks = group->ranks, 0; }
 API int ncclCommUserRank(Group* group, int* rank) { return *rank = group->rank, 0; }
 API int ncclCommGetAsyncError(Group*, int* error) { return *error = 0; }
