@@ -99,6 +99,23 @@ def test_a_model_that_computes_nan_has_no_figures_and_training_goes_on(tmp_path,
     assert "--health_prompts: the model computes NaN" in capsys.readouterr().err
 
 
+def test_answers_that_find_no_memory_do_not_end_the_training(tmp_path, capsys, monkeypatch):
+    """They need a KV cache beside what the training keeps. The run ended before the save that was due then, and advised
+    a smaller batch."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    jsonl(tmp_path / "asked.jsonl", *ASKED)
+    check, model = HealthCheck(str(tmp_path / "asked.jsonl"), "chat", TOKENIZER, main=True), small_model()
+    monkeypatch.setattr("trainer.loop.health.answers", full)
+    assert check(model) == {} and model.training
+    assert "--health_prompts: no memory is left for the answers" in capsys.readouterr().err
+    monkeypatch.setattr("trainer.loop.health.answers", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        check(model)
+
+
 def test_sharded_weights_are_refused_by_name():
     config = StageConfig(health_prompts="a.jsonl", zero_stage=3, save_weight="x", backend="deepspeed")
     assert any(line.startswith("--health_prompts: with --zero_stage 3") for line in config.problems())
