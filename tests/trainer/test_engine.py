@@ -231,6 +231,26 @@ def test_a_long_validation_does_not_keep_a_signal_waiting(tmp_path, monkeypatch)
     assert end.value.code == 143 and validated == [2] and engine.saved_step == 2
 
 
+def test_a_validation_without_memory_loses_no_save(tmp_path):
+    """It comes before the save that is due after the same step, by default always: nothing had ever been saved."""
+
+    class Full(NextToken):
+        def __call__(self, model, batch):
+            if not engine.model.training and engine.step == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().__call__(model, batch)
+
+    write_sft(tmp_path / "sft.jsonl")
+    for flags, saved in ((dict(save_interval=4), 4), (dict(save_interval=3, val_interval=2), 3)):
+        folder = tmp_path / str(saved)
+        engine = sft_engine(tmp_path, 2, 1, val_fraction=0.5, max_steps=8, save_dir=folder, **flags)
+        engine.job.objective = Full()
+        with pytest.raises(ValueError, match="out of memory in the validation.*--accumulation_steps"):
+            engine.run()
+        (state,) = folder.glob("resume/*/*/step_*")
+        assert state.name == f"step_{saved:08d}" and engine.model.training
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_plain_run_with_their_status(number, status, tmp_path):

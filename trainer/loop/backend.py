@@ -27,6 +27,8 @@ from trainer.run import resume
 class Backend:
     """One process. Subclasses differ in how an update is computed, and in which rank holds which tensors."""
 
+    gathers = False  # whether a forward pass needs the other ranks
+
     def __init__(self, device: torch.device):
         self.rank, self.world, self.device = 0, 1, device
         if device.type == "cpu":

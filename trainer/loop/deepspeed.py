@@ -159,6 +159,8 @@ class ZeRO(DeepSpeed):
 class ZeRO3(ZeRO):
     """Stage 3: weights are sharded too."""
 
+    gathers = True
+
     def _optimizer_shards(self):
         return self.engine.optimizer.fp32_partitioned_groups_flat
 

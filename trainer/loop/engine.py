@@ -37,7 +37,7 @@ from trainer.loop.optim import build_optimizers, learning_rate, set_rates
 from trainer.loop.periodic import PeriodicTasks
 from trainer.loop.profiling import open_profile
 from trainer.loop.step import StepResult, optimizer_step
-from trainer.loop.validation import validate
+from trainer.loop.validation import NoMemory, validate
 from trainer.loop.watchdog import Watchdog
 from trainer.run import resume
 from trainer.run.logger import RunLogger
@@ -226,7 +226,13 @@ class Engine:
         if "log" in due:
             figures = dict(self.meter.read(self.backend), lr=rate, grad_norm=float(norm), tokens=self.tokens)
         if "validate" in due:
-            figures |= self.validate()
+            try:
+                figures |= self.validate()
+            except NoMemory:  # on all ranks; what is due is not lost
+                if "save" in due:
+                    self.save()
+                    self.writer.wait()
+                raise
         if figures:
             self.losses |= {k: round(v, 6) for k, v in figures.items() if "loss" in k or "bpb" in k}
             self.logger.log(self.step, **figures)
