@@ -179,6 +179,20 @@ def test_a_scale_of_one_grows_again(tmp_path):
     assert watch.check() and watch.scale == 2.0
 
 
+def test_a_resumed_run_in_fp16_goes_on_with_its_scale(tmp_path):
+    """A scale that had fallen to 1 began again at 2^14, and the good steps before the stop did not count."""
+    first, second, bf16 = watchdog(tmp_path, scaled=True)[0], watchdog(tmp_path, scaled=True)[0], watchdog(tmp_path)[0]
+    first.scale, first.good = 1.0, 1999
+    second.restore(first.state())
+    step(second, 1, 4.0, units=4.0)
+    assert second.check() and second.scale == 2.0
+    second.restore(bf16.state())
+    bf16.restore(first.state() | dict(scale=2.0**9))
+    assert second.scale == 2.0 and bf16.scale == 1.0
+    second.restore(dict(scale=2.0**9))  # of an older version
+    assert second.scale == 2.0**9 and second.good == 0
+
+
 def test_an_overflow_begins_the_count_of_good_steps_anew(tmp_path):
     """2,000 good steps in a row double the scale. After 1,999 and an overflow, the next good one is the first."""
     watch, _ = watchdog(tmp_path, scaled=True)

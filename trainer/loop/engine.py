@@ -372,7 +372,7 @@ class Engine:
             examples=self.loader.examples_per_step,
             best=self.best if self.best < float("inf") else None,
             val_data=self.job.data.val.fingerprint if self.job.data.val is not None else None,
-            scale=self.watch.scale,
+            **self.watch.state(),
             losses=self.losses,
             window=list(self.meter.sums),
             identity=self._identity(),
@@ -388,8 +388,7 @@ class Engine:
         random = tensors["ranks"]["random"]
         resume.set_random_state(random[self.backend.rank % len(random)], self.backend.device)
         self.step, self.tokens, self.losses = (state[k] for k in ("step", "tokens", "losses"))
-        if self.watch.scaled and state["scale"] > 1:  # runs that are not in fp16 save a scale of 1
-            self.watch.scale = state["scale"]
+        self.watch.restore(state)
         self.meter.restore(state["window"], tensors["ranks"]["window"], self.backend)
         say, now = self.logger.print, self._state()
         if state["best"] is not None and state.get("val_data", now["val_data"]) == now["val_data"]:

@@ -65,6 +65,15 @@ class Watchdog:
         self.recent: deque[float] = deque(maxlen=HISTORY)
         self.good, self.bad_in_a_row = 0, 0  # good steps since the last overflow
 
+    def state(self) -> dict:
+        """What a resumed run goes on with: fp16's loss scale, and the good steps since it changed (None: no fp16)."""
+        return dict(scale=self.scale, good=self.good if self.scaled else None)
+
+    def restore(self, state: dict) -> None:
+        """The inverse. A run in another precision has saved a scale of 1; older runs in fp16 no number of steps."""
+        if self.scaled and (state["scale"] > 1 or state.get("good") is not None):
+            self.scale, self.good = state["scale"], state.get("good") or 0
+
     def record(self, number: int, result: StepResult) -> None:
         """Keeps the verdict on step `number` (from 1) until the next check. The batches themselves are not kept, only
         which examples they held: it is not always possible to make them again (`Job.rollout`)."""
