@@ -21,6 +21,27 @@ def test_two_processes_do_not_share_one_card(name, monkeypatch):
             pass
 
 
+def test_after_an_error_nccl_is_not_waited_for(monkeypatch):
+    """destroy_process_group waits for what the cards exchange. With a dead process it waited until the launcher killed
+    the one that was left, before it could say why it ended."""
+    ended = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "pick_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(processes.torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(processes.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: ended.append("destroyed"))
+    monkeypatch.setattr(processes.dist.distributed_c10d, "_abort_process_group", lambda: ended.append("aborted"))
+    monkeypatch.setattr(processes, "DDP", lambda *_: None)
+    monkeypatch.setattr(processes, "check_precision", lambda *_: None)
+    config = SimpleNamespace(device="cuda", backend="ddp", ddp_timeout=1)
+    with pytest.raises(UserError, match="no memory"), processes.start(config):
+        raise UserError("no memory")
+    with pytest.raises(SystemExit), processes.start(config):  # after a signal all ranks end together
+        raise SystemExit(143)
+    assert ended == ["aborted", "destroyed"]
+
+
 @pytest.mark.parametrize(
     ("found", "fine"),
     (

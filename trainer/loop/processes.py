@@ -67,12 +67,18 @@ def start(config: Options):
     timeout = timedelta(seconds=config.ddp_timeout)
     bound = dict(device_id=device) if kind == "nccl" else {}  # else torch guesses it at each barrier, and warns
     dist.init_process_group(kind, timeout=timeout, **bound, **_rendezvous(timeout))
+    end = dist.destroy_process_group
     try:
         backend = _deepspeed(device, timeout, config) if by_deepspeed else DDP(device, timeout)
         check_precision(config, backend)
         yield backend
+    except Exception:
+        # NCCL's usual end waits until all that was begun is done, and with a process that is dead it never is. The
+        # error's message would wait too, and the launcher would kill this process before it is printed.
+        end = dist.distributed_c10d._abort_process_group if kind == "nccl" else end
+        raise
     finally:
-        dist.destroy_process_group()
+        end()
 
 
 def check_precision(config: Options, backend: Backend) -> None:
