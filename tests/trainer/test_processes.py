@@ -21,6 +21,19 @@ def test_two_processes_do_not_share_one_card(name, monkeypatch):
             pass
 
 
+@pytest.mark.parametrize("name", ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+def test_processes_that_do_not_know_of_each_other_are_refused(name, monkeypatch):
+    """`srun -n 4 python trainer/train_pretrain.py`: four runs on one card, which overwrote each other's files."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(UserError, match=f"has started 4 processes .{name}., and none knows of the others"):
+        with processes.start(SimpleNamespace(device="cpu", backend="auto", ddp_timeout=1)):
+            pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with processes.start(SimpleNamespace(device="cpu", backend="auto", ddp_timeout=1)) as backend:
+        assert backend.world == 1
+
+
 def test_after_an_error_nccl_is_not_waited_for(monkeypatch):
     """destroy_process_group waits for what the cards exchange. With a dead process it waited until the launcher killed
     the one that was left, before it could say why it ended."""

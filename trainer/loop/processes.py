@@ -50,6 +50,7 @@ def start(config: Options):
     """Context with the backend that the launcher asked for; the process group ends with it."""
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     by_deepspeed = config.backend == "deepspeed"
+    check_launcher()
     together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1))  # torchrun's, DeepSpeed's
     if device.type != "cpu" and ":" in config.device and together > 1:  # NCCL refuses it, unclearly
         raise UserError(
@@ -79,6 +80,19 @@ def start(config: Options):
         raise
     finally:
         end()
+
+
+def check_launcher() -> None:
+    """Processes that srun or mpirun has started do not know of each other: each would be a run of its own, on the same
+    card, and they would overwrite each other's files."""
+    env = os.environ
+    for name, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+        if "WORLD_SIZE" not in env and (count := env.get(variable, "1")) != "1":
+            raise UserError(
+                f"{name} has started {count} processes ({variable}), and none knows of the others: let it start one "
+                "torchrun a machine, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each; if "
+                "they are to be runs of their own, set WORLD_SIZE=1"
+            )
 
 
 def check_precision(config: Options, backend: Backend) -> None:
