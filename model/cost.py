@@ -77,10 +77,20 @@ def step_flops(config: ModelConfig, positions: int, length: int, heads: int | No
     return (4 + 2 * trained) * products + positions * 6 * config.num_attention_heads * config.head_dim * pairs
 
 
-def state_bytes(trained: int, frozen: int, moments: int) -> int:
+def state_bytes(
+    trained: int, frozen: int, moments: int, zero_stage: int = 0, processes: int = 1, offloaded: bool = False
+) -> int:
     """Of `trained` weights with their gradients and the optimiser's moments, all fp32, and `frozen` bytes of others,
-    which have neither: see `frozen_bytes`."""
-    return 4 * trained * (2 + moments) + frozen
+    which have neither: see `frozen_bytes`.
+
+    DeepSpeed's ZeRO divides the moments and a copy of the weights by the number of processes (stage 1), also the
+    gradients (2), also the weights (3). offloaded: moments and copy are in main memory.
+    """
+    share = lambda size, stage: size // (processes if zero_stage >= stage else 1)
+    kept = share(4 * trained + frozen, 3) + share(4 * trained, 2)
+    if offloaded:
+        return kept
+    return kept + share(4 * trained * (moments + (zero_stage > 0)), 1)
 
 
 def frozen_bytes(config: ModelConfig, width: int, bits: int | None = None) -> int:

@@ -94,6 +94,10 @@ def test_bytes_by_hand():
     assert batch_bytes(shape, 1, many, width=2) == many * 64 * 2 + 3 * -(-many * 10 // 3) * 2
     assert cache_bytes(shape, rows=3, length=100, width=2) == 3 * 100 * 8 * 2
     assert state_bytes(trained=10, frozen=20, moments=2) == 45 * 4
+    # ZeRO with two processes: weights and gradients of 40 bytes each, 120 of moments and of the copy
+    sizes = [state_bytes(10, 20, 2, zero_stage=stage, processes=2) for stage in (1, 2, 3)]
+    assert sizes == [40 + 20 + 40 + 60, 40 + 20 + 20 + 60, 20 + 10 + 20 + 60]
+    assert state_bytes(10, 20, 2, zero_stage=2, processes=2, offloaded=True) == 40 + 20 + 20
 
 
 @pytest.mark.parametrize("bits", (None, 4, 8))

@@ -22,6 +22,7 @@ from trainer.loop import interrupts, processes
 from trainer.loop.interrupts import explained, memory_advice
 
 CONFIG = SimpleNamespace(batch_size=6, accumulation_steps=2, max_seq_len=100, optimizer="adamw", ddp_timeout=30)
+CONFIG.zero_stage, CONFIG.zero_offload = None, "none"
 TWICE = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -98,6 +99,24 @@ def test_the_advice_is_one_that_can_help(monkeypatch):
     assert "--dtype bfloat16" in memory_advice(config, model)
     monkeypatch.setattr(interrupts, "_knows_bf16", lambda _: False)
     assert "--dtype float16" in memory_advice(config, model)
+
+
+def test_under_zero_a_process_needs_its_share(monkeypatch):
+    """ZeRO-3's weights have no elements while they are divided: they were said to take 0 MiB. And weights that two
+    cards hold together were said to be too large."""
+    model, world = tiny(), 2
+    size = 4 * model.num_parameters()
+    monkeypatch.setattr(interrupts, "_memory_of", lambda _: 4 * size - 1)
+    said = memory_advice(CONFIG, model, world=world)
+    assert "is more than the device has: --zero_stage 3, which divides it" in said
+    config = SimpleNamespace(**{**vars(CONFIG), "zero_stage": 3})
+    monkeypatch.setattr(interrupts, "_memory_of", lambda _: 1e12)
+    divided = interrupts._gib(5 * size // world)
+    assert f"moments take {divided}," in memory_advice(config, model, world=world)
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert f"moments take {divided}," in memory_advice(config, model, world=world)
 
 
 def test_weights_that_do_not_fit_are_explained(monkeypatch):

@@ -83,12 +83,15 @@ def explained(config: StageConfig, model: CausalLM, world: int):
         raise
 
 
-def memory_advice(config: StageConfig, model: CausalLM, tried: int | None = None) -> str:
+def memory_advice(config: StageConfig, model: CausalLM, tried: int | None = None, world: int = 1) -> str:
     """What needs how much memory, and the flags that train the same with less. tried: rows at once that did not fit;
     None: --batch_size."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
-    fixed = state_bytes(trained, frozen, moments=1 if config.optimizer == "muon" else 2)
+    size = lambda t: getattr(t, "ds_numel", t.numel())  # of a weight that ZeRO-3 has divided, all of it
+    trained = sum(size(p) for p in model.parameters() if p.requires_grad)
+    frozen = sum(size(t) * t.itemsize for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
+    moments, stage = 1 if config.optimizer == "muon" else 2, config.zero_stage or 0
+    offload = config.zero_offload if stage else "none"
+    fixed = state_bytes(trained, frozen, moments, stage, world, offload != "none")
     rows, width = config.batch_size, (model.compute_dtype or torch.float32).itemsize
     moving = lambda rows: batch_bytes(model.config, rows, config.max_seq_len, width, model.recompute)
     room = _memory_of(next(model.parameters()).device) - fixed
@@ -107,7 +110,8 @@ def memory_advice(config: StageConfig, model: CausalLM, tried: int | None = None
     if model.compute_dtype == torch.float32:
         ways.append("use --dtype bfloat16" if _knows_bf16(model) else "use --dtype float16")
     if room <= 0:
-        ways = ["the former alone is more than the device has: --use_lora --load_in_4bit, or a smaller model"]
+        divided = "--zero_stage 3, which divides it among the processes, " if world > 1 and stage < 3 else ""
+        ways = [f"the former alone is more than the device has: {divided}--use_lora --load_in_4bit, or a smaller model"]
     return (
         f"out of memory: weights, gradients and moments take {_gib(fixed)}, what {_rows(tried)} of "
         f"{config.max_seq_len} tokens leave for the backward pass about {_gib(moving(tried))} more (an estimate): "

@@ -58,7 +58,7 @@ def plan(engine) -> None:
                 break
             except torch.OutOfMemoryError as error:
                 if rows == 1:
-                    raise UserError(memory_advice(engine.config, engine.model, tried=1)) from error
+                    raise UserError(memory_advice(engine.config, engine.model, 1, engine.backend.world)) from error
                 rows //= 2
                 release(engine)
     finally:
