@@ -119,6 +119,31 @@ def test_under_zero_a_process_needs_its_share(monkeypatch):
     assert f"moments take {divided}," in memory_advice(config, model, world=world)
 
 
+def test_main_memory_is_not_the_cards(monkeypatch):
+    """A save copies weights and moments to main memory. Where that was full, a smaller batch was advised."""
+    full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    for error in (full, MemoryError()):
+        with (
+            pytest.raises(ValueError, match="the machine's main memory is full"),
+            explained(CONFIG, tiny().to("meta"), 1),
+        ):
+            raise error
+
+
+def test_a_failure_of_nccl_is_not_blamed_on_the_others():
+    """Both processes said that the other one had ended, whose message would say why."""
+    text = """NCCL error in: /pytorch/NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL 2.28
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 5000"""
+    with pytest.raises(ValueError, match="NCCL, by which .* failed: Duplicate GPU detected : rank 1 and rank 0 both"):
+        with explained(CONFIG, tiny(), 2):
+            raise torch.distributed.DistBackendError(text)
+    gone = text.replace("ncclInvalidUsage", "ncclRemoteError")
+    with pytest.raises(ValueError, match="another process of this run has ended"), explained(CONFIG, tiny(), 2):
+        raise torch.distributed.DistBackendError(gone)
+
+
 def test_weights_that_do_not_fit_are_explained(monkeypatch):
     """They go to the device before anything else, and the run ended in a traceback."""
 

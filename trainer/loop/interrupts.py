@@ -23,6 +23,10 @@ NO_PEER = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|timed out|timeout|gloo|nccl|unbound buffer", re.IGNORECASE
 )
 
+# NCCL's own failures, by the names of its errors; of the others a process that has ended is the usual cause
+NCCL_FAILED = re.compile(r"nccl(UnhandledCudaError|InternalError|InvalidUsage|InvalidArgument)\b")
+MAIN_MEMORY = re.compile(r"DefaultCPUAllocator|bad_alloc|cannot allocate memory|not enough memory", re.IGNORECASE)
+
 
 class Signals(list[int]):
     """The numbers of the signals that were received."""
@@ -72,7 +76,20 @@ def explained(config: StageConfig, model: CausalLM, world: int):
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if ran_out_of_memory(error):
-            raise UserError(memory_advice(config, model)) from error
+            on_card = next(model.parameters()).device.type != "cpu"
+            if on_card and (isinstance(error, MemoryError) or MAIN_MEMORY.search(text)):
+                raise UserError(
+                    "out of memory: the machine's main memory is full, not the card's. A save needs room there for "
+                    "weights and moments, and each process for data and torch itself: end what else runs on the "
+                    "machine, or start fewer processes; continue with --from_resume auto"
+                ) from error
+            raise UserError(memory_advice(config, model, world=world)) from error
+        if world > 1 and NCCL_FAILED.search(text):
+            reason = text.rpartition("Last error:")[2].strip().splitlines()[0]
+            raise UserError(
+                f"NCCL, by which the cards exchange gradients, failed: {reason[:200]}. NCCL_DEBUG=INFO prints more; if "
+                "another process has ended, its own message may say why; continue with --from_resume auto"
+            ) from error
         if world > 1 and (isinstance(error, torch.distributed.DistError) or NO_PEER.search(text)):
             first = text.strip().splitlines()[0]
             raise UserError(
