@@ -109,6 +109,9 @@ def test_under_zero_a_process_needs_its_share(monkeypatch):
     monkeypatch.setattr(interrupts, "_memory_of", lambda _: 4 * size - 1)
     said = memory_advice(CONFIG, model, world=world)
     assert "is more than the device has: --zero_stage 3, which divides it" in said
+    muon = SimpleNamespace(**{**vars(CONFIG), "optimizer": "muon"})  # which DeepSpeed cannot divide
+    monkeypatch.setattr(interrupts, "_memory_of", lambda _: 0)
+    assert "--zero_stage" not in memory_advice(muon, model, world=world)
     config = SimpleNamespace(**{**vars(CONFIG), "zero_stage": 3})
     monkeypatch.setattr(interrupts, "_memory_of", lambda _: 1e12)
     divided = interrupts._gib(5 * size // world)

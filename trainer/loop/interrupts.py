@@ -127,7 +127,8 @@ def memory_advice(config: StageConfig, model: CausalLM, tried: int | None = None
     if model.compute_dtype == torch.float32:
         ways.append("use --dtype bfloat16" if _knows_bf16(model) else "use --dtype float16")
     if room <= 0:
-        divided = "--zero_stage 3, which divides it among the processes, " if world > 1 and stage < 3 else ""
+        divisible = world > 1 and stage < 3 and config.optimizer == "adamw"
+        divided = "--zero_stage 3, which divides it among the processes, " if divisible else ""
         ways = [f"the former alone is more than the device has: {divided}--use_lora --load_in_4bit, or a smaller model"]
     return (
         f"out of memory: weights, gradients and moments take {_gib(fixed)}, what {_rows(tried)} of "
