@@ -50,6 +50,11 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if device.type != "cpu" and device.index is None and device.type != "mps":
         device = torch.device(device.type, local_rank)
     if device.index and device.index >= (count := torch.accelerator.device_count()):
+        if count == 1 and ":" not in asked:
+            raise UserError(
+                f"LOCAL_RANK={local_rank}, but this process sees one card: a launcher that shows each process a card "
+                "of its own (CUDA_VISIBLE_DEVICES) has to set LOCAL_RANK=0; else start one process for each card"
+            )
         raise UserError(
             f"--device {device}: this machine has {count}, counted from 0; of several processes each needs its own"
         )

@@ -138,14 +138,22 @@ def test_the_card_itself_is_asked_for_bf16(monkeypatch):
     assert pick_dtype("auto", t4) == (torch.float16, "") and pick_dtype("auto", rtx3060) == (torch.bfloat16, "")
 
 
-@pytest.mark.parametrize(("name", "rank"), (("cuda:1", 0), ("cuda", 1), ("auto", 1)))
-def test_a_card_that_is_not_there(name, rank, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "rank", "cards", "said"),
+    (
+        ("cuda:1", 0, 1, "cuda:1: this machine has 1, counted from 0"),
+        ("auto", 2, 2, "cuda:2: this machine has 2, counted from 0"),
+        ("cuda", 1, 1, "LOCAL_RANK=1, but this process sees one card: .* has to set LOCAL_RANK=0"),  # srun's may
+        ("auto", 1, 1, "LOCAL_RANK=1, but this process sees one card"),
+    ),
+)
+def test_a_card_that_is_not_there(name, rank, cards, said, monkeypatch):
     """It ended in torch's traceback. A launcher starts as many processes as it is told, whatever the machine has."""
-    for what, value in dict(is_available=True, current_accelerator=torch.device("cuda"), device_count=1).items():
+    for what, value in dict(is_available=True, current_accelerator=torch.device("cuda"), device_count=cards).items():
         monkeypatch.setattr(torch.accelerator, what, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])  # a build for CUDA would ask the missing card
     assert pick_device("cuda") == pick_device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(UserError, match="cuda:1: this machine has 1, counted from 0"):
+    with pytest.raises(UserError, match=said):
         pick_device(name, rank)
 
 
