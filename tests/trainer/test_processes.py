@@ -1,5 +1,6 @@
 """Processes that the launcher started, and the cards that they take."""
 
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,23 @@ def test_processes_that_do_not_know_of_each_other_are_refused(name, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with processes.start(SimpleNamespace(device="cpu", backend="auto", ddp_timeout=1)) as backend:
         assert backend.world == 1
+
+
+def test_a_start_that_fails_is_explained(monkeypatch):
+    """A port that is taken, and a process that does not come (its card was not there), ended in a traceback."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    for name, value in dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)).items():
+        monkeypatch.setenv(name, value)
+    config = SimpleNamespace(device="cpu", backend="ddp", ddp_timeout=1)
+    with taken, pytest.raises(UserError, match=f"another program listens at 127.0.0.1:{port}; .* --master_port"):
+        with processes.start(config):
+            pass
+    with pytest.raises(UserError, match=f"the 2 processes did not find each other at 127.0.0.1:{port} within"):
+        with processes.start(config):
+            pass
 
 
 def test_after_an_error_nccl_is_not_waited_for(monkeypatch):

@@ -67,7 +67,17 @@ def start(config: Options):
         kind = "gloo"
     timeout = timedelta(seconds=config.ddp_timeout)
     bound = dict(device_id=device) if kind == "nccl" else {}  # else torch guesses it at each barrier, and warns
-    dist.init_process_group(kind, timeout=timeout, **bound, **_rendezvous(timeout))
+    try:
+        dist.init_process_group(kind, timeout=timeout, **bound, **_rendezvous(timeout))
+    except dist.DistError as error:
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise UserError(f"another program listens at {where}; give the launcher another --master_port") from error
+        raise UserError(
+            f"the {os.environ.get('WORLD_SIZE', 1)} processes did not find each other at {where} within --ddp_timeout "
+            f"{config.ddp_timeout:g} seconds ({reason[:160]}); if one has ended, its own message says why"
+        ) from error
     end = dist.destroy_process_group
     try:
         backend = _deepspeed(device, timeout, config) if by_deepspeed else DDP(device, timeout)
