@@ -51,12 +51,19 @@ def tiny() -> CausalLM:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(
-    "launched, echo, status, said", [(False, 5, -signal.SIGINT, ""), (True, 5, 0, "2"), (True, 0.1, -signal.SIGINT, "")]
+    "launched, echo, status, said",
+    [
+        (None, 5, -signal.SIGINT, ""),
+        ("TORCHELASTIC_RUN_ID", 5, 0, "2"),
+        ("TORCHELASTIC_RUN_ID", 0.1, -signal.SIGINT, ""),
+        ("CROSS_SIZE", 5, 0, "2"),
+    ],
 )
 def test_a_second_signal_ends_at_once_but_a_launchers_echo_does_not(launched, echo, status, said):
-    """On Ctrl-C a terminal signals torchrun and its processes, and torchrun signals them again: half a save was cut."""
-    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
-    environment |= {"TORCHELASTIC_RUN_ID": "x"} if launched else {}
+    """On Ctrl-C a terminal signals torchrun and its processes, and torchrun signals them again: half a save was cut.
+    DeepSpeed's launcher does the same, and nothing was saved."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")}
+    environment |= {launched: "1"} if launched else {}
     done = subprocess.run(
         [sys.executable, "-c", TWICE, str(ROOT), str(echo)], env=environment, capture_output=True, text=True
     )

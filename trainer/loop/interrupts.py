@@ -43,11 +43,11 @@ class Signals(list[int]):
 def catch_signals():
     """Yields a list to which Ctrl-C and SIGTERM are appended, for the loop to check. A second signal ends the process.
 
-    On Ctrl-C the terminal signals torchrun and its processes, and torchrun signals the processes again: that copy does
-    not count as a second signal.
+    On Ctrl-C the terminal signals the launcher and its processes, and torchrun and DeepSpeed's launcher signal the
+    processes again: that copy does not count as a second signal.
     """
     received, before = Signals(), {}
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ  # torchrun's, DeepSpeed's
 
     def note(number, frame):
         if received and not (launched and time.monotonic() - received.since < DUPLICATE_SIGNAL_SECONDS):
