@@ -18,7 +18,7 @@ DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 def why_no_card() -> str:
-    """Why torch finds no NVIDIA card, for a user who asks for one."""
+    """Why torch finds no NVIDIA card, for a user who asks for one; "": nothing is known."""
     if reason := card_out_of_reach():
         return reason
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -26,7 +26,7 @@ def why_no_card() -> str:
         return f"no card is visible with CUDA_VISIBLE_DEVICES={hidden}"
     if torch.version.cuda:
         return "torch finds no card; if there is one, see with nvidia-smi whether its driver runs"
-    return "this machine or this build of torch has none"
+    return ""
 
 
 def card_out_of_reach() -> str:
@@ -57,7 +57,7 @@ def missing_code(device: torch.device) -> str:
     if any(at <= found and (kind == "compute" or at[0] == found[0]) for kind, at in built):
         return ""
     major, minor = found
-    old = found < min(at for _, at in built)
+    old = found < min(at for _, at in built)  # 2.15 has no build for CUDA 12.6, so the version is fixed
     way = INDEX.format("2.13.0", "cu126") + " has it for cards from 5.0 to 9.0" if old else "install a newer build"
     return f"torch {torch.__version__} has no code for cards of capability {major}.{minor}; {way}"
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.console import note
 from model.layers import generating
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as always so far; Triton 3.9 warns that it will be 0
 LARGE = 200_000_000  # parameters of a model from which it is worth the wait
 
 
@@ -30,7 +31,6 @@ class Fused:
     """Calls a function compiled, for any shapes, or as it is where it cannot be compiled (Windows has no Triton)."""
 
     def __init__(self, function: Callable[..., Any]):
-        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as always so far; Triton 3.9 warns that it will be 0
         self.function, self.compiled = function, torch.compile(function, dynamic=True)
 
     def __call__(self, *given):

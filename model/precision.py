@@ -43,9 +43,8 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:1, mps or npu") from None
     if device.type not in ("cpu", found):
-        reason = "this machine or this build of torch has none"
-        if device.type == "cuda" and not accelerator:
-            reason = why_no_card()
+        reason = why_no_card() if device.type == "cuda" and not accelerator else ""
+        reason = reason or "this machine or this build of torch has none"
         raise UserError(f"--device {name}: {reason}; use --device {found}")
     if device.type != "cpu" and device.index is None and device.type != "mps":
         device = torch.device(device.type, local_rank)

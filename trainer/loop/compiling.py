@@ -43,7 +43,6 @@ def compile_model(model: CausalLM, config: StageConfig, device: torch.device, lo
             "python3-dev), on GPUs Triton too; install them, or leave it at auto"
         )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_cache()))
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as always so far; Triton 3.9 warns that it will be 0
     warnings.filterwarnings("ignore", "TensorFloat32")  # with --dtype float32, which asks for more than its 10 bits
     logging.getLogger("torch._inductor.utils").addFilter(is_about_this_run)
     keep_tables(device)
